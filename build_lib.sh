@@ -1,0 +1,262 @@
+#!/usr/bin/env bash
+# Builds the pinned ggml into ggml_cffi/lib/. See --help.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=vendor/pins.env
+. "$root/vendor/pins.env"
+out=$root/ggml_cffi/lib
+cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
+python=${PYTHON:-python3}
+mode=native vulkan=auto use_cache=yes only_source=no
+jobs=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+step="start"
+
+usage() {
+    cat <<USAGE
+usage: ./build_lib.sh [--native | --portable] [--no-vulkan] [--no-cache] [--jobs N] [--source-only]
+
+Builds ggml $GGML_VERSION into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
+backends as plug-ins that are loaded when they are first asked for. Safe to run again.
+
+  --native       this machine's instructions (default)
+  --portable     every CPU variant, chosen when loaded; what a wheel ships
+  --no-vulkan    leave the Vulkan plug-in out
+  --no-cache     build even where a finished build with the same content key is cached
+  --jobs N       parallel compiler jobs (default: $jobs)
+  --source-only  fetch and verify the source into vendor/ggml/, build nothing
+
+environment:
+  GGML_SOURCE_DIR   a ggml $GGML_VERSION tree to use instead of the download (verified all the same)
+  VULKAN_SDK        a Vulkan SDK to compile the shaders with
+  CC, CXX           compilers
+  PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
+  GGML_CFFI_CACHE   where finished builds are kept (default: the user's cache folder)
+USAGE
+}
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        --native | --portable) mode=${1#--} ;;
+        --no-vulkan) vulkan=no ;;
+        --no-cache) use_cache=no ;;
+        --source-only) only_source=yes ;;
+        --jobs) jobs=${2:?--jobs needs a number}; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "build_lib.sh: unknown option $1 (try --help)" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+say() { printf 'build_lib: %s\n' "$*" >&2; }
+warn() { printf 'build_lib: warning: %s\n' "$*" >&2; }
+fail() { printf 'build_lib: error in step "%s": %s\n' "$step" "$*" >&2; exit 1; }
+trap 'code=$?; [ $code -eq 0 ] || printf "build_lib: stopped in step \"%s\" (exit %s)\n" "$step" "$code" >&2' EXIT
+sha256() { sha256sum "$@" 2>/dev/null || shasum -a 256 "$@"; }
+digest() { sha256 | cut -d' ' -f1; }
+
+# Runs a long command quietly; shows the end of its log only when it fails.
+quietly() {
+    local log=$1; shift
+    mkdir -p "$(dirname "$log")"
+    "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; fail "$1 failed; whole log: $log"; }
+}
+
+# ---------------------------------------------------------------- source
+tree_digest() { # of the files that are compiled, names and contents
+    (cd "$1" && find CMakeLists.txt ggml.pc.in cmake include src -type f | LC_ALL=C sort | tr '\n' '\0' |
+        xargs -0 sha256sum | digest)
+}
+
+get_source() {
+    step="source"
+    if [ -n "${GGML_SOURCE_DIR:-}" ]; then
+        source_dir=$GGML_SOURCE_DIR
+        [ -f "$source_dir/CMakeLists.txt" ] || fail "GGML_SOURCE_DIR=$source_dir holds no CMakeLists.txt"
+        [ "$(tree_digest "$source_dir")" = "$GGML_TREE_SHA256" ] ||
+            fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/pins.env"
+        return
+    fi
+    source_dir=$root/vendor/ggml
+    if [ -d "$source_dir" ] && [ "$(tree_digest "$source_dir")" = "$GGML_TREE_SHA256" ]; then return; fi
+    local name archive tmp
+    name=${GGML_SDIST%%==*}; name=${name//-/_}-${GGML_SDIST##*==}
+    archive=$cache/source/$name.tar.gz
+    mkdir -p "$cache/source"
+    tmp=$(mktemp -d "$cache/source/tmp.XXXXXX")
+    if ! { [ -f "$archive" ] && echo "$GGML_SDIST_SHA256  $archive" | sha256 -c - >/dev/null 2>&1; }; then
+        say "downloading $GGML_SDIST"
+        "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; install python3-pip or set PYTHON to a venv's python"
+        quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary :all: -d "$tmp" "$GGML_SDIST"
+        echo "$GGML_SDIST_SHA256  $tmp/$name.tar.gz" | sha256 -c - >/dev/null 2>&1 ||
+            fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/pins.env"
+        mv "$tmp/$name.tar.gz" "$archive"
+    fi
+    tar -xzf "$archive" -C "$tmp"
+    [ "$(tree_digest "$tmp/$name/ggml")" = "$GGML_TREE_SHA256" ] || fail "the archive's ggml tree is not the pinned one"
+    rm -rf "$source_dir"
+    mv "$tmp/$name/ggml" "$source_dir"
+    rm -rf "$tmp"
+    say "source verified: vendor/ggml ($GGML_VERSION)"
+}
+
+# ---------------------------------------------------------------- tools
+get_build_tools() {
+    step="build tools"
+    CC=${CC:-cc} CXX=${CXX:-c++}
+    command -v "$CC" >/dev/null || fail "no C compiler ($CC); install gcc or set CC"
+    command -v "$CXX" >/dev/null || fail "no C++ compiler ($CXX); install g++ or set CXX"
+    export CC CXX
+    local tools=$cache/tools tool
+    for tool in cmake ninja; do
+        if command -v $tool >/dev/null && $tool --version >/dev/null 2>&1; then continue; fi
+        if [ ! -x "$tools/bin/$tool" ]; then
+            say "installing $tool from PyPI"
+            [ -x "$tools/bin/python" ] || quietly "$cache/log/venv.log" "$python" -m venv "$tools"
+            quietly "$cache/log/$tool.log" "$tools/bin/python" -m pip install -q $tool
+        fi
+        PATH=$tools/bin:$PATH
+    done
+}
+
+glslc_compiles() { # glslc, name of one of ggml's feature tests
+    "$1" --target-env=vulkan1.3 -fshader-stage=compute -o /dev/null \
+        "$source_dir/src/ggml-vulkan/vulkan-shaders/feature-tests/$2.comp" >/dev/null 2>&1
+}
+
+headers_work() { # include folder: new enough for ggml-vulkan.cpp, SPIR-V headers beside
+    [ -f "$1/spirv/unified1/spirv.hpp" ] &&
+        printf '#include <vulkan/vulkan.h>\nVkLayerSettingsCreateInfoEXT a; VkPhysicalDeviceVulkan13Features b;\n' |
+        "$CC" -fsyntax-only -x c -I"$1" - >/dev/null 2>&1
+}
+
+use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true if the set is complete and works
+    local dir lib=""
+    glslc_compiles "$1" coopmat && glslc_compiles "$1" integer_dot && headers_work "$2" || return 1
+    for dir in "${@:4}"; do
+        for lib in "$dir"/libvulkan.so "$dir"/libvulkan.so.1; do [ -e "$lib" ] && break 2; done
+        lib=""
+    done
+    [ -n "$lib" ] || return 1
+    vulkan_flags=("-DVulkan_GLSLC_EXECUTABLE=$1" "-DVulkan_INCLUDE_DIR=$2" "-DCMAKE_PREFIX_PATH=$3" "-DVulkan_LIBRARY=$lib")
+    vulkan_id=$({ "$1" --version; "$CC" -E -dM -I"$2" -include vulkan/vulkan_core.h -x c /dev/null | grep VK_HEADER_VERSION; } 2>/dev/null | digest)
+}
+
+# Debian and Ubuntu carry newer tools in a newer suite. They are unpacked into a private prefix and run through that
+# prefix's own dynamic loader, so that nothing on the system changes.
+suite_tools() { # suite
+    local prefix=$cache/vulkan-tools-$1 tmp site label keyring component apt loader deb
+    if [ ! -x "$prefix/glslc" ]; then
+        command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+        # The mirror is the one that this machine's own sources name.
+        read -r label site < <(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' 2>/dev/null |
+            grep -m1 -E '^(Debian|Ubuntu) ') || { warn "apt knows no mirror yet; run apt-get update"; return 1; }
+        keyring=/usr/share/keyrings/${label,,}-archive-keyring.gpg
+        [ -f "$keyring" ] || keyring=""
+        say "fetching shader tools of suite $1 with apt (private prefix, the system is left alone)"
+        mkdir -p "$cache"; tmp=$(mktemp -d "$cache/apt.XXXXXX")
+        mkdir -p "$tmp/lists/partial" "$tmp/cache/archives/partial" "$tmp/debs" "$tmp/prefix"
+        component="main"; [ "$1" = devel ] && component="main universe"
+        echo "deb ${keyring:+[signed-by=$keyring]} $site $1 $component" >"$tmp/sources.list"
+        apt=(-qq -o "Dir::Etc::SourceList=$tmp/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$tmp/lists"
+            -o "Dir::Cache=$tmp/cache" -o APT::Sandbox::User= -o Acquire::Languages=none)
+        (apt-get "${apt[@]}" update && cd "$tmp/debs" &&
+            apt-get "${apt[@]}" download glslc libshaderc1 libstdc++6 libgcc-s1 libc6 libvulkan-dev libvulkan1 spirv-headers) \
+            >"$tmp/apt.log" 2>&1 || { warn "apt could not fetch them: $(grep -m1 '^[EW]:' "$tmp/apt.log")"; rm -rf "$tmp"; return 1; }
+        for deb in "$tmp"/debs/*.deb; do dpkg -x "$deb" "$tmp/prefix"; done
+        loader=$(cd "$tmp/prefix" && find . -name 'ld-linux*.so.*' | head -n 1)
+        [ -n "$loader" ] || { rm -rf "$tmp"; return 1; }
+        cat >"$tmp/prefix/glslc" <<WRAPPER
+#!/bin/sh
+here=\$(dirname "\$0")
+exec "\$here/$loader" --library-path "\$(echo "\$here"/usr/lib/*-linux-gnu | tr ' ' ':'):\$(echo "\$here"/lib/*-linux-gnu | tr ' ' ':')" "\$here/usr/bin/glslc" "\$@"
+WRAPPER
+        chmod +x "$tmp/prefix/glslc"
+        rm -rf "$prefix"; mv "$tmp/prefix" "$prefix"; rm -rf "$tmp"
+    fi
+    use_vulkan "$prefix/glslc" "$prefix/usr/include" "$prefix/usr" /usr/lib/*-linux-gnu "$prefix"/usr/lib/*-linux-gnu
+}
+
+get_vulkan_tools() {
+    step="Vulkan tools"
+    local sdk=${VULKAN_SDK:-} suite
+    vulkan_flags=() vulkan_id=""
+    if [ -n "$sdk" ]; then
+        use_vulkan "$sdk/bin/glslc" "$sdk/include" "$sdk" "$sdk/lib" || fail "VULKAN_SDK=$sdk lacks a working glslc, headers or loader"
+        say "Vulkan tools: \$VULKAN_SDK"; return
+    fi
+    if command -v glslc >/dev/null && use_vulkan "$(command -v glslc)" /usr/include /usr /usr/lib/*-linux-gnu /usr/lib64 /usr/lib; then
+        say "Vulkan tools: the system's"; return
+    fi
+    for suite in $(. /etc/os-release 2>/dev/null; case ${ID:-}${ID_LIKE:-} in *ubuntu*) echo devel ;; *debian*) echo testing trixie ;; esac); do
+        if suite_tools "$suite"; then say "Vulkan tools: suite $suite, private prefix"; return; fi
+    done
+    vulkan=no
+    warn "no Vulkan: no glslc that knows cooperative matrices was found; install the Vulkan SDK and set VULKAN_SDK (building for the CPU only)"
+}
+
+# ---------------------------------------------------------------- build
+common=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_CCACHE=OFF
+    -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$ORIGIN')
+
+# build_part NAME KEY TARGETS... -- CMAKE FLAGS...: leaves the part's libraries in $out, from the cache if they are there.
+build_part() {
+    local name=$1 id=$2 key dir built targets=(); shift 2
+    while [ "$1" != -- ]; do targets+=("$1"); shift; done; shift
+    # Paths differ between machines and mean nothing; versions and flags are what a build is made of.
+    key=$(printf '%s\n' "$GGML_TREE_SHA256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" | digest)
+    built=$cache/build/$name-${key:0:16}
+    if [ $use_cache = no ] || [ ! -d "$built" ]; then
+        step="configure $name"
+        dir=$cache/work/$name-${key:0:16}
+        rm -rf "$dir"; mkdir -p "$dir" "$cache/build"
+        quietly "$dir/configure.log" cmake -S "$source_dir" -B "$dir" "${common[@]}" "$@"
+        step="build $name"
+        say "building $name: ${targets[*]} ($jobs jobs)"
+        quietly "$dir/build.log" cmake --build "$dir" -j "$jobs" --target "${targets[@]}"
+        step="collect $name"
+        rm -rf "$built.tmp" "$built"; mkdir "$built.tmp"
+        collect "$dir" "$built.tmp"
+        mv "$built.tmp" "$built"; rm -rf "$dir"
+    else
+        say "$name: cached build $(basename "$built")"
+    fi
+    cp "$built"/* "$out.tmp/"
+    echo "$name $(basename "$built")" >>"$out.tmp/BUILD"
+}
+
+# One file per library, under the name by which the others ask for it: core libraries by SONAME, plug-ins by plain name.
+collect() { # build tree, destination
+    local file name
+    find "$1" \( -name 'libggml*.so' -o -name 'libggml*.dylib' \) | while read -r file; do
+        name=$(basename "$file")
+        case $name in
+            # A plug-in build compiles the base too; the core part's own copy is the one that ships.
+            libggml.* | libggml-base.*) [[ $(basename "$2") == core-* ]] || continue ;;
+        esac
+        case $name in
+            libggml.so | libggml-base.so | libggml-cpu.so) name=$name.0 ;;
+            libggml.dylib | libggml-base.dylib | libggml-cpu.dylib) name=${name%.dylib}.0.dylib ;;
+        esac
+        cp -L "$file" "$2/$name"
+    done
+}
+
+get_source
+[ $only_source = no ] || exit 0
+get_build_tools
+step="prepare"
+rm -rf "$out.tmp"; mkdir -p "$out.tmp"
+if [ $mode = native ]; then
+    cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
+    build_part core "native $cpu_id" ggml ggml-base ggml-cpu -- -DGGML_NATIVE=ON
+else
+    build_part core portable all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON
+fi
+plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF)
+build_part rpc "plug-in" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
+[ $vulkan = no ] || get_vulkan_tools
+[ $vulkan = no ] || build_part vulkan "plug-in $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
+step="install"
+rm -rf "$out"; mv "$out.tmp" "$out"
+say "done: $(cd "$out" && ls | tr '\n' ' ')"

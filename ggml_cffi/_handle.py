@@ -1,0 +1,145 @@
+"""Ownership of C objects, in one place.
+
+A :class:`Handle` owns one C object. Closing it gives up this owner's claim; the object is freed in C as soon as nothing
+that was made from it is left. Each object holds the objects it was made from, so no order of closing can be wrong. At
+interpreter exit whatever is left is freed newest first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from ggml_cffi.errors import ClosedError
+
+
+class Owner:
+    """Holds one C object; the object is freed when its owner is no longer referenced.
+
+    ``cell`` is a one-element list with the pointer, None once freed.
+    """
+
+    __slots__ = ("__weakref__", "cell", "finalizer", "fork_safe", "kind")
+
+    def __init__(
+        self, kind: str, pointer: Any, free: Callable[[Any], None], parents: Iterable[Owner], fork_safe: bool
+    ) -> None:
+        self.kind = kind
+        self.cell: list[Any] = [pointer]
+        self.fork_safe = fork_safe
+        # The finalizer's arguments hold the parents for as long as this object lives.
+        self.finalizer = weakref.finalize(self, _free, self.cell, free, tuple(parents))
+        _owners.add(self)
+
+
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_CLOSED: list[Any] = [None]
+
+
+def _free(cell: list[Any], free: Callable[[Any], None], _parents: tuple[Owner, ...]) -> None:
+    pointer, cell[0] = cell[0], None
+    if pointer is not None:
+        free(pointer)
+
+
+def _after_fork_in_child() -> None:
+    """Threads and GPU contexts do not survive a fork: the child lets go of such objects without touching them."""
+    for owner in list(_owners):
+        if not owner.fork_safe:
+            owner.cell[0] = None
+            owner.finalizer.detach()
+            _forked_cells.append(owner.cell)
+
+
+_forked_cells: list[list[Any]] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def live() -> Counter[str]:
+    """Number of C objects not yet freed, by kind."""
+    return Counter(owner.kind for owner in list(_owners) if owner.cell[0] is not None)
+
+
+class Handle:
+    """Base of every object that is freed in C: ``close()``, ``with``, and :attr:`ptr` for the C layer below.
+
+    Parameters
+    ----------
+    pointer
+        The C object.
+    free
+        Frees it. Must not refer to the handle.
+    parents
+        Handles whose C objects this one uses.
+    fork_safe
+        Whether a forked child may go on using it.
+    """
+
+    __slots__ = ("__weakref__", "_cell", "_owner")
+
+    def __init__(
+        self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle] = (), *, fork_safe: bool = True
+    ) -> None:
+        owners = [parent.owner for parent in parents]
+        self._owner: Owner | None = Owner(type(self).__name__, pointer, free, owners, fork_safe)
+        self._cell = self._owner.cell
+
+    @property
+    def ptr(self) -> Any:
+        """The C pointer, for use with :mod:`ggml_cffi.c`. It stays ours: do not free it.
+
+        Raises
+        ------
+        ClosedError
+            If the object was closed, or a GPU or thread pool object is used after a fork.
+        """
+        pointer = self._cell[0]
+        if pointer is None:
+            raise self._closed_error()
+        return pointer
+
+    @property
+    def owner(self) -> Owner:
+        """What keeps the C object alive while it is held."""
+        if self._owner is None or self._cell[0] is None:
+            raise self._closed_error()
+        return self._owner
+
+    @property
+    def closed(self) -> bool:
+        """Whether the handle can no longer be used."""
+        return self._cell[0] is None
+
+    def _closed_error(self) -> ClosedError:
+        name = type(self).__name__
+        if any(self._cell is cell for cell in _forked_cells):
+            return ClosedError(f"this {name} was opened before a fork; open a new one in a spawned process instead")
+        return ClosedError(f"this {name} is closed")
+
+    def close(self) -> None:
+        """Give the object up. Closing twice is allowed; memory is freed once nothing uses it."""
+        # The pointer goes first: a finalizer that comes back here finds the handle closed.
+        self._cell, owner = _CLOSED, getattr(self, "_owner", None)
+        self._owner = None
+        del owner
+
+    def __enter__(self) -> Self:
+        self.ptr  # noqa: B018 - raises when closed
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        owner = getattr(self, "_owner", None)
+        if owner is not None and owner.cell[0] is not None and not sys.is_finalizing():
+            warnings.warn(f"{type(self).__name__} was never closed", ResourceWarning, source=self, stacklevel=2)

@@ -1,0 +1,144 @@
+"""Element types: ggml's beside numpy's.
+
+The types themselves are the members of :class:`ggml_cffi.enums.Type` (``ggml_cffi.F16`` and so on). Types without a
+numpy counterpart (BF16 and the quantized ones) are numpy ``float32`` on the Python side.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c
+from ggml_cffi.enums import Type
+
+_NUMPY = {
+    Type.F32: np.dtype(np.float32),
+    Type.F16: np.dtype(np.float16),
+    Type.F64: np.dtype(np.float64),
+    Type.I8: np.dtype(np.int8),
+    Type.I16: np.dtype(np.int16),
+    Type.I32: np.dtype(np.int32),
+    Type.I64: np.dtype(np.int64),
+}
+_FROM_NUMPY = {dtype: ggml for ggml, dtype in _NUMPY.items()}
+
+#: Intermediate formats of the dot products, which ``ggml_quantize_chunk`` refuses.
+_INTERNAL = frozenset({Type.Q8_1, Type.Q8_K})
+
+INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
+
+
+def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
+    """The ggml type that ``dtype`` names: a :class:`Type`, its number or name (``"q4_k"``), or a numpy dtype.
+
+    Raises
+    ------
+    TypeError
+        If ggml has no such type.
+    """
+    if isinstance(dtype, Type):
+        return dtype
+    try:
+        if isinstance(dtype, int) and not isinstance(dtype, bool):
+            return Type(dtype)
+        if isinstance(dtype, str) and dtype.upper() in Type.__members__:
+            return Type[dtype.upper()]
+        return _FROM_NUMPY[np.dtype(dtype).newbyteorder("=")]  # type: ignore[arg-type]
+    except (ValueError, KeyError, TypeError):
+        known = ", ".join(t.name for t in Type)
+        raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None
+
+
+def numpy_dtype(dtype: Type) -> np.dtype[Any]:
+    """The numpy dtype in which values of ``dtype`` appear in Python; ``float32`` where numpy has no counterpart."""
+    return _NUMPY.get(dtype, _NUMPY[Type.F32])
+
+
+def has_numpy(dtype: Type) -> bool:
+    """Whether tensors of ``dtype`` have the same bytes as a numpy array."""
+    return dtype in _NUMPY
+
+
+@cache
+def block_size(dtype: Type) -> int:
+    """Elements per block: 1 for plain types, 32 or 256 for most quantized ones. C: ``ggml_blck_size``."""
+    return c.ggml_blck_size(dtype)
+
+
+@cache
+def type_size(dtype: Type) -> int:
+    """Bytes per block. C: ``ggml_type_size``."""
+    return c.ggml_type_size(dtype)
+
+
+@cache
+def is_quantized(dtype: Type) -> bool:
+    """Whether values are stored in blocks with shared scales. C: ``ggml_is_quantized``."""
+    return bool(c.ggml_is_quantized(dtype))
+
+
+def row_size(dtype: Type, n: int) -> int:
+    """Bytes of a row of ``n`` elements.
+
+    Raises
+    ------
+    ValueError
+        If ``n`` is not a whole number of blocks.
+    """
+    block = block_size(dtype)
+    if n % block:
+        raise ValueError(f"{dtype.name} stores blocks of {block} elements: a row of {n} is no whole number of blocks")
+    return n // block * type_size(dtype)
+
+
+def to_bytes(array: npt.NDArray[Any], dtype: Type) -> npt.NDArray[Any]:
+    """``array`` as C-ordered data in the layout of ``dtype``: cast, or quantized row by row.
+
+    Integers must fit and floats are not cut to integers.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the values cannot be stored as ``dtype``.
+    """
+    want = numpy_dtype(dtype)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"cannot store numpy {array.dtype} as {dtype.name}: numbers are needed")
+    if dtype in INTEGERS:
+        if array.dtype.kind == "f":
+            raise TypeError(f"cannot store {array.dtype} as {dtype.name}: round it to integers first")
+        info = np.iinfo(want)
+        if array.size and array.dtype != want and (array.min() < info.min or array.max() > info.max):
+            raise ValueError(f"values from {array.min()} to {array.max()} do not fit {dtype.name}")
+    if dtype in _INTERNAL:
+        raise TypeError(f"{dtype.name} is a format inside ggml's products; no tensor is quantized to it")
+    plain = np.ascontiguousarray(array, dtype=want)
+    if has_numpy(dtype):
+        return plain
+    n = plain.shape[-1] if plain.ndim else 1
+    out = np.empty(row_size(dtype, n) * (plain.size // max(n, 1)), np.uint8)
+    if plain.size == 0:
+        return out
+    source, target = c.ffi.from_buffer("float *", plain), c.ffi.from_buffer("uint8_t *", out)
+    if dtype == Type.BF16:
+        c.ggml_fp32_to_bf16_row(source, c.ffi.cast("ggml_bf16_t *", target), plain.size)
+        return out
+    if c.ggml_quantize_requires_imatrix(dtype):
+        raise ValueError(f"{dtype.name} needs an importance matrix; quantize with one, or choose another type")
+    c.ggml_quantize_chunk(dtype, source, target, 0, plain.size // n, n, c.NULL)
+    return out
+
+
+def from_bytes(data: npt.NDArray[np.uint8], dtype: Type, n: int) -> npt.NDArray[np.float32]:
+    """``n`` values of a type without numpy counterpart, decoded to ``float32`` (shape ``(n,)``)."""
+    out = np.empty(n, np.float32)
+    if n:
+        decode = c.ggml_get_type_traits(dtype).to_float
+        if not decode:
+            raise TypeError(f"ggml cannot decode {dtype.name}")
+        decode(c.ffi.from_buffer(data), c.ffi.from_buffer("float *", out), n)
+    return out

@@ -1,0 +1,39 @@
+"""Exceptions of this package.
+
+Wrong arguments raise the built-in ``ValueError``, ``TypeError`` or ``IndexError``. What the C library reports as
+failure, or what would make it fail, raises one of these.
+"""
+
+from __future__ import annotations
+
+
+class GgmlError(Exception):
+    """Something in ggml failed."""
+
+
+class LibraryNotFoundError(GgmlError, ImportError):
+    """No usable libggml, or no plug-in of the kind asked for. The message lists every place that was tried."""
+
+
+class LibraryMismatchError(LibraryNotFoundError):
+    """A libggml was found, but it is not the version that this package is made for."""
+
+
+class OutOfMemoryError(GgmlError, MemoryError):
+    """A device or the host has not enough memory for a buffer."""
+
+
+class UnsupportedOpError(GgmlError):
+    """No backend of a scheduler can run a node."""
+
+
+class ClosedError(GgmlError):
+    """An object was used after it had been closed."""
+
+
+class FormatError(GgmlError, ValueError):
+    """A file is not what it claims to be, or is cut short."""
+
+
+class BackendCrashedError(GgmlError):
+    """A worker process died inside the C library or a driver."""
