@@ -1,0 +1,85 @@
+"""ggml on every GPU of the machine, from Python.
+
+Numpy in, every GPU of the machine busy, numpy out. The layers, from the bottom: :mod:`ggml_cffi.c` (the C API),
+objects (:class:`Device`, :class:`Backend`, :class:`Buffer`, :class:`Context`, :class:`Tensor`, :class:`Graph`,
+:class:`Scheduler`), operations (:mod:`ggml_cffi.ops`) and models (:mod:`ggml_cffi.models`).
+"""
+
+from ggml_cffi._decl import GGML_VERSION
+from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import Buffer, BufferType
+from ggml_cffi.context import Context
+from ggml_cffi.device import Capabilities, Device, DeviceType, Memory, device, devices
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Op, Type
+from ggml_cffi.errors import (
+    BackendCrashedError,
+    ClosedError,
+    FormatError,
+    GgmlError,
+    LibraryMismatchError,
+    LibraryNotFoundError,
+    OutOfMemoryError,
+    UnsupportedOpError,
+)
+from ggml_cffi.gguf import GGUFFile
+from ggml_cffi.graph import Graph
+from ggml_cffi.ops import *  # noqa: F403
+from ggml_cffi.ops import __all__ as _ops
+from ggml_cffi.scheduler import Scheduler
+from ggml_cffi.tensor import Tensor
+
+__version__ = "0.1.0"
+
+F32, F16, BF16, F64 = Type.F32, Type.F16, Type.BF16, Type.F64
+I8, I16, I32, I64 = Type.I8, Type.I16, Type.I32, Type.I64
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 = Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0
+Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K
+
+__all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+    "GGML_VERSION",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "Q2_K",
+    "Q3_K",
+    "Q4_0",
+    "Q4_1",
+    "Q4_K",
+    "Q5_0",
+    "Q5_1",
+    "Q5_K",
+    "Q6_K",
+    "Q8_0",
+    "Backend",
+    "BackendCrashedError",
+    "Buffer",
+    "BufferType",
+    "Capabilities",
+    "ClosedError",
+    "Context",
+    "Device",
+    "DeviceType",
+    "FormatError",
+    "GGUFFile",
+    "GgmlError",
+    "Graph",
+    "LibraryMismatchError",
+    "LibraryNotFoundError",
+    "Memory",
+    "Op",
+    "OutOfMemoryError",
+    "Scheduler",
+    "Tensor",
+    "Type",
+    "UnsupportedOpError",
+    "Usage",
+    "device",
+    "devices",
+    *_ops,
+]

@@ -1,0 +1,149 @@
+"""Buffers: memory of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi._handle import Handle
+from ggml_cffi.device import Device, device
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.errors import OutOfMemoryError
+
+
+class BufferType:
+    """A kind of memory. Never freed; two objects for one kind are equal."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, pointer: Any) -> None:
+        self.ptr = pointer
+        """The C pointer (``ggml_backend_buffer_type_t``)."""
+
+    @classmethod
+    def of(cls, which: BufferType | Device | str) -> BufferType:
+        """``which`` itself, or the default memory of the device that it names."""
+        return which if isinstance(which, cls) else cls(c.ggml_backend_dev_buffer_type(device(which).ptr))  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """ggml's name for it."""
+        text: bytes = c.ffi.string(c.ggml_backend_buft_name(self.ptr))
+        return text.decode()
+
+    @property
+    def alignment(self) -> int:
+        """Every tensor starts at a multiple of this many bytes."""
+        return c.ggml_backend_buft_get_alignment(self.ptr)
+
+    @property
+    def max_size(self) -> int:
+        """The most bytes that one buffer can have."""
+        return c.ggml_backend_buft_get_max_size(self.ptr)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the processor can read it in place."""
+        return bool(c.ggml_backend_buft_is_host(self.ptr))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BufferType) and bool(self.ptr == other.ptr)
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"<BufferType {self.name}>"
+
+
+class Buffer(Handle):
+    """A piece of device memory. Usually made by :meth:`Context.alloc`, which places tensors in it.
+
+    Parameters
+    ----------
+    buffer_type
+        A kind of memory, or a device (its default memory).
+    size
+        Bytes.
+    usage
+        ``Usage.WEIGHTS`` tells the scheduler to run nodes where their weights are.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has not that much left.
+
+    C: ``ggml_backend_buft_alloc_buffer``.
+    """
+
+    __slots__ = ("_on_close",)
+
+    def __init__(
+        self, buffer_type: BufferType | Device | str, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
+    ) -> None:
+        kind = BufferType.of(buffer_type)
+        if not 0 < size <= kind.max_size:
+            raise ValueError(f"{size} bytes: a buffer of {kind.name} has 1 to {kind.max_size} bytes")
+        pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
+        if not pointer:
+            raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
+        self._adopt(pointer, c.ggml_backend_buffer_free, (), usage)
+        if zero:
+            c.ggml_backend_buffer_clear(pointer, 0)
+
+    def _adopt(self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle], usage: Usage) -> None:
+        super().__init__(pointer, free, parents, fork_safe=bool(c.ggml_backend_buffer_is_host(pointer)))
+        self._on_close: Callable[[Buffer], None] | None = None
+        c.ggml_backend_buffer_set_usage(pointer, usage)
+
+    @classmethod
+    def over(cls, memory: Any, *, usage: Usage = Usage.ANY) -> Buffer:
+        """A buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
+
+        The memory must start at a multiple of 64 bytes; it is kept alive for as long as the buffer is in use.
+
+        C: ``ggml_backend_cpu_buffer_from_ptr``.
+        """
+        view = c.ffi.from_buffer(memory)
+        start = int(c.ffi.cast("uintptr_t", view))
+        if start % 64 or not len(view):
+            raise ValueError(f"{len(view)} bytes at {start:#x}: the memory must start at a multiple of 64 bytes")
+        pointer = c.ggml_backend_cpu_buffer_from_ptr(view, len(view))
+        self = cls.__new__(cls)
+        self._adopt(pointer, lambda p, _keep=view: c.ggml_backend_buffer_free(p), (), usage)  # type: ignore[misc]
+        return self
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return c.ggml_backend_buffer_get_size(self.ptr)
+
+    @property
+    def buffer_type(self) -> BufferType:
+        """The kind of memory."""
+        return BufferType(c.ggml_backend_buffer_get_type(self.ptr))
+
+    @property
+    def usage(self) -> Usage:
+        """What the buffer is used for."""
+        return Usage(c.ggml_backend_buffer_get_usage(self.ptr))
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the processor can read it in place."""
+        return bool(c.ggml_backend_buffer_is_host(self.ptr))
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte; only host memory can be read there."""
+        return int(c.ffi.cast("uintptr_t", c.ggml_backend_buffer_get_base(self.ptr)))
+
+    def close(self) -> None:
+        """Give the memory up. Tensors in it can no longer be used; it is freed once no scheduler computes with it."""
+        if self._on_close and not self.closed:
+            self._on_close(self)
+        super().close()
+
+    def __repr__(self) -> str:
+        return "<Buffer closed>" if self.closed else f"<Buffer {self.buffer_type.name}, {self.size:,} bytes>"

@@ -1,0 +1,271 @@
+"""Contexts: pools of tensor descriptions, and the placement of their data in buffers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy.typing as npt
+
+from ggml_cffi import c, dtypes
+from ggml_cffi._handle import Handle, Owner
+from ggml_cffi.buffer import Buffer, BufferType
+from ggml_cffi.device import Device
+from ggml_cffi.dtypes import as_type
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Type
+from ggml_cffi.errors import ClosedError
+from ggml_cffi.tensor import Tensor, check_shape, ne_of
+
+_FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
+
+
+class Context(Handle):
+    """Holds tensors: their shapes, types and how they are computed. Their data is in buffers.
+
+    ggml's pools have a fixed size and end the process when they are full; this one grows.
+
+    C: ``ggml_init``, ``ggml_free``.
+    """
+
+    __slots__ = ("_buffers", "_chunks", "_lock", "_released", "_room", "limits", "n_tensors", "serial", "uses")
+
+    _serial = 0
+
+    def __init__(self) -> None:
+        self._chunks = [_chunk(_FIRST_CHUNK)]
+        self._room = _FIRST_CHUNK
+        self._lock = threading.Lock()
+        self._buffers: list[Buffer] = []
+        self._released: set[Any] = set()
+        self.n_tensors = 0
+        """Tensors made so far."""
+        self.uses: dict[Context, Owner] = {}
+        """Other contexts whose tensors are operands here."""
+        self.limits: dict[Any, int] = {}
+        """Integer tensors that are used as row numbers, each with the number of rows."""
+        Context._serial += 1
+        self.serial = Context._serial
+        """Contexts made later have a larger one."""
+        super().__init__(self._chunks[0], partial(_free_chunks, self._chunks))
+
+    def new_tensor(self, dtype: Type | str | int | npt.DTypeLike, shape: Sequence[int], *, name: str = "") -> Tensor:
+        """A tensor without data yet: an input, a weight or a cache.
+
+        Parameters
+        ----------
+        dtype
+            Element type.
+        shape
+            Up to 4 sizes in numpy's order, the contiguous axis last. The last must be whole blocks of ``dtype``.
+        name
+            At most 63 bytes are kept.
+
+        Raises
+        ------
+        ValueError
+            If the shape is not possible.
+
+        C: ``ggml_new_tensor``.
+        """
+        dtype = as_type(dtype)
+        shape = check_shape(shape)
+        ne = ne_of(shape)
+        dtypes.row_size(dtype, ne[0])
+        tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
+        if name:
+            tensor.name = name
+        return tensor
+
+    def build(self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1) -> Tensor:
+        """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. The caller has checked.
+
+        ``function`` gets the C context before ``args``.
+        """
+        with self._lock:
+            if self._room < n:
+                self._grow(n)
+            self._room -= n
+            self.n_tensors += n
+            pointer = function(self.ptr, *args)
+        return Tensor(self, pointer, ndim)
+
+    def _grow(self, n: int) -> None:
+        self.ptr  # noqa: B018 - raises when closed
+        size = max(n, min(2 * self.n_tensors, _LARGEST_CHUNK))
+        chunk = _chunk(size)
+        self._chunks.append(chunk)
+        self._cell[0] = chunk
+        self._room = size
+
+    def use(self, other: Context) -> None:
+        """Keep ``other`` alive for as long as this context: its tensors are operands here."""
+        if other is not self and other not in self.uses:
+            self.uses[other] = other.owner
+
+    def reachable(self) -> list[Context]:
+        """This context and all whose tensors its tensors were made from.
+
+        Raises
+        ------
+        ClosedError
+            If one of them is closed.
+        """
+        found = [self]
+        for context in found:
+            if context.closed:
+                raise ClosedError("a context whose tensors are used here is closed")
+            found += [other for other in context.uses if other not in found]
+        return found
+
+    def alloc(
+        self,
+        on: BufferType | Device | str,
+        tensors: Iterable[Tensor] | None = None,
+        *,
+        usage: Usage = Usage.ANY,
+    ) -> list[Buffer]:
+        """Give tensors memory on a device, zeroed.
+
+        Parameters
+        ----------
+        on
+            Device, its name, or a kind of memory.
+        tensors
+            Tensors of this context; default all that are neither computed, nor views, nor allocated.
+        usage
+            ``Usage.WEIGHTS`` for weights: the scheduler runs nodes where their weights are.
+
+        Returns
+        -------
+        list of Buffer
+            The buffers made, more than one only where the device limits their size. The context owns them.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is another context's, is computed, or has memory already.
+        OutOfMemoryError
+            If the device has not enough.
+        """
+        kind = BufferType.of(on)
+        chosen = self._unallocated() if tensors is None else list(tensors)
+        for t in chosen:
+            self._check_allocatable(t)
+        made: list[Buffer] = []
+        try:
+            for group, size in _pack(chosen, kind):
+                buffer = Buffer(kind, size, usage=usage)
+                made.append(buffer)
+                address = c.ggml_backend_buffer_get_base(buffer.ptr)
+                for t, offset in group:
+                    self.put(t, buffer, address + offset)
+                self.adopt(buffer)
+        except BaseException:
+            for buffer in made:
+                buffer.close()
+            raise
+        return made
+
+    def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
+        """Place one tensor at ``address`` (``char *`` or ``void *``) inside ``buffer``; the caller adopts the buffer.
+
+        C: ``ggml_backend_tensor_alloc``.
+        """
+        self._check_allocatable(tensor)
+        start = int(c.ffi.cast("uintptr_t", address))
+        size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
+        alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
+        if start < buffer.base or start + size > buffer.base + buffer.size:
+            raise ValueError(f"{tensor!r} does not fit the buffer at that address")
+        if start % alignment:
+            raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
+        c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
+
+    def adopt(self, buffer: Buffer) -> None:
+        """Own ``buffer``: it closes with this context, and its tensors are unusable once it is closed."""
+        self._buffers.append(buffer)
+        buffer._on_close = self._forget
+
+    def _forget(self, buffer: Buffer) -> None:
+        self._buffers.remove(buffer)
+        pointer = buffer.ptr
+        for t in self.tensors():
+            # A tensor without memory is told from one whose memory was given up: only the first may be an input.
+            if t.ptr.buffer == pointer:
+                self._released.add(t.ptr)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Buffers that this context owns."""
+        return tuple(self._buffers)
+
+    def is_released(self, pointer: Any) -> bool:
+        """Whether the tensor's memory was given up by closing its buffer."""
+        return pointer in self._released
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of this context, in the order in which they were made."""
+        self.ptr  # noqa: B018 - raises when closed
+        found = []
+        for chunk in self._chunks:
+            pointer = c.ggml_get_first_tensor(chunk)
+            while pointer:
+                found.append(Tensor(self, pointer, c.ggml_n_dims(pointer)))
+                pointer = c.ggml_get_next_tensor(chunk, pointer)
+        return found
+
+    def _unallocated(self) -> list[Tensor]:
+        return [t for t in self.tensors() if t.is_leaf and not t.ptr.buffer and not t.ptr.view_src]
+
+    def _check_allocatable(self, t: Tensor) -> None:
+        if t.context is not self:
+            raise ValueError(f"{t!r} belongs to another context")
+        if not t.is_leaf or t.ptr.view_src:
+            raise ValueError(f"{t!r} is computed or a view: the scheduler gives it memory")
+        if t.ptr.buffer:
+            raise ValueError(f"{t!r} has memory already")
+
+    def close(self) -> None:
+        """Close the context and its buffers. Its tensors can no longer be used."""
+        for buffer in tuple(getattr(self, "_buffers", ())):
+            buffer._on_close = None
+            buffer.close()
+        if not self.closed:
+            self._buffers.clear()
+            self.uses.clear()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"
+
+
+def _chunk(n: int) -> Any:
+    size = n * c.ggml_tensor_overhead()
+    return c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+
+
+def _free_chunks(chunks: list[Any], _current: Any) -> None:
+    for chunk in chunks:
+        c.ggml_free(chunk)
+
+
+def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:
+    """Offsets of the tensors in as few buffers as the largest allowed size permits."""
+    groups: list[tuple[list[tuple[Tensor, int]], int]] = []
+    group: list[tuple[Tensor, int]] = []
+    used, limit, alignment = 0, kind.max_size, kind.alignment
+    for t in tensors:
+        size = -(-c.ggml_backend_buft_get_alloc_size(kind.ptr, t.ptr) // alignment) * alignment
+        if size > limit:
+            raise ValueError(f"{t!r} takes {size:,} bytes; a buffer of {kind.name} has at most {limit:,}")
+        if group and used + size > limit:
+            groups.append((group, used))
+            group, used = [], 0
+        group.append((t, used))
+        used += size
+    if group:
+        groups.append((group, max(used, alignment)))
+    return groups

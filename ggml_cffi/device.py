@@ -1,0 +1,145 @@
+"""Devices: what there is to compute on.
+
+>>> import ggml_cffi
+>>> for device in ggml_cffi.devices():
+...     print(device.name, device.description, device.memory().free)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ggml_cffi import _lib, c
+from ggml_cffi.enums import BackendDevType as DeviceType
+
+#: ggml's registry and its Vulkan device table have no locks of their own.
+registry_lock = threading.RLock()
+
+_ORDER = {DeviceType.GPU: 0, DeviceType.IGPU: 1, DeviceType.META: 2, DeviceType.ACCEL: 3, DeviceType.CPU: 4}
+
+
+class Memory(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device can do besides computing. C: ``ggml_backend_dev_caps``."""
+
+    asynchronous: bool
+    """Computes while the caller goes on."""
+    host_buffer: bool
+    """Has pinned host memory, which transfers faster."""
+    buffer_from_host_ptr: bool
+    """Can use memory that the host allocated."""
+    events: bool
+    """Can wait for one another's work without the host."""
+    mmap_support: bool
+    """Can load weights from a file mapping."""
+
+
+class Device:
+    """One device of ggml's registry. Devices are never freed; two objects for one device are equal."""
+
+    __slots__ = ("name", "ptr")
+
+    def __init__(self, pointer: Any) -> None:
+        self.ptr = pointer
+        """The C pointer (``ggml_backend_dev_t``)."""
+        self.name: str = c.ffi.string(c.ggml_backend_dev_name(pointer)).decode()
+        """ggml's name, such as ``"Vulkan0"`` or ``"CPU"``."""
+
+    @property
+    def description(self) -> str:
+        """The hardware's name. C: ``ggml_backend_dev_description``."""
+        text: bytes = c.ffi.string(c.ggml_backend_dev_description(self.ptr))
+        return text.decode("utf-8", "replace").strip()
+
+    @property
+    def type(self) -> DeviceType:
+        """What kind of device this is. C: ``ggml_backend_dev_type``."""
+        return DeviceType(c.ggml_backend_dev_type(self.ptr))
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether this is the processor."""
+        return self.type is DeviceType.CPU
+
+    def memory(self) -> Memory:
+        """Free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
+
+        C: ``ggml_backend_dev_memory``.
+        """
+        free, total = c.ffi.new("size_t *"), c.ffi.new("size_t *")
+        with registry_lock:
+            c.ggml_backend_dev_memory(self.ptr, free, total)
+        return Memory(min(free[0], total[0]), total[0])  # some drivers report more free than there is
+
+    @property
+    def pci_id(self) -> str | None:
+        """PCI address such as ``"0000:c1:00.0"``, None where there is none."""
+        text = self._props().device_id
+        return c.ffi.string(text).decode() if text else None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the device can do besides computing."""
+        caps = self._props().caps
+        names = ("async", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")
+        return Capabilities(*(bool(getattr(caps, name)) for name in names))
+
+    def _props(self) -> c.CData:
+        props = c.ffi.new("struct ggml_backend_dev_props *")
+        with registry_lock:
+            c.ggml_backend_dev_get_props(self.ptr, props)
+        return props
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and bool(self.ptr == other.ptr)
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}: {self.description}>"
+
+
+def devices() -> list[Device]:
+    """All devices: GPUs first in the driver's order, the CPU last.
+
+    The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
+    """
+    with registry_lock:
+        _lib.available("vulkan")
+        found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
+    return sorted(found, key=lambda d: _ORDER[d.type])
+
+
+def device(which: str | Device | int) -> Device:
+    """The device of a name (any case), or at a position of :func:`devices`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device; the message lists those there are.
+    """
+    if isinstance(which, Device):
+        return which
+    # The CPU is there without asking a GPU driver.
+    if isinstance(which, str) and which.upper() == "CPU":
+        with registry_lock:
+            return Device(c.ggml_backend_dev_by_type(DeviceType.CPU))
+    known = devices()
+    if isinstance(which, str):
+        for found in known:
+            if found.name.lower() == which.lower():
+                return found
+    elif 0 <= which < len(known):
+        return known[which]
+    names = ", ".join(d.name for d in known)
+    raise ValueError(f"there is no device {which!r}; this machine has {names}")

@@ -1,0 +1,150 @@
+"""Graphs: what to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi._handle import Handle
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Op
+from ggml_cffi.tensor import Tensor
+
+# ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns a thread's stack.
+_RECURSION_SAFE = 10_000
+# The fields that a scheduler writes: buffer, and everything from the operands to the data pointer.
+_TENSOR = "struct ggml_tensor"
+_SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
+_BUFFER = c.ffi.offsetof(_TENSOR, "buffer")
+
+
+class Graph(Handle):
+    """All that must be computed for some outputs, in an order that works.
+
+    Parameters
+    ----------
+    outputs
+        Tensors that will be read. Their memory is not reused during a run.
+
+    Raises
+    ------
+    ValueError
+        Without outputs.
+    ClosedError
+        If an output's context, or one whose tensors it needs, is closed.
+
+    C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
+    """
+
+    __slots__ = ("_members", "_nodes", "_order", "_saved", "contexts", "outputs")
+
+    def __init__(self, *outputs: Tensor) -> None:
+        if not outputs:
+            raise ValueError("a graph needs at least one output")
+        for t in outputs:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"outputs are tensors, not {type(t).__name__}")
+        self.outputs = outputs
+        """The tensors that will be read."""
+        self.contexts: list[Context] = []
+        """Every context whose tensors are part of the graph."""
+        for t in outputs:
+            self.contexts += [ctx for ctx in t.context.reachable() if ctx not in self.contexts]
+        bound = sum(ctx.n_tensors for ctx in self.contexts) + 1
+        size = c.ggml_graph_overhead_custom(bound, False) + 64
+        pool = c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+        pointer = c.ggml_new_graph_custom(pool, bound, False)
+        super().__init__(pointer, lambda _, pool=pool: c.ggml_free(pool), self.contexts)  # type: ignore[misc]
+        for t in outputs:
+            for step in _steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
+                c.ggml_build_forward_expand(pointer, step)
+            c.ggml_set_output(t.ptr)
+        self._order = c.ggml_graph_nodes(pointer)
+        self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
+        self._members = {*self._nodes, *_operands(self._nodes)}
+        self._saved: list[tuple[Any, bytes, bytes]] | None = None
+
+    @property
+    def nodes(self) -> list[Tensor]:
+        """The computed tensors in order of computation."""
+        self.ptr  # noqa: B018 - raises when closed
+        return [self._wrap(p) for p in self._nodes]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Inputs, weights and caches: tensors that nothing computes."""
+        self.ptr  # noqa: B018 - raises when closed
+        return [self._wrap(p) for p in self._members if p.op == Op.NONE]
+
+    def _wrap(self, pointer: Any) -> Tensor:
+        return Tensor(self.outputs[0].context, pointer, c.ggml_n_dims(pointer))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, t: object) -> bool:
+        return isinstance(t, Tensor) and t.ptr in self._members
+
+    @property
+    def n_tensors(self) -> int:
+        """Nodes and leaves together."""
+        return len(self._members)
+
+    def node_pointers(self) -> list[Any]:
+        """The nodes as C pointers."""
+        return self._nodes
+
+    def unallocated_leaves(self) -> Iterator[Tensor]:
+        """Leaves without memory, each as a tensor of the context that holds it."""
+        wanted = {p for p in self._members if p.op == Op.NONE and not p.view_src and not p.buffer}
+        for ctx in self.contexts if wanted else ():
+            for t in ctx.tensors():
+                if t.ptr in wanted:
+                    yield t
+
+    def save(self) -> None:
+        """Remember what a scheduler is about to overwrite: the operands it replaces by copies, and the memory."""
+        saved = []
+        for p in self._members:
+            raw = c.ffi.buffer(p, c.ffi.sizeof(_TENSOR))
+            saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
+        self._saved = saved
+
+    def restore(self) -> None:
+        """Undo what a scheduler wrote since :meth:`save`, the order of the nodes included.
+
+        Whoever saved holds :attr:`owner`, so that this works for a closed graph too.
+        """
+        for raw, buffer, rest in self._saved or ():
+            raw[_BUFFER : _BUFFER + 8] = buffer
+            raw[_SRC:_DATA_END] = rest
+        for i, p in enumerate(self._nodes):
+            self._order[i] = p
+
+    def __repr__(self) -> str:
+        return "<Graph closed>" if self.closed else f"<Graph {len(self)} nodes>"
+
+
+def _operands(nodes: list[Any]) -> Iterator[Any]:
+    for p in nodes:
+        for src in p.src:
+            if not src:
+                break
+            yield src
+            if src.view_src:
+                yield src.view_src
+
+
+def _steps(output: Tensor) -> Iterator[Any]:
+    """The operands of ``output`` before what uses them, found without recursion."""
+    done: set[Any] = set()
+    stack = [(output.ptr, False)]
+    while stack:
+        pointer, ready = stack.pop()
+        if ready:
+            yield pointer
+        elif pointer not in done:
+            done.add(pointer)
+            stack.append((pointer, True))
+            stack += [(src, False) for src in pointer.src if src]

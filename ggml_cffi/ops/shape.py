@@ -1,0 +1,164 @@
+"""Shapes and views. Views share the memory of what they are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from ggml_cffi import c
+from ggml_cffi.context import Context
+from ggml_cffi.dtypes import as_type, block_size, is_quantized, type_size
+from ggml_cffi.enums import Type
+from ggml_cffi.ops._check import fail, home
+from ggml_cffi.tensor import Tensor, check_shape, ne_of
+
+
+def reshape(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Tensor:
+    """``a`` with another shape, in the same order of elements; one size may be -1. A view.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` is not contiguous or the number of elements differs.
+
+    C: ``ggml_reshape_4d``.
+    """
+    ctx = home("reshape", a, ctx=ctx)
+    sizes = list(shape)
+    if sizes.count(-1) == 1:
+        rest = prod(n for n in sizes if n != -1)
+        sizes[sizes.index(-1)] = a.size // rest if rest else 0
+    sizes = list(check_shape(sizes))
+    if prod(sizes) != a.size:
+        raise fail("reshape", f"{tuple(shape)} has another number of elements", a=a)
+    if not a.is_contiguous:
+        raise fail("reshape", "a must be contiguous (use cont)", a=a)
+    ne = ne_of(sizes)
+    if ne[0] % block_size(a.dtype):
+        raise fail("reshape", f"rows of {ne[0]} are no whole blocks of {a.dtype.name}", a=a)
+    return ctx.build(c.ggml_reshape_4d, len(sizes), a.ptr, *ne)
+
+
+def permute(a: Tensor, axes: Sequence[int], *, ctx: Context | None = None) -> Tensor:
+    """``a`` with its axes in another order, as ``numpy.transpose(a, axes)``. A view.
+
+    Raises
+    ------
+    ValueError
+        If ``axes`` is no permutation of all axes.
+
+    C: ``ggml_permute``.
+    """
+    ctx = home("permute", a, ctx=ctx)
+    n = a.ndim
+    order = [axis + n if axis < 0 else axis for axis in axes]
+    if sorted(order) != list(range(n)):
+        raise fail("permute", f"{tuple(axes)} is no permutation of the {n} axes", a=a)
+    to = [0, 1, 2, 3]
+    for i, axis in enumerate(order):
+        to[n - 1 - axis] = n - 1 - i
+    return ctx.build(c.ggml_permute, n, a.ptr, *to)
+
+
+def transpose(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a`` with its last two axes swapped. A view.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` has fewer than two axes.
+
+    C: ``ggml_transpose``.
+    """
+    ctx = home("transpose", a, ctx=ctx)
+    if a.ndim < 2:
+        raise fail("transpose", "a must have at least two axes", a=a)
+    return ctx.build(c.ggml_transpose, a.ndim, a.ptr)
+
+
+def view(
+    a: Tensor,
+    shape: Sequence[int],
+    *,
+    strides: Sequence[int] | None = None,
+    offset: int = 0,
+    ctx: Context | None = None,
+) -> Tensor:
+    """A part of ``a``, by shape, strides and offset, as ``numpy.ndarray(shape, buffer=a, ...)``.
+
+    Parameters
+    ----------
+    shape
+        Sizes.
+    strides
+        Bytes from one element to the next along each axis; the last axis is contiguous. Default: no gaps.
+    offset
+        Bytes from the start of ``a`` to the first element.
+
+    Raises
+    ------
+    ValueError
+        If the view would reach outside ``a``, does not start at an element, or its last axis is not contiguous.
+
+    C: ``ggml_view_4d``.
+    """
+    ctx = home("view", a, ctx=ctx)
+    sizes = check_shape(shape)
+    ne, unit, block = ne_of(sizes), type_size(a.dtype), block_size(a.dtype)
+    if ne[0] % block:
+        raise fail("view", f"rows of {ne[0]} are no whole blocks of {a.dtype.name}", a=a)
+    nb = [unit, ne[0] // block * unit, 0, 0]
+    nb[2], nb[3] = nb[1] * ne[1], nb[1] * ne[1] * ne[2]
+    if strides is not None:
+        if len(strides) != len(sizes) or any(s < 0 for s in strides):
+            raise fail("view", f"strides {tuple(strides)} do not fit shape {sizes}", a=a)
+        given = list(reversed(strides))
+        if given and given[0] != unit and ne[0] > block:
+            raise fail("view", f"the last axis must be contiguous: its stride is {unit} bytes, not {given[0]}", a=a)
+        if any(s % unit for s in given):
+            raise fail("view", f"strides {tuple(strides)} are no multiples of {unit} bytes", a=a)
+        nb[1 : len(given)] = given[1:]
+        for i in range(max(len(given), 1), 4):
+            nb[i] = nb[i - 1] * ne[i - 1] if i > 1 else nb[1]
+    last = 0 if 0 in ne else (ne[0] // block) * unit + sum((n - 1) * s for n, s in zip(ne[1:], nb[1:], strict=True))
+    if offset < 0 or offset % unit or offset + last > a.nbytes:
+        raise fail("view", f"bytes {offset} to {offset + last} are not elements of a, which has {a.nbytes} bytes", a=a)
+    return ctx.build(c.ggml_view_4d, len(sizes), a.ptr, *ne, *nb[1:], offset)
+
+
+def cont(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """A contiguous copy of ``a``, as ``numpy.ascontiguousarray``.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` is neither contiguous nor F32, F16, BF16 or I32.
+
+    C: ``ggml_cont``.
+    """
+    ctx = home("cont", a, ctx=ctx)
+    if not a.is_contiguous and a.dtype not in (Type.F32, Type.F16, Type.BF16, Type.I32):
+        raise fail("cont", "only F32, F16, BF16 and I32 can be made contiguous", a=a)
+    return ctx.build(c.ggml_cont, a.ndim, a.ptr)
+
+
+def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
+    """A copy of ``a`` with another float or quantized type.
+
+    Raises
+    ------
+    ValueError
+        If ggml has no such conversion.
+
+    C: ``ggml_cast``.
+    """
+    ctx = home("cast", a, ctx=ctx)
+    to = as_type(dtype)
+    floats = (Type.F32, Type.F16, Type.BF16)
+    if a.dtype not in floats and not (is_quantized(a.dtype) and to is Type.F32):
+        raise fail("cast", f"there is no conversion to {to.name}", a=a)
+    if to not in floats and not (is_quantized(to) and a.dtype is Type.F32 and a.is_contiguous):
+        raise fail("cast", f"there is no conversion to {to.name}", a=a)
+    if a.ne[0] % block_size(to):
+        raise fail("cast", f"rows of {a.ne[0]} are no whole blocks of {to.name}", a=a)
+    return ctx.build(c.ggml_cast, a.ndim, a.ptr, to)

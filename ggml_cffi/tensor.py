@@ -1,0 +1,294 @@
+"""Tensors.
+
+Shapes are numpy's everywhere above :mod:`ggml_cffi.c`: row-major, ``tensor.shape == array.shape``, the contiguous axis
+last. ggml itself counts from the contiguous axis: :attr:`Tensor.ne` and :attr:`Tensor.nb` give that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c, dtypes
+from ggml_cffi.buffer import BufferType
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Op, TensorFlag, Type
+
+if TYPE_CHECKING:
+    from ggml_cffi.context import Context
+
+_TYPES = {int(t): t for t in Type}
+_OP_NONE = int(Op.NONE)
+_MAX_ELEMENTS = 2**62
+
+
+class Tensor:
+    """A tensor of a :class:`Context`: made by :meth:`Context.new_tensor` or by an operation.
+
+    It owns nothing: it dies with its context. Two objects for one tensor are equal.
+    """
+
+    __slots__ = ("_ne", "_pointer", "context", "ndim")
+
+    def __init__(self, context: Context, pointer: Any, ndim: int) -> None:
+        self.context = context
+        """The context that holds the tensor."""
+        self.ndim = ndim
+        """Number of axes, 0 to 4."""
+        self._pointer = pointer
+        self._ne: tuple[int, int, int, int] | None = None
+
+    @property
+    def ptr(self) -> Any:
+        """The C pointer (``struct ggml_tensor *``).
+
+        Raises
+        ------
+        ClosedError
+            If the context is closed.
+        """
+        if self.context._cell[0] is None:
+            raise self.context._closed_error()
+        return self._pointer
+
+    @property
+    def ne(self) -> tuple[int, int, int, int]:
+        """The four sizes in ggml's order, contiguous axis first."""
+        if self._ne is None:
+            self._ne = tuple(c.ffi.unpack(self.ptr.ne, 4))
+        return self._ne
+
+    @property
+    def nb(self) -> tuple[int, int, int, int]:
+        """The four strides in bytes, in ggml's order."""
+        return tuple(c.ffi.unpack(self.ptr.nb, 4))  # type: ignore[return-value]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in numpy's order."""
+        return self.ne[: self.ndim][::-1]
+
+    @property
+    def dtype(self) -> Type:
+        """Element type."""
+        return _TYPES[self.ptr.type]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.ne)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first to the last element. C: ``ggml_nbytes``."""
+        return c.ggml_nbytes(self.ptr)
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, at most 63 bytes of UTF-8."""
+        text: bytes = c.ffi.string(self.ptr.name)
+        return text.decode("utf-8", "replace")
+
+    @name.setter
+    def name(self, name: str) -> None:
+        c.ggml_set_name(self.ptr, name.encode())
+
+    @property
+    def op(self) -> Op:
+        """The operation that computes it, ``Op.NONE`` for a leaf."""
+        return Op(self.ptr.op)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether nothing computes it: an input, a weight or a cache."""
+        return bool(self.ptr.op == _OP_NONE)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one after another in order. C: ``ggml_is_contiguous``."""
+        return bool(c.ggml_is_contiguous(self.ptr))
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether it has memory."""
+        return bool(self._root().buffer)
+
+    @property
+    def buffer_type(self) -> BufferType | None:
+        """The kind of memory it is in, None without memory."""
+        buffer = self._root().buffer
+        return BufferType(c.ggml_backend_buffer_get_type(buffer)) if buffer else None
+
+    def set(self, values: npt.ArrayLike) -> None:
+        """Write values, cast or quantized to the tensor's type.
+
+        Parameters
+        ----------
+        values
+            Anything numpy takes as an array, of the tensor's shape.
+
+        Raises
+        ------
+        ValueError
+            If the shape differs, the tensor has no memory or is not contiguous, integers do not fit, or row numbers
+            are out of range for an operation that uses them.
+        TypeError
+            If the values cannot be stored in the tensor's type.
+
+        C: ``ggml_backend_tensor_set``.
+        """
+        array = np.asarray(values)
+        if array.shape != self.shape:
+            raise ValueError(f"{self!r} takes an array of shape {self.shape}, not {array.shape}")
+        self.set_bytes(dtypes.to_bytes(array, self.dtype))
+
+    def set_bytes(self, data: Any) -> None:
+        """Write the raw bytes of all elements, as they lie in memory (``nbytes`` of them, any buffer object)."""
+        view = c.ffi.from_buffer(data)
+        self._check_data()
+        if not self.is_contiguous:
+            raise ValueError(f"{self!r} is not contiguous: write to the tensor that it is a view of")
+        if len(view) != self.nbytes:
+            raise ValueError(f"{self!r} takes {self.nbytes} bytes, not {len(view)}")
+        if self.context.limits:
+            self.check_limit(np.frombuffer(data, np.uint8))
+        if len(view):
+            c.ggml_backend_tensor_set(self.ptr, view, 0, len(view))
+
+    def numpy(self, *, copy: bool = True) -> npt.NDArray[Any]:
+        """The values, of the tensor's shape; ``float32`` where numpy has no such type.
+
+        Parameters
+        ----------
+        copy
+            False for a view of host memory instead, which lives as long as the array does. Writing to it writes the
+            tensor.
+
+        Raises
+        ------
+        ValueError
+            If the tensor has no memory; if it is a temporary of a graph, whose memory may hold other values by now; or
+            for a view, if it is not in host memory or of a type that numpy has not.
+
+        C: ``ggml_backend_tensor_get``.
+        """
+        self._check_data()
+        self._check_output()
+        dtype = self.dtype
+        if not copy:
+            return self._host_view()
+        raw = np.empty(self.nbytes, np.uint8)
+        if raw.size:
+            c.ggml_backend_tensor_get(self.ptr, c.ffi.from_buffer(raw), 0, raw.size)
+        if dtypes.has_numpy(dtype):
+            values = self._strided(raw)
+            return values if values.flags.c_contiguous else np.ascontiguousarray(values)
+        if not self.is_contiguous:
+            raise ValueError(f"{self!r} is a view of {dtype.name} blocks that are not contiguous: make it contiguous")
+        return dtypes.from_bytes(raw, dtype, self.size).reshape(self.shape)
+
+    def _strided(self, raw: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        strides = self.nb[: self.ndim][::-1]
+        return np.ndarray(self.shape, dtypes.numpy_dtype(self.dtype), raw, 0, strides)  # type: ignore[call-overload]
+
+    def _host_view(self) -> npt.NDArray[Any]:
+        dtype = self.dtype
+        buffer = self._root().buffer
+        if not c.ggml_backend_buffer_is_host(buffer):
+            raise ValueError(f"{self!r} is in {self.buffer_type}: only host memory can be viewed; take a copy")
+        if not dtypes.has_numpy(dtype):
+            raise ValueError(f"numpy has no {dtype.name}: take a copy, which decodes it")
+        memory = c.ffi.buffer(c.ffi.cast("char *", self.ptr.data), self.nbytes)
+        keep = _KeepAlive(memory, [b.owner for ctx in self.context.reachable() for b in ctx.buffers])
+        view = self._strided(np.asarray(keep))
+        if self._limit() is not None:
+            view.flags.writeable = False  # row numbers are checked by set()
+        return view
+
+    def _root(self) -> Any:
+        pointer = self.ptr
+        return pointer.view_src or pointer
+
+    def _check_data(self) -> None:
+        root = self._root()
+        if not root.buffer or any(ctx.is_released(root) for ctx in self.context.reachable()):
+            raise ValueError(f"{self!r} has no memory: use Context.alloc, or Scheduler.alloc for a whole graph")
+
+    def _check_output(self) -> None:
+        root = self._root()
+        if (
+            root.op != _OP_NONE
+            and not root.flags & TensorFlag.OUTPUT
+            and c.ggml_backend_buffer_get_usage(root.buffer) == Usage.COMPUTE
+        ):
+            raise ValueError(f"{self!r} is a temporary: name it as an output of its Graph to read it")
+
+    def _limit(self) -> int | None:
+        return self.context.limits.get(self._root())
+
+    def check_limit(self, raw: npt.NDArray[np.uint8]) -> None:
+        """Raise ``ValueError`` if ``raw`` holds row numbers that an operation on this tensor could not look up."""
+        limit = self._limit()
+        if limit is None or not raw.size:
+            return
+        rows = raw.view(dtypes.numpy_dtype(self.dtype))
+        if rows.min() < 0 or rows.max() >= limit:
+            raise ValueError(
+                f"{self!r} holds row numbers of a tensor with {limit} rows, but got values from {rows.min()} to "
+                f"{rows.max()}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tensor) and bool(self._pointer == other._pointer)
+
+    def __hash__(self) -> int:
+        return hash(self._pointer)
+
+    def __repr__(self) -> str:
+        if self.context.closed:
+            return "<Tensor of a closed context>"
+        made = "" if self.is_leaf else f" = {self.op.name.lower()}"
+        return f"<Tensor {self.name!r} {self.dtype.name} {self.shape}{made}>"
+
+
+class _KeepAlive:
+    """Host memory with what keeps it alive, as numpy's array interface wants it."""
+
+    def __init__(self, memory: Any, owners: list[Any]) -> None:
+        self.owners = owners
+        self.memory = memory
+        address = int(c.ffi.cast("uintptr_t", c.ffi.from_buffer(memory)))
+        self.__array_interface__ = {
+            "shape": (len(memory),),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as a tuple of at most 4 sizes that ggml can hold.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Otherwise.
+    """
+    try:
+        sizes = tuple(int(n.__index__()) for n in shape)
+    except (AttributeError, TypeError):
+        raise TypeError(f"a shape is a sequence of integers, not {shape!r}") from None
+    if len(sizes) > c.GGML_MAX_DIMS:
+        raise ValueError(f"shape {sizes} has {len(sizes)} axes; ggml has at most {c.GGML_MAX_DIMS}")
+    if any(n < 0 for n in sizes) or prod(max(n, 1) for n in sizes) > _MAX_ELEMENTS:
+        raise ValueError(f"shape {sizes} is not possible: sizes must be at least 0 and their product below 2**62")
+    return sizes
+
+
+def ne_of(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """A numpy shape in ggml's order, filled up with ones."""
+    return (*reversed(shape), *(1,) * (4 - len(shape)))  # type: ignore[return-value]
