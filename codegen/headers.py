@@ -158,7 +158,9 @@ def _function(
             _set_declname(param.type, name)
         if text != "void":
             params.append((name, text))
-    returns = generator.visit(node.type.type).replace(f" {node.name}", "").replace(f"*{node.name}", "*")
+    _set_declname(node.type.type, None)
+    returns = generator.visit(node.type.type)
+    _set_declname(node.type.type, node.name)
     library = "ggml" if node.name in registry else HEADERS[header]
     return Function(node.name, header, library, returns, tuple(params), node.name in deprecated)
 

@@ -21,7 +21,7 @@ _LEVELS = {
 _line = threading.local()  # messages come in fragments, each thread's its own
 
 
-@ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[misc]
+@ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[untyped-decorator]
 def _receive(level: int, text: Any, _data: Any) -> None:
     if level != LogLevel.CONT:
         _line.level = _LEVELS.get(LogLevel(level), logging.DEBUG)

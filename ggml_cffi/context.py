@@ -106,7 +106,7 @@ class Context(Handle):
             self.uses[other] = other.owner
 
     def reachable(self) -> list[Context]:
-        """This context and all whose tensors its tensors were made from.
+        """The context itself and all whose tensors its tensors were made from.
 
         Raises
         ------

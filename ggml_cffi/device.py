@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ggml_cffi import _lib, c
-from ggml_cffi.enums import BackendDevType as DeviceType
+from ggml_cffi.enums import BackendDevType
+
+DeviceType = BackendDevType
 
 #: ggml's registry and its Vulkan device table have no locks of their own.
 registry_lock = threading.RLock()

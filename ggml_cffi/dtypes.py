@@ -47,7 +47,7 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
             return Type(dtype)
         if isinstance(dtype, str) and dtype.upper() in Type.__members__:
             return Type[dtype.upper()]
-        return _FROM_NUMPY[np.dtype(dtype).newbyteorder("=")]  # type: ignore[arg-type]
+        return _FROM_NUMPY[np.dtype(dtype).newbyteorder("=")]
     except (ValueError, KeyError, TypeError):
         known = ", ".join(t.name for t in Type)
         raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None

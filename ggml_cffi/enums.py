@@ -331,7 +331,7 @@ class SchedPriority(IntEnum):
 
 
 class BackendBufferUsage(IntEnum):
-    """What a buffer is used for; the scheduler runs a node where its weights are. C: ``enum ggml_backend_buffer_usage``."""
+    """What a buffer is used for: nodes run where their weights are. C: ``enum ggml_backend_buffer_usage``."""
 
     ANY = 0
     """No particular use."""
@@ -357,12 +357,12 @@ class BackendDevType(IntEnum):
 
 
 class BackendMetaSplitAxis(IntEnum):
-    """How the meta device distributes a tensor, by the axis in ggml's order. C: ``enum ggml_backend_meta_split_axis``."""
+    """How the meta device cuts a tensor, by ggml's axis. C: ``enum ggml_backend_meta_split_axis``."""
 
-    _0 = 0
-    _1 = 1
-    _2 = 2
-    _3 = 3
+    AXIS_0 = 0
+    AXIS_1 = 1
+    AXIS_2 = 2
+    AXIS_3 = 3
     MIRRORED = 10
     """Every device holds the whole tensor."""
     PARTIAL = 11

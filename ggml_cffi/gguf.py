@@ -6,6 +6,7 @@ Nothing is believed before it was checked against the size of the file.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -137,10 +138,8 @@ class GGUFFile:
         """Close the file. Memory that arrays or buffers still use stays mapped until they are gone."""
         mapping, self._map = getattr(self, "_map", None), None
         if mapping is not None:
-            try:
+            with contextlib.suppress(BufferError):  # whoever still looks at it holds it
                 mapping.close()
-            except BufferError:
-                pass  # whoever still looks at it holds it
 
     def __enter__(self) -> Self:
         return self
@@ -171,8 +170,10 @@ class _Reader:
         self.at = start + n
         return start
 
-    def number(self, code: str) -> Any:
-        return struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
+    def number(self, code: str) -> int:
+        """One unsigned integer, by its struct code."""
+        value: int = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
+        return value
 
     def string(self) -> str:
         n = self.number("<Q")
@@ -211,7 +212,8 @@ class _Reader:
             raise self.fail(f"value type {kind} at byte {self.at - 4} does not exist")
         start = self.take(n * dtype.itemsize)
         if dtype.kind == "b":  # a bool of another value than 0 and 1 would be no bool to numpy
-            return np.frombuffer(self.data, np.uint8, n, start) != 0
+            truth: npt.NDArray[Any] = np.frombuffer(self.data, np.uint8, n, start) != 0
+            return truth
         return np.frombuffer(self.data, dtype, n, start).copy()
 
     def array(self, depth: int) -> Any:

@@ -40,7 +40,7 @@ class Tensor:
         self.ndim = ndim
         """Number of axes, 0 to 4."""
         self._pointer = pointer
-        self._ne: tuple[int, int, int, int] | None = None
+        self._ne: tuple[int, ...] | None = None
 
     @property
     def ptr(self) -> Any:
@@ -56,16 +56,16 @@ class Tensor:
         return self._pointer
 
     @property
-    def ne(self) -> tuple[int, int, int, int]:
+    def ne(self) -> tuple[int, ...]:
         """The four sizes in ggml's order, contiguous axis first."""
         if self._ne is None:
             self._ne = tuple(c.ffi.unpack(self.ptr.ne, 4))
         return self._ne
 
     @property
-    def nb(self) -> tuple[int, int, int, int]:
+    def nb(self) -> tuple[int, ...]:
         """The four strides in bytes, in ggml's order."""
-        return tuple(c.ffi.unpack(self.ptr.nb, 4))  # type: ignore[return-value]
+        return tuple(c.ffi.unpack(self.ptr.nb, 4))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -193,7 +193,7 @@ class Tensor:
 
     def _strided(self, raw: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         strides = self.nb[: self.ndim][::-1]
-        return np.ndarray(self.shape, dtypes.numpy_dtype(self.dtype), raw, 0, strides)  # type: ignore[call-overload]
+        return np.ndarray(self.shape, dtypes.numpy_dtype(self.dtype), raw, 0, strides)
 
     def _host_view(self) -> npt.NDArray[Any]:
         dtype = self.dtype
@@ -289,6 +289,6 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def ne_of(shape: Sequence[int]) -> tuple[int, int, int, int]:
+def ne_of(shape: Sequence[int]) -> tuple[int, ...]:
     """A numpy shape in ggml's order, filled up with ones."""
-    return (*reversed(shape), *(1,) * (4 - len(shape)))  # type: ignore[return-value]
+    return (*reversed(shape), *(1,) * (4 - len(shape)))

@@ -71,7 +71,9 @@ def rope_ext(
     if n_dims < 2 or n_dims % 2 or n_dims > a.ne[0]:
         raise fail("rope_ext", f"n_dims must be even and 2 to the size of a head, not {n_dims}", a=a)
     if freq_factors is not None and (freq_factors.dtype is not Type.F32 or freq_factors.ne[0] < n_dims // 2):
-        raise fail("rope_ext", f"freq_factors must be F32 with at least {n_dims // 2} values", freq_factors=freq_factors)
+        raise fail(
+            "rope_ext", f"freq_factors must be F32 with at least {n_dims // 2} values", freq_factors=freq_factors
+        )
     if not freq_base > 0:
         raise ValueError(f"rope_ext: freq_base must be above 0, not {freq_base}")
     return ctx.build(

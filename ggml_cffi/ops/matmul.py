@@ -46,7 +46,9 @@ def mul_mat(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
         raise fail("mul_mat", "a must not be transposed (use cont)", a=a, b=b)
     kind = b.dtype
     if a.dtype in _INTEGERS or (kind is not Type.F32 and (kind is not a.dtype or kind not in (Type.F16, Type.BF16))):
-        raise fail("mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b)
+        raise fail(
+            "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
+        )
     # A vector for b gives a vector: (k,) -> (n,).
     ndim = max(b.ndim, a.ndim if a.ndim > 2 else 0)
     return ctx.build(c.ggml_mul_mat, ndim, a.ptr, b.ptr)

@@ -1,0 +1,36 @@
+# make demo: a real model over every GPU (or two software devices). make test: the whole test suite.
+# Both set up what they need: system packages (as root on Debian or Ubuntu), a venv, the libraries, the model.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check fuzz bench setup clean
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup check
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh --source-only
+	$(BIN)/python -m codegen --check
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.llm
+
+setup: $(STAMP)
+	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh
+
+$(STAMP): pyproject.toml tools/system.sh
+	PYTHON=$(PYTHON) tools/system.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) ggml_cffi/lib ggml_cffi/lib.tmp vendor/ggml

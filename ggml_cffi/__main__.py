@@ -1,0 +1,5 @@
+"""``python -m ggml_cffi``: the same as ``ggml-cffi``."""
+
+from ggml_cffi.cli import main
+
+raise SystemExit(main())

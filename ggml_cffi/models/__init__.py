@@ -1,0 +1,14 @@
+"""Models from GGUF files.
+
+>>> from ggml_cffi import models
+>>> with models.load("model.gguf") as model:  # doctest: +SKIP
+...     for piece in model.generate("The capital of France is", max_tokens=16):
+...         print(piece, end="", flush=True)
+"""
+
+from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.model import ARCHITECTURES, Model, Timings, load
+from ggml_cffi.models.sampling import Sampler
+from ggml_cffi.models.tokenizer import Tokenizer
+
+__all__ = ["ARCHITECTURES", "Model", "Sampler", "Timings", "Tokenizer", "fetch", "load"]

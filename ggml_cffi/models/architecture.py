@@ -1,0 +1,120 @@
+"""What an architecture tells the rest: its sizes, which tensors belong to which layer, and how to build its graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ggml_cffi.errors import FormatError
+from ggml_cffi.gguf import GGUFFile, TensorInfo
+from ggml_cffi.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of one run over ``n`` tokens."""
+
+    tokens: Tensor
+    """Token ids, I32 ``(n,)``."""
+    positions: Tensor
+    """Positions in the text, I32 ``(n,)``."""
+    rows: Tensor
+    """Where in the cache the tokens' keys and values go, I64 ``(n,)``."""
+    mask: Tensor
+    """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
+    wanted: Tensor
+    """Tokens whose logits are wanted, I32 ``(n_out,)``."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, each ``(n_ctx, size)``."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Metadata:
+    """Typed access to the metadata of a model file, with errors that name the key."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.file, self.architecture = file, architecture
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of ``{architecture}.{key}``, checked for its type."""
+        name = f"{self.architecture}.{key}"
+        value = self.file.metadata.get(name, default)
+        if value is None:
+            raise FormatError(f"{self.file.path}: the model has no {name!r}")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+            raise FormatError(f"{self.file.path}: {name!r} is {value!r}, not a {kind.__name__}")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """An integer above 0 (and of a size that C can hold)."""
+        value: int = self.get(key, int, default)
+        if not 0 < value < 2**31:
+            raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a positive number")
+        return value
+
+
+class Architecture(ABC):
+    """A family of models. One subclass, in one file, for each.
+
+    Parameters
+    ----------
+    file
+        The model file.
+
+    Raises
+    ------
+    FormatError
+        If the file lacks something or sizes contradict one another.
+    """
+
+    name: ClassVar[str]
+    """``general.architecture`` in GGUF."""
+
+    n_layers: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    kv_sizes: tuple[int, int]
+    """Elements of a token's keys and values in one layer."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.read(Metadata(file, self.name))
+        self.shapes = dict(self.expected_tensors())
+        for name, shape in self.shapes.items():
+            info = self.info(name)
+            if info.shape != shape:
+                raise FormatError(f"{file.path}: tensor {name!r} has shape {info.shape}; {shape} is expected")
+
+    def info(self, name: str) -> TensorInfo:
+        """The file's tensor of this name, or FormatError."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise FormatError(f"{self.file.path}: the model has no tensor {name!r}")
+        return info
+
+    @abstractmethod
+    def read(self, meta: Metadata) -> None:
+        """Set the sizes from the metadata."""
+
+    @abstractmethod
+    def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every tensor that the graph uses, with the shape that it must have."""
+
+    @abstractmethod
+    def build(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
+        """The graph from ``inputs`` to logits ``(n_out, n_vocab)``."""
+
+    @property
+    def output_tensor(self) -> str:
+        """The tensor of the output head; the token embeddings where the two are tied."""
+        return "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"

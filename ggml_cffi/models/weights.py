@@ -1,0 +1,172 @@
+"""Which layer goes where, and getting it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import Buffer
+from ggml_cffi.context import Context
+from ggml_cffi.dtypes import row_size
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Type
+from ggml_cffi.gguf import GGUFFile, TensorInfo
+from ggml_cffi.models.architecture import Architecture, LayerCache
+from ggml_cffi.tensor import Tensor
+
+#: Called with bytes done and bytes in all while weights are loaded.
+Progress = Callable[[int, int], None]
+
+# Share of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
+_USABLE = 0.85
+
+
+@dataclass
+class Share:
+    """What one device holds."""
+
+    backend: Backend
+    layers: list[int] = field(default_factory=list)
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    compute_bytes: int = 0
+    has_output: bool = False
+
+
+def split_layers(architecture: Architecture, backends: Sequence[Backend], layer_cache: int) -> list[int]:
+    """For each layer, the index of its backend: GPUs in proportion to their free memory, the CPU for what is left.
+
+    Layers that no GPU has room for are the first ones, next to the embeddings, which the CPU holds anyway.
+    """
+    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
+    cpu = len(backends) - 1
+    if not gpus:
+        return [cpu] * architecture.n_layers
+    sizes = [layer_cache] * architecture.n_layers
+    for name, info in architecture.file.tensors.items():
+        layer = layer_of(name)
+        if layer is not None and layer < len(sizes):
+            sizes[layer] += info.nbytes
+    room = {i: int(backends[i].device.memory().free * _USABLE) for i in gpus}
+    room[gpus[-1]] -= architecture.info(architecture.output_tensor).nbytes
+    total, wanted = max(sum(room.values()), 1), sum(sizes)
+    # From the last layer down: each GPU takes its share, the last GPU the layers next to the output.
+    where = [cpu] * architecture.n_layers
+    layer = architecture.n_layers - 1
+    for order, gpu in enumerate(reversed(gpus)):
+        share = wanted * room[gpu] / total
+        taken = 0
+        while layer >= 0 and taken + sizes[layer] <= room[gpu]:
+            # The last GPU asked takes all that fits; the others stop when half of the next layer is over their share.
+            if order < len(gpus) - 1 and taken + sizes[layer] / 2 > share:
+                break
+            taken += sizes[layer]
+            where[layer] = gpu
+            layer -= 1
+    return where
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a tensor's name, ``blk.7.attn_q.weight`` -> 7."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blk" and len(parts) > 2 and parts[1].isdigit() else None
+
+
+class Weights:
+    """The weights and caches of a model on their devices.
+
+    On the CPU, weights are the file's own pages; for other devices they are streamed from the mapping.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        backends: Sequence[Backend],
+        n_ctx: int,
+        kv_dtype: Type = Type.F16,
+        progress: Progress | None = None,
+    ) -> None:
+        self.architecture = architecture
+        self.tensors: dict[str, Tensor] = {}
+        """Name to weight. ``output.weight`` is there even where it is tied to the embeddings."""
+        self.cache: list[LayerCache] = []
+        self.shares = [Share(b) for b in backends]
+        self.context = Context()
+        try:
+            self._place(n_ctx, kv_dtype)
+            self._load(progress)
+        except BaseException:
+            self.context.close()
+            raise
+
+    def _place(self, n_ctx: int, kv_dtype: Type) -> None:
+        architecture = self.architecture
+        per_layer = sum(n_ctx * row_size(kv_dtype, size) for size in architecture.kv_sizes)
+        self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
+        last = len(self.shares) - 1
+        # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU.
+        head = self.where[-1]
+        self._pending: list[tuple[Tensor, TensorInfo, int]] = []
+        for name in architecture.shapes:
+            layer = layer_of(name)
+            target = self.where[layer] if layer is not None else last if name == "token_embd.weight" else head
+            self._add(name, architecture.info(name), target)
+        self.shares[head].has_output = True
+        if "output.weight" not in self.tensors:
+            if head == last:
+                self.tensors["output.weight"] = self.tensors["token_embd.weight"]
+            else:
+                self._add("output.weight", architecture.info("token_embd.weight"), head)
+        for layer, target in enumerate(self.where):
+            k, v = (
+                self.context.new_tensor(kv_dtype, (n_ctx, size), name=f"cache_{kind}.{layer}")
+                for kind, size in zip("kv", architecture.kv_sizes, strict=True)
+            )
+            self.cache.append(LayerCache(k, v))
+            self.shares[target].layers.append(layer)
+            self.shares[target].cache_bytes += k.nbytes + v.nbytes
+        for i, share in enumerate(self.shares):
+            caches = [t for layer in share.layers for t in (self.cache[layer].k, self.cache[layer].v)]
+            streamed = [t for t, info, target in self._pending if target == i and not self._mapped(share, info)]
+            if caches:
+                self.context.alloc(share.backend.buffer_type, caches)
+            if streamed:
+                self.context.alloc(share.backend.buffer_type, streamed, usage=Usage.WEIGHTS)
+
+    def _add(self, name: str, info: TensorInfo, target: int) -> None:
+        tensor = self.context.new_tensor(info.dtype, info.shape, name=name)
+        self.tensors[name] = tensor
+        self._pending.append((tensor, info, target))
+        self.shares[target].weight_bytes += info.nbytes
+
+    def _mapped(self, share: Share, info: TensorInfo) -> bool:
+        return share.backend.device.is_cpu and info.offset % 32 == 0
+
+    def _load(self, progress: Progress | None) -> None:
+        file = self.architecture.file
+        mapping: Buffer | None = None
+        total, done = sum(info.nbytes for _, info, _ in self._pending), 0
+        # In the file's order, so that a disk reads ahead.
+        for tensor, info, target in sorted(self._pending, key=lambda entry: entry[1].offset):
+            if self._mapped(self.shares[target], info):
+                if mapping is None:
+                    mapping = Buffer.over(file.map, usage=Usage.WEIGHTS)
+                    self.context.adopt(mapping)
+                self.context.put(tensor, mapping, mapping.base + info.offset)
+            else:
+                tensor.set_bytes(_raw(file, info))
+            done += info.nbytes
+            if progress:
+                progress(done, total)
+        del self._pending
+
+    def close(self) -> None:
+        """Free everything."""
+        self.tensors.clear()
+        self.cache.clear()
+        self.context.close()
+
+
+def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:
+    return memoryview(file.map)[info.offset : info.offset + info.nbytes]
