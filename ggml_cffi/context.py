@@ -16,7 +16,6 @@ from ggml_cffi.device import Device
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError
 from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
@@ -115,8 +114,7 @@ class Context(Handle):
         """
         found = [self]
         for context in found:
-            if context.closed:
-                raise ClosedError("a context whose tensors are used here is closed")
+            context.ptr  # noqa: B018 - raises when closed
             found += [other for other in context.uses if other not in found]
         return found
 
@@ -202,9 +200,10 @@ class Context(Handle):
         """Buffers that this context owns."""
         return tuple(self._buffers)
 
-    def is_released(self, pointer: Any) -> bool:
-        """Whether the tensor's memory was given up by closing its buffer."""
-        return pointer in self._released
+    @property
+    def released(self) -> set[Any]:
+        """C pointers of the tensors whose memory was given up by closing its buffer."""
+        return self._released
 
     def tensors(self) -> list[Tensor]:
         """All tensors of this context, in the order in which they were made."""

@@ -7,7 +7,7 @@ numpy counterpart (BF16 and the quantized ones) are numpy ``float32`` on the Pyt
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ggml_cffi import c
 from ggml_cffi.enums import Type
 
-_NUMPY = {
+_NUMPY: dict[Type, np.dtype[Any]] = {
     Type.F32: np.dtype(np.float32),
     Type.F16: np.dtype(np.float16),
     Type.F64: np.dtype(np.float64),
@@ -47,7 +47,7 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
             return Type(dtype)
         if isinstance(dtype, str) and dtype.upper() in Type.__members__:
             return Type[dtype.upper()]
-        return _FROM_NUMPY[np.dtype(dtype).newbyteorder("=")]
+        return _FROM_NUMPY[np.dtype(cast(Any, dtype)).newbyteorder("=")]
     except (ValueError, KeyError, TypeError):
         known = ", ".join(t.name for t in Type)
         raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None

@@ -37,7 +37,7 @@ class Graph(Handle):
     C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
     """
 
-    __slots__ = ("_members", "_nodes", "_order", "_saved", "contexts", "outputs")
+    __slots__ = ("_nodes", "_order", "_saved", "contexts", "members", "outputs")
 
     def __init__(self, *outputs: Tensor) -> None:
         if not outputs:
@@ -62,7 +62,8 @@ class Graph(Handle):
             c.ggml_set_output(t.ptr)
         self._order = c.ggml_graph_nodes(pointer)
         self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
-        self._members = {*self._nodes, *_operands(self._nodes)}
+        self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
+        """C pointers of all nodes and leaves."""
         self._saved: list[tuple[Any, bytes, bytes]] | None = None
 
     @property
@@ -75,7 +76,7 @@ class Graph(Handle):
     def leaves(self) -> list[Tensor]:
         """Inputs, weights and caches: tensors that nothing computes."""
         self.ptr  # noqa: B018 - raises when closed
-        return [self._wrap(p) for p in self._members if p.op == Op.NONE]
+        return [self._wrap(p) for p in self.members if p.op == Op.NONE]
 
     def _wrap(self, pointer: Any) -> Tensor:
         return Tensor(self.outputs[0].context, pointer, c.ggml_n_dims(pointer))
@@ -84,12 +85,12 @@ class Graph(Handle):
         return len(self._nodes)
 
     def __contains__(self, t: object) -> bool:
-        return isinstance(t, Tensor) and t.ptr in self._members
+        return isinstance(t, Tensor) and t.ptr in self.members
 
     @property
     def n_tensors(self) -> int:
         """Nodes and leaves together."""
-        return len(self._members)
+        return len(self.members)
 
     def node_pointers(self) -> list[Any]:
         """The nodes as C pointers."""
@@ -97,7 +98,7 @@ class Graph(Handle):
 
     def unallocated_leaves(self) -> Iterator[Tensor]:
         """Leaves without memory, each as a tensor of the context that holds it."""
-        wanted = {p for p in self._members if p.op == Op.NONE and not p.view_src and not p.buffer}
+        wanted = {p for p in self.members if p.op == Op.NONE and not p.view_src and not p.buffer}
         for ctx in self.contexts if wanted else ():
             for t in ctx.tensors():
                 if t.ptr in wanted:
@@ -106,7 +107,7 @@ class Graph(Handle):
     def save(self) -> None:
         """Remember what a scheduler is about to overwrite: the operands it replaces by copies, and the memory."""
         saved = []
-        for p in self._members:
+        for p in self.members:
             raw = c.ffi.buffer(p, c.ffi.sizeof(_TENSOR))
             saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
         self._saved = saved

@@ -244,6 +244,8 @@ class Scheduler(Handle):
     def _prepare(self, graph: Graph) -> None:
         for ctx in graph.contexts:
             ctx.ptr  # noqa: B018 - raises when closed
+            for p in ctx.released & graph.members:
+                raise ClosedError(f"the buffer of {Tensor(ctx, p, c.ggml_n_dims(p))!r} was closed")
         if graph.n_tensors > self._capacity:
             self._capacity = 2 * graph.n_tensors
             self._start()
@@ -254,8 +256,6 @@ class Scheduler(Handle):
     def _alloc_inputs(self, graph: Graph) -> None:
         groups: dict[tuple[Any, Backend], list[Tensor]] = {}
         for t in graph.unallocated_leaves():
-            if t.context.is_released(t.ptr):
-                raise ClosedError(f"the buffer of {t!r} was closed")
             _, backend = self._placed.get(t.ptr, (t, self.backends[0]))
             groups.setdefault((t.context, backend), []).append(t)
         for (ctx, backend), tensors in groups.items():

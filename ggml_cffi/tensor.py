@@ -215,7 +215,7 @@ class Tensor:
 
     def _check_data(self) -> None:
         root = self._root()
-        if not root.buffer or any(ctx.is_released(root) for ctx in self.context.reachable()):
+        if not root.buffer or any(root in ctx.released for ctx in self.context.reachable()):
             raise ValueError(f"{self!r} has no memory: use Context.alloc, or Scheduler.alloc for a whole graph")
 
     def _check_output(self) -> None:

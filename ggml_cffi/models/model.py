@@ -274,9 +274,10 @@ class Model:
 
     def _feed(self, ids: list[int], at: int) -> npt.NDArray[np.float32]:
         """Compute ``ids`` from position ``at`` on; the last one's logits ``(n_vocab,)``."""
+        logits = np.empty(0, np.float32)
         for batch, start in self._batches(ids, at):
-            logits = self._step(batch, start, 1)
-        return logits[0]
+            logits = self._step(batch, start, 1)[0]
+        return logits
 
     def _batches(self, ids: list[int], at: int) -> Iterator[tuple[list[int], int]]:
         """``ids`` in parts of about equal size, at most ``n_batch`` each, with their positions.

@@ -54,4 +54,5 @@ class Sampler:
     def _probabilities(self, logits: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
         scaled = (logits - logits.max()) / self.temperature
         p: npt.NDArray[Any] = np.exp(scaled)
-        return p / p.sum()
+        p /= p.sum()
+        return p

@@ -1,0 +1,97 @@
+"""What the tests share.
+
+Tests that take ``devices`` run on the CPU, on one Vulkan device and on two. Where the machine has fewer than two GPUs,
+ggml is told to list the first Vulkan device twice, software devices included.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ggml_cffi
+from ggml_cffi import _handle
+
+ROOT = Path(__file__).resolve().parent.parent
+_COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
+
+if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
+    # In a process of its own: the driver reads the variable when it is first loaded.
+    done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True)
+    if int(done.stdout) < 2:
+        os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
+
+DEVICE_SETS = [("CPU",), ("Vulkan0",), ("Vulkan0", "Vulkan1")]
+
+
+@pytest.fixture(params=DEVICE_SETS, ids="+".join)
+def devices(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Names of devices to compute on."""
+    return need(request.param)
+
+
+@pytest.fixture
+def two_gpus() -> tuple[str, str]:
+    """Names of two Vulkan devices."""
+    return need(("Vulkan0", "Vulkan1"))  # type: ignore[return-value]
+
+
+def need(names: tuple[str, ...]) -> tuple[str, ...]:
+    """``names``, if the machine has such devices; else the test is skipped, and says what is missing."""
+    missing = set(names) - {d.name for d in ggml_cffi.devices()}
+    if missing:
+        pytest.skip(
+            f"no {', '.join(sorted(missing))}: needs the Vulkan plug-in, a loader and a driver (see make setup)"
+        )
+    return names
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Every C object that a test made is freed when it ends."""
+    gc.collect()
+    before = _handle.live()
+    yield
+    gc.collect()
+    left = _handle.live() - before
+    assert not left, f"C objects left behind: {dict(left)}"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers, the same every time."""
+    return np.random.default_rng(42)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct."""
+    from ggml_cffi.models import fetch
+
+    return fetch("smollm2")
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """The norm of the difference over the norm of the reference."""
+    want = np.asarray(want, np.float64)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30))
+
+
+def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
