@@ -11,7 +11,7 @@ from ggml_cffi.buffer import Buffer, BufferType
 from ggml_cffi.context import Context
 from ggml_cffi.device import Capabilities, Device, DeviceType, Memory, device, devices
 from ggml_cffi.enums import BackendBufferUsage as Usage
-from ggml_cffi.enums import Op, Type
+from ggml_cffi.enums import Op, Prec, Type
 from ggml_cffi.errors import (
     BackendCrashedError,
     ClosedError,
@@ -74,6 +74,7 @@ __all__ = [
     "Memory",
     "Op",
     "OutOfMemoryError",
+    "Prec",
     "Scheduler",
     "Tensor",
     "Type",

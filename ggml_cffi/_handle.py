@@ -143,3 +143,4 @@ class Handle:
         owner = getattr(self, "_owner", None)
         if owner is not None and owner.cell[0] is not None and not sys.is_finalizing():
             warnings.warn(f"{type(self).__name__} was never closed", ResourceWarning, source=self, stacklevel=2)
+            self.close()

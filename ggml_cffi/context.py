@@ -29,7 +29,7 @@ class Context(Handle):
     C: ``ggml_init``, ``ggml_free``.
     """
 
-    __slots__ = ("_buffers", "_chunks", "_lock", "_released", "_room", "limits", "n_tensors", "serial", "uses")
+    __slots__ = ("_buffers", "_chunks", "_lock", "_released", "_room", "held", "limits", "n_tensors", "serial", "uses")
 
     _serial = 0
 
@@ -43,6 +43,8 @@ class Context(Handle):
         """Tensors made so far."""
         self.uses: dict[Context, Owner] = {}
         """Other contexts whose tensors are operands here."""
+        self.held: dict[Any, frozenset[Any]] = {}
+        """Graphs that schedulers hold and that reach into this context, with the C pointers of their nodes."""
         self.limits: dict[Any, int] = {}
         """Integer tensors that are used as row numbers, each with the number of rows."""
         Context._serial += 1

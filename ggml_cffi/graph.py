@@ -65,6 +65,27 @@ class Graph(Handle):
         self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
         """C pointers of all nodes and leaves."""
         self._saved: list[tuple[Any, bytes, bytes]] | None = None
+        try:
+            self.check_free()
+        except ValueError:
+            self.close()
+            raise
+
+    def check_free(self) -> None:
+        """Raise ``ValueError`` if a scheduler holds this graph, or another with some of these nodes.
+
+        It has replaced their operands by copies, so that nothing else can be computed from them.
+        """
+        for ctx in self.contexts:
+            for other, nodes in ctx.held.items():
+                if not nodes.isdisjoint(self._nodes):
+                    raise ValueError(f"a scheduler holds {other!r} with some of these tensors: call its reset() first")
+
+    def hold(self) -> None:
+        """Mark the nodes as a scheduler's."""
+        nodes = frozenset(self._nodes)
+        for ctx in self.contexts:
+            ctx.held[self] = nodes
 
     @property
     def nodes(self) -> list[Tensor]:
@@ -122,6 +143,8 @@ class Graph(Handle):
             raw[_SRC:_DATA_END] = rest
         for i, p in enumerate(self._nodes):
             self._order[i] = p
+        for ctx in self.contexts:
+            ctx.held.pop(self, None)
 
     def __repr__(self) -> str:
         return "<Graph closed>" if self.closed else f"<Graph {len(self)} nodes>"

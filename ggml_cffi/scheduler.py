@@ -221,6 +221,8 @@ class Scheduler(Handle):
             If no backend can compute a node.
         ClosedError
             If a context of the graph is closed.
+        ValueError
+            If another scheduler holds a graph with some of the same tensors.
 
         C: ``ggml_backend_sched_reserve``, ``ggml_backend_sched_alloc_graph``.
         """
@@ -238,6 +240,7 @@ class Scheduler(Handle):
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
                 raise
+            graph.hold()
             self._graph = graph
             self._pins = [graph.owner, *(b.owner for ctx in graph.contexts for b in ctx.buffers)]
 
@@ -246,6 +249,7 @@ class Scheduler(Handle):
             ctx.ptr  # noqa: B018 - raises when closed
             for p in ctx.released & graph.members:
                 raise ClosedError(f"the buffer of {Tensor(ctx, p, c.ggml_n_dims(p))!r} was closed")
+        graph.check_free()
         if graph.n_tensors > self._capacity:
             self._capacity = 2 * graph.n_tensors
             self._start()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
-from ggml_cffi.enums import Type
+from ggml_cffi.enums import Prec, Type
 from ggml_cffi.ops._check import fail, home
+from ggml_cffi.ops.elementwise import add
 from ggml_cffi.tensor import Tensor
 
 _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})
 
 
-def mul_mat(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
     """``b @ a.T``: every row of ``b`` against every row of ``a``.
 
     Parameters
@@ -21,6 +22,9 @@ def mul_mat(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     b
         ``(..., m, k)``, F32 (or F16 beside an F16 ``a``). Its leading sizes are multiples of ``a``'s, which is
         repeated.
+    prec
+        ``Prec.F32`` for sums in F32 everywhere; by default GPUs may add up products of half-precision or quantized
+        ``a`` in F16, which is faster and about 1e-3 to 1e-2 off.
     ctx
         Context of the result; default the youngest of the operands'.
 
@@ -34,7 +38,7 @@ def mul_mat(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     ValueError
         If the sizes or types do not fit.
 
-    C: ``ggml_mul_mat``.
+    C: ``ggml_mul_mat``, ``ggml_mul_mat_set_prec``.
     """
     ctx = home("mul_mat", a, b, ctx=ctx)
     an, bn = a.ne, b.ne
@@ -51,7 +55,10 @@ def mul_mat(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
         )
     # A vector for b gives a vector: (k,) -> (n,).
     ndim = max(b.ndim, a.ndim if a.ndim > 2 else 0)
-    return ctx.build(c.ggml_mul_mat, ndim, a.ptr, b.ptr)
+    out = ctx.build(c.ggml_mul_mat, ndim, a.ptr, b.ptr)
+    if prec is not Prec.DEFAULT:
+        c.ggml_mul_mat_set_prec(out.ptr, Prec(prec))
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Context | None = None) -> Tensor:
@@ -73,7 +80,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
 
     C: ``ggml_mul_mat``, ``ggml_add``.
     """
-    from ggml_cffi.ops.elementwise import add
-
     y = mul_mat(weight, x, ctx=ctx)
     return y if bias is None else add(y, bias, ctx=ctx)
