@@ -56,7 +56,7 @@ class Scheduler(Handle):
     __slots__ = (
         "_capacity",
         "_graph",
-        "_lock",
+        "lock",
         "_opened",
         "_pins",
         "_placed",
@@ -88,7 +88,9 @@ class Scheduler(Handle):
         except BaseException:
             self._close_opened()
             raise
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held by every call. Hold it yourself around a run and the reading of its outputs, where other threads may
+        run the same scheduler: a run writes over the outputs of the one before."""
         self._graph: Graph | None = None
         self._reserved = False
         self._pins: list[Owner] = []
@@ -143,12 +145,12 @@ class Scheduler(Handle):
             kind = BufferType(c.ggml_backend_buffer_get_type(root.buffer))
             if not chosen.supports_buffer_type(kind):
                 raise ValueError(f"{tensor!r} has memory in {kind.name}, where {chosen.name} cannot compute")
-        with self._lock:
+        with self.lock:
             self._placed[tensor.ptr] = (tensor, chosen)
 
     def unplace(self, tensor: Tensor | None = None) -> None:
         """Forget the placement of ``tensor``, or all placements."""
-        with self._lock:
+        with self.lock:
             if tensor is None:
                 self._placed.clear()
             else:
@@ -164,7 +166,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_get_tensor_backend``.
         """
-        with self._lock:
+        with self.lock:
             graph = self._held()
             if tensor not in graph:
                 raise ValueError(f"{tensor!r} is not part of the graph that the scheduler holds")
@@ -173,7 +175,7 @@ class Scheduler(Handle):
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """Every computed node of the graph held with its backend, in order; views, which compute nothing, left out."""
-        with self._lock:
+        with self.lock:
             graph = self._held()
             return [(t, self.backend_of(t)) for t in graph.nodes if t.op not in _VIEWS]
 
@@ -198,7 +200,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_reserve``.
         """
-        with self._lock:
+        with self.lock:
             self.reset()
             self._prepare(graph)
             try:
@@ -226,7 +228,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_reserve``, ``ggml_backend_sched_alloc_graph``.
         """
-        with self._lock:
+        with self.lock:
             self.reset()
             self._prepare(graph)
             try:
@@ -307,7 +309,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_reset``.
         """
-        with self._lock:
+        with self.lock:
             graph, self._graph, pins, self._pins = self._graph, None, self._pins, []
             if graph is not None:
                 self.synchronize()
@@ -329,7 +331,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_graph_compute``.
         """
-        with self._lock:
+        with self.lock:
             held = self._ready(graph)
             with self._exclusive():
                 status = c.ggml_backend_sched_graph_compute(self.ptr, held.ptr)
@@ -340,7 +342,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_graph_compute_async``.
         """
-        with self._lock:
+        with self.lock:
             held = self._ready(graph)
             with self._exclusive():
                 status = c.ggml_backend_sched_graph_compute_async(self.ptr, held.ptr)
@@ -348,7 +350,7 @@ class Scheduler(Handle):
 
     def synchronize(self) -> None:
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
-        with self._lock, self._exclusive():
+        with self.lock, self._exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
 
     def _ready(self, graph: Graph | None) -> Graph:
@@ -385,7 +387,7 @@ class Scheduler(Handle):
     @property
     def n_splits(self) -> int:
         """Parts of the graph held that run on one backend each. C: ``ggml_backend_sched_get_n_splits``."""
-        with self._lock:
+        with self.lock:
             self._held()
             return c.ggml_backend_sched_get_n_splits(self.ptr)
 
@@ -396,7 +398,7 @@ class Scheduler(Handle):
 
     def buffer_sizes(self) -> dict[Backend, int]:
         """Bytes of the compute buffer on each backend. C: ``ggml_backend_sched_get_buffer_size``."""
-        with self._lock:
+        with self.lock:
             if not self._reserved:
                 return dict.fromkeys(self.backends, 0)
             return {b: c.ggml_backend_sched_get_buffer_size(self.ptr, b.ptr) for b in self.backends}

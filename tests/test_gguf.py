@@ -60,8 +60,8 @@ def test_values_have_python_types(path):
             f.metadata["new"] = 1
 
 
-def test_tensors(path, rng):
-    a = rng.standard_normal((3, 32))
+def test_tensors(path):
+    a = np.random.default_rng(42).standard_normal((3, 32))  # the first numbers of the fixture's generator
     with ggml.GGUFFile(path) as f:
         assert list(f.tensors) == ["a", "b", "c", "scalar"]
         info = f.tensors["b"]
@@ -171,5 +171,5 @@ def test_other_alignment(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         ggml.GGUFFile(tmp_path / "nothing.gguf")
-    with pytest.raises(OSError, match=""):
+    with pytest.raises(IsADirectoryError):
         ggml.GGUFFile(tmp_path)

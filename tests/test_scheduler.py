@@ -330,8 +330,10 @@ def test_threads_share_a_backend(devices, x):
         def work(scheduler, chain):
             try:
                 for _ in range(20):
-                    scheduler.compute(chain.graph)
-                    assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+                    with scheduler.lock:
+                        scheduler.compute(chain.graph)
+                        got = chain.y.numpy()
+                    assert relative_error(got, chain.want(x)) < 1e-3
             except BaseException as error:
                 failures.append(error)
 
