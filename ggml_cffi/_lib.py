@@ -8,12 +8,10 @@ loaded only when asked for: no GPU driver is touched before.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ggml_cffi import _log
@@ -27,7 +25,7 @@ PLUGINS = ("vulkan", "rpc")
 _lock = threading.RLock()
 _loaded: dict[str, Any] = {}
 _missing: dict[str, LibraryNotFoundError] = {}
-_place: Path | None = None
+_place: str | None = None
 
 
 def load(name: str) -> Any:
@@ -61,22 +59,29 @@ def available(plugin: str) -> bool:
     return True
 
 
-def location() -> Path | None:
+def location() -> str | None:
     """The folder of the loaded core, None for one of the system's. Loads the core."""
     load("base")
     return _place
 
 
-def _places() -> Iterator[tuple[str, Path | None]]:
+def _places() -> Iterator[tuple[str, str | None]]:
     for entry in filter(None, os.environ.get("GGML_CFFI_LIBRARY_PATH", "").split(os.pathsep)):
-        yield "$GGML_CFFI_LIBRARY_PATH", Path(entry)
-    yield "the package's own libraries (build_lib.sh)", Path(__file__).parent / "lib"
-    wheel = importlib.util.find_spec("libggml")
-    for root in (wheel.submodule_search_locations or ()) if wheel else ():
+        yield "$GGML_CFFI_LIBRARY_PATH", entry
+    yield "the package's own libraries (build_lib.sh)", os.path.join(os.path.dirname(os.path.abspath(__file__)), "lib")
+    for root in _wheel():
         for name in ("lib64", "lib", "bin"):
-            if (Path(root) / name).is_dir():
-                yield "the libggml-python wheel", Path(root) / name
+            if os.path.isdir(folder := os.path.join(root, name)):
+                yield "the libggml-python wheel", folder
     yield "the system's libraries", None
+
+
+def _wheel() -> list[str]:
+    """Folders of the installed libggml-python wheel."""
+    import importlib.util
+
+    found = importlib.util.find_spec("libggml")
+    return list(found.submodule_search_locations or ()) if found else []
 
 
 def _load_core() -> None:
@@ -96,7 +101,7 @@ def _load_core() -> None:
         _place = folder
         _log.install(_loaded["base"])
         return
-    if importlib.util.find_spec("libggml") is None:
+    if not _wheel():
         reasons.insert(-1, "  the libggml-python wheel\n    not installed")
     kind = LibraryMismatchError if mismatch else LibraryNotFoundError
     raise kind(
@@ -106,7 +111,7 @@ def _load_core() -> None:
     )
 
 
-def _open_core(folder: Path | None) -> dict[str, Any]:
+def _open_core(folder: str | None) -> dict[str, Any]:
     """Open base, cpu and ggml from ``folder`` and check that they are what the declarations describe."""
     base = ffi.dlopen(_path(folder, "ggml-base"))
     version = ffi.string(base.ggml_version()).decode()
@@ -119,36 +124,37 @@ def _open_core(folder: Path | None) -> dict[str, Any]:
         cpu = ffi.dlopen(_path(folder, "ggml-cpu"))
         return {"base": base, "cpu": cpu, "ggml": ffi.dlopen(_path(folder, "ggml"))}
     except OSError:
-        variants = sorted(folder.glob(f"{_PREFIX}ggml-cpu-*{_SUFFIX}")) if folder else []
+        names = sorted(os.listdir(folder)) if folder else []
+        variants = [os.path.join(folder or "", n) for n in names if n.startswith(f"{_PREFIX}ggml-cpu-")]
         if not variants:
             raise
     core = ffi.dlopen(_path(folder, "ggml"))
     best = max(variants, key=_score)
     if _score(best) == 0 or core.ggml_backend_load(os.fsencode(best)) == ffi.NULL:
         raise OSError(f"none of its {len(variants)} CPU variants runs on this machine")
-    return {"base": base, "cpu": ffi.dlopen(os.fspath(best)), "ggml": core}
+    return {"base": base, "cpu": ffi.dlopen(best), "ggml": core}
 
 
-def _score(variant: Path) -> int:
+def _score(variant: str) -> int:
     """How well a CPU variant fits this machine, 0 for not at all: each library's own word."""
     import ctypes  # only a portable build needs it
 
     try:
-        return int(ctypes.CDLL(os.fspath(variant)).ggml_backend_score())
+        return int(ctypes.CDLL(variant).ggml_backend_score())
     except (OSError, AttributeError):
         return 0
 
 
-def _path(folder: Path | None, name: str) -> str:
+def _path(folder: str | None, name: str) -> str:
     file = f"{_PREFIX}{name}{_SUFFIX}"
     versioned = {"darwin": f"lib{name}.0.dylib", "win32": file}.get(sys.platform, f"{file}.0")
     if folder is None:
         return versioned
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OSError("no such folder")
-    for candidate in (folder / versioned, folder / file):
-        if candidate.exists():
-            return os.fspath(candidate.resolve())
+    for candidate in (os.path.join(folder, versioned), os.path.join(folder, file)):
+        if os.path.exists(candidate):
+            return os.path.realpath(candidate)
     raise OSError(f"no {versioned} in it")
 
 

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -79,7 +78,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = os.fspath(path)
         """Where the file is."""
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -87,7 +86,7 @@ class GGUFFile:
                 raise FormatError(f"{path}: {size} bytes are too few for a GGUF file")
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            reader = _Reader(self._map, os.fspath(path))
+            reader = _Reader(self._map, self.path)
             self.version, metadata, tensors = reader.header()
         except BaseException:
             self.close()
@@ -150,7 +149,7 @@ class GGUFFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<GGUFFile {self.path.name}: {len(self.tensors)} tensors>"
+        return f"<GGUFFile {os.path.basename(self.path)}: {len(self.tensors)} tensors>"
 
 
 class _Reader:

@@ -56,12 +56,12 @@ class Scheduler(Handle):
     __slots__ = (
         "_capacity",
         "_graph",
-        "lock",
         "_opened",
         "_pins",
         "_placed",
         "_reserved",
         "backends",
+        "lock",
         "op_offload",
         "parallel",
     )

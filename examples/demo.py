@@ -1,0 +1,52 @@
+"""A real model answers a prompt, its layers split over every GPU, the CPU behind them.
+
+Where there is no GPU, two logical devices of the software Vulkan driver stand in.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import ggml_cffi
+from ggml_cffi import cli, models
+
+PROMPT = "What is the capital of France, and what is it known for?"
+
+
+def gpus() -> int:
+    """GPUs that the driver lists by itself; asked in another process, since it lists them once."""
+    command = [sys.executable, "-m", "ggml_cffi", "devices", "--json"]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return sum(device["type"] != "CPU" for device in listed)
+
+
+def main() -> None:
+    """Load, answer, and say what was where and how fast."""
+    if "GGML_VK_VISIBLE_DEVICES" not in os.environ and gpus() == 0:
+        os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
+        software = any(not d.is_cpu for d in ggml_cffi.devices())
+        print(
+            "No GPU here: two logical devices of the software Vulkan driver stand in (slow; it compiles for a minute)."
+            if software
+            else "No GPU and no software Vulkan device here: the CPU does it all."
+        )
+    print("\nDevices")
+    cli.main(["devices"])
+
+    path = models.fetch("smollm2")
+    with cli.progress_bar("loading") as progress:
+        model = models.load(path, n_ctx=512, progress=progress)
+    with model:
+        print(f"\n{path.name}: what is where")
+        print(cli.placement(model))
+        print(f"\n> {PROMPT}\n")
+        for piece in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):
+            print(piece, end="", flush=True)
+        used = sorted({backend.name for _, backend in model.scheduler.assignment()})
+        print(f"\n\n{cli.speed(model)}")
+        print(f"The scheduler computed on {', '.join(used)}, in {model.scheduler.n_splits} parts.")
+
+
+if __name__ == "__main__":
+    main()
