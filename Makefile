@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml tools/system.sh
 	PYTHON=$(PYTHON) tools/system.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m compileall -q ggml_cffi
 	touch $@
 
 clean:
