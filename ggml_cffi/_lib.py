@@ -26,6 +26,7 @@ _lock = threading.RLock()
 _loaded: dict[str, Any] = {}
 _missing: dict[str, LibraryNotFoundError] = {}
 _place: str | None = None
+_pids: dict[str, int] = {}  # the process in which a plug-in was loaded
 
 
 def load(name: str) -> Any:
@@ -57,6 +58,11 @@ def available(plugin: str) -> bool:
             raise
         return False
     return True
+
+
+def inherited(plugin: str) -> bool:
+    """Whether a plug-in was loaded before this process was forked: its driver does not work here."""
+    return _pids.get(plugin, os.getpid()) != os.getpid()
 
 
 def location() -> str | None:
@@ -174,4 +180,5 @@ def _load_plugin(name: str) -> None:
     if _loaded["ggml"].ggml_backend_load(os.fsencode(path)) == ffi.NULL:
         _missing[name] = LibraryNotFoundError(f"the {name} plug-in was found at {path}, but it has no usable device")
         raise _missing[name]
+    _pids[name] = os.getpid()
     _loaded[name] = library

@@ -7,7 +7,7 @@ import threading
 from functools import partial
 from typing import Any
 
-from ggml_cffi import c
+from ggml_cffi import _lib, c
 from ggml_cffi._handle import Handle
 from ggml_cffi.buffer import BufferType
 from ggml_cffi.device import Device, registry_lock
@@ -51,6 +51,11 @@ class Backend(Handle):
             raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
         if n_threads is not None:
             _check_threads(n_threads)
+        if not self.device.is_cpu and _lib.inherited("vulkan"):
+            raise GgmlError(
+                f"{self.device.name} cannot be opened in a forked process whose parent used the driver: "
+                'start processes with multiprocessing.get_context("spawn")'
+            )
         with registry_lock:
             pointer = c.ggml_backend_dev_init(self.device.ptr, c.NULL)
         if not pointer:

@@ -39,7 +39,7 @@ class BufferType:
 
     @property
     def max_size(self) -> int:
-        """The most bytes that one buffer can have."""
+        """The most bytes that a buffer for several tensors should have; one larger tensor may still fit."""
         return c.ggml_backend_buft_get_max_size(self.ptr)
 
     @property
@@ -83,8 +83,8 @@ class Buffer(Handle):
         self, buffer_type: BufferType | Device | str, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
     ) -> None:
         kind = BufferType.of(buffer_type)
-        if not 0 < size <= kind.max_size:
-            raise ValueError(f"{size} bytes: a buffer of {kind.name} has 1 to {kind.max_size} bytes")
+        if not 0 < size < 2**63:
+            raise ValueError(f"a buffer has at least 1 byte and less than 2**63, not {size}")
         pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
         if not pointer:
             raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")

@@ -260,8 +260,6 @@ def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[
     used, limit, alignment = 0, kind.max_size, kind.alignment
     for t in tensors:
         size = -(-c.ggml_backend_buft_get_alloc_size(kind.ptr, t.ptr) // alignment) * alignment
-        if size > limit:
-            raise ValueError(f"{t!r} takes {size:,} bytes; a buffer of {kind.name} has at most {limit:,}")
         if group and used + size > limit:
             groups.append((group, used))
             group, used = [], 0

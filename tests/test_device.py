@@ -84,19 +84,13 @@ def test_buffer(devices):
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_buffer_of_no_size(size):
-    with pytest.raises(ValueError, match="a buffer of CPU has 1 to"):
+    with pytest.raises(ValueError, match="a buffer has at least 1 byte"):
         ggml.Buffer("CPU", size)
 
 
 def test_buffer_beyond_memory(devices):
-    kind = ggml.BufferType.of(devices[0])
-    size = min(kind.max_size, 2**50)
-    if size < 2**50:  # one more than the device allows
-        with pytest.raises(ValueError, match="a buffer of"):
-            ggml.Buffer(kind, kind.max_size + 1)
-    else:
-        with pytest.raises(ggml.OutOfMemoryError, match="no room"):
-            ggml.Buffer(kind, size)
+    with pytest.raises(ggml.OutOfMemoryError, match="no room"):
+        ggml.Buffer(devices[0], 2**50)
 
 
 def test_out_of_memory_is_a_memory_error():

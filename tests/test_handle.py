@@ -153,6 +153,11 @@ if pid == 0:
     except ggml.ClosedError as error:
         print(error, flush=True)
     assert t.shape == (2,)
+    if {device!r} != "CPU":
+        try:
+            ggml.Backend({device!r})
+        except ggml.GgmlError as error:
+            print(error, flush=True)
     sys.exit(0)
 assert os.waitpid(pid, 0)[1] == 0
 backend.synchronize()
@@ -162,3 +167,4 @@ ctx.close()
     for device in ("CPU", *need(("Vulkan0",))):
         done = run_python("import warnings; warnings.simplefilter('ignore')\n" + code.format(device=device))
         assert "opened before a fork" in done.stdout, done
+        assert (device == "CPU") != ('get_context("spawn")' in done.stdout)

@@ -188,6 +188,18 @@ def test_a_tensor_larger_than_memory():
         assert ctx.buffers == ()
 
 
+def test_a_tensor_larger_than_the_devices_buffers(devices):
+    """``max_size`` is where buffers are cut, no limit for a single tensor."""
+    with ggml.Context() as ctx:
+        small = [ctx.new_tensor("i8", (1000,)) for _ in range(3)]
+        kind = ggml.BufferType.of(devices[0])
+        assert len(ctx.alloc(kind, small)) == 1
+        if kind.max_size < 2**32:
+            large = ctx.new_tensor("i8", (kind.max_size + 1,))
+            more = ctx.new_tensor("i8", (1000,))
+            assert len(ctx.alloc(kind, [large, more])) == 2
+
+
 def test_types_know_their_blocks():
     assert dtypes.block_size(ggml.Q4_K) == 256
     assert dtypes.type_size(ggml.Q8_0) == 34
