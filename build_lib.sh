@@ -208,7 +208,7 @@ build_part() {
     built=$cache/build/$name-${key:0:16}
     if [ $use_cache = no ] || [ ! -d "$built" ]; then
         step="configure $name"
-        dir=$cache/work/$name-${key:0:16}
+        dir=$cache/build-tree/$name-${key:0:16}
         rm -rf "$dir"; mkdir -p "$dir" "$cache/build"
         quietly "$dir/configure.log" cmake -S "$source_dir" -B "$dir" "${common[@]}" "$@"
         step="build $name"

@@ -67,7 +67,25 @@ def live() -> Counter[str]:
     return Counter(owner.kind for owner in list(_owners) if owner.cell[0] is not None)
 
 
-class Handle:
+class Closing:
+    """A context manager that closes at the end."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Give everything up. Closing twice is allowed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Handle(Closing):
     """Base of every object that is freed in C: ``close()``, ``with``, and :attr:`ptr` for the C layer below.
 
     Parameters
@@ -133,11 +151,6 @@ class Handle:
     def __enter__(self) -> Self:
         self.ptr  # noqa: B018 - raises when closed
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         owner = getattr(self, "_owner", None)

@@ -13,13 +13,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import dtypes
+from ggml_cffi._handle import Closing
 from ggml_cffi.enums import GGUFType, Type
 from ggml_cffi.errors import ClosedError, FormatError
 
@@ -56,7 +57,7 @@ class TensorInfo:
     nbytes: int
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """A GGUF file, opened for reading.
 
     Parameters
@@ -139,14 +140,6 @@ class GGUFFile:
         if mapping is not None:
             with contextlib.suppress(BufferError):  # whoever still looks at it holds it
                 mapping.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<GGUFFile {os.path.basename(self.path)}: {len(self.tensors)} tensors>"

@@ -12,7 +12,7 @@ intermediate results memory. On top of ggml's scheduler this one
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ class Scheduler(Handle):
             self.backends = self._open(backends)
             """The backends in order of preference, the CPU last."""
             self._capacity = graph_size
-            self._start()
+            self._open_sched()
         except BaseException:
             self._close_opened()
             raise
@@ -117,7 +117,7 @@ class Scheduler(Handle):
             raise ValueError(f"{len(found)} backends with the CPU; a scheduler has at most {MAX_BACKENDS}")
         return tuple(found)
 
-    def _start(self) -> None:
+    def _open_sched(self) -> None:
         pointers = c.ffi.new("ggml_backend_t[]", [b.ptr for b in self.backends])
         # The hash table holds nodes and leaves, and fills up with copies: twice the tensors leaves room.
         pointer = c.ggml_backend_sched_new(
@@ -254,7 +254,7 @@ class Scheduler(Handle):
         graph.check_free()
         if graph.n_tensors > self._capacity:
             self._capacity = 2 * graph.n_tensors
-            self._start()
+            self._open_sched()
         self._alloc_inputs(graph)
         self._check_ops(graph)
         graph.save()
@@ -331,21 +331,20 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_graph_compute``.
         """
-        with self.lock:
-            held = self._ready(graph)
-            with self._exclusive():
-                status = c.ggml_backend_sched_graph_compute(self.ptr, held.ptr)
-        _check(status)
+        self._start_run(graph, c.ggml_backend_sched_graph_compute)
 
     def compute_async(self, graph: Graph | None = None) -> None:
         """Start computing the graph held and return; :meth:`synchronize` waits.
 
         C: ``ggml_backend_sched_graph_compute_async``.
         """
+        self._start_run(graph, c.ggml_backend_sched_graph_compute_async)
+
+    def _start_run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
         with self.lock:
             held = self._ready(graph)
             with self._exclusive():
-                status = c.ggml_backend_sched_graph_compute_async(self.ptr, held.ptr)
+                status = function(self.ptr, held.ptr)
         _check(status)
 
     def synchronize(self) -> None:

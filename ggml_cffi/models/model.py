@@ -6,36 +6,29 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
-from ggml_cffi.context import Context
 from ggml_cffi.device import Device, devices
-from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError, FormatError, GgmlError
+from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
-from ggml_cffi.graph import Graph
-from ggml_cffi.models.architecture import Architecture, Inputs
+from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.llama import Llama
+from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
-from ggml_cffi.models.weights import Progress, Share, Weights
+from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
-from ggml_cffi.tensor import Tensor
 
 #: Architectures by their name in GGUF. A new one is one more file, and a line here.
 ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Llama,)}
 
-_T = TypeVar("_T")
 _DEFAULT_CTX = 4096
-_FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for up to so many columns
-_KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
 
 
 @dataclass
@@ -58,22 +51,7 @@ class Timings:
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclass
-class _Run:
-    """A graph that is allocated in the scheduler, and replayed for as long as its sizes fit."""
-
-    key: tuple[int, int, int]
-    context: Context
-    inputs: Inputs
-    graph: Graph
-    logits: Tensor
-
-    def close(self) -> None:
-        self.graph.close()
-        self.context.close()
-
-
-class Model:
+class Model(Closing):
     """A model on its devices. Made by :func:`load`; a context manager.
 
     One call of :meth:`forward` or :meth:`generate` at a time: they share one cache.
@@ -97,19 +75,8 @@ class Model:
         """Most prompt tokens computed at once."""
         self.timings = Timings()
         """Of the last call of :meth:`generate`."""
-        self._cache_rows = -(-n_ctx // _KV_STEP) * _KV_STEP
         self._tokenizer: Tokenizer | None = None
-        self._run: _Run | None = None
-        self._turn = 0
-        self._weights: Weights | None = None
-        self._scheduler: Scheduler | None = None
-        try:
-            self._weights = Weights(architecture, backends, self._cache_rows, progress=progress)
-            self._scheduler = Scheduler(backends)
-            self._reserve()
-        except BaseException:
-            self.close()
-            raise
+        self._runner = Runner(architecture, backends, n_ctx, self.n_batch, progress)
 
     # ------------------------------------------------------------------ text
 
@@ -180,10 +147,11 @@ class Model:
             If there are no tokens, more than fit the context, or ids out of range.
         """
         ids = self._checked(tokens)
-        self._turn += 1
+        runner = self._runner
+        turn = runner.begin()
         if last:
-            return self._feed(ids, 0)
-        return np.concatenate([self._step(batch, at, len(batch)) for batch, at in self._batches(ids, 0)])
+            return runner.feed(turn, ids)
+        return np.concatenate([runner.step(turn, batch, at, len(batch)) for batch, at in runner.batches(ids)])
 
     def generate(
         self,
@@ -250,11 +218,11 @@ class Model:
         return self._decode(ids, max_tokens, sampler, ends)
 
     def _decode(self, ids: list[int], max_tokens: int | None, sampler: Sampler, ends: frozenset[int]) -> Iterator[int]:
-        self._turn += 1
-        turn = self._turn
+        runner = self._runner
+        turn = runner.begin()
         timings = self.timings = Timings(prompt_tokens=len(ids))
         start = time.perf_counter()
-        logits = self._feed(ids, 0)
+        logits = runner.feed(turn, ids)
         timings.prompt_seconds = time.perf_counter() - start
         at = len(ids)
         for _ in range(self.n_ctx - at + 1 if max_tokens is None else max_tokens):
@@ -264,103 +232,33 @@ class Model:
             yield token
             if at >= self.n_ctx:
                 return
-            if turn != self._turn:
-                raise GgmlError("another forward or generate call has used this model's cache meanwhile")
             start = time.perf_counter()
-            logits = self._step([token], at, 1)[0]
+            logits = runner.step(turn, [token], at, 1)[0]
             timings.decode_seconds += time.perf_counter() - start
             timings.decoded_tokens += 1
             at += 1
-
-    def _feed(self, ids: list[int], at: int) -> npt.NDArray[np.float32]:
-        """Compute ``ids`` from position ``at`` on; the last one's logits ``(n_vocab,)``."""
-        logits = np.empty(0, np.float32)
-        for batch, start in self._batches(ids, at):
-            logits = self._step(batch, start, 1)[0]
-        return logits
-
-    def _batches(self, ids: list[int], at: int) -> Iterator[tuple[list[int], int]]:
-        """``ids`` in parts of about equal size, at most ``n_batch`` each, with their positions.
-
-        A few tokens go one by one where there is a GPU: every small batch size is a set of shaders of its own, which
-        the driver compiles for seconds; those for one token are needed anyway.
-        """
-        n = len(ids)
-        gpu = not self._backends[0].device.is_cpu
-        parts = n if gpu and n <= _FEW_TOKENS else -(-n // self.n_batch)
-        edges = [n * i // parts for i in range(parts + 1)]
-        for start, end in pairwise(edges):
-            yield ids[start:end], at + start
-
-    def _step(self, ids: list[int], at: int, n_out: int) -> npt.NDArray[np.float32]:
-        """One run over ``ids`` at positions from ``at``; logits of the last ``n_out``: ``(n_out, n_vocab)``."""
-        n = len(ids)
-        n_kv = min(-(-(at + n) // _KV_STEP) * _KV_STEP, self._cache_rows)
-        run = self._prepared((n, n_kv, n_out))
-        positions = np.arange(at, at + n)
-        inputs = run.inputs
-        inputs.tokens.set(np.asarray(ids, np.int32))
-        inputs.positions.set(positions.astype(np.int32))
-        inputs.rows.set(positions)
-        inputs.mask.set(np.where(np.arange(n_kv) <= positions[:, None], np.float16(0), np.float16(-np.inf)))
-        inputs.wanted.set(np.arange(n - n_out, n, dtype=np.int32))
-        self._open(self._scheduler).compute(run.graph)
-        logits: npt.NDArray[np.float32] = run.logits.numpy()
-        return logits
-
-    def _prepared(self, key: tuple[int, int, int]) -> _Run:
-        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` logits, allocated; the last one is kept."""
-        if self._run is not None and self._run.key == key:
-            return self._run
-        self._drop_run()
-        self._run = run = self._build(key)
-        self._open(self._scheduler).alloc(run.graph)
-        return run
-
-    def _build(self, key: tuple[int, int, int]) -> _Run:
-        n, n_kv, n_out = key
-        weights, scheduler = self._open(self._weights), self._open(self._scheduler)
-        context = Context()
-        inputs = Inputs(
-            tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
-            positions=context.new_tensor(Type.I32, (n,), name="positions"),
-            rows=context.new_tensor(Type.I64, (n,), name="rows"),
-            mask=context.new_tensor(Type.F16, (n, n_kv), name="mask"),
-            wanted=context.new_tensor(Type.I32, (n_out,), name="wanted"),
-        )
-        logits = self.architecture.build(weights.tensors, weights.cache, inputs)
-        logits.name = "logits"
-        run = _Run(key, context, inputs, Graph(logits), logits)
-        # Token ids go where the embeddings are.
-        scheduler.unplace()
-        scheduler.place(inputs.tokens, scheduler.backends[-1])
-        return run
-
-    def _reserve(self) -> None:
-        """Make room for the largest prompt batch now, so that too little memory is found while loading."""
-        run = self._build((self.n_batch, self._cache_rows, 1))
-        try:
-            sizes = self._open(self._scheduler).reserve(run.graph)
-        finally:
-            run.close()
-        for share in self.shares:
-            share.compute_bytes = sizes[share.backend]
 
     # ------------------------------------------------------------------ the rest
 
     @property
     def shares(self) -> list[Share]:
         """What each device holds: layers, bytes of weights, caches and intermediate results."""
-        return self._open(self._weights).shares
+        return self._runner.weights.shares
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler; it holds the graph of the last run."""
-        return self._open(self._scheduler)
+        """The scheduler; it holds the graph of the last run.
+
+        Raises
+        ------
+        ClosedError
+            If the model is closed.
+        """
+        return self._runner.scheduler
 
     def layer_backend(self, layer: int) -> Backend:
         """The backend where a layer's weights are."""
-        return self._backends[self._open(self._weights).where[layer]]
+        return self._backends[self._runner.weights.where[layer]]
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         ids = check_tokens(tokens, self.architecture.n_vocab)
@@ -370,37 +268,13 @@ class Model:
             raise ValueError(f"{len(ids)} tokens do not fit the context of {self.n_ctx}")
         return ids
 
-    def _open(self, part: _T | None) -> _T:
-        if part is None:
-            raise ClosedError("this model is closed")
-        return part
-
-    def _drop_run(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
-            if self._scheduler is not None:
-                self._scheduler.reset()
-            run.close()
-
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        self._turn += 1
-        self._drop_run()
-        for part in (self._scheduler, self._weights, *self._backends, self._file):
-            if part is not None:
-                part.close()
-        self._scheduler = self._weights = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        for part in (self._runner, *self._backends, self._file):
+            part.close()
 
     def __repr__(self) -> str:
-        return f"<Model {os.path.basename(self._file.path)}{' closed' if self._weights is None else ''}>"
+        return f"<Model {os.path.basename(self._file.path)}{' closed' if self._runner.closed else ''}>"
 
 
 def load(
