@@ -105,7 +105,6 @@ def _load_core() -> None:
             reasons.append(f"  {where}\n    {error}")
             continue
         _place = folder
-        _log.install(_loaded["base"])
         return
     if not _wheel():
         reasons.insert(-1, "  the libggml-python wheel\n    not installed")
@@ -126,6 +125,7 @@ def _open_core(folder: str | None) -> dict[str, Any]:
     size = base.ggml_tensor_overhead() - 32  # the pool's own header of an object
     if size != ffi.sizeof("struct ggml_tensor"):
         raise LibraryMismatchError(f"its ggml_tensor takes {size} bytes, not {ffi.sizeof('struct ggml_tensor')}")
+    _log.install(base)
     try:
         cpu = ffi.dlopen(_path(folder, "ggml-cpu"))
         return {"base": base, "cpu": cpu, "ggml": ffi.dlopen(_path(folder, "ggml"))}

@@ -66,6 +66,8 @@ class Context(Handle):
 
         Raises
         ------
+        TypeError
+            If ggml has no such type for tensors.
         ValueError
             If the shape is not possible.
 
@@ -74,6 +76,8 @@ class Context(Handle):
         dtype = as_type(dtype)
         shape = check_shape(shape)
         ne = ne_of(shape)
+        if dtype in dtypes.INTERNAL:
+            raise TypeError(f"{dtype.name} is a format inside ggml's products: tensors cannot have it")
         dtypes.row_size(dtype, ne[0])
         tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
         if name:

@@ -27,7 +27,7 @@ _NUMPY: dict[Type, np.dtype[Any]] = {
 _FROM_NUMPY = {dtype: ggml for ggml, dtype in _NUMPY.items()}
 
 #: Intermediate formats of the dot products, which ``ggml_quantize_chunk`` refuses.
-_INTERNAL = frozenset({Type.Q8_1, Type.Q8_K})
+INTERNAL = frozenset({Type.Q8_1, Type.Q8_K})
 
 INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
 
@@ -114,7 +114,7 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type) -> npt.NDArray[Any]:
         info = np.iinfo(want)
         if array.size and array.dtype != want and (array.min() < info.min or array.max() > info.max):
             raise ValueError(f"values from {array.min()} to {array.max()} do not fit {dtype.name}")
-    if dtype in _INTERNAL:
+    if dtype in INTERNAL:
         raise TypeError(f"{dtype.name} is a format inside ggml's products; no tensor is quantized to it")
     plain = np.ascontiguousarray(array, dtype=want)
     if has_numpy(dtype):

@@ -281,7 +281,14 @@ def test_results_live_in_the_youngest_context():
 WRONG = {
     "mul_mat: inner sizes differ: a (32, 64) F32 · b (8, 63) F32": lambda t: ggml.mul_mat(t(32, 64), t(8, 63)),
     "leading sizes of b must be multiples": lambda t: ggml.mul_mat(t(2, 4, 8), t(3, 4, 8)),
-    "a must not be transposed": lambda t: ggml.mul_mat(ggml.transpose(t(8, 4)), t(3, 8)),
+    "mul_mat: the rows of a and b must be contiguous": lambda t: ggml.mul_mat(ggml.transpose(t(8, 4)), t(3, 8)),
+    "the rows of a and b must be contiguous (use cont): a (4, 8) F32 · b (3, 8)": lambda t: ggml.mul_mat(
+        t(4, 8), ggml.transpose(t(8, 3))
+    ),
+    "add: the rows of a must be contiguous": lambda t: ggml.add(ggml.transpose(t(8, 4)), t(8)),
+    "add: the rows of a and b": lambda t: ggml.add(t(32, 32, dtype="q4_0"), ggml.transpose(t(32, 32))),
+    "rms_norm: a must be F32 with contiguous rows": lambda t: ggml.rms_norm(ggml.transpose(t(1, 4))),
+    "cast: Q8_1 is a format inside": lambda t: ggml.cast(t(32), "q8_1"),
     "mul_mat: a must be a float or quantized": lambda t: ggml.mul_mat(t(4, 8, dtype="i32"), t(3, 8)),
     "add: b does not broadcast to a": lambda t: ggml.add(t(3, 4), t(2, 4)),
     "add: b does not broadcast": lambda t: ggml.add(t(4), t(3, 4)),

@@ -73,6 +73,7 @@ def test_shapes_are_numpys(shape):
         ("q4_k", (100,), ValueError, "blocks of 256"),
         ("q4_2", (32,), TypeError, "no element type for 'q4_2'; it has F32"),
         (4, (32,), TypeError, "no element type for 4"),
+        ("q8_k", (256,), TypeError, "inside ggml's products"),
         (31, (32,), TypeError, "no element type"),
         (True, (32,), TypeError, "no element type"),
         (np.complex64, (32,), TypeError, "no element type"),

@@ -19,6 +19,8 @@ def _binary(op: str, function: Callable[..., Any], a: Tensor, b: Tensor, ctx: Co
         raise fail(op, "b does not broadcast to a (each size of a must be a multiple of b's)", a=a, b=b)
     if a.dtype not in FLOATS or (b.dtype is not Type.F32 and b.dtype is not a.dtype):
         raise fail(op, "types must be equal floats, or b F32", a=a, b=b)
+    if not contiguous_rows(a):
+        raise fail(op, "the rows of a must be contiguous (use cont)", a=a, b=b)
     return ctx.build(function, max(a.ndim, b.ndim), a.ptr, b.ptr)
 
 
@@ -37,13 +39,15 @@ def add(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     Raises
     ------
     ValueError
-        If the shapes do not broadcast or the types do not fit.
+        If the shapes do not broadcast, the types do not fit, or the rows of ``a`` are not contiguous.
 
     C: ``ggml_add``.
     """
     if isinstance(a, Tensor) and is_quantized(a.dtype):
         if not isinstance(b, Tensor) or b.dtype is not Type.F32 or a.ne != b.ne:
             raise fail("add", "a quantized a takes an F32 b of the same shape", a=a, b=b)
+        if not (contiguous_rows(a) and contiguous_rows(b)):
+            raise fail("add", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
         return home("add", a, b, ctx=ctx).build(c.ggml_add, a.ndim, a.ptr, b.ptr)
     return _binary("add", c.ggml_add, a, b, ctx)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._check import fail, home
+from ggml_cffi.ops._check import contiguous_rows, fail, home
 from ggml_cffi.ops.elementwise import add
 from ggml_cffi.tensor import Tensor
 
@@ -46,8 +46,8 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
         raise fail("mul_mat", "inner sizes differ", a=a, b=b)
     if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
         raise fail("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
-    if a.nb[0] > a.nb[1]:
-        raise fail("mul_mat", "a must not be transposed (use cont)", a=a, b=b)
+    if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:
+        raise fail("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
     kind = b.dtype
     if a.dtype in _INTEGERS or (kind is not Type.F32 and (kind is not a.dtype or kind not in (Type.F16, Type.BF16))):
         raise fail(

@@ -7,7 +7,7 @@ from math import prod
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
-from ggml_cffi.dtypes import as_type, block_size, is_quantized, type_size
+from ggml_cffi.dtypes import INTERNAL, as_type, block_size, is_quantized, type_size
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._check import fail, home
 from ggml_cffi.tensor import Tensor, check_shape, ne_of
@@ -159,6 +159,8 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
         raise fail("cast", f"there is no conversion to {to.name}", a=a)
     if to not in floats and not (is_quantized(to) and a.dtype is Type.F32 and a.is_contiguous):
         raise fail("cast", f"there is no conversion to {to.name}", a=a)
+    if to in INTERNAL:
+        raise fail("cast", f"{to.name} is a format inside ggml's products", a=a)
     if a.ne[0] % block_size(to):
         raise fail("cast", f"rows of {a.ne[0]} are no whole blocks of {to.name}", a=a)
     return ctx.build(c.ggml_cast, a.ndim, a.ptr, to)
