@@ -171,7 +171,7 @@ class Scheduler(Handle):
             if tensor not in graph:
                 raise ValueError(f"{tensor!r} is not part of the graph that the scheduler holds")
             pointer = c.ggml_backend_sched_get_tensor_backend(self.ptr, tensor.ptr)
-        return next(b for b in self.backends if b.ptr == pointer)
+        return self._find(pointer)
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """Every computed node of the graph held with its backend, in order; views, which compute nothing, left out."""
@@ -238,6 +238,7 @@ class Scheduler(Handle):
                 self._apply_placements(graph)
                 if not c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr):
                     raise OutOfMemoryError("the scheduler could not allocate the graph")
+                self._check_in_place(graph)
             except BaseException:
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
@@ -289,6 +290,18 @@ class Scheduler(Handle):
                     if buffer or p in placed
                     else f"{t!r} cannot be computed on any of {names}"
                 )
+
+    def _check_in_place(self, graph: Graph) -> None:
+        """An operation in place must run where the memory is that it writes to; ggml does not see to that."""
+        for p in graph.node_pointers():
+            if p.view_src and p.op not in _VIEWS:
+                t = graph._wrap(p)
+                kind, backend = t.buffer_type, self._find(c.ggml_backend_sched_get_tensor_backend(self.ptr, p))
+                if kind is not None and not backend.supports_buffer_type(kind):
+                    raise UnsupportedOpError(
+                        f"{t!r} writes to {kind.name} but runs on {backend.name}: place both on one backend, or use "
+                        "the form that is not in place"
+                    )
 
     def _apply_placements(self, graph: Graph) -> None:
         c.ggml_backend_sched_reset(self.ptr)
@@ -402,9 +415,10 @@ class Scheduler(Handle):
                 return dict.fromkeys(self.backends, 0)
             return {b: c.ggml_backend_sched_get_buffer_size(self.ptr, b.ptr) for b in self.backends}
 
-    def _find(self, backend: Backend | str) -> Backend:
+    def _find(self, backend: Any) -> Backend:
+        """The backend of this scheduler that ``backend`` is: itself, its name or its C pointer."""
         for b in self.backends:
-            if b is backend or (isinstance(backend, str) and b.name.lower() == backend.lower()):
+            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.name.lower() == backend.lower()):
                 return b
         raise ValueError(f"{backend!r} is not one of this scheduler's: {', '.join(b.name for b in self.backends)}")
 

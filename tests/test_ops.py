@@ -1,5 +1,7 @@
 """Operations against numpy in float64, and the errors that stand where ggml would abort."""
 
+import math
+
 import numpy as np
 import pytest
 from conftest import relative_error
@@ -79,26 +81,156 @@ def test_binary_in_half_precision(bench, dtype, rng):
     assert relative_error(got, a + b) < TOLERANCE[dtype]
 
 
-UNARY = {
+def erf(x):
+    return np.vectorize(math.erf)(x)
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": silu,
-    "gelu": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "gelu": gelu,
+    "gelu_erf": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
+    "gelu_quick": lambda x: x * sigmoid(1.702 * x),
+}
+UNARY = ACTIVATIONS | {
+    "sqr": np.square,
+    "sqrt": np.sqrt,
+    "log": np.log,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "sin": np.sin,
+    "cos": np.cos,
+    "abs": np.abs,
+    "sgn": np.sign,
+    "neg": np.negative,
+    "step": lambda x: (x > 0) * 1.0,
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round": lambda x: np.sign(x) * np.floor(np.abs(x) + 0.5),
+    "trunc": np.trunc,
+    "tanh": np.tanh,
+    "sigmoid": sigmoid,
+    "elu": lambda x: np.where(x > 0, x, np.expm1(x)),
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
     "rms_norm": lambda x: x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6),
     "norm": lambda x: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5),
+    "sum": np.sum,
     "sum_rows": lambda x: x.sum(-1, keepdims=True),
+    "mean": lambda x: x.mean(-1, keepdims=True),
+    "cumsum": lambda x: x.cumsum(-1),
     "cont": lambda x: x,
 }
+
+
+def draw(name, shape, rng):
+    return rng.uniform(0.1, 4, shape) if name in ("log", "sqrt") else 2 * rng.standard_normal(shape)
 
 
 @pytest.mark.parametrize("name", UNARY)
 @pytest.mark.parametrize("shape", [(33,), (4, 64), (2, 3, 2, 17)], ids=str)
 def test_unary(bench, name, shape, rng):
-    x = rng.standard_normal(shape)
+    x = draw(name, shape, rng)
     got = bench.run(getattr(ggml, name)(bench.tensor(x)))
-    want = UNARY[name](x)
+    want = UNARY[name](x.astype(np.float32).astype(np.float64))
     assert got.shape == want.shape
-    # The CPU's gelu looks values up in a half-precision table.
-    assert relative_error(got, want) < (1e-3 if name == "gelu" else TOLERANCE[ggml.F32])
+    # The CPU's gelus look values up in a half-precision table.
+    assert relative_error(got, want) < (1e-3 if "gelu" in name else TOLERANCE[ggml.F32])
+
+
+@pytest.mark.parametrize("name", sorted(set(UNARY) - {"rms_norm", "norm", "sum", "sum_rows", "mean", "cumsum", "cont"}))
+def test_unary_in_half_precision(bench, name, rng):
+    x = draw(name, (3, 32), rng).astype(np.float16)
+    got = bench.run(getattr(ggml, name)(bench.tensor(x, ggml.F16)))
+    assert got.dtype == np.float16
+    assert relative_error(got, UNARY[name](x.astype(np.float64))) < TOLERANCE[ggml.F16]
+
+
+@pytest.mark.parametrize("name", sorted(n for n in ggml.ops.__all__ if n.endswith("_inplace")))
+def test_in_place(bench, name, rng):
+    """The result is right, and is a view of the operand."""
+    plain = name.removesuffix("_inplace")
+    x = draw(plain, (3, 32), rng).astype(np.float32)
+    operand = ggml.scale(bench.tensor(x), 1.0)  # computed, so that the input itself stays
+    if plain == "scale":
+        result, want = ggml.scale_inplace(operand, 3.0), 3.0 * x
+    elif plain in BINARY:
+        y = rng.uniform(1, 2, (1, 32)).astype(np.float32)
+        result, want = getattr(ggml, name)(operand, bench.tensor(y)), BINARY[plain](x, y)
+    else:
+        result, want = getattr(ggml, name)(operand), UNARY[plain](x.astype(np.float64))
+    assert result.ptr.view_src == operand.ptr
+    assert relative_error(bench.run(result), want) < (1e-3 if "gelu" in name else TOLERANCE[ggml.F32])
+
+
+GATED = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu", "geglu_erf": "gelu_erf", "geglu_quick": "gelu_quick"}
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("dtype", [ggml.F32, ggml.F16], ids=lambda t: t.name)
+def test_gated_units(bench, name, dtype, rng):
+    f = ACTIVATIONS[GATED[name]]
+    both = rng.standard_normal((4, 64)).astype(np.float16)
+    x, y = both[:, :32].astype(np.float64), both[:, 32:].astype(np.float64)
+    t, left, right = bench.tensor(both, dtype), bench.tensor(x, dtype), bench.tensor(y, dtype)
+    got = bench.run(
+        getattr(ggml, name)(t), getattr(ggml, f"{name}_swapped")(t), getattr(ggml, f"{name}_split")(left, right)
+    )
+    for result, want in zip(got, (f(x) * y, x * f(y), f(x) * y), strict=True):
+        assert result.shape == (4, 32)
+        assert relative_error(result, want) < max(TOLERANCE[dtype], 1e-3)
+
+
+def test_swiglu_oai(bench, rng):
+    x, y = 3 * rng.standard_normal((2, 32)), 3 * rng.standard_normal((2, 32))
+    got = bench.run(ggml.swiglu_oai(bench.tensor(x), bench.tensor(y), 1.7, 2.0))
+    low = np.minimum(x, 2.0)
+    assert relative_error(got, low * sigmoid(1.7 * low) * (1 + np.clip(y, -2, 2))) < TOLERANCE[ggml.F32]
+
+
+def test_clamp_and_scale_bias(bench, rng):
+    x = rng.standard_normal((3, 32))
+    t = bench.tensor(x)
+    clamped, scaled = bench.run(ggml.clamp(ggml.scale(t, 1.0), -0.5, 1.0), ggml.scale_bias(t, 2.0, -1.0))
+    assert relative_error(clamped, np.clip(x, -0.5, 1)) < TOLERANCE[ggml.F32]
+    assert relative_error(scaled, 2 * x - 1) < TOLERANCE[ggml.F32]
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (7, 33), (12,)], ids=str)
+def test_argmax(bench, shape, rng):
+    x = rng.standard_normal(shape)
+    got = bench.run(ggml.argmax(bench.tensor(x)))
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, x.argmax(-1))
+
+
+@pytest.mark.parametrize("shapes", [((3,), (6,)), ((3,), (2, 3)), ((2, 1, 3), (2, 2, 4, 6))], ids=str)
+def test_repeat(bench, shapes, rng):
+    small, large = shapes
+    x = rng.standard_normal(small)
+    padded = (1,) * (len(large) - len(small)) + small
+    want = np.tile(x, [m // n for m, n in zip(large, padded, strict=True)])
+    got = bench.run(ggml.repeat(bench.tensor(x), large))
+    assert got.shape == large
+    assert relative_error(got, want) < TOLERANCE[ggml.F32]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_concat(bench, axis, rng):
+    a = rng.standard_normal((2, 3, 4))
+    b = rng.standard_normal([5 if i == axis % 3 else n for i, n in enumerate(a.shape)])
+    got = bench.run(ggml.concat(bench.tensor(a), bench.tensor(b), axis))
+    assert relative_error(got, np.concatenate([a, b], axis)) < TOLERANCE[ggml.F32]
 
 
 def test_scale_and_swiglu(bench, rng):
@@ -295,18 +427,37 @@ WRONG = {
     "mul: types must be equal floats": lambda t: ggml.mul(t(4, dtype="i32"), t(4, dtype="i32")),
     "sub: types must be equal floats": lambda t: ggml.sub(t(4), t(4, dtype="f16")),
     "add: a quantized a takes an F32 b": lambda t: ggml.add(t(32, dtype="q4_0"), t(1)),
-    "relu: a must be F32, F16 or BF16": lambda t: ggml.relu(t(4, dtype="i32")),
-    "silu: a must be F32 or F16": lambda t: ggml.silu(t(4, dtype="bf16")),
-    "gelu: a must be F32 or F16": lambda t: ggml.gelu(t(4, dtype="bf16")),
+    "relu: a must be one of BF16, F16, F32": lambda t: ggml.relu(t(4, dtype="i32")),
+    "silu: a must be one of F16, F32": lambda t: ggml.silu(t(4, dtype="bf16")),
+    "gelu: a must be one of F16, F32": lambda t: ggml.gelu(t(4, dtype="bf16")),
     "relu: the rows of a must be contiguous": lambda t: ggml.relu(ggml.transpose(t(4, 5))),
     "scale: a must be contiguous F32": lambda t: ggml.scale(ggml.transpose(t(4, 5)), 2.0),
-    "swiglu_split: a and b must have one shape": lambda t: ggml.swiglu_split(t(4), t(5)),
-    "swiglu_split: a and b must be contiguous": lambda t: ggml.swiglu_split(
+    "swiglu_split: x and y must have one shape": lambda t: ggml.swiglu_split(t(4), t(5)),
+    "swiglu_split: x and y must be contiguous": lambda t: ggml.swiglu_split(
         ggml.transpose(t(4, 5)), ggml.transpose(t(4, 5))
     ),
     "rms_norm: a must be F32": lambda t: ggml.rms_norm(t(4, dtype="f16")),
     "rms_norm: eps must be at least 0": lambda t: ggml.rms_norm(t(4), -1.0),
     "norm: eps must be at least 0, not nan": lambda t: ggml.norm(t(4), float("nan")),
+    "swiglu: a must be F32 or F16 with an even last size": lambda t: ggml.swiglu(t(5)),
+    "swiglu: a must be contiguous": lambda t: ggml.swiglu(ggml.transpose(t(4, 6))),
+    "swiglu_oai: x and y must be F32": lambda t: ggml.swiglu_oai(t(4, dtype="f16"), t(4, dtype="f16"), 1, 1),
+    "scale_bias: a must be contiguous F32": lambda t: ggml.scale_bias(t(4, dtype="f16"), 1, 1),
+    "scale_inplace: a must be contiguous F32": lambda t: ggml.scale_inplace(t(4, dtype="f16"), 1),
+    "leaky_relu: a must be contiguous F32 or F16": lambda t: ggml.leaky_relu(ggml.transpose(t(4, 5))),
+    "clamp: low 2 is above high 1": lambda t: ggml.clamp(t(4), 2, 1),
+    "clamp: low nan": lambda t: ggml.clamp(t(4), float("nan"), 1),
+    "sum: a must be F32": lambda t: ggml.sum(t(4, dtype="f16")),
+    "mean: a must be F32": lambda t: ggml.mean(ggml.transpose(t(4, 5))),
+    "cumsum: a must be F32": lambda t: ggml.cumsum(t(4, dtype="i32")),
+    "argmax: a must be an F32 matrix": lambda t: ggml.argmax(t(2, 3, 4)),
+    "repeat: (5,) is no multiple": lambda t: ggml.repeat(t(2), (5,)),
+    "repeat: (4,) is no multiple": lambda t: ggml.repeat(t(1, 2), (4,)),
+    "repeat: a must be F32, F16": lambda t: ggml.repeat(t(32, dtype="q4_0"), (64,)),
+    "concat: a and b must have as many axes, 0": lambda t: ggml.concat(t(2), t(2, 2)),
+    "concat: a and b must have as many axes, 1": lambda t: ggml.concat(t(2), t(2), 1),
+    "concat: a and b must be of one type": lambda t: ggml.concat(t(2), t(2, dtype="f16")),
+    "concat: a and b differ in more than axis 0": lambda t: ggml.concat(t(2, 3), t(2, 4)),
     "reshape: (5,) has another number": lambda t: ggml.reshape(t(4), (5,)),
     "reshape: (3, -1) has another number": lambda t: ggml.reshape(t(4), (3, -1)),
     "reshape: a must be contiguous": lambda t: ggml.reshape(ggml.transpose(t(4, 5)), (20,)),

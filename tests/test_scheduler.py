@@ -314,6 +314,24 @@ def test_what_nothing_can_compute(two_gpus, x):
             s.alloc(graph)
 
 
+def test_in_place_elsewhere_is_refused(two_gpus, x):
+    """Plain ggml has the CPU write to the GPU's memory, and crashes."""
+    with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
+        a = ctx.new_tensor("f32", (4, 32))
+        doubled = ggml.scale(a, 2)
+        y = ggml.relu_inplace(doubled)
+        with ggml.Graph(y) as graph:
+            s.place(doubled, "Vulkan0")
+            s.place(y, "CPU")
+            with pytest.raises(ggml.UnsupportedOpError, match=r"writes to Vulkan0 but runs on CPU: place both"):
+                s.alloc(graph)
+            s.unplace()
+            s.alloc(graph)
+            a.set(x)
+            s.compute()
+            assert relative_error(y.numpy(), np.maximum(2 * x, 0)) < 1e-5
+
+
 def test_parallel_keeps_four_copies(two_gpus):
     with Chain(two_gpus) as chain, ggml.Scheduler(two_gpus, parallel=True) as s:
         assert s.n_copies == 4

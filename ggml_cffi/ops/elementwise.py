@@ -1,4 +1,4 @@
-"""Element by element."""
+"""Arithmetic, element by element."""
 
 from __future__ import annotations
 
@@ -67,37 +67,6 @@ def div(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     return _binary("div", c.ggml_div, a, b, ctx)
 
 
-def _unary(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
-    if a.dtype not in FLOATS:
-        raise fail(op, "a must be F32, F16 or BF16", a=a)
-    if not contiguous_rows(a):
-        raise fail(op, "the rows of a must be contiguous (use cont)", a=a)
-    return ctx.build(function, a.ndim, a.ptr)
-
-
-def relu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``max(a, 0)`` of a float tensor with contiguous rows. C: ``ggml_relu``."""
-    return _unary("relu", c.ggml_relu, a, ctx)
-
-
-def silu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``a / (1 + exp(-a))`` of an F32 or F16 tensor with contiguous rows. C: ``ggml_silu``."""
-    if isinstance(a, Tensor) and a.dtype is Type.BF16:
-        raise fail("silu", "a must be F32 or F16", a=a)
-    return _unary("silu", c.ggml_silu, a, ctx)
-
-
-def gelu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """The tanh approximation ``a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3)))`` of an F32 or F16 tensor.
-
-    C: ``ggml_gelu``.
-    """
-    if isinstance(a, Tensor) and a.dtype is Type.BF16:
-        raise fail("gelu", "a must be F32 or F16", a=a)
-    return _unary("gelu", c.ggml_gelu, a, ctx)
-
-
 def scale(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
     """``factor * a`` of a contiguous F32 tensor.
 
@@ -114,24 +83,37 @@ def scale(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
     return ctx.build(c.ggml_scale, a.ndim, a.ptr, float(factor))
 
 
-def swiglu_split(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """The gated unit ``silu(a) * b``.
+def scale_inplace(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`scale`, written over ``a``. C: ``ggml_scale_inplace``."""
+    ctx = home("scale_inplace", a, ctx=ctx)
+    if a.dtype is not Type.F32 or not a.is_contiguous:
+        raise fail("scale_inplace", "a must be contiguous F32", a=a)
+    return ctx.build(c.ggml_scale_inplace, a.ndim, a.ptr, float(factor))
 
-    Parameters
-    ----------
-    a, b
-        F32 or F16, of one shape and type, contiguous along all but the first axis.
 
-    Raises
-    ------
-    ValueError
-        If shapes or types differ, or rows are not contiguous.
+def scale_bias(a: Tensor, factor: float, bias: float, *, ctx: Context | None = None) -> Tensor:
+    """``factor * a + bias`` of a contiguous F32 tensor. C: ``ggml_scale_bias``."""
+    ctx = home("scale_bias", a, ctx=ctx)
+    if a.dtype is not Type.F32 or not a.is_contiguous:
+        raise fail("scale_bias", "a must be contiguous F32", a=a)
+    return ctx.build(c.ggml_scale_bias, a.ndim, a.ptr, float(factor), float(bias))
 
-    C: ``ggml_swiglu_split``. Source: Shazeer, GLU Variants Improve Transformer, 2020.
-    """
-    ctx = home("swiglu_split", a, b, ctx=ctx)
-    if a.ne != b.ne or a.dtype is not b.dtype or a.dtype not in (Type.F32, Type.F16):
-        raise fail("swiglu_split", "a and b must have one shape, and both be F32 or both F16", a=a, b=b)
-    if not (c.ggml_is_contiguous_1(a.ptr) and c.ggml_is_contiguous_1(b.ptr)):
-        raise fail("swiglu_split", "a and b must be contiguous (use cont)", a=a, b=b)
-    return ctx.build(c.ggml_swiglu_split, a.ndim, a.ptr, b.ptr)
+
+def add_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`add`, written over ``a``. C: ``ggml_add_inplace``."""
+    return _binary("add_inplace", c.ggml_add_inplace, a, b, ctx)
+
+
+def sub_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sub`, written over ``a``. C: ``ggml_sub_inplace``."""
+    return _binary("sub_inplace", c.ggml_sub_inplace, a, b, ctx)
+
+
+def mul_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`mul`, written over ``a``. C: ``ggml_mul_inplace``."""
+    return _binary("mul_inplace", c.ggml_mul_inplace, a, b, ctx)
+
+
+def div_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`div`, written over ``a``. C: ``ggml_div_inplace``."""
+    return _binary("div_inplace", c.ggml_div_inplace, a, b, ctx)

@@ -1,4 +1,4 @@
-"""Normalizations and reductions along the last axis."""
+"""Normalizations along the last axis."""
 
 from __future__ import annotations
 
@@ -46,13 +46,3 @@ def norm(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
     ctx = home("norm", a, ctx=ctx)
     _check("norm", a, eps)
     return ctx.build(c.ggml_norm, a.ndim, a.ptr, float(eps))
-
-
-def sum_rows(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Sum along the last axis, which stays with size 1: ``a.sum(-1, keepdims=True)``. F32, contiguous rows.
-
-    C: ``ggml_sum_rows``.
-    """
-    ctx = home("sum_rows", a, ctx=ctx)
-    _check("sum_rows", a, 0.0)
-    return ctx.build(c.ggml_sum_rows, a.ndim, a.ptr)

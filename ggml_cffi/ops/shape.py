@@ -164,3 +164,62 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
     if a.ne[0] % block_size(to):
         raise fail("cast", f"rows of {a.ne[0]} are no whole blocks of {to.name}", a=a)
     return ctx.build(c.ggml_cast, a.ndim, a.ptr, to)
+
+
+_REPEATED = frozenset({Type.F32, Type.F16, Type.BF16, Type.I16, Type.I32})
+
+
+def repeat(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Tensor:
+    """``a`` repeated along its axes up to ``shape``, as ``numpy.tile``.
+
+    Parameters
+    ----------
+    a
+        F32, F16, BF16, I16 or I32 with contiguous rows.
+    shape
+        Each size a multiple of ``a``'s; more axes come before ``a``'s own.
+
+    Raises
+    ------
+    ValueError
+        If ``shape`` is no multiple of ``a``'s, or the type is another.
+
+    C: ``ggml_repeat_4d``.
+    """
+    ctx = home("repeat", a, ctx=ctx)
+    sizes = check_shape(shape)
+    ne = ne_of(sizes)
+    if len(sizes) < a.ndim or not all(n and m % n == 0 for m, n in zip(ne, a.ne, strict=True)):
+        raise fail("repeat", f"{sizes} is no multiple of a's shape", a=a)
+    if a.dtype not in _REPEATED or a.nb[0] != type_size(a.dtype):
+        raise fail("repeat", "a must be F32, F16, BF16, I16 or I32 with contiguous rows", a=a)
+    return ctx.build(c.ggml_repeat_4d, len(sizes), a.ptr, *ne)
+
+
+def concat(a: Tensor, b: Tensor, axis: int = 0, *, ctx: Context | None = None) -> Tensor:
+    """``a`` and ``b`` one after the other along ``axis``, as ``numpy.concatenate``.
+
+    Parameters
+    ----------
+    a, b
+        One type that is not quantized, as many axes, and one shape but for ``axis``.
+    axis
+        Counted as numpy does, from the end if negative.
+
+    Raises
+    ------
+    ValueError
+        If types or shapes differ, or there is no such axis.
+
+    C: ``ggml_concat``.
+    """
+    ctx = home("concat", a, b, ctx=ctx)
+    n = a.ndim
+    if b.ndim != n or not -n <= axis < n:
+        raise fail("concat", f"a and b must have as many axes, {axis} among them", a=a, b=b)
+    dim = n - 1 - axis % n
+    if a.dtype is not b.dtype or is_quantized(a.dtype):
+        raise fail("concat", "a and b must be of one type that is not quantized", a=a, b=b)
+    if any(x != y for i, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if i != dim):
+        raise fail("concat", f"a and b differ in more than axis {axis}", a=a, b=b)
+    return ctx.build(c.ggml_concat, n, a.ptr, b.ptr, dim)

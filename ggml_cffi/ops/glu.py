@@ -1,0 +1,167 @@
+"""Gated linear units: one half, or one tensor, gates the other.
+
+The plain forms cut the last axis of ``a`` in two, ``x`` then ``y``, and give ``f(x) * y``; the ``_swapped`` forms give
+``x * f(y)``; the ``_split`` forms take ``x`` and ``y`` as two tensors. F32 or F16, contiguous.
+Source: Shazeer, GLU Variants Improve Transformer, 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.ops._check import fail, home
+from ggml_cffi.tensor import Tensor
+
+_TYPES = (Type.F32, Type.F16)
+
+
+def _whole(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
+    ctx = home(op, a, ctx=ctx)
+    if a.dtype not in _TYPES or a.ne[0] % 2:
+        raise fail(op, "a must be F32 or F16 with an even last size", a=a)
+    if not c.ggml_is_contiguous_1(a.ptr):
+        raise fail(op, "a must be contiguous (use cont)", a=a)
+    return ctx.build(function, a.ndim, a.ptr)
+
+
+def _split(op: str, function: Callable[..., Any], x: Tensor, y: Tensor, ctx: Context | None, *args: float) -> Tensor:
+    ctx = home(op, x, y, ctx=ctx)
+    if x.ne != y.ne or x.dtype is not y.dtype or x.dtype not in _TYPES:
+        raise fail(op, "x and y must have one shape, and both be F32 or both F16", x=x, y=y)
+    if not (c.ggml_is_contiguous_1(x.ptr) and c.ggml_is_contiguous_1(y.ptr)):
+        raise fail(op, "x and y must be contiguous (use cont)", x=x, y=y)
+    return ctx.build(function, x.ndim, x.ptr, y.ptr, *args)
+
+
+def reglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of the halves of ``a``, ``f`` being relu: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_reglu``.
+    """
+    return _whole("reglu", c.ggml_reglu, a, ctx)
+
+
+def reglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``x * f(y)`` of the halves of ``a``, ``f`` being relu: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_reglu_swapped``.
+    """
+    return _whole("reglu_swapped", c.ggml_reglu_swapped, a, ctx)
+
+
+def reglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of two tensors of one shape, ``f`` being relu.
+
+    C: ``ggml_reglu_split``.
+    """
+    return _split("reglu_split", c.ggml_reglu_split, x, y, ctx)
+
+
+def geglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu (tanh form): ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu``.
+    """
+    return _whole("geglu", c.ggml_geglu, a, ctx)
+
+
+def geglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu (tanh form): ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu_swapped``.
+    """
+    return _whole("geglu_swapped", c.ggml_geglu_swapped, a, ctx)
+
+
+def geglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu (tanh form).
+
+    C: ``ggml_geglu_split``.
+    """
+    return _split("geglu_split", c.ggml_geglu_split, x, y, ctx)
+
+
+def swiglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of the halves of ``a``, ``f`` being silu: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_swiglu``.
+    """
+    return _whole("swiglu", c.ggml_swiglu, a, ctx)
+
+
+def swiglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``x * f(y)`` of the halves of ``a``, ``f`` being silu: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_swiglu_swapped``.
+    """
+    return _whole("swiglu_swapped", c.ggml_swiglu_swapped, a, ctx)
+
+
+def swiglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of two tensors of one shape, ``f`` being silu.
+
+    C: ``ggml_swiglu_split``.
+    """
+    return _split("swiglu_split", c.ggml_swiglu_split, x, y, ctx)
+
+
+def geglu_erf(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu (exact form): ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu_erf``.
+    """
+    return _whole("geglu_erf", c.ggml_geglu_erf, a, ctx)
+
+
+def geglu_erf_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu (exact form): ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu_erf_swapped``.
+    """
+    return _whole("geglu_erf_swapped", c.ggml_geglu_erf_swapped, a, ctx)
+
+
+def geglu_erf_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu (exact form).
+
+    C: ``ggml_geglu_erf_split``.
+    """
+    return _split("geglu_erf_split", c.ggml_geglu_erf_split, x, y, ctx)
+
+
+def geglu_quick(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu_quick: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu_quick``.
+    """
+    return _whole("geglu_quick", c.ggml_geglu_quick, a, ctx)
+
+
+def geglu_quick_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu_quick: ``(..., 2 n)`` to ``(..., n)``.
+
+    C: ``ggml_geglu_quick_swapped``.
+    """
+    return _whole("geglu_quick_swapped", c.ggml_geglu_quick_swapped, a, ctx)
+
+
+def geglu_quick_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu_quick.
+
+    C: ``ggml_geglu_quick_split``.
+    """
+    return _split("geglu_quick_split", c.ggml_geglu_quick_split, x, y, ctx)
+
+
+def swiglu_oai(x: Tensor, y: Tensor, alpha: float, limit: float, *, ctx: Context | None = None) -> Tensor:
+    """``x' / (1 + exp(-alpha x')) * (1 + y')`` with ``x' = min(x, limit)``, ``y' = clip(y, -limit, limit)``. F32.
+
+    C: ``ggml_swiglu_oai``.
+    """
+    if isinstance(x, Tensor) and x.dtype is not Type.F32:
+        raise fail("swiglu_oai", "x and y must be F32", x=x, y=y)
+    return _split("swiglu_oai", c.ggml_swiglu_oai, x, y, ctx, float(alpha), float(limit))

@@ -1,0 +1,309 @@
+"""Functions of each element.
+
+Each takes a float tensor with contiguous rows (``cont`` makes them so) and gives one of the same shape and type. The
+``_inplace`` forms write over ``a`` and return a view of it: whatever else reads ``a`` may see either value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.ops._check import FLOATS, contiguous_rows, fail, home
+from ggml_cffi.tensor import Tensor
+
+_F32_F16 = frozenset({Type.F32, Type.F16})
+
+
+def _unary(
+    op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None, *args: float, types: frozenset[Type] = FLOATS
+) -> Tensor:
+    ctx = home(op, a, ctx=ctx)
+    if a.dtype not in types:
+        names = ", ".join(sorted(t.name for t in types))
+        raise fail(op, f"a must be one of {names}", a=a)
+    if not contiguous_rows(a):
+        raise fail(op, "the rows of a must be contiguous (use cont)", a=a)
+    return ctx.build(function, a.ndim, a.ptr, *args)
+
+
+def sqr(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a**2`` C: ``ggml_sqr``."""
+    return _unary("sqr", c.ggml_sqr, a, ctx)
+
+
+def sqr_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sqr`, written over ``a``. C: ``ggml_sqr_inplace``."""
+    return _unary("sqr_inplace", c.ggml_sqr_inplace, a, ctx)
+
+
+def sqrt(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The square root. C: ``ggml_sqrt``."""
+    return _unary("sqrt", c.ggml_sqrt, a, ctx)
+
+
+def sqrt_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sqrt`, written over ``a``. C: ``ggml_sqrt_inplace``."""
+    return _unary("sqrt_inplace", c.ggml_sqrt_inplace, a, ctx)
+
+
+def log(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The natural logarithm. C: ``ggml_log``."""
+    return _unary("log", c.ggml_log, a, ctx)
+
+
+def log_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`log`, written over ``a``. C: ``ggml_log_inplace``."""
+    return _unary("log_inplace", c.ggml_log_inplace, a, ctx)
+
+
+def exp(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``e**a`` C: ``ggml_exp``."""
+    return _unary("exp", c.ggml_exp, a, ctx)
+
+
+def exp_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`exp`, written over ``a``. C: ``ggml_exp_inplace``."""
+    return _unary("exp_inplace", c.ggml_exp_inplace, a, ctx)
+
+
+def expm1(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``e**a - 1``, precise near 0. C: ``ggml_expm1``."""
+    return _unary("expm1", c.ggml_expm1, a, ctx)
+
+
+def expm1_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`expm1`, written over ``a``. C: ``ggml_expm1_inplace``."""
+    return _unary("expm1_inplace", c.ggml_expm1_inplace, a, ctx)
+
+
+def sin(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The sine of radians. C: ``ggml_sin``."""
+    return _unary("sin", c.ggml_sin, a, ctx)
+
+
+def sin_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sin`, written over ``a``. C: ``ggml_sin_inplace``."""
+    return _unary("sin_inplace", c.ggml_sin_inplace, a, ctx)
+
+
+def cos(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The cosine of radians. C: ``ggml_cos``."""
+    return _unary("cos", c.ggml_cos, a, ctx)
+
+
+def cos_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`cos`, written over ``a``. C: ``ggml_cos_inplace``."""
+    return _unary("cos_inplace", c.ggml_cos_inplace, a, ctx)
+
+
+def abs(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``|a|`` C: ``ggml_abs``."""
+    return _unary("abs", c.ggml_abs, a, ctx)
+
+
+def abs_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`abs`, written over ``a``. C: ``ggml_abs_inplace``."""
+    return _unary("abs_inplace", c.ggml_abs_inplace, a, ctx)
+
+
+def sgn(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """-1, 0 or 1 by the sign. C: ``ggml_sgn``."""
+    return _unary("sgn", c.ggml_sgn, a, ctx)
+
+
+def sgn_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sgn`, written over ``a``. C: ``ggml_sgn_inplace``."""
+    return _unary("sgn_inplace", c.ggml_sgn_inplace, a, ctx)
+
+
+def neg(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``-a`` C: ``ggml_neg``."""
+    return _unary("neg", c.ggml_neg, a, ctx)
+
+
+def neg_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`neg`, written over ``a``. C: ``ggml_neg_inplace``."""
+    return _unary("neg_inplace", c.ggml_neg_inplace, a, ctx)
+
+
+def step(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """1 where ``a > 0``, else 0. C: ``ggml_step``."""
+    return _unary("step", c.ggml_step, a, ctx)
+
+
+def step_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`step`, written over ``a``. C: ``ggml_step_inplace``."""
+    return _unary("step_inplace", c.ggml_step_inplace, a, ctx)
+
+
+def floor(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The largest integer not above. C: ``ggml_floor``."""
+    return _unary("floor", c.ggml_floor, a, ctx)
+
+
+def floor_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`floor`, written over ``a``. C: ``ggml_floor_inplace``."""
+    return _unary("floor_inplace", c.ggml_floor_inplace, a, ctx)
+
+
+def ceil(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The smallest integer not below. C: ``ggml_ceil``."""
+    return _unary("ceil", c.ggml_ceil, a, ctx)
+
+
+def ceil_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`ceil`, written over ``a``. C: ``ggml_ceil_inplace``."""
+    return _unary("ceil_inplace", c.ggml_ceil_inplace, a, ctx)
+
+
+def round(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The nearest integer, halves away from zero (numpy takes halves to even). C: ``ggml_round``."""
+    return _unary("round", c.ggml_round, a, ctx)
+
+
+def round_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`round`, written over ``a``. C: ``ggml_round_inplace``."""
+    return _unary("round_inplace", c.ggml_round_inplace, a, ctx)
+
+
+def trunc(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The integer part. C: ``ggml_trunc``."""
+    return _unary("trunc", c.ggml_trunc, a, ctx)
+
+
+def trunc_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`trunc`, written over ``a``. C: ``ggml_trunc_inplace``."""
+    return _unary("trunc_inplace", c.ggml_trunc_inplace, a, ctx)
+
+
+def tanh(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The hyperbolic tangent. C: ``ggml_tanh``."""
+    return _unary("tanh", c.ggml_tanh, a, ctx)
+
+
+def tanh_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`tanh`, written over ``a``. C: ``ggml_tanh_inplace``."""
+    return _unary("tanh_inplace", c.ggml_tanh_inplace, a, ctx)
+
+
+def sigmoid(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``1 / (1 + e**-a)`` C: ``ggml_sigmoid``."""
+    return _unary("sigmoid", c.ggml_sigmoid, a, ctx)
+
+
+def sigmoid_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`sigmoid`, written over ``a``. C: ``ggml_sigmoid_inplace``."""
+    return _unary("sigmoid_inplace", c.ggml_sigmoid_inplace, a, ctx)
+
+
+def relu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``max(a, 0)`` C: ``ggml_relu``."""
+    return _unary("relu", c.ggml_relu, a, ctx)
+
+
+def relu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`relu`, written over ``a``. C: ``ggml_relu_inplace``."""
+    return _unary("relu_inplace", c.ggml_relu_inplace, a, ctx)
+
+
+def elu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a`` where ``a > 0``, else ``e**a - 1``. Source: Clevert et al., 2015. C: ``ggml_elu``."""
+    return _unary("elu", c.ggml_elu, a, ctx)
+
+
+def elu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`elu`, written over ``a``. C: ``ggml_elu_inplace``."""
+    return _unary("elu_inplace", c.ggml_elu_inplace, a, ctx)
+
+
+def softplus(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``log(1 + e**a)`` C: ``ggml_softplus``."""
+    return _unary("softplus", c.ggml_softplus, a, ctx)
+
+
+def softplus_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`softplus`, written over ``a``. C: ``ggml_softplus_inplace``."""
+    return _unary("softplus_inplace", c.ggml_softplus_inplace, a, ctx)
+
+
+def hardswish(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a * min(max(a + 3, 0), 6) / 6`` C: ``ggml_hardswish``."""
+    return _unary("hardswish", c.ggml_hardswish, a, ctx)
+
+
+def hardsigmoid(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``min(max(a + 3, 0), 6) / 6`` C: ``ggml_hardsigmoid``."""
+    return _unary("hardsigmoid", c.ggml_hardsigmoid, a, ctx)
+
+
+def silu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a / (1 + e**-a)`` F32 or F16. C: ``ggml_silu``."""
+    return _unary("silu", c.ggml_silu, a, ctx, types=_F32_F16)
+
+
+def silu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`silu`, written over ``a``. C: ``ggml_silu_inplace``."""
+    return _unary("silu_inplace", c.ggml_silu_inplace, a, ctx, types=_F32_F16)
+
+
+def gelu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The tanh form ``a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a**3)))``. Source: Hendrycks & Gimpel, 2016. F32 or F16.
+
+    C: ``ggml_gelu``.
+    """
+    return _unary("gelu", c.ggml_gelu, a, ctx, types=_F32_F16)
+
+
+def gelu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`gelu`, written over ``a``. C: ``ggml_gelu_inplace``."""
+    return _unary("gelu_inplace", c.ggml_gelu_inplace, a, ctx, types=_F32_F16)
+
+
+def gelu_erf(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The exact form ``a/2 (1 + erf(a / sqrt(2)))``. F32 or F16. C: ``ggml_gelu_erf``."""
+    return _unary("gelu_erf", c.ggml_gelu_erf, a, ctx, types=_F32_F16)
+
+
+def gelu_erf_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`gelu_erf`, written over ``a``. C: ``ggml_gelu_erf_inplace``."""
+    return _unary("gelu_erf_inplace", c.ggml_gelu_erf_inplace, a, ctx, types=_F32_F16)
+
+
+def gelu_quick(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """The approximation ``a / (1 + e**(-1.702 a))``. F32 or F16. C: ``ggml_gelu_quick``."""
+    return _unary("gelu_quick", c.ggml_gelu_quick, a, ctx, types=_F32_F16)
+
+
+def gelu_quick_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`gelu_quick`, written over ``a``. C: ``ggml_gelu_quick_inplace``."""
+    return _unary("gelu_quick_inplace", c.ggml_gelu_quick_inplace, a, ctx, types=_F32_F16)
+
+
+def leaky_relu(a: Tensor, negative_slope: float = 0.01, *, inplace: bool = False, ctx: Context | None = None) -> Tensor:
+    """``a`` where ``a > 0``, else ``negative_slope * a``. F32 or F16; ``inplace`` writes over ``a``.
+
+    C: ``ggml_leaky_relu``.
+    """
+    ctx = home("leaky_relu", a, ctx=ctx)
+    if a.dtype not in _F32_F16 or not a.is_contiguous:
+        raise fail("leaky_relu", "a must be contiguous F32 or F16", a=a)
+    return ctx.build(c.ggml_leaky_relu, a.ndim, a.ptr, float(negative_slope), bool(inplace))
+
+
+def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> Tensor:
+    """``min(max(a, low), high)``, written over ``a``. F32 or F16.
+
+    Raises
+    ------
+    ValueError
+        If ``low`` is above ``high``, or ``a`` is of another type or has gaps in its rows.
+
+    C: ``ggml_clamp``.
+    """
+    if not low <= high:
+        raise ValueError(f"clamp: low {low} is above high {high}")
+    return _unary("clamp", c.ggml_clamp, a, ctx, float(low), float(high), types=_F32_F16)
