@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import c, dtypes
@@ -29,7 +30,19 @@ class Context(Handle):
     C: ``ggml_init``, ``ggml_free``.
     """
 
-    __slots__ = ("_buffers", "_chunks", "_lock", "_released", "_room", "held", "limits", "n_tensors", "serial", "uses")
+    __slots__ = (
+        "_buffers",
+        "_chunks",
+        "_constants",
+        "_lock",
+        "_released",
+        "_room",
+        "held",
+        "limits",
+        "n_tensors",
+        "serial",
+        "uses",
+    )
 
     _serial = 0
 
@@ -39,6 +52,7 @@ class Context(Handle):
         self._lock = threading.Lock()
         self._buffers: list[Buffer] = []
         self._released: set[Any] = set()
+        self._constants: dict[Any, npt.NDArray[Any]] = {}
         self.n_tensors = 0
         """Tensors made so far."""
         self.uses: dict[Context, Owner] = {}
@@ -82,6 +96,20 @@ class Context(Handle):
         tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
         if name:
             tensor.name = name
+        return tensor
+
+    def constant(self, values: npt.ArrayLike, dtype: Type | str | int | npt.DTypeLike = Type.F32) -> Tensor:
+        """A tensor whose values are given now, and written when it gets memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the values cannot be stored as ``dtype``.
+        """
+        array = np.asarray(values)
+        data = dtypes.to_bytes(array, as_type(dtype)).copy()
+        tensor = self.new_tensor(dtype, array.shape)
+        self._constants[tensor.ptr] = data
         return tensor
 
     def build(self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1) -> Tensor:
@@ -166,6 +194,8 @@ class Context(Handle):
                 address = c.ggml_backend_buffer_get_base(buffer.ptr)
                 for t, offset in group:
                     self.put(t, buffer, address + offset)
+                    if t.ptr in self._constants:
+                        t.set_bytes(self._constants.pop(t.ptr))
                 self.adopt(buffer)
         except BaseException:
             for buffer in made:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,6 +210,104 @@ class Tensor:
             view.flags.writeable = False  # row numbers are checked by set()
         return view
 
+    # ------------------------------------------------------------------ numpy's operators
+    # What they do is in ops/operators.py, above this module: it is imported when an operator is first used.
+
+    __array_ufunc__ = None  # numpy leaves array + tensor to us
+
+    def __add__(self, other: Any) -> Any:
+        """``a + b`` by numpy's rules; ``b`` may be a number or an array."""
+        return _operators().add(self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        """``a - b``"""
+        return _operators().sub(self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _operators().sub(other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        """``a * b``, element by element."""
+        return _operators().mul(self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        """``a / b``, element by element."""
+        return _operators().div(self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _operators().div(other, self)
+
+    def __matmul__(self, other: Any) -> Any:
+        """``a @ b`` of vectors, matrices and stacks of matrices; ``x @ w.T`` makes no copy."""
+        return _operators().matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return _operators().matmul(other, self)
+
+    def __neg__(self) -> Tensor:
+        """``-a``"""
+        out: Tensor = _operators().neg(self)
+        return out
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """A part of the tensor, by integers, slices and ``...``: a view.
+
+        Raises
+        ------
+        IndexError
+            If it reaches outside, or a step is negative, or not 1 on the last axis.
+        TypeError
+            For other kinds of indices.
+        """
+        out: Tensor = _operators().item(self, key)
+        return out
+
+    def __len__(self) -> int:
+        if not self.ndim:
+            raise TypeError("a tensor of no axes has no length")
+        return self.shape[0]
+
+    __iter__ = None  # a loop over a graph's rows is almost always a mistake
+
+    def __bool__(self) -> bool:
+        raise TypeError("a tensor has no truth value before it is computed: use numpy()")
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802 - numpy's name
+        """All axes in reverse order, as ``numpy.ndarray.T``. A view."""
+        from ggml_cffi.ops import shape as shapes
+
+        out: Tensor = shapes.transpose(self) if self.ndim == 2 else _operators().permuted(self, ())
+        return out
+
+    def reshape(self, *shape: int | Sequence[int]) -> Tensor:
+        """Another shape, in the same order of elements; see :func:`ggml_cffi.ops.reshape`."""
+        from ggml_cffi.ops import shape as shapes
+
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return shapes.reshape(self, sizes)  # type: ignore[arg-type]
+
+    def permute(self, *axes: int) -> Tensor:
+        """The axes in another order; see :func:`ggml_cffi.ops.permute`."""
+        out: Tensor = _operators().permuted(self, axes)
+        return out
+
+    def sum(self, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
+        """Sum over all elements or along one axis. F32."""
+        out: Tensor = _operators().total("sum", self, axis, keepdims)
+        return out
+
+    def mean(self, axis: int | None = None, *, keepdims: bool = False) -> Tensor:
+        """Mean over all elements or along one axis. F32."""
+        out: Tensor = _operators().total("mean", self, axis, keepdims)
+        return out
+
+    # ------------------------------------------------------------------ inside
+
     def _root(self) -> Any:
         pointer = self.ptr
         return pointer.view_src or pointer
@@ -253,6 +352,12 @@ class Tensor:
             return "<Tensor of a closed context>"
         made = "" if self.is_leaf else f" = {self.op.name.lower()}"
         return f"<Tensor {self.name!r} {self.dtype.name} {self.shape}{made}>"
+
+
+def _operators() -> ModuleType:
+    from ggml_cffi.ops import operators
+
+    return operators
 
 
 class _KeepAlive:
