@@ -26,6 +26,7 @@ from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.graph import Graph
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
+from ggml_cffi.quantize import dequantize, quantize
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
@@ -80,7 +81,9 @@ __all__ = [
     "Type",
     "UnsupportedOpError",
     "Usage",
+    "dequantize",
     "device",
     "devices",
+    "quantize",
     *_ops,
 ]

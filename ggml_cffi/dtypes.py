@@ -95,10 +95,10 @@ def row_size(dtype: Type, n: int) -> int:
     return n // block * type_size(dtype)
 
 
-def to_bytes(array: npt.NDArray[Any], dtype: Type) -> npt.NDArray[Any]:
+def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float32] | None = None) -> npt.NDArray[Any]:
     """``array`` as C-ordered data in the layout of ``dtype``: cast, or quantized row by row.
 
-    Integers must fit and floats are not cut to integers.
+    Integers must fit and floats are not cut to integers. ``imatrix`` has one weight for each column.
 
     Raises
     ------
@@ -127,9 +127,12 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type) -> npt.NDArray[Any]:
     if dtype == Type.BF16:
         c.ggml_fp32_to_bf16_row(source, c.ffi.cast("ggml_bf16_t *", target), plain.size)
         return out
-    if c.ggml_quantize_requires_imatrix(dtype):
-        raise ValueError(f"{dtype.name} needs an importance matrix; quantize with one, or choose another type")
-    c.ggml_quantize_chunk(dtype, source, target, 0, plain.size // n, n, c.NULL)
+    if imatrix is None and c.ggml_quantize_requires_imatrix(dtype):
+        raise ValueError(f"{dtype.name} needs an importance matrix: quantize(values, dtype, imatrix) takes one")
+    if not np.isfinite(plain).all():
+        raise ValueError(f"values that are not finite cannot be quantized to {dtype.name}")
+    weights = c.NULL if imatrix is None else c.ffi.from_buffer("float *", imatrix)
+    c.ggml_quantize_chunk(dtype, source, target, 0, plain.size // n, n, weights)
     return out
 
 
