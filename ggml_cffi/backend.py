@@ -7,10 +7,10 @@ import threading
 from functools import partial
 from typing import Any
 
-from ggml_cffi import _lib, c
+from ggml_cffi import c
 from ggml_cffi._handle import Handle
 from ggml_cffi.buffer import BufferType
-from ggml_cffi.device import Device, registry_lock
+from ggml_cffi.device import Device, check_process, device_lock, registry_lock
 from ggml_cffi.device import device as find_device
 from ggml_cffi.errors import GgmlError
 
@@ -45,17 +45,14 @@ class Backend(Handle):
     def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
         """The device that was opened."""
-        self.lock = threading.RLock()
+        # The CPU's backends share nothing; those of one GPU do.
+        self.lock = threading.RLock() if self.device.is_cpu else device_lock(self.device.ptr)
         """Held while work is given to the backend: ggml allows one thread at a time."""
         if n_threads is not None and not self.device.is_cpu:
             raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
         if n_threads is not None:
             _check_threads(n_threads)
-        if not self.device.is_cpu and _lib.inherited("vulkan"):
-            raise GgmlError(
-                f"{self.device.name} cannot be opened in a forked process whose parent used the driver: "
-                'start processes with multiprocessing.get_context("spawn")'
-            )
+        check_process(self.device)
         with registry_lock:
             pointer = c.ggml_backend_dev_init(self.device.ptr, c.NULL)
         if not pointer:
@@ -112,7 +109,7 @@ class Backend(Handle):
 
 
 def _check_threads(n: int) -> None:
-    if not 1 <= n <= c.GGML_MAX_N_THREADS:
+    if not isinstance(n, int) or not 1 <= n <= c.GGML_MAX_N_THREADS:
         raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi._handle import Handle
-from ggml_cffi.device import Device, device
+from ggml_cffi.device import Device, check_process, device, device_lock, registry_lock
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.errors import OutOfMemoryError
 
@@ -24,7 +24,16 @@ class BufferType:
     @classmethod
     def of(cls, which: BufferType | Device | str) -> BufferType:
         """``which`` itself, or the default memory of the device that it names."""
-        return which if isinstance(which, cls) else cls(c.ggml_backend_dev_buffer_type(device(which).ptr))  # type: ignore[arg-type]
+        if isinstance(which, cls):
+            return which
+        with registry_lock:  # the first use of a GPU opens it
+            return cls(c.ggml_backend_dev_buffer_type(device(which).ptr))  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> Device:
+        """The device whose memory it is; the CPU for the host's."""
+        pointer = c.ggml_backend_buft_get_device(self.ptr)
+        return Device(pointer) if pointer else device("CPU")
 
     @property
     def name(self) -> str:
@@ -57,6 +66,10 @@ class BufferType:
         return f"<BufferType {self.name}>"
 
 
+#: C pointers of buffers over memory that must not be written.
+read_only: set[Any] = set()
+
+
 class Buffer(Handle):
     """A piece of device memory. Usually made by :meth:`Context.alloc`, which places tensors in it.
 
@@ -83,14 +96,18 @@ class Buffer(Handle):
         self, buffer_type: BufferType | Device | str, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
     ) -> None:
         kind = BufferType.of(buffer_type)
+        usage = Usage(usage)
         if not 0 < size < 2**63:
             raise ValueError(f"a buffer has at least 1 byte and less than 2**63, not {size}")
-        pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
+        check_process(kind.device)
+        with registry_lock, device_lock(kind.device.ptr):
+            pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
         if not pointer:
             raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
         self._adopt(pointer, c.ggml_backend_buffer_free, (), usage)
         if zero:
-            c.ggml_backend_buffer_clear(pointer, 0)
+            with device_lock(kind.device.ptr):
+                c.ggml_backend_buffer_clear(pointer, 0)
 
     def _adopt(self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle], usage: Usage) -> None:
         super().__init__(pointer, free, parents, fork_safe=bool(c.ggml_backend_buffer_is_host(pointer)))
@@ -101,7 +118,8 @@ class Buffer(Handle):
     def over(cls, memory: Any, *, usage: Usage = Usage.ANY) -> Buffer:
         """A buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
 
-        The memory must start at a multiple of 64 bytes; it is kept alive for as long as the buffer is in use.
+        The memory must start at a multiple of 64 bytes; it is kept alive for as long as the buffer is in use. Tensors
+        in memory that is read-only cannot be written.
 
         C: ``ggml_backend_cpu_buffer_from_ptr``.
         """
@@ -110,8 +128,15 @@ class Buffer(Handle):
         if start % 64 or not len(view):
             raise ValueError(f"{len(view)} bytes at {start:#x}: the memory must start at a multiple of 64 bytes")
         pointer = c.ggml_backend_cpu_buffer_from_ptr(view, len(view))
+        if memoryview(memory).readonly:
+            read_only.add(pointer)
+
+        def free(p: Any, _keep: Any = view) -> None:
+            read_only.discard(p)
+            c.ggml_backend_buffer_free(p)
+
         self = cls.__new__(cls)
-        self._adopt(pointer, lambda p, _keep=view: c.ggml_backend_buffer_free(p), (), usage)  # type: ignore[misc]
+        self._adopt(pointer, free, (), usage)
         return self
 
     @property

@@ -17,7 +17,7 @@ from ggml_cffi.device import Device
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
+from ggml_cffi.tensor import Tensor, check_bytes, check_shape, ne_of
 
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
 
@@ -92,7 +92,7 @@ class Context(Handle):
         ne = ne_of(shape)
         if dtype in dtypes.INTERNAL:
             raise TypeError(f"{dtype.name} is a format inside ggml's products: tensors cannot have it")
-        dtypes.row_size(dtype, ne[0])
+        check_bytes(dtype, ne)
         tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
         if name:
             tensor.name = name
@@ -186,6 +186,8 @@ class Context(Handle):
         chosen = self._unallocated() if tensors is None else list(tensors)
         for t in chosen:
             self._check_allocatable(t)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError("a tensor is listed twice")
         made: list[Buffer] = []
         try:
             for group, size in _pack(chosen, kind):
@@ -198,13 +200,18 @@ class Context(Handle):
                         t.set_bytes(self._constants.pop(t.ptr))
                 self.adopt(buffer)
         except BaseException:
+            for t in chosen:  # as they were before
+                t.ptr.buffer = t.ptr.data = c.NULL
             for buffer in made:
+                if buffer in self._buffers:
+                    self._buffers.remove(buffer)
+                buffer._on_close = None
                 buffer.close()
             raise
         return made
 
     def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Place one tensor at ``address`` (``char *`` or ``void *``) inside ``buffer``; the caller adopts the buffer.
+        """Place one tensor at ``address`` (``char *`` or ``void *``) inside ``buffer``, which this context then owns.
 
         C: ``ggml_backend_tensor_alloc``.
         """
@@ -217,11 +224,19 @@ class Context(Handle):
         if start % alignment:
             raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
         c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
+        self.adopt(buffer)
+        if tensor.ptr in self.limits:
+            try:
+                tensor.check_limit(tensor.numpy().reshape(-1).view(np.uint8))
+            except ValueError:
+                tensor.ptr.buffer = tensor.ptr.data = c.NULL
+                raise
 
     def adopt(self, buffer: Buffer) -> None:
         """Own ``buffer``: it closes with this context, and its tensors are unusable once it is closed."""
-        self._buffers.append(buffer)
-        buffer._on_close = self._forget
+        if buffer not in self._buffers:
+            self._buffers.append(buffer)
+            buffer._on_close = self._forget
 
     def _forget(self, buffer: Buffer) -> None:
         self._buffers.remove(buffer)
@@ -256,6 +271,8 @@ class Context(Handle):
         return [t for t in self.tensors() if t.is_leaf and not t.ptr.buffer and not t.ptr.view_src]
 
     def _check_allocatable(self, t: Tensor) -> None:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"a Tensor is needed, not {type(t).__name__}")
         if t.context is not self:
             raise ValueError(f"{t!r} belongs to another context")
         if not t.is_leaf or t.ptr.view_src:

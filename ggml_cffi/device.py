@@ -13,11 +13,27 @@ from typing import Any, NamedTuple
 
 from ggml_cffi import _lib, c
 from ggml_cffi.enums import BackendDevType
+from ggml_cffi.errors import GgmlError
 
 DeviceType = BackendDevType
 
 #: ggml's registry and its Vulkan device table have no locks of their own.
 registry_lock = threading.RLock()
+
+_transfer_locks: dict[Any, threading.RLock] = {}
+
+
+def device_lock(pointer: Any) -> threading.RLock:
+    """One lock for each device, by its C pointer.
+
+    Backends of one GPU share a staging buffer for transfers, which ggml does not guard.
+    """
+    lock = _transfer_locks.get(pointer)
+    if lock is None:
+        with registry_lock:
+            lock = _transfer_locks.setdefault(pointer, threading.RLock())
+    return lock
+
 
 _ORDER = {DeviceType.GPU: 0, DeviceType.IGPU: 1, DeviceType.META: 2, DeviceType.ACCEL: 3, DeviceType.CPU: 4}
 
@@ -111,6 +127,15 @@ class Device:
         return f"<Device {self.name}: {self.description}>"
 
 
+def check_process(found: Device) -> None:
+    """Raise ``GgmlError`` if the driver of ``found`` was opened before this process was forked."""
+    if not found.is_cpu and _lib.inherited("vulkan"):
+        raise GgmlError(
+            f"{found.name} cannot be used in a forked process whose parent used the driver: "
+            'start processes with multiprocessing.get_context("spawn")'
+        )
+
+
 def devices() -> list[Device]:
     """All devices: GPUs first in the driver's order, the CPU last.
 
@@ -141,6 +166,8 @@ def device(which: str | Device | int) -> Device:
         for found in known:
             if found.name.lower() == which.lower():
                 return found
+    elif not isinstance(which, int):
+        raise TypeError(f"a device is given by its name, position or Device object, not {which!r}")
     elif 0 <= which < len(known):
         return known[which]
     names = ", ".join(d.name for d in known)

@@ -29,6 +29,9 @@ _FROM_NUMPY = {dtype: ggml for ggml, dtype in _NUMPY.items()}
 #: Intermediate formats of the dot products, which ``ggml_quantize_chunk`` refuses.
 INTERNAL = frozenset({Type.Q8_1, Type.Q8_K})
 
+#: Quantization sums squares in single precision, and ends the process when they overflow.
+_LARGEST = 1e15
+
 INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
 
 
@@ -129,8 +132,8 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float
         return out
     if imatrix is None and c.ggml_quantize_requires_imatrix(dtype):
         raise ValueError(f"{dtype.name} needs an importance matrix: quantize(values, dtype, imatrix) takes one")
-    if not np.isfinite(plain).all():
-        raise ValueError(f"values that are not finite cannot be quantized to {dtype.name}")
+    if not np.abs(plain).max() <= _LARGEST:  # false for NaN too
+        raise ValueError(f"values that are not finite, or beyond {_LARGEST:g}, cannot be quantized to {dtype.name}")
     weights = c.NULL if imatrix is None else c.ffi.from_buffer("float *", imatrix)
     c.ggml_quantize_chunk(dtype, source, target, 0, plain.size // n, n, weights)
     return out

@@ -11,8 +11,9 @@ from ggml_cffi.context import Context
 from ggml_cffi.enums import Op
 from ggml_cffi.tensor import Tensor
 
-# ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns a thread's stack.
-_RECURSION_SAFE = 10_000
+# ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns the main thread's stack, and
+# other threads may have much smaller ones.
+_RECURSION_SAFE = 2_000
 # The fields that a scheduler writes: buffer, and everything from the operands to the data pointer.
 _TENSOR = "struct ggml_tensor"
 _SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
@@ -30,7 +31,7 @@ class Graph(Handle):
     Raises
     ------
     ValueError
-        Without outputs.
+        Without outputs, or if nothing has to be computed for them, or a scheduler holds some of the tensors.
     ClosedError
         If an output's context, or one whose tensors it needs, is closed.
 
@@ -59,7 +60,6 @@ class Graph(Handle):
         for t in outputs:
             for step in _steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
                 c.ggml_build_forward_expand(pointer, step)
-            c.ggml_set_output(t.ptr)
         self._order = c.ggml_graph_nodes(pointer)
         self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
         self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
@@ -67,9 +67,13 @@ class Graph(Handle):
         self._saved: list[tuple[Any, bytes, bytes]] | None = None
         try:
             self.check_free()
+            if not self._nodes:
+                raise ValueError("there is nothing to compute: the outputs are inputs, weights or caches")
         except ValueError:
             self.close()
             raise
+        for t in outputs:
+            c.ggml_set_output(t.ptr)
 
     def check_free(self) -> None:
         """Raise ``ValueError`` if a scheduler holds this graph, or another with some of these nodes.

@@ -19,7 +19,7 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi._handle import Handle, Owner
 from ggml_cffi.backend import Backend, open_backend
-from ggml_cffi.buffer import BufferType
+from ggml_cffi.buffer import BufferType, read_only
 from ggml_cffi.device import Device
 from ggml_cffi.enums import Op, Status
 from ggml_cffi.errors import ClosedError, GgmlError, OutOfMemoryError, UnsupportedOpError
@@ -27,6 +27,7 @@ from ggml_cffi.graph import Graph
 from ggml_cffi.tensor import Tensor
 
 MAX_BACKENDS = 16
+_MAX_SIZE = 2**22  # ggml sets 20 KB of addresses aside for each
 _VIEWS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.NONE})
 
 
@@ -76,8 +77,8 @@ class Scheduler(Handle):
     ) -> None:
         if isinstance(backends, str | Backend | Device):
             raise TypeError("backends is a sequence: put the one backend in a list")
-        if graph_size < 1:
-            raise ValueError(f"graph_size must be at least 1, not {graph_size}")
+        if not isinstance(graph_size, int) or not 1 <= graph_size <= _MAX_SIZE:
+            raise ValueError(f"graph_size must be 1 to {_MAX_SIZE}, not {graph_size}")
         self.parallel, self.op_offload = parallel, op_offload
         self._opened: list[Backend] = []
         try:
@@ -236,7 +237,9 @@ class Scheduler(Handle):
                 self._reserve(graph)
                 graph.restore()
                 self._apply_placements(graph)
-                if not c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr):
+                with self._exclusive():
+                    done = c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr)
+                if not done:
                     raise OutOfMemoryError("the scheduler could not allocate the graph")
                 self._check_in_place(graph)
             except BaseException:
@@ -253,8 +256,12 @@ class Scheduler(Handle):
             for p in ctx.released & graph.members:
                 raise ClosedError(f"the buffer of {Tensor(ctx, p, c.ggml_n_dims(p))!r} was closed")
         graph.check_free()
+        for p in [p for p, (t, _) in self._placed.items() if t.context.closed]:
+            del self._placed[p]
+        if graph.n_tensors > _MAX_SIZE:
+            raise ValueError(f"{graph!r} is larger than a scheduler can hold ({_MAX_SIZE} tensors)")
         if graph.n_tensors > self._capacity:
-            self._capacity = 2 * graph.n_tensors
+            self._capacity = min(2 * graph.n_tensors, _MAX_SIZE)
             self._open_sched()
         self._alloc_inputs(graph)
         self._check_ops(graph)
@@ -273,14 +280,26 @@ class Scheduler(Handle):
         devices = [(b, b.device.ptr) for b in self.backends]
         placed = {p: b for p, (_, b) in self._placed.items()}
         where: dict[Any, list[Any]] = {}
+        for p in graph.members:  # every memory is within reach of some backend
+            buffer = (p.view_src or p).buffer
+            if buffer and buffer not in where:
+                kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
+                where[buffer] = [d for b, d in devices if b.supports_buffer_type(kind)]
+                if not where[buffer]:
+                    names = ", ".join(b.name for b in self.backends)
+                    raise ValueError(
+                        f"{graph._wrap(p)!r} is in {kind.name}, which none of {names} can read: "
+                        "add that device to the scheduler"
+                    )
+            if buffer and p in placed and placed[p].device.ptr not in where[buffer]:
+                raise ValueError(f"{graph._wrap(p)!r} was placed on {placed[p].name}, but has memory elsewhere")
         supports = c.ggml_backend_dev_supports_op
         for p in graph.node_pointers():
             buffer = (p.view_src or p).buffer
             candidates = [d for b, d in devices if b is placed[p]] if p in placed else [d for _, d in devices]
             if buffer:
-                if buffer not in where:
-                    kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
-                    where[buffer] = [d for b, d in devices if b.supports_buffer_type(kind)]
+                if buffer in read_only and p.op not in _VIEWS:
+                    raise ValueError(f"{graph._wrap(p)!r} writes to memory that is read-only")
                 candidates = [d for d in candidates if d in where[buffer]]
             if not any(supports(d, p) for d in candidates):
                 t = graph._wrap(p)
@@ -312,9 +331,10 @@ class Scheduler(Handle):
     def _reserve(self, graph: Graph) -> None:
         self._apply_placements(graph)
         with self._exclusive():
-            if not c.ggml_backend_sched_reserve(self.ptr, graph.ptr):
-                free = ", ".join(f"{b.name} {b.device.memory().free:,}" for b in self.backends)
-                raise OutOfMemoryError(f"no room for the intermediate results of {graph!r}; bytes free: {free}")
+            enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)
+        if not enough:
+            free = ", ".join(f"{b.name} {b.device.memory().free:,}" for b in self.backends)
+            raise OutOfMemoryError(f"no room for the intermediate results of {graph!r}; bytes free: {free}")
         self._reserved = True
 
     def reset(self) -> None:
@@ -380,7 +400,7 @@ class Scheduler(Handle):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Holds every backend, always in the same order: a backend takes work from one thread at a time."""
-        locks = [b.lock for b in sorted(self.backends, key=id)]
+        locks = sorted((b.lock for b in self.backends), key=id)
         for lock in locks:
             lock.acquire()
         try:

@@ -7,6 +7,7 @@ last. ggml itself counts from the contiguous axis: :attr:`Tensor.ne` and :attr:`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import c, dtypes
-from ggml_cffi.buffer import BufferType
+from ggml_cffi.buffer import BufferType, read_only
+from ggml_cffi.device import device_lock
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Op, TensorFlag, Type
 
@@ -96,6 +98,8 @@ class Tensor:
 
     @name.setter
     def name(self, name: str) -> None:
+        if "\0" in name:
+            raise ValueError("a name cannot contain the character 0")
         c.ggml_set_name(self.ptr, name.encode())
 
     @property
@@ -116,13 +120,13 @@ class Tensor:
     @property
     def is_allocated(self) -> bool:
         """Whether it has memory."""
-        return bool(self._root().buffer)
+        root = self._root()
+        return bool(root.buffer) and not any(root in ctx.released for ctx in self.context.reachable())
 
     @property
     def buffer_type(self) -> BufferType | None:
         """The kind of memory it is in, None without memory."""
-        buffer = self._root().buffer
-        return BufferType(c.ggml_backend_buffer_get_type(buffer)) if buffer else None
+        return BufferType(c.ggml_backend_buffer_get_type(self._root().buffer)) if self.is_allocated else None
 
     def set(self, values: npt.ArrayLike) -> None:
         """Write values, cast or quantized to the tensor's type.
@@ -150,15 +154,22 @@ class Tensor:
     def set_bytes(self, data: Any) -> None:
         """Write the raw bytes of all elements, as they lie in memory (``nbytes`` of them, any buffer object)."""
         view = c.ffi.from_buffer(data)
+        keep = self._hold()
         self._check_data()
+        root = self._root()
+        if root.buffer in read_only:
+            raise ValueError(f"{self!r} is in memory that is read-only")
         if not self.is_contiguous:
             raise ValueError(f"{self!r} is not contiguous: write to the tensor that it is a view of")
         if len(view) != self.nbytes:
             raise ValueError(f"{self!r} takes {self.nbytes} bytes, not {len(view)}")
-        if self.context.limits:
+        if self.dtype in dtypes.INTEGERS:
             self.check_limit(np.frombuffer(data, np.uint8))
         if len(view):
-            c.ggml_backend_tensor_set(self.ptr, view, 0, len(view))
+            # Through the tensor that owns the memory: a view made before it had any has no address of its own.
+            with self._transfer(root):
+                c.ggml_backend_tensor_set(root, view, self._offset(), len(view))
+        del keep
 
     def numpy(self, *, copy: bool = True) -> npt.NDArray[Any]:
         """The values, of the tensor's shape; ``float32`` where numpy has no such type.
@@ -167,24 +178,28 @@ class Tensor:
         ----------
         copy
             False for a view of host memory instead, which lives as long as the array does. Writing to it writes the
-            tensor.
+            tensor; integers, which may be row numbers, are read-only.
 
         Raises
         ------
         ValueError
             If the tensor has no memory; if it is a temporary of a graph, whose memory may hold other values by now; or
-            for a view, if it is not in host memory or of a type that numpy has not.
+            for a view, if it is not in host memory, or a graph's result, or of a type that numpy has not.
 
         C: ``ggml_backend_tensor_get``.
         """
+        keep = self._hold()
         self._check_data()
         self._check_output()
         dtype = self.dtype
         if not copy:
             return self._host_view()
         raw = np.empty(self.nbytes, np.uint8)
+        root = self._root()
         if raw.size:
-            c.ggml_backend_tensor_get(self.ptr, c.ffi.from_buffer(raw), 0, raw.size)
+            with self._transfer(root):
+                c.ggml_backend_tensor_get(root, c.ffi.from_buffer(raw), self._offset(), raw.size)
+        del keep
         if dtypes.has_numpy(dtype):
             values = self._strided(raw)
             return values if values.flags.c_contiguous else np.ascontiguousarray(values)
@@ -198,16 +213,19 @@ class Tensor:
 
     def _host_view(self) -> npt.NDArray[Any]:
         dtype = self.dtype
-        buffer = self._root().buffer
-        if not c.ggml_backend_buffer_is_host(buffer):
+        root = self._root()
+        if c.ggml_backend_buffer_get_usage(root.buffer) == Usage.COMPUTE:
+            raise ValueError(f"{self!r} is in a scheduler's memory, which it reuses: take a copy")
+        if not c.ggml_backend_buffer_is_host(root.buffer):
             raise ValueError(f"{self!r} is in {self.buffer_type}: only host memory can be viewed; take a copy")
         if not dtypes.has_numpy(dtype):
             raise ValueError(f"numpy has no {dtype.name}: take a copy, which decodes it")
-        memory = c.ffi.buffer(c.ffi.cast("char *", self.ptr.data), self.nbytes)
+        memory = c.ffi.buffer(c.ffi.cast("char *", root.data) + self._offset(), self.nbytes)
         keep = _KeepAlive(memory, [b.owner for ctx in self.context.reachable() for b in ctx.buffers])
         view = self._strided(np.asarray(keep))
-        if self._limit() is not None:
-            view.flags.writeable = False  # row numbers are checked by set()
+        # Integers may be row numbers, now or later: those are checked by set().
+        if dtype in dtypes.INTEGERS or root.buffer in read_only:
+            view.flags.writeable = False
         return view
 
     # ------------------------------------------------------------------ numpy's operators
@@ -312,9 +330,30 @@ class Tensor:
         pointer = self.ptr
         return pointer.view_src or pointer
 
+    def _offset(self) -> int:
+        """Bytes from the start of the tensor that owns the memory."""
+        pointer = self.ptr
+        return int(pointer.view_offs) if pointer.view_src else 0
+
+    def _hold(self) -> list[Any]:
+        """What keeps the memory alive while it is read or written, though another thread may close it.
+
+        Raises
+        ------
+        ClosedError
+            If it is closed, or belongs to a GPU of before a fork.
+        """
+        contexts = self.context.reachable()
+        return [*(ctx.owner for ctx in contexts), *(b.owner for ctx in contexts for b in ctx.buffers)]
+
+    def _transfer(self, root: Any) -> AbstractContextManager[Any]:
+        """The lock of the device that ``root`` is on; host memory needs none."""
+        if c.ggml_backend_buffer_is_host(root.buffer):
+            return nullcontext()
+        return device_lock(c.ggml_backend_buft_get_device(c.ggml_backend_buffer_get_type(root.buffer)))
+
     def _check_data(self) -> None:
-        root = self._root()
-        if not root.buffer or any(root in ctx.released for ctx in self.context.reachable()):
+        if not self.is_allocated:
             raise ValueError(f"{self!r} has no memory: use Context.alloc, or Scheduler.alloc for a whole graph")
 
     def _check_output(self) -> None:
@@ -327,7 +366,9 @@ class Tensor:
             raise ValueError(f"{self!r} is a temporary: name it as an output of its Graph to read it")
 
     def _limit(self) -> int | None:
-        return self.context.limits.get(self._root())
+        root = self._root()
+        found = [ctx.limits[root] for ctx in self.context.reachable() if root in ctx.limits]
+        return min(found) if found else None
 
     def check_limit(self, raw: npt.NDArray[np.uint8]) -> None:
         """Raise ``ValueError`` if ``raw`` holds row numbers that an operation on this tensor could not look up."""
@@ -392,6 +433,12 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if any(n < 0 for n in sizes) or prod(max(n, 1) for n in sizes) > _MAX_ELEMENTS:
         raise ValueError(f"shape {sizes} is not possible: sizes must be at least 0 and their product below 2**62")
     return sizes
+
+
+def check_bytes(dtype: Type, ne: Sequence[int]) -> None:
+    """Raise ``ValueError`` if a tensor of these sizes has more bytes than C can count."""
+    if dtypes.row_size(dtype, ne[0]) * prod(max(n, 1) for n in ne[1:]) >= _MAX_ELEMENTS:
+        raise ValueError(f"sizes {tuple(ne)} of {dtype.name} take 2**62 bytes or more")
 
 
 def ne_of(shape: Sequence[int]) -> tuple[int, ...]:

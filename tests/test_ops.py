@@ -473,7 +473,7 @@ WRONG = {
     "view: the last axis must be contiguous": lambda t: ggml.view(t(8), (2, 2), strides=(16, 8)),
     "view: strides (6, 4) are no multiples": lambda t: ggml.view(t(8), (2, 1), strides=(6, 4)),
     "view: bytes 0 to 1000": lambda t: ggml.view(t(8), (2, 1), strides=(996, 4)),
-    "cont: only F32": lambda t: ggml.cont(ggml.transpose(t(2, 32, dtype="q8_0"))),
+    "cont: only F32": lambda t: ggml.cont(ggml.transpose(t(2, 32, dtype="f64"))),
     "cast: there is no conversion to I32": lambda t: ggml.cast(t(4), "i32"),
     "cast: rows of 4 are no whole blocks": lambda t: ggml.cast(t(4), "q4_0"),
     "get_rows: rows must be I32": lambda t: ggml.get_rows(t(4, 4), t(2)),

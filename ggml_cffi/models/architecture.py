@@ -7,9 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ggml_cffi.dtypes import INTEGERS, INTERNAL
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile, TensorInfo
 from ggml_cffi.tensor import Tensor
+
+_NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,15 @@ class Architecture(ABC):
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
         self.read(Metadata(file, self.name))
+        if self.n_layers > len(file.tensors):  # before a list is made of that many
+            raise FormatError(f"{file.path}: {self.n_layers} layers, but only {len(file.tensors)} tensors")
         self.shapes = dict(self.expected_tensors())
         for name, shape in self.shapes.items():
             info = self.info(name)
             if info.shape != shape:
                 raise FormatError(f"{file.path}: tensor {name!r} has shape {info.shape}; {shape} is expected")
+            if info.dtype in _NO_WEIGHTS:
+                raise FormatError(f"{file.path}: tensor {name!r} has type {info.dtype.name}, which no weight can have")
 
     def info(self, name: str) -> TensorInfo:
         """The file's tensor of this name, or FormatError."""

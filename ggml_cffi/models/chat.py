@@ -41,5 +41,5 @@ def render(template: str, messages: Sequence[Message], *, bos: str = "", eos: st
         return environment.from_string(template).render(
             messages=[dict(m) for m in messages], bos_token=bos, eos_token=eos, add_generation_prompt=answer
         )
-    except TemplateError as error:
-        raise FormatError(f"the model's chat template failed: {error}") from None
+    except Exception as error:  # whatever a template from a file does: it is the file that is wrong
+        raise FormatError(f"the model's chat template failed: {error or type(error).__name__}") from None

@@ -41,7 +41,7 @@ class Llama(Architecture):
             raise FormatError(f"{self.file.path}: rope scaling {scaling!r} is not supported; none and linear are")
         factor = meta.get("rope.scaling.factor", float, 1.0) if scaling == "linear" else 1.0
         self.rope_scale = 1.0 / factor if factor else 1.0
-        if self.file.metadata.get("llama.expert_count"):
+        if meta.get("expert_count", int, 0):
             raise FormatError(f"{self.file.path}: mixtures of experts are not supported yet")
         embeddings = self.info("token_embd.weight").shape
         self.n_vocab = embeddings[0] if len(embeddings) == 2 else 0

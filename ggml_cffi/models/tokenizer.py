@@ -68,9 +68,9 @@ class Tokenizer:
             raise FormatError(f"{file.path}: the vocabulary is missing or no list of strings")
         self._texts: list[str] = tokens
         types = meta.get("tokenizer.ggml.token_type", np.ones(len(tokens), np.int32))
-        if len(types) != len(tokens):
-            raise FormatError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types")
-        self._types = [int(t) for t in types]
+        if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
+            raise FormatError(f"{file.path}: the token types are no list of {len(tokens)} integers")
+        self._types: list[int] = types.tolist()
         self.bos = self._id(meta, "bos_token_id")
         """Id of the token that begins a text, None if there is none."""
         self.eos = self._id(meta, "eos_token_id")
@@ -90,13 +90,13 @@ class Tokenizer:
         value = meta.get(f"tokenizer.ggml.{key}")
         return value if isinstance(value, int) and 0 <= value < len(self._texts) else None
 
-    def _make(self, file: GGUFFile, pre: str, merges: list[str]) -> Any:
+    def _make(self, file: GGUFFile, pre: Any, merges: list[str]) -> Any:
         from tokenizers import AddedToken, Regex
         from tokenizers import Tokenizer as Encoder
         from tokenizers.models import BPE
         from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-        if pre not in PRE_TOKENIZERS:
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             known = ", ".join(PRE_TOKENIZERS)
             raise FormatError(f"{file.path}: the pre-tokenizer {pre!r} is not supported; {known} are")
         vocab = {text: i for i, text in enumerate(self._texts)}
@@ -147,7 +147,12 @@ class Tokenizer:
         return [self.bos, *ids] if first else list(ids)  # type: ignore[list-item]
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes that a token stands for; none for control tokens unless ``special``."""
+        """The bytes that a token stands for; none for control tokens unless ``special``.
+
+        Embeddings are often padded beyond the vocabulary: ids from there stand for nothing.
+        """
+        if token >= len(self._types):
+            return b""
         kind = self._types[token]
         if kind in (_CONTROL, _UNUSED):
             return self._texts[token].encode("utf-8", "surrogateescape") if special else b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ggml_cffi.context import Context
 from ggml_cffi.dtypes import type_size
 from ggml_cffi.enums import Type
-from ggml_cffi.tensor import Tensor
+from ggml_cffi.tensor import Tensor, check_bytes
 
 FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 
@@ -15,6 +15,8 @@ def home(op: str, *operands: Tensor | None, ctx: Context | None = None) -> Conte
 
     Weights and caches are in contexts that live long; what is computed from them lives in a younger one.
     """
+    if ctx is not None and not isinstance(ctx, Context):
+        raise TypeError(f"{op}: ctx must be a Context, not {type(ctx).__name__}")
     found = ctx
     for t in operands:
         if t is None:
@@ -34,6 +36,14 @@ def fail(op: str, rule: str, **operands: Tensor | None) -> ValueError:
     """The exception for a broken rule, with the operands' shapes and types."""
     shown = " · ".join(f"{name} {t.shape} {t.dtype.name}" for name, t in operands.items() if t is not None)
     return ValueError(f"{op}: {rule}: {shown}")
+
+
+def check_result(op: str, ne: tuple[int, ...], dtype: Type = Type.F32) -> None:
+    """Raise ``ValueError`` if a result of these sizes (ggml's order) would have more bytes than C can count."""
+    try:
+        check_bytes(dtype, ne)
+    except ValueError as error:
+        raise ValueError(f"{op}: the result is too large: {error}") from None
 
 
 def broadcasts(big: tuple[int, ...], small: tuple[int, ...]) -> bool:

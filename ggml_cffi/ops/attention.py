@@ -68,7 +68,10 @@ def rope_ext(
         raise fail("rope_ext", "a must be F32 or F16 with contiguous rows", a=a)
     if positions.dtype is not Type.I32 or positions.ne != (a.ne[2], 1, 1, 1):
         raise fail("rope_ext", f"positions must be I32 of shape ({a.ne[2]},), one a token", a=a, positions=positions)
-    if n_dims < 2 or n_dims % 2 or n_dims > a.ne[0]:
+    for name, t in (("positions", positions), ("freq_factors", freq_factors)):
+        if t is not None and not t.is_contiguous:
+            raise fail("rope_ext", f"{name} must be contiguous (use cont)", a=a, t=t)
+    if not isinstance(n_dims, int) or n_dims < 2 or n_dims % 2 or n_dims > a.ne[0]:
         raise fail("rope_ext", f"n_dims must be even and 2 to the size of a head, not {n_dims}", a=a)
     if freq_factors is not None and (freq_factors.dtype is not Type.F32 or freq_factors.ne[0] < n_dims // 2):
         raise fail(
@@ -76,6 +79,8 @@ def rope_ext(
         )
     if not freq_base > 0:
         raise ValueError(f"rope_ext: freq_base must be above 0, not {freq_base}")
+    if not 0 <= n_ctx_orig < 2**31:
+        raise ValueError(f"rope_ext: n_ctx_orig must be 0 to 2**31 - 1, not {n_ctx_orig}")
     return ctx.build(
         c.ggml_rope_ext,
         a.ndim,
@@ -179,6 +184,8 @@ def flash_attn_ext(
         raise fail("flash_attn_ext", "q must be F32, and the rows of q, k and v contiguous", q=q, k=k, v=v)
     if k.dtype in _NO_KV or v.dtype in _NO_KV:
         raise fail("flash_attn_ext", "k and v must be float or quantized", q=q, k=k, v=v)
+    if not qn[0]:
+        raise fail("flash_attn_ext", "the heads have no elements", q=q, k=k, v=v)
     if qn[0] != kn[0] or kn[1] != vn[1] or kn[2] != vn[2]:
         raise fail("flash_attn_ext", "q, k and v differ in head size, length or heads", q=q, k=k, v=v)
     if not kn[2] or qn[2] % kn[2] or not qn[3] == kn[3] == vn[3]:

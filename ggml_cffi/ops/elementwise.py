@@ -44,10 +44,13 @@ def add(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     C: ``ggml_add``.
     """
     if isinstance(a, Tensor) and is_quantized(a.dtype):
-        if not isinstance(b, Tensor) or b.dtype is not Type.F32 or a.ne != b.ne:
+        home("add", a, b, ctx=ctx)
+        if b.dtype is not Type.F32 or a.ne != b.ne:
             raise fail("add", "a quantized a takes an F32 b of the same shape", a=a, b=b)
         if not (contiguous_rows(a) and contiguous_rows(b)):
             raise fail("add", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
+        if not c.ggml_get_type_traits_cpu(a.dtype).from_float:
+            raise fail("add", f"ggml cannot quantize the sum to {a.dtype.name}", a=a, b=b)
         return home("add", a, b, ctx=ctx).build(c.ggml_add, a.ndim, a.ptr, b.ptr)
     return _binary("add", c.ggml_add, a, b, ctx)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._check import contiguous_rows, fail, home
+from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.ops.elementwise import add
 from ggml_cffi.tensor import Tensor
 
@@ -23,8 +23,9 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
         ``(..., m, k)``, F32 (or F16 beside an F16 ``a``). Its leading sizes are multiples of ``a``'s, which is
         repeated.
     prec
-        ``Prec.F32`` for sums in F32 everywhere; by default GPUs may add up products of half-precision or quantized
-        ``a`` in F16, which is faster and about 1e-3 to 1e-2 off.
+        ``Prec.F32`` asks for sums in F32. By default GPUs may sum in F16, which is faster and about 1e-3 to 1e-2 off.
+        ggml's Vulkan products of more than 8 rows round their operands to F16 whatever is asked, F32 ones too: values
+        beyond 65504 become infinite. ``GGML_VK_DISABLE_F16=1`` in the environment keeps them F32.
     ctx
         Context of the result; default the youngest of the operands'.
 
@@ -44,6 +45,9 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
     an, bn = a.ne, b.ne
     if an[0] != bn[0]:
         raise fail("mul_mat", "inner sizes differ", a=a, b=b)
+    if not an[0]:
+        raise fail("mul_mat", "the inner size is 0", a=a, b=b)
+    check_result("mul_mat", (an[1], *bn[1:]))
     if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
         raise fail("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
     if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:

@@ -6,13 +6,16 @@ import numpy as np
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
+from ggml_cffi.dtypes import is_quantized
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import contiguous_rows, fail, home
+from ggml_cffi.ops._check import FLOATS, check_result, contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
 
 
 def _limit(op: str, rows: Tensor, n: int) -> None:
     """Have the values of ``rows`` stay below ``n``: ggml ends the process on others, or writes out of bounds."""
+    if not n and rows.size:
+        raise fail(op, "a has no rows", rows=rows)
     if not rows.is_leaf or rows.ptr.view_src:
         raise fail(op, "row numbers must be an input tensor, not computed: nothing could check them", rows=rows)
     limits = rows.context.limits
@@ -52,6 +55,7 @@ def get_rows(a: Tensor, rows: Tensor, *, ctx: Context | None = None) -> Tensor:
     if a.dtype in (Type.I8, Type.I16, Type.I64, Type.F64) or not contiguous_rows(a):
         raise fail("get_rows", "a must be a float, quantized or I32 tensor with contiguous rows", a=a, rows=rows)
     _limit("get_rows", rows, an[1])
+    check_result("get_rows", (an[0], *rn[:3]))
     return ctx.build(c.ggml_get_rows, max(rows.ndim + 1, a.ndim), a.ptr, rows.ptr)
 
 
@@ -83,6 +87,9 @@ def set_rows(a: Tensor, b: Tensor, rows: Tensor, *, ctx: Context | None = None) 
         raise fail("set_rows", "one row number per row of b is needed", a=a, b=b, rows=rows)
     if rows.dtype not in (Type.I64, Type.I32) or b.dtype is not Type.F32:
         raise fail("set_rows", "b must be F32 and rows I64 or I32", a=a, b=b, rows=rows)
+    kind = a.dtype
+    if kind not in FLOATS and not (is_quantized(kind) and c.ggml_get_type_traits_cpu(kind).from_float):
+        raise fail("set_rows", f"ggml cannot convert rows to {kind.name}", a=a, b=b, rows=rows)
     if not (contiguous_rows(a) and contiguous_rows(b)):
         raise fail("set_rows", "a and b must have contiguous rows", a=a, b=b, rows=rows)
     _limit("set_rows", rows, an[1])

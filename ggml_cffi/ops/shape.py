@@ -9,7 +9,7 @@ from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.dtypes import INTERNAL, as_type, block_size, is_quantized, type_size
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import fail, home
+from ggml_cffi.ops._check import check_result, fail, home
 from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 
@@ -54,6 +54,8 @@ def permute(a: Tensor, axes: Sequence[int], *, ctx: Context | None = None) -> Te
     order = [axis + n if axis < 0 else axis for axis in axes]
     if sorted(order) != list(range(n)):
         raise fail("permute", f"{tuple(axes)} is no permutation of the {n} axes", a=a)
+    if is_quantized(a.dtype) and n and order[-1] != n - 1:
+        raise fail("permute", "the last axis of a quantized tensor holds its blocks and must stay last", a=a)
     to = [0, 1, 2, 3]
     for i, axis in enumerate(order):
         to[n - 1 - axis] = n - 1 - i
@@ -73,6 +75,8 @@ def transpose(a: Tensor, *, ctx: Context | None = None) -> Tensor:
     ctx = home("transpose", a, ctx=ctx)
     if a.ndim < 2:
         raise fail("transpose", "a must have at least two axes", a=a)
+    if is_quantized(a.dtype):
+        raise fail("transpose", "the last axis of a quantized tensor holds its blocks and must stay last", a=a)
     return ctx.build(c.ggml_transpose, a.ndim, a.ptr)
 
 
@@ -123,6 +127,11 @@ def view(
     last = 0 if 0 in ne else (ne[0] // block) * unit + sum((n - 1) * s for n, s in zip(ne[1:], nb[1:], strict=True))
     if offset < 0 or offset % unit or offset + last > a.nbytes:
         raise fail("view", f"bytes {offset} to {offset + last} are not elements of a, which has {a.nbytes} bytes", a=a)
+    pointer = a.ptr
+    root = pointer.view_src or pointer
+    dense = ne[0] // block * unit * prod(ne[1:])
+    if dense + offset + (pointer.view_offs if pointer.view_src else 0) > c.ggml_nbytes(root):
+        raise fail("view", f"a view of {dense} bytes is larger than what it looks at: strides cannot overlap", a=a)
     return ctx.build(c.ggml_view_4d, len(sizes), a.ptr, *ne, *nb[1:], offset)
 
 
@@ -154,6 +163,8 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
     """
     ctx = home("cast", a, ctx=ctx)
     to = as_type(dtype)
+    if not a.size:
+        raise fail("cast", "a has no elements", a=a)
     floats = (Type.F32, Type.F16, Type.BF16)
     if a.dtype not in floats and not (is_quantized(a.dtype) and to is Type.F32):
         raise fail("cast", f"there is no conversion to {to.name}", a=a)
@@ -193,6 +204,7 @@ def repeat(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Te
         raise fail("repeat", f"{sizes} is no multiple of a's shape", a=a)
     if a.dtype not in _REPEATED or a.nb[0] != type_size(a.dtype):
         raise fail("repeat", "a must be F32, F16, BF16, I16 or I32 with contiguous rows", a=a)
+    check_result("repeat", ne, a.dtype)
     return ctx.build(c.ggml_repeat_4d, len(sizes), a.ptr, *ne)
 
 
