@@ -87,7 +87,7 @@ get_source() {
     if ! { [ -f "$archive" ] && echo "$GGML_SDIST_SHA256  $archive" | sha256 -c - >/dev/null 2>&1; }; then
         say "downloading $GGML_SDIST"
         "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; install python3-pip or set PYTHON to a venv's python"
-        quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary :all: -d "$tmp" "$GGML_SDIST"
+        quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary "${GGML_SDIST%%==*}" -d "$tmp" "$GGML_SDIST"
         echo "$GGML_SDIST_SHA256  $tmp/$name.tar.gz" | sha256 -c - >/dev/null 2>&1 ||
             fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/pins.env"
         mv "$tmp/$name.tar.gz" "$archive"
