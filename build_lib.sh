@@ -74,7 +74,7 @@ get_source() {
         source_dir=$GGML_SOURCE_DIR
         [ -f "$source_dir/CMakeLists.txt" ] || fail "GGML_SOURCE_DIR=$source_dir holds no CMakeLists.txt"
         [ "$(tree_digest "$source_dir")" = "$GGML_TREE_SHA256" ] ||
-            fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/pins.env"
+            fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/pins.env: its tree digest is $(tree_digest "$source_dir")"
         return
     fi
     source_dir=$root/vendor/ggml
@@ -89,11 +89,11 @@ get_source() {
         "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; install python3-pip or set PYTHON to a venv's python"
         quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary "${GGML_SDIST%%==*}" -d "$tmp" "$GGML_SDIST"
         echo "$GGML_SDIST_SHA256  $tmp/$name.tar.gz" | sha256 -c - >/dev/null 2>&1 ||
-            fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/pins.env"
+            fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/pins.env: it is $(digest <"$tmp/$name.tar.gz")"
         mv "$tmp/$name.tar.gz" "$archive"
     fi
     tar -xzf "$archive" -C "$tmp"
-    [ "$(tree_digest "$tmp/$name/ggml")" = "$GGML_TREE_SHA256" ] || fail "the archive's ggml tree is not the pinned one"
+    [ "$(tree_digest "$tmp/$name/ggml")" = "$GGML_TREE_SHA256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/$name/ggml")"
     rm -rf "$source_dir"
     mv "$tmp/$name/ggml" "$source_dir"
     rm -rf "$tmp"

@@ -1,5 +1,6 @@
 """The loader: what is loaded when, from where, and what is said when there is nothing."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,7 @@ def test_build_script_refuses_another_tree(tmp_path):
     )
     assert done.returncode != 0
     assert "not ggml 0.20.2 as pinned" in done.stderr
+    assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
 
 
 def test_build_script_helps():
