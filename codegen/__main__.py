@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 
-from codegen import emit, headers
+from codegen import emit, flat, headers, operations
 
 TARGETS = {
     "ggml_cffi/_decl.py": emit.decl,
@@ -14,6 +14,9 @@ TARGETS = {
     "ggml_cffi/c.pyi": emit.c_stub,
     "ggml_cffi/enums.py": emit.enums,
     "codegen/report.md": emit.report,
+    "ggml_cffi/ops/__init__.py": operations.namespace,
+    "ggml_cffi/_flat_ops.py": flat.operations,
+    "docs/operations.md": operations.table,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from ggml_cffi.device import Device
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.tensor import Tensor, check_bytes, check_shape, ne_of
+from ggml_cffi.tensor import Head, Tensor, check_bytes, check_shape, ne_of
 
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
 
@@ -32,14 +33,15 @@ class Context(Handle):
 
     __slots__ = (
         "_buffers",
+        "_capacity",
         "_chunks",
         "_constants",
         "_lock",
         "_released",
         "_room",
+        "calls",
         "held",
         "limits",
-        "n_tensors",
         "serial",
         "uses",
     )
@@ -49,12 +51,13 @@ class Context(Handle):
     def __init__(self) -> None:
         self._chunks = [_chunk(_FIRST_CHUNK)]
         self._room = _FIRST_CHUNK
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._buffers: list[Buffer] = []
         self._released: set[Any] = set()
         self._constants: dict[Any, npt.NDArray[Any]] = {}
-        self.n_tensors = 0
-        """Tensors made so far."""
+        self._capacity = _FIRST_CHUNK
+        self.calls: dict[Any, Any] = {}
+        """Operations written in Python: what ggml calls, by C pointer of the result."""
         self.uses: dict[Context, Owner] = {}
         """Other contexts whose tensors are operands here."""
         self.held: dict[Any, frozenset[Any]] = {}
@@ -109,21 +112,48 @@ class Context(Handle):
         array = np.asarray(values)
         data = dtypes.to_bytes(array, as_type(dtype)).copy()
         tensor = self.new_tensor(dtype, array.shape)
-        self._constants[tensor.ptr] = data
+        self.set_later(tensor, data)
         return tensor
 
-    def build(self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1) -> Tensor:
+    def set_later(self, tensor: Tensor, data: npt.NDArray[Any]) -> None:
+        """Have ``data``, its bytes, written to a tensor without memory as soon as it gets some.
+
+        Raises
+        ------
+        ValueError
+            If the tensor is another context's, is computed, or has memory already, or the bytes are not its.
+        """
+        self._check_allocatable(tensor)
+        if data.nbytes != tensor.nbytes:
+            raise ValueError(f"{tensor!r} takes {tensor.nbytes} bytes, not {data.nbytes}")
+        self._constants[tensor.ptr] = data
+
+    def later(self, tensor: Tensor) -> npt.NDArray[Any] | None:
+        """What will be written to a tensor when it gets memory, None where nothing will."""
+        return self._constants.get(tensor.ptr)
+
+    def build(
+        self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1, head: Head | None = None
+    ) -> Tensor:
         """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. The caller has checked.
 
-        ``function`` gets the C context before ``args``.
+        ``function`` gets the C context before ``args``. Where type and sizes of the result are known to be those of
+        ``head``, saying so saves reading them.
         """
         with self._lock:
             if self._room < n:
                 self._grow(n)
             self._room -= n
-            self.n_tensors += n
             pointer = function(self.ptr, *args)
-        return Tensor(self, pointer, ndim)
+        return Tensor(self, pointer, ndim, head if head is not None and head.dense else None)
+
+    def emit(self, function: Callable[..., Any], ndim: int, head: Head, *args: Any) -> Tensor:
+        """As :meth:`build` of one tensor with a dense head: what most nodes are, and quicker."""
+        with self._lock:
+            if not self._room:
+                self._grow(1)
+            self._room -= 1
+            return Tensor(self, function(self._cell[0] or self.ptr, *args), ndim, head)
 
     def _grow(self, n: int) -> None:
         self.ptr  # noqa: B018 - raises when closed
@@ -131,7 +161,13 @@ class Context(Handle):
         chunk = _chunk(size)
         self._chunks.append(chunk)
         self._cell[0] = chunk
+        self._capacity += size
         self._room = size
+
+    @property
+    def n_tensors(self) -> int:
+        """Tensors made so far, or a few more."""
+        return self._capacity - self._room
 
     def use(self, other: Context) -> None:
         """Keep ``other`` alive for as long as this context: its tensors are operands here."""
@@ -182,7 +218,11 @@ class Context(Handle):
         OutOfMemoryError
             If the device has not enough.
         """
-        kind = BufferType.of(on)
+        with self._lock:
+            self.ptr  # noqa: B018 - raises when closed
+            return self._alloc(BufferType.of(on), tensors, usage)
+
+    def _alloc(self, kind: BufferType, tensors: Iterable[Tensor] | None, usage: Usage) -> list[Buffer]:
         chosen = self._unallocated() if tensors is None else list(tensors)
         for t in chosen:
             self._check_allocatable(t)
@@ -197,7 +237,7 @@ class Context(Handle):
                 for t, offset in group:
                     self.put(t, buffer, address + offset)
                     if t.ptr in self._constants:
-                        t.set_bytes(self._constants.pop(t.ptr))
+                        t.set_bytes(self._constants[t.ptr])
                 self.adopt(buffer)
         except BaseException:
             for t in chosen:  # as they were before
@@ -208,6 +248,8 @@ class Context(Handle):
                 buffer._on_close = None
                 buffer.close()
             raise
+        for t in chosen if self._constants else ():
+            self._constants.pop(t.ptr, None)
         return made
 
     def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
@@ -234,11 +276,15 @@ class Context(Handle):
 
     def adopt(self, buffer: Buffer) -> None:
         """Own ``buffer``: it closes with this context, and its tensors are unusable once it is closed."""
-        if buffer not in self._buffers:
-            self._buffers.append(buffer)
-            buffer._on_close = self._forget
+        with self._lock:
+            self.ptr  # noqa: B018 - raises when closed
+            if buffer not in self._buffers:
+                self._buffers.append(buffer)
+                buffer._on_close = self._forget
 
     def _forget(self, buffer: Buffer) -> None:
+        if buffer not in self._buffers:  # another thread closes the context
+            return
         self._buffers.remove(buffer)
         pointer = buffer.ptr
         for t in self.tensors():
@@ -282,13 +328,14 @@ class Context(Handle):
 
     def close(self) -> None:
         """Close the context and its buffers. Its tensors can no longer be used."""
-        for buffer in tuple(getattr(self, "_buffers", ())):
-            buffer._on_close = None
-            buffer.close()
-        if not self.closed:
-            self._buffers.clear()
-            self.uses.clear()
-        super().close()
+        with getattr(self, "_lock", nullcontext()):  # not while another thread is making a tensor here
+            for buffer in tuple(getattr(self, "_buffers", ())):
+                buffer._on_close = None
+                buffer.close()
+            if not self.closed:
+                self._buffers.clear()
+                self.uses.clear()
+            super().close()
 
     def __repr__(self) -> str:
         return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"

@@ -56,6 +56,27 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
         raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None
 
 
+def as_array(values: Any) -> npt.NDArray[Any]:
+    """``values`` as an array: anything that numpy takes, or host memory by DLPack, without a copy where possible.
+
+    Raises
+    ------
+    TypeError
+        If they are not numbers, or not in host memory.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
+        try:
+            return np.from_dlpack(values)
+        except (BufferError, RuntimeError) as error:
+            raise TypeError(f"{type(values).__name__} cannot be read by numpy: {error}") from error
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"numbers are needed, not {type(values).__name__} ({array.dtype})")
+    return array
+
+
 def numpy_dtype(dtype: Type) -> np.dtype[Any]:
     """The numpy dtype in which values of ``dtype`` appear in Python; ``float32`` where numpy has no counterpart."""
     return _NUMPY.get(dtype, _NUMPY[Type.F32])

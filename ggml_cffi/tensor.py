@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from struct import Struct
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,23 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Op, TensorFlag, Type
 
 if TYPE_CHECKING:
+    from ggml_cffi.backend import Backend
     from ggml_cffi.context import Context
 
 _TYPES = {int(t): t for t in Type}
+_HEAD = Struct("=i12x4q4Q")  # struct ggml_tensor from its type to its strides
+
+
+class Head(NamedTuple):
+    """What never changes about a tensor."""
+
+    dtype: Type
+    ne: tuple[int, ...]
+    nb: tuple[int, ...]
+    dense: bool
+    """Whether the strides are those of a new tensor of these sizes."""
+
+
 _OP_NONE = int(Op.NONE)
 _MAX_ELEMENTS = 2**62
 
@@ -35,15 +50,15 @@ class Tensor:
     It owns nothing: it dies with its context. Two objects for one tensor are equal.
     """
 
-    __slots__ = ("_ne", "_pointer", "context", "ndim")
+    __slots__ = ("_head", "_pointer", "context", "ndim")
 
-    def __init__(self, context: Context, pointer: Any, ndim: int) -> None:
+    def __init__(self, context: Context, pointer: Any, ndim: int, head: Head | None = None) -> None:
         self.context = context
         """The context that holds the tensor."""
         self.ndim = ndim
         """Number of axes, 0 to 4."""
         self._pointer = pointer
-        self._ne: tuple[int, ...] | None = None
+        self._head = head
 
     @property
     def ptr(self) -> Any:
@@ -59,26 +74,34 @@ class Tensor:
         return self._pointer
 
     @property
+    def head(self) -> Head:
+        """Element type, sizes and strides: read from C once, in one piece."""
+        head = self._head
+        if head is None:
+            kind, *sizes = _HEAD.unpack_from(c.ffi.buffer(self.ptr, _HEAD.size))
+            ne, nb = tuple(sizes[:4]), tuple(sizes[4:])
+            head = self._head = Head(_TYPES[kind], ne, nb, _dense(_TYPES[kind], ne, nb))
+        return head
+
+    @property
     def ne(self) -> tuple[int, ...]:
         """The four sizes in ggml's order, contiguous axis first."""
-        if self._ne is None:
-            self._ne = tuple(c.ffi.unpack(self.ptr.ne, 4))
-        return self._ne
+        return self.head.ne
 
     @property
     def nb(self) -> tuple[int, ...]:
         """The four strides in bytes, in ggml's order."""
-        return tuple(c.ffi.unpack(self.ptr.nb, 4))
+        return self.head.nb
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes in numpy's order."""
-        return self.ne[: self.ndim][::-1]
+        return self.head.ne[: self.ndim][::-1]
 
     @property
     def dtype(self) -> Type:
         """Element type."""
-        return _TYPES[self.ptr.type]
+        return self.head.dtype
 
     @property
     def size(self) -> int:
@@ -115,7 +138,7 @@ class Tensor:
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements lie one after another in order. C: ``ggml_is_contiguous``."""
-        return bool(c.ggml_is_contiguous(self.ptr))
+        return self.head.dense or bool(c.ggml_is_contiguous(self.ptr))
 
     @property
     def is_allocated(self) -> bool:
@@ -146,7 +169,7 @@ class Tensor:
 
         C: ``ggml_backend_tensor_set``.
         """
-        array = np.asarray(values)
+        array = dtypes.as_array(values)
         if array.shape != self.shape:
             raise ValueError(f"{self!r} takes an array of shape {self.shape}, not {array.shape}")
         self.set_bytes(dtypes.to_bytes(array, self.dtype))
@@ -154,11 +177,8 @@ class Tensor:
     def set_bytes(self, data: Any) -> None:
         """Write the raw bytes of all elements, as they lie in memory (``nbytes`` of them, any buffer object)."""
         view = c.ffi.from_buffer(data)
-        keep = self._hold()
-        self._check_data()
+        keep = self.check_writable()
         root = self._root()
-        if root.buffer in read_only:
-            raise ValueError(f"{self!r} is in memory that is read-only")
         if not self.is_contiguous:
             raise ValueError(f"{self!r} is not contiguous: write to the tensor that it is a view of")
         if len(view) != self.nbytes:
@@ -188,9 +208,7 @@ class Tensor:
 
         C: ``ggml_backend_tensor_get``.
         """
-        keep = self._hold()
-        self._check_data()
-        self._check_output()
+        keep = self.check_readable()
         dtype = self.dtype
         if not copy:
             return self._host_view()
@@ -207,6 +225,82 @@ class Tensor:
             raise ValueError(f"{self!r} is a view of {dtype.name} blocks that are not contiguous: make it contiguous")
         return dtypes.from_bytes(raw, dtype, self.size).reshape(self.shape)
 
+    def set_async(self, values: npt.NDArray[Any], backend: Backend) -> None:
+        """Have ``backend`` write ``values`` after what it was given before; ``backend.synchronize()`` waits for it.
+
+        The array must not change until then. The copy runs by itself only from memory of :func:`ggml_cffi.pinned`, and
+        is done before this returns otherwise.
+
+        Parameters
+        ----------
+        values
+            C-ordered, of the tensor's shape and of its very type: nothing is converted.
+        backend
+            One of the device that the tensor is on.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As :meth:`set`, and if type or device are others. Integers, which may be row numbers, are for :meth:`set`.
+
+        C: ``ggml_backend_tensor_set_async``.
+        """
+        keep = [*self.check_writable(), values]
+        if self.dtype in dtypes.INTEGERS:
+            raise TypeError(f"{self!r} holds integers, which may be row numbers: use set(), which checks them")
+        self._check_async(values, backend)
+        with backend.lock:
+            backend.keep(keep)
+            c.ggml_backend_tensor_set_async(backend.ptr, self.ptr, c.ffi.from_buffer(values), 0, self.nbytes)
+
+    def get_async(self, out: npt.NDArray[Any], backend: Backend) -> None:
+        """Have ``backend`` write the values to ``out`` after what it was given before; see :meth:`set_async`.
+
+        C: ``ggml_backend_tensor_get_async``.
+        """
+        keep = [*self.check_readable(), out]
+        self._check_async(out, backend)
+        memory = c.ffi.from_buffer(out, require_writable=True)
+        with backend.lock:
+            backend.keep(keep)
+            c.ggml_backend_tensor_get_async(backend.ptr, self.ptr, memory, 0, self.nbytes)
+
+    def _check_async(self, array: npt.NDArray[Any], backend: Backend) -> None:
+        dtype = dtypes.numpy_dtype(self.dtype)
+        fits = isinstance(array, np.ndarray) and array.dtype == dtype and array.flags.c_contiguous
+        if not (fits and dtypes.has_numpy(self.dtype) and array.shape == self.shape and self.is_contiguous):
+            raise ValueError(f"{self!r} takes a C-ordered {dtype} array of its shape")
+        if self.ptr.view_src:
+            raise ValueError(f"{self!r} is a view: only tensors with memory of their own are copied asynchronously")
+        kind = self.buffer_type
+        if kind is None or kind.device != backend.device or not array.size:
+            raise ValueError(f"{self!r} is on {kind}, not on {backend.name}")
+
+    # ------------------------------------------------------------------ DLPack
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The values for other libraries, without a copy: host memory only, see :meth:`numpy`."""
+        self.__dlpack_device__()
+        return self.numpy(copy=False).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """``(1, 0)``, the CPU.
+
+        Raises
+        ------
+        BufferError
+            If the tensor is not in host memory: take a copy with :meth:`numpy`.
+        """
+        kind = self.buffer_type
+        if kind is None or not kind.is_host:
+            raise BufferError(f"{self!r} is not in host memory: DLPack needs it there; take a copy with numpy()")
+        return 1, 0
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """The values, as :meth:`numpy` gives them."""
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
     def _strided(self, raw: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
         strides = self.nb[: self.ndim][::-1]
         return np.ndarray(self.shape, dtypes.numpy_dtype(self.dtype), raw, 0, strides)
@@ -221,7 +315,7 @@ class Tensor:
         if not dtypes.has_numpy(dtype):
             raise ValueError(f"numpy has no {dtype.name}: take a copy, which decodes it")
         memory = c.ffi.buffer(c.ffi.cast("char *", root.data) + self._offset(), self.nbytes)
-        keep = _KeepAlive(memory, [b.owner for ctx in self.context.reachable() for b in ctx.buffers])
+        keep = HostMemory(memory, [b.owner for ctx in self.context.reachable() for b in ctx.buffers])
         view = self._strided(np.asarray(keep))
         # Integers may be row numbers, now or later: those are checked by set().
         if dtype in dtypes.INTEGERS or root.buffer in read_only:
@@ -352,6 +446,25 @@ class Tensor:
             return nullcontext()
         return device_lock(c.ggml_backend_buft_get_device(c.ggml_backend_buffer_get_type(root.buffer)))
 
+    def check_readable(self) -> list[Any]:
+        """What keeps the memory alive while it is read; errors as :meth:`numpy`."""
+        keep = self._hold()
+        self._check_data()
+        self._check_output()
+        return keep
+
+    def check_writable(self) -> list[Any]:
+        """What keeps the memory alive while it is written; errors as :meth:`set`."""
+        keep = self._hold()
+        self._check_data()
+        if self._root().buffer in read_only:
+            raise ValueError(f"{self!r} is in memory that is read-only")
+        return keep
+
+    def place(self) -> tuple[Any, int]:
+        """The C pointer of the tensor that owns the memory, and the bytes from its start."""
+        return self._root(), self._offset()
+
     def _check_data(self) -> None:
         if not self.is_allocated:
             raise ValueError(f"{self!r} has no memory: use Context.alloc, or Scheduler.alloc for a whole graph")
@@ -395,13 +508,21 @@ class Tensor:
         return f"<Tensor {self.name!r} {self.dtype.name} {self.shape}{made}>"
 
 
+def _dense(dtype: Type, ne: tuple[int, ...], nb: tuple[int, ...]) -> bool:
+    stride = dtypes.type_size(dtype)
+    if nb[0] != stride:
+        return False
+    stride *= ne[0] // dtypes.block_size(dtype)
+    return nb[1] == stride and nb[2] == stride * ne[1] and nb[3] == stride * ne[1] * ne[2]
+
+
 def _operators() -> ModuleType:
     from ggml_cffi.ops import operators
 
     return operators
 
 
-class _KeepAlive:
+class HostMemory:
     """Host memory with what keeps it alive, as numpy's array interface wants it."""
 
     def __init__(self, memory: Any, owners: list[Any]) -> None:

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from codegen import headers
+from codegen import headers, operations
 from codegen.__main__ import stale
 from ggml_cffi import _lib, c, enums
 
@@ -34,6 +34,24 @@ def test_every_bound_function_is_in_its_library():
     assert len(names) > 600
     for name in names:
         assert callable(getattr(c, name)), name
+
+
+def test_every_builder_has_an_operation_or_a_reason(parsed):
+    """Of all functions of ggml.h that make a tensor."""
+    made = {f.name for f in operations.builders(parsed)}
+    bound = operations.bound()
+    assert len(made) > 230
+    assert set(operations.LEFT_OUT) <= made
+    assert made - set(bound) == set(operations.LEFT_OUT)
+    assert not set(bound) & set(operations.LEFT_OUT)
+
+
+def test_every_operation_names_its_c_function(parsed):
+    names = {f.name for f in parsed.functions}
+    bound = operations.bound()
+    assert set(bound) <= names
+    functions = {n for m in operations.modules() for n in m.exported if n in m.functions}
+    assert functions - {n for found in bound.values() for n in found} == set()
 
 
 def test_unknown_names_are_attribute_errors():

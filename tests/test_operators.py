@@ -5,7 +5,6 @@ import operator
 import numpy as np
 import pytest
 from conftest import relative_error
-from test_ops import Bench
 
 import ggml_cffi as ggml
 
@@ -19,6 +18,29 @@ PAIRS = [
     ((), (2, 3)),
     ((1,), (1,)),
 ]
+
+
+class Bench:
+    """Runs operations on some devices."""
+
+    def __init__(self, devices):
+        self.devices = devices
+        self.ctx = ggml.Context()
+        self.values = {}
+
+    def tensor(self, values, dtype=ggml.F32):
+        t = self.ctx.new_tensor(dtype, values.shape)
+        self.values[t] = values
+        return t
+
+    def run(self, *outputs):
+        with ggml.Scheduler(self.devices) as scheduler, ggml.Graph(*outputs) as graph:
+            scheduler.alloc(graph)
+            for t, values in self.values.items():
+                t.set(values)
+            scheduler.compute(graph)
+            got = [t.numpy() for t in outputs]
+        return got if len(got) > 1 else got[0]
 
 
 @pytest.fixture

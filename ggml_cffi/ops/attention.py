@@ -1,139 +1,178 @@
-"""Attention and rotary positions."""
+"""Attention: scores, masks, softmax, and all of it in one."""
 
 from __future__ import annotations
 
-from enum import IntEnum
+from collections.abc import Callable
+from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
+from ggml_cffi.dtypes import is_quantized, type_size
 from ggml_cffi.enums import Prec, Type
+from ggml_cffi.ops._args import GROUPS, integer, not_negative, real
 from ggml_cffi.ops._check import contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
 
+__all__ = [
+    "diag_mask_inf",
+    "diag_mask_inf_inplace",
+    "diag_mask_zero",
+    "diag_mask_zero_inplace",
+    "flash_attn_ext",
+    "soft_max",
+    "soft_max_ext",
+    "soft_max_ext_inplace",
+    "soft_max_inplace",
+]
 
-class RopeMode(IntEnum):
-    """How :func:`rope_ext` pairs the elements that it rotates."""
 
-    NORMAL = c.GGML_ROPE_TYPE_NORMAL
-    """Neighbours: (0, 1), (2, 3), …"""
-    NEOX = c.GGML_ROPE_TYPE_NEOX
-    """Halves: (0, n/2), (1, n/2 + 1), …"""
+def _check_sinks(op: str, a: Tensor, sinks: Tensor) -> None:
+    if sinks.dtype is not Type.F32 or sinks.ne != (a.ne[2], 1, 1, 1) or not sinks.is_contiguous:
+        raise fail(op, f"sinks must be contiguous F32 of shape ({a.ne[2]},), one a head", a=a, sinks=sinks)
 
 
-def rope_ext(
+def _soft_max(
+    op: str,
+    function: Callable[..., Any],
     a: Tensor,
-    positions: Tensor,
-    freq_factors: Tensor | None = None,
-    *,
-    n_dims: int,
-    mode: RopeMode = RopeMode.NORMAL,
-    n_ctx_orig: int = 0,
-    freq_base: float = 10000.0,
-    freq_scale: float = 1.0,
-    ext_factor: float = 0.0,
-    attn_factor: float = 1.0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    ctx: Context | None = None,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    numbers: tuple[float, float] | None,
+    ctx: Context | None,
 ) -> Tensor:
-    """Rotate pairs of elements by an angle that grows with the position: rotary position embedding.
+    ctx = home(op, a, optional=(mask, sinks), ctx=ctx)
+    if a.dtype is not Type.F32 or not a.is_contiguous:
+        raise fail(op, "a must be contiguous F32", a=a)
+    if a.ne[0] > 16384 and a.ne[1] * a.ne[2] * a.ne[3] > GROUPS:  # long rows are a kernel of their own on GPUs
+        raise fail(op, f"there are more than {GROUPS} rows of more than 16384", a=a)
+    if mask is not None:
+        an, mn = a.ne, mask.ne
+        if mask.dtype not in (Type.F32, Type.F16) or not mask.is_contiguous:
+            raise fail(op, "the mask must be contiguous F32 or F16", a=a, mask=mask)
+        if mn[0] != an[0] or mn[1] < an[1] or not mn[2] or not mn[3] or an[2] % mn[2] or an[3] % mn[3]:
+            raise fail(op, "the mask does not fit a", a=a, mask=mask)
+    if sinks is not None:
+        _check_sinks(op, a, sinks)
+    if numbers is None:
+        return ctx.build(function, a.ndim, a.ptr)
+    scale, max_bias = real(op, "scale", numbers[0]), not_negative(op, "max_bias", numbers[1])
+    if max_bias and mask is None:
+        raise ValueError(f"{op}: max_bias needs a mask")
+    out = ctx.build(function, a.ndim, a.ptr, mask.ptr if mask is not None else c.NULL, scale, max_bias)
+    if sinks is not None:
+        c.ggml_soft_max_add_sinks(out.ptr, sinks.ptr)
+    return out
 
-    Pair ``i`` at position ``p`` turns by ``p * freq_scale * freq_base**(-2 i / n_dims) / freq_factors[i]``.
 
-    Parameters
-    ----------
-    a
-        ``(..., n_tokens, n_heads, head_size)``, F32 or F16, contiguous rows.
-    positions
-        ``(n_tokens,)``, I32.
-    freq_factors
-        ``(n_dims / 2,)`` or longer, F32.
-    n_dims
-        Elements of a head that are rotated; even.
-    mode
-        Which elements form a pair.
-    n_ctx_orig, ext_factor, attn_factor, beta_fast, beta_slow
-        YaRN's parameters; the defaults leave it off.
+def soft_max(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``exp(a) / exp(a).sum(-1, keepdims=True)``. Contiguous F32. C: ``ggml_soft_max``."""
+    return _soft_max("soft_max", c.ggml_soft_max, a, None, None, None, ctx)
 
-    Raises
-    ------
-    ValueError
-        If the shapes, types or ``n_dims`` do not fit.
 
-    C: ``ggml_rope_ext``. Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023.
-    """
-    ctx = home("rope_ext", a, positions, freq_factors, ctx=ctx)
-    mode = RopeMode(mode)
-    if a.dtype not in (Type.F32, Type.F16) or not contiguous_rows(a):
-        raise fail("rope_ext", "a must be F32 or F16 with contiguous rows", a=a)
-    if positions.dtype is not Type.I32 or positions.ne != (a.ne[2], 1, 1, 1):
-        raise fail("rope_ext", f"positions must be I32 of shape ({a.ne[2]},), one a token", a=a, positions=positions)
-    for name, t in (("positions", positions), ("freq_factors", freq_factors)):
-        if t is not None and not t.is_contiguous:
-            raise fail("rope_ext", f"{name} must be contiguous (use cont)", a=a, t=t)
-    if not isinstance(n_dims, int) or n_dims < 2 or n_dims % 2 or n_dims > a.ne[0]:
-        raise fail("rope_ext", f"n_dims must be even and 2 to the size of a head, not {n_dims}", a=a)
-    if freq_factors is not None and (freq_factors.dtype is not Type.F32 or freq_factors.ne[0] < n_dims // 2):
-        raise fail(
-            "rope_ext", f"freq_factors must be F32 with at least {n_dims // 2} values", freq_factors=freq_factors
-        )
-    if not freq_base > 0:
-        raise ValueError(f"rope_ext: freq_base must be above 0, not {freq_base}")
-    if not 0 <= n_ctx_orig < 2**31:
-        raise ValueError(f"rope_ext: n_ctx_orig must be 0 to 2**31 - 1, not {n_ctx_orig}")
-    return ctx.build(
-        c.ggml_rope_ext,
-        a.ndim,
-        a.ptr,
-        positions.ptr,
-        freq_factors.ptr if freq_factors is not None else c.NULL,
-        n_dims,
-        mode,
-        n_ctx_orig,
-        freq_base,
-        freq_scale,
-        ext_factor,
-        attn_factor,
-        beta_fast,
-        beta_slow,
-    )
+def soft_max_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`soft_max`, written over ``a``. C: ``ggml_soft_max_inplace``."""
+    return _soft_max("soft_max_inplace", c.ggml_soft_max_inplace, a, None, None, None, ctx)
 
 
 def soft_max_ext(
-    a: Tensor, mask: Tensor | None = None, *, scale: float = 1.0, max_bias: float = 0.0, ctx: Context | None = None
+    a: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    max_bias: float = 0.0,
+    ctx: Context | None = None,
 ) -> Tensor:
     """``softmax(scale * a + mask)`` along the last axis.
 
     Parameters
     ----------
     a
-        Contiguous F32.
+        ``(..., n_heads, m, n)``, contiguous F32.
     mask
         F32 or F16, contiguous; its last size is ``a``'s, the one before at least ``a``'s, leading ones divide ``a``'s.
+    sinks
+        ``(n_heads,)``, F32: for each head a score more that takes part in the sum and is then left out.
     scale
         Factor of ``a``.
     max_bias
-        Largest slope of ALiBi, which needs a mask; 0 for none.
+        Largest slope of ALiBi, the factors of the mask, which it needs; 0 for none.
+
+    Returns
+    -------
+    Tensor
+        ``a``'s shape, F32.
 
     Raises
     ------
     ValueError
-        If shapes or types do not fit.
+        If shapes, types or numbers do not fit.
 
-    C: ``ggml_soft_max_ext``.
+    C: ``ggml_soft_max_ext``, ``ggml_soft_max_add_sinks``. Source: Press et al., ALiBi, 2021.
     """
-    ctx = home("soft_max_ext", a, mask, ctx=ctx)
+    return _soft_max("soft_max_ext", c.ggml_soft_max_ext, a, mask, sinks, (scale, max_bias), ctx)
+
+
+def soft_max_ext_inplace(
+    a: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    max_bias: float = 0.0,
+    ctx: Context | None = None,
+) -> Tensor:
+    """As :func:`soft_max_ext`, written over ``a``. C: ``ggml_soft_max_ext_inplace``."""
+    return _soft_max("soft_max_ext_inplace", c.ggml_soft_max_ext_inplace, a, mask, sinks, (scale, max_bias), ctx)
+
+
+def _mask_diagonal(op: str, function: Callable[..., Any], a: Tensor, n_past: int, ctx: Context | None) -> Tensor:
+    ctx = home(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail("soft_max_ext", "a must be contiguous F32", a=a)
-    if mask is not None:
-        an, mn = a.ne, mask.ne
-        if mask.dtype not in (Type.F32, Type.F16) or not mask.is_contiguous:
-            raise fail("soft_max_ext", "the mask must be contiguous F32 or F16", a=a, mask=mask)
-        if mn[0] != an[0] or mn[1] < an[1] or not mn[2] or not mn[3] or an[2] % mn[2] or an[3] % mn[3]:
-            raise fail("soft_max_ext", "the mask does not fit a", a=a, mask=mask)
-    elif max_bias > 0:
-        raise ValueError("soft_max_ext: max_bias needs a mask")
-    return ctx.build(c.ggml_soft_max_ext, a.ndim, a.ptr, mask.ptr if mask is not None else c.NULL, scale, max_bias)
+        raise fail(op, "a must be contiguous F32 (use cont)", a=a)
+    if a.ne[1] * a.ne[2] * a.ne[3] > GROUPS:
+        raise fail(op, f"there are more than {GROUPS} rows", a=a)
+    return ctx.build(function, a.ndim, a.ptr, integer(op, "n_past", n_past, 0))
+
+
+def diag_mask_inf(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
+    """``-inf`` where ``column > n_past + row``, ``a`` elsewhere: scores of a token with later ones left out.
+
+    Parameters
+    ----------
+    a
+        ``(..., m, n)``, contiguous F32, at most 65535 rows in all.
+    n_past
+        Columns before the diagonal; at least 0.
+
+    Returns
+    -------
+    Tensor
+        ``a``'s shape, F32.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` or ``n_past`` is not so.
+
+    C: ``ggml_diag_mask_inf``.
+    """
+    return _mask_diagonal("diag_mask_inf", c.ggml_diag_mask_inf, a, n_past, ctx)
+
+
+def diag_mask_inf_inplace(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`diag_mask_inf`, written over ``a``. C: ``ggml_diag_mask_inf_inplace``."""
+    return _mask_diagonal("diag_mask_inf_inplace", c.ggml_diag_mask_inf_inplace, a, n_past, ctx)
+
+
+def diag_mask_zero(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`diag_mask_inf` with 0 in place of ``-inf``. C: ``ggml_diag_mask_zero``."""
+    return _mask_diagonal("diag_mask_zero", c.ggml_diag_mask_zero, a, n_past, ctx)
+
+
+def diag_mask_zero_inplace(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`diag_mask_zero`, written over ``a``. C: ``ggml_diag_mask_zero_inplace``."""
+    return _mask_diagonal("diag_mask_zero_inplace", c.ggml_diag_mask_zero_inplace, a, n_past, ctx)
 
 
 def flash_attn_ext(
@@ -141,6 +180,7 @@ def flash_attn_ext(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     max_bias: float = 0.0,
@@ -159,6 +199,8 @@ def flash_attn_ext(
         ``(..., n_kv_heads, n_kv, v_size)``, of any such type.
     mask
         ``(..., n_tokens or more, n_kv)``, contiguous F16: 0 where a token may look, ``-inf`` where not.
+    sinks
+        ``(n_heads,)``, F32: for each head a score more that takes part in softmax's sum, with no value.
     scale
         Usually ``1 / sqrt(head_size)``.
     max_bias
@@ -176,9 +218,10 @@ def flash_attn_ext(
     ValueError
         If shapes or types do not fit.
 
-    C: ``ggml_flash_attn_ext`` with F32 accumulation. Source: Dao et al., FlashAttention, 2022.
+    C: ``ggml_flash_attn_ext``, ``ggml_flash_attn_ext_set_prec`` (F32), ``ggml_flash_attn_ext_add_sinks``.
+    Source: Dao et al., FlashAttention, 2022; Xiao et al., Attention Sinks, 2023.
     """
-    ctx = home("flash_attn_ext", q, k, v, mask, ctx=ctx)
+    ctx = home("flash_attn_ext", q, k, v, optional=(mask, sinks), ctx=ctx)
     qn, kn, vn = q.ne, k.ne, v.ne
     if q.dtype is not Type.F32 or not (contiguous_rows(q) and contiguous_rows(k) and contiguous_rows(v)):
         raise fail("flash_attn_ext", "q must be F32, and the rows of q, k and v contiguous", q=q, k=k, v=v)
@@ -192,13 +235,23 @@ def flash_attn_ext(
         raise fail("flash_attn_ext", "the heads of k must divide those of q", q=q, k=k, v=v)
     if k.nb[0] > k.nb[1]:
         raise fail("flash_attn_ext", "k must not be transposed", q=q, k=k, v=v)
+    # Heads of these sizes go to GPUs, which read four elements at once.
+    if not (qn[0] % 8 or vn[0] % 8 or all(map(_rows_in_fours, (q, k, v)))):
+        raise fail(
+            "flash_attn_ext", "rows of q, k and v must start at multiples of 4 elements (use cont)", q=q, k=k, v=v
+        )
     if mask is not None:
         mn = mask.ne
         if mask.dtype is not Type.F16 or not mask.is_contiguous:
             raise fail("flash_attn_ext", "the mask must be contiguous F16", q=q, k=k, mask=mask)
         if mn[0] != kn[1] or mn[1] < qn[1] or not mn[2] or not mn[3] or qn[2] % mn[2] or qn[3] % mn[3]:
             raise fail("flash_attn_ext", "the mask does not fit q and k", q=q, k=k, mask=mask)
-    elif max_bias > 0:
+    if sinks is not None:
+        _check_sinks("flash_attn_ext", q, sinks)
+    scale = real("flash_attn_ext", "scale", scale)
+    max_bias = not_negative("flash_attn_ext", "max_bias", max_bias)
+    logit_softcap = not_negative("flash_attn_ext", "logit_softcap", logit_softcap)
+    if max_bias and mask is None:
         raise ValueError("flash_attn_ext: max_bias needs a mask")
     out = ctx.build(
         c.ggml_flash_attn_ext,
@@ -212,7 +265,14 @@ def flash_attn_ext(
         logit_softcap,
     )
     c.ggml_flash_attn_ext_set_prec(out.ptr, Prec.F32)
+    if sinks is not None:
+        c.ggml_flash_attn_ext_add_sinks(out.ptr, sinks.ptr)
     return out
+
+
+def _rows_in_fours(t: Tensor) -> bool:
+    unit = 1 if is_quantized(t.dtype) else 4 * type_size(t.dtype)
+    return all(n == 1 or s % unit == 0 for n, s in zip(t.ne[1:], t.nb[1:], strict=True))
 
 
 _NO_KV = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})

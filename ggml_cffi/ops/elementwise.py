@@ -7,21 +7,57 @@ from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
-from ggml_cffi.dtypes import is_quantized
+from ggml_cffi.dtypes import as_type, block_size, is_quantized
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import FLOATS, broadcasts, contiguous_rows, fail, home
+from ggml_cffi.ops._args import encodes, real
+from ggml_cffi.ops._check import FLOATS, broadcasts, check_result, contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
+
+__all__ = [
+    "add",
+    "add_cast",
+    "add_inplace",
+    "div",
+    "div_inplace",
+    "mul",
+    "mul_inplace",
+    "scale",
+    "scale_bias",
+    "scale_bias_inplace",
+    "scale_inplace",
+    "sub",
+    "sub_inplace",
+]
 
 
 def _binary(op: str, function: Callable[..., Any], a: Tensor, b: Tensor, ctx: Context | None) -> Tensor:
+    if ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context:
+        head = a.head
+        if head[3] and head == b.head and head[0] in FLOATS:  # the usual case at one look
+            return a.context.emit(function, a.ndim if a.ndim > b.ndim else b.ndim, head, a._pointer, b._pointer)
     ctx = home(op, a, b, ctx=ctx)
-    if not broadcasts(a.ne, b.ne):
+    x, y = a.head, b.head
+    if x.ne != y.ne and not broadcasts(x.ne, y.ne):
         raise fail(op, "b does not broadcast to a (each size of a must be a multiple of b's)", a=a, b=b)
-    if a.dtype not in FLOATS or (b.dtype is not Type.F32 and b.dtype is not a.dtype):
-        raise fail(op, "types must be equal floats, or b F32", a=a, b=b)
-    if not contiguous_rows(a):
+    if x.dtype not in FLOATS or (y.dtype is not Type.F32 and y.dtype is not x.dtype):
+        if op not in ("add", "add_inplace") or not is_quantized(x.dtype):
+            raise fail(op, "types must be equal floats, or b F32", a=a, b=b)
+        _check_quantized_sum(op, a, b)
+    elif not (x.dense or contiguous_rows(a)):
         raise fail(op, "the rows of a must be contiguous (use cont)", a=a, b=b)
-    return ctx.build(function, max(a.ndim, b.ndim), a.ptr, b.ptr)
+    return ctx.build(function, a.ndim if a.ndim > b.ndim else b.ndim, a.ptr, b.ptr, head=x)
+
+
+def _check_quantized_sum(op: str, a: Tensor, b: Tensor, to: Type | None = None) -> None:
+    to = a.dtype if to is None else to
+    if b.dtype is not Type.F32 or a.ne != b.ne:
+        raise fail(op, "a quantized a takes an F32 b of the same shape", a=a, b=b)
+    if not (contiguous_rows(a) and contiguous_rows(b)):
+        raise fail(op, "the rows of a and b must be contiguous (use cont)", a=a, b=b)
+    if to not in FLOATS and not encodes(to):
+        raise fail(op, f"ggml cannot quantize the sum to {to.name}", a=a, b=b)
+    if a.ne[0] % block_size(to):
+        raise fail(op, f"rows of {a.ne[0]} are no whole blocks of {to.name}", a=a, b=b)
 
 
 def add(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -43,15 +79,6 @@ def add(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_add``.
     """
-    if isinstance(a, Tensor) and is_quantized(a.dtype):
-        home("add", a, b, ctx=ctx)
-        if b.dtype is not Type.F32 or a.ne != b.ne:
-            raise fail("add", "a quantized a takes an F32 b of the same shape", a=a, b=b)
-        if not (contiguous_rows(a) and contiguous_rows(b)):
-            raise fail("add", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
-        if not c.ggml_get_type_traits_cpu(a.dtype).from_float:
-            raise fail("add", f"ggml cannot quantize the sum to {a.dtype.name}", a=a, b=b)
-        return home("add", a, b, ctx=ctx).build(c.ggml_add, a.ndim, a.ptr, b.ptr)
     return _binary("add", c.ggml_add, a, b, ctx)
 
 
@@ -70,36 +97,39 @@ def div(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     return _binary("div", c.ggml_div, a, b, ctx)
 
 
+def _scale(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None, **numbers: float) -> Tensor:
+    ctx = home(op, a, ctx=ctx)
+    if a.dtype is not Type.F32 or not a.is_contiguous:
+        raise fail(op, "a must be contiguous F32", a=a)
+    return ctx.build(function, a.ndim, a.ptr, *(real(op, name, x) for name, x in numbers.items()), head=a.head)
+
+
 def scale(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
     """``factor * a`` of a contiguous F32 tensor.
 
     Raises
     ------
     ValueError
-        If ``a`` is not contiguous F32.
+        If ``a`` is not contiguous F32, or ``factor`` not finite.
 
     C: ``ggml_scale``.
     """
-    ctx = home("scale", a, ctx=ctx)
-    if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail("scale", "a must be contiguous F32", a=a)
-    return ctx.build(c.ggml_scale, a.ndim, a.ptr, float(factor))
+    return _scale("scale", c.ggml_scale, a, ctx, factor=factor)
 
 
 def scale_inplace(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
     """As :func:`scale`, written over ``a``. C: ``ggml_scale_inplace``."""
-    ctx = home("scale_inplace", a, ctx=ctx)
-    if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail("scale_inplace", "a must be contiguous F32", a=a)
-    return ctx.build(c.ggml_scale_inplace, a.ndim, a.ptr, float(factor))
+    return _scale("scale_inplace", c.ggml_scale_inplace, a, ctx, factor=factor)
 
 
 def scale_bias(a: Tensor, factor: float, bias: float, *, ctx: Context | None = None) -> Tensor:
     """``factor * a + bias`` of a contiguous F32 tensor. C: ``ggml_scale_bias``."""
-    ctx = home("scale_bias", a, ctx=ctx)
-    if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail("scale_bias", "a must be contiguous F32", a=a)
-    return ctx.build(c.ggml_scale_bias, a.ndim, a.ptr, float(factor), float(bias))
+    return _scale("scale_bias", c.ggml_scale_bias, a, ctx, factor=factor, bias=bias)
+
+
+def scale_bias_inplace(a: Tensor, factor: float, bias: float, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`scale_bias`, written over ``a``. C: ``ggml_scale_bias_inplace``."""
+    return _scale("scale_bias_inplace", c.ggml_scale_bias_inplace, a, ctx, factor=factor, bias=bias)
 
 
 def add_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -120,3 +150,44 @@ def mul_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
 def div_inplace(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     """As :func:`div`, written over ``a``. C: ``ggml_div_inplace``."""
     return _binary("div_inplace", c.ggml_div_inplace, a, b, ctx)
+
+
+def add_cast(a: Tensor, b: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
+    """``a + b`` as ``dtype``.
+
+    Parameters
+    ----------
+    a
+        F16, BF16 or quantized, contiguous rows.
+    b
+        With rows as long as ``a``'s, and leading sizes that divide ``a``'s. F32, or of ``a``'s type if that is also
+        ``dtype``. For a quantized ``a``: F32 of ``a``'s shape with contiguous rows.
+    dtype
+        F32 or ``a``'s type. For a quantized ``a``: F32, F16, BF16 or a quantized type.
+
+    Returns
+    -------
+    Tensor
+        ``a``'s shape, of type ``dtype``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes or types do not fit, or rows are no whole blocks of ``dtype``.
+
+    C: ``ggml_add_cast``.
+    """
+    ctx = home("add_cast", a, b, ctx=ctx)
+    to = as_type(dtype)
+    if is_quantized(a.dtype):
+        _check_quantized_sum("add_cast", a, b, to)
+    elif a.dtype not in (Type.F16, Type.BF16) or to not in (Type.F32, a.dtype):
+        raise fail("add_cast", f"a must be F16, BF16 or quantized; {to.name} must be F32 or a's type", a=a, b=b)
+    elif b.dtype is not Type.F32 and not b.dtype is a.dtype is to:
+        raise fail("add_cast", f"b must be F32, or of a's type if that is the sum's too, not {to.name}", a=a, b=b)
+    if a.ne[0] != b.ne[0] or not broadcasts(a.ne, b.ne):
+        raise fail("add_cast", "rows of b must be as long as a's, and its leading sizes divide a's", a=a, b=b)
+    if not contiguous_rows(a):
+        raise fail("add_cast", "the rows of a must be contiguous (use cont)", a=a, b=b)
+    check_result("add_cast", a.ne, to)
+    return ctx.build(c.ggml_add_cast, max(a.ndim, b.ndim), a.ptr, b.ptr, to)

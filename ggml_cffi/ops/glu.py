@@ -13,8 +13,28 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
+from ggml_cffi.ops._args import real
 from ggml_cffi.ops._check import fail, home
 from ggml_cffi.tensor import Tensor
+
+__all__ = [
+    "geglu",
+    "geglu_erf",
+    "geglu_erf_split",
+    "geglu_erf_swapped",
+    "geglu_quick",
+    "geglu_quick_split",
+    "geglu_quick_swapped",
+    "geglu_split",
+    "geglu_swapped",
+    "reglu",
+    "reglu_split",
+    "reglu_swapped",
+    "swiglu",
+    "swiglu_oai",
+    "swiglu_split",
+    "swiglu_swapped",
+]
 
 _TYPES = (Type.F32, Type.F16)
 
@@ -162,6 +182,8 @@ def swiglu_oai(x: Tensor, y: Tensor, alpha: float, limit: float, *, ctx: Context
 
     C: ``ggml_swiglu_oai``.
     """
-    if isinstance(x, Tensor) and x.dtype is not Type.F32:
+    home("swiglu_oai", x, y, ctx=ctx)
+    if x.dtype is not Type.F32:
         raise fail("swiglu_oai", "x and y must be F32", x=x, y=y)
-    return _split("swiglu_oai", c.ggml_swiglu_oai, x, y, ctx, float(alpha), float(limit))
+    numbers = real("swiglu_oai", "alpha", alpha), real("swiglu_oai", "limit", limit)
+    return _split("swiglu_oai", c.ggml_swiglu_oai, x, y, ctx, *numbers)

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 from ggml_cffi import c
 from ggml_cffi.context import Context
+from ggml_cffi.dtypes import is_quantized
 from ggml_cffi.enums import Prec, Type
+from ggml_cffi.ops._args import GROUPS
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.ops.elementwise import add
-from ggml_cffi.tensor import Tensor
+from ggml_cffi.ops.rows import _limit
+from ggml_cffi.tensor import Head, Tensor
 
+__all__ = [
+    "linear",
+    "mul_mat",
+    "mul_mat_id",
+    "out_prod",
+]
+
+_HALF = frozenset({Type.F16, Type.BF16})
 _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})
+
+
+#: What was checked before, and what comes of it: most products of a model are of a few kinds.
+_products: dict[tuple[Head, Head], Head] = {}
+_MOST_PRODUCTS = 1024
+
+
+def _together(a: Tensor, b: Tensor) -> bool:
+    return a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context
+
+
+def _check_product(a: Tensor, b: Tensor) -> Head:
+    """What the product of ``a`` and ``b`` is, if there is one."""
+    an, bn = a.ne, b.ne
+    if an[0] != bn[0]:
+        raise fail("mul_mat", "inner sizes differ", a=a, b=b)
+    if not an[0]:
+        raise fail("mul_mat", "the inner size is 0", a=a, b=b)
+    check_result("mul_mat", (an[1], *bn[1:]))
+    if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
+        raise fail("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
+    if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:
+        raise fail("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
+    half = b.dtype is a.dtype and b.dtype in _HALF
+    if a.dtype in _INTEGERS or not (b.dtype is Type.F32 or half):
+        raise fail(
+            "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
+        )
+    n, m = an[1], bn[1]
+    return Head(Type.F32, (n, m, *bn[2:]), (4, 4 * n, 4 * n * m, 4 * n * m * bn[2]), True)
 
 
 def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
@@ -41,25 +82,16 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
 
     C: ``ggml_mul_mat``, ``ggml_mul_mat_set_prec``.
     """
-    ctx = home("mul_mat", a, b, ctx=ctx)
-    an, bn = a.ne, b.ne
-    if an[0] != bn[0]:
-        raise fail("mul_mat", "inner sizes differ", a=a, b=b)
-    if not an[0]:
-        raise fail("mul_mat", "the inner size is 0", a=a, b=b)
-    check_result("mul_mat", (an[1], *bn[1:]))
-    if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
-        raise fail("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
-    if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:
-        raise fail("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
-    kind = b.dtype
-    if a.dtype in _INTEGERS or (kind is not Type.F32 and (kind is not a.dtype or kind not in (Type.F16, Type.BF16))):
-        raise fail(
-            "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
-        )
+    ctx = a.context if ctx is None and _together(a, b) else home("mul_mat", a, b, ctx=ctx)
+    heads = a.head, b.head
+    head = _products.get(heads)
+    if head is None:
+        head = _products[heads] = _check_product(a, b)
+        if len(_products) > _MOST_PRODUCTS:
+            _products.clear()
     # A vector for b gives a vector: (k,) -> (n,).
-    ndim = max(b.ndim, a.ndim if a.ndim > 2 else 0)
-    out = ctx.build(c.ggml_mul_mat, ndim, a.ptr, b.ptr)
+    ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
+    out = ctx.emit(c.ggml_mul_mat, ndim, head, a.ptr, b.ptr)
     if prec is not Prec.DEFAULT:
         c.ggml_mul_mat_set_prec(out.ptr, Prec(prec))
     return out
@@ -85,4 +117,89 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
     C: ``ggml_mul_mat``, ``ggml_add``.
     """
     y = mul_mat(weight, x, ctx=ctx)
-    return y if bias is None else add(y, bias, ctx=ctx)
+    if bias is None:
+        return y
+    if isinstance(bias, Tensor) and bias.ne[0] != y.ne[0]:
+        raise fail("linear", "bias must have one value for each row of weight", weight=weight, bias=bias)
+    return add(y, bias, ctx=ctx)
+
+
+def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``b[t, e] @ a[ids[t, e]].T``: each row of ``b`` against the matrix that ``ids`` names, its expert's.
+
+    Parameters
+    ----------
+    a
+        ``(n_experts, n, k)``, any float or quantized type, contiguous.
+    b
+        ``(n_tokens, n_used, k)``, F32, contiguous. Its middle size divides that of ``ids``: 1 for one row for all.
+    ids
+        ``(n_tokens, n_used)``, I32 with contiguous rows, an input or from argsort, such as that of the router's
+        scores. Values must be 0 to ``n_experts - 1``: they are checked when they are set.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, n_used, n)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If the shapes or types do not fit, or ``ids`` holds values out of range already.
+
+    C: ``ggml_mul_mat_id``. Source: Shazeer et al., Outrageously Large Neural Networks, 2017.
+    """
+    ctx = home("mul_mat_id", a, b, ids, ctx=ctx)
+    an, bn, rn = a.ne, b.ne, ids.ne
+    if a.dtype in _INTEGERS or b.dtype is not Type.F32 or ids.dtype is not Type.I32:
+        raise fail("mul_mat_id", "a must be a float or quantized type, b F32 and ids I32", a=a, b=b, ids=ids)
+    if an[0] != bn[0] or not an[0]:
+        raise fail("mul_mat_id", "inner sizes differ, or are 0", a=a, b=b, ids=ids)
+    if an[3] != 1 or bn[3] != 1 or rn[1:] != (bn[2], 1, 1) or not bn[1] or rn[0] % bn[1]:
+        raise fail("mul_mat_id", "ids must name a matrix of a for each row of b, or several", a=a, b=b, ids=ids)
+    # Views with gaps between the matrices are read wrongly on GPUs.
+    if not (a.is_contiguous and b.is_contiguous and contiguous_rows(ids)):
+        raise fail("mul_mat_id", "a, b and the rows of ids must be contiguous (use cont)", a=a, b=b, ids=ids)
+    if an[2] > GROUPS or rn[0] > GROUPS:
+        raise fail("mul_mat_id", f"there are more than {GROUPS} experts, or uses of them", a=a, b=b, ids=ids)
+    _limit("mul_mat_id", ids, an[2], "experts")
+    check_result("mul_mat_id", (an[1], rn[0], bn[2], 1))
+    return ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
+
+
+def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``b.T @ a``: the sum of the outer products of the rows of ``b`` and ``a``.
+
+    Parameters
+    ----------
+    a
+        ``(..., k, n)``, F32, F16 or quantized, contiguous rows.
+    b
+        ``(..., k, m)``, F32. Its leading sizes are those of ``a``, or multiples if ``a`` is F32.
+
+    Returns
+    -------
+    Tensor
+        ``(..., m, n)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If the sizes or types do not fit.
+
+    C: ``ggml_out_prod``.
+    """
+    ctx = home("out_prod", a, b, ctx=ctx)
+    an, bn = a.ne, b.ne
+    if (a.dtype not in (Type.F32, Type.F16) and not is_quantized(a.dtype)) or b.dtype is not Type.F32:
+        raise fail("out_prod", "a must be F32, F16 or quantized, and b F32", a=a, b=b)
+    if an[1] != bn[1]:
+        raise fail("out_prod", "inner sizes differ", a=a, b=b)
+    if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
+        raise fail("out_prod", "the leading sizes of b must be multiples of a's", a=a, b=b)
+    if a.dtype is not Type.F32 and an[2:] != bn[2:]:
+        raise fail("out_prod", f"a {a.dtype.name} a must have the leading sizes of b", a=a, b=b)
+    if not contiguous_rows(a) or a.nb[0] > a.nb[1]:
+        raise fail("out_prod", "the rows of a must be contiguous (use cont)", a=a, b=b)
+    check_result("out_prod", (an[0], bn[0], *bn[2:]))
+    return ctx.build(c.ggml_out_prod, max(a.ndim, b.ndim, 2), a.ptr, b.ptr)

@@ -167,7 +167,7 @@ def total(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
         raise fail(op, "a must be F32", a=a)
     n = a.ndim
     if axis is None:
-        out = reduce.sum(_rows(a))
+        out = reduce.sum(_contiguous(a))
         if op == "mean":
             out = elementwise.scale(out, 1.0 / max(a.size, 1))
         return shapes.reshape(out, (1,) * n) if keepdims else Tensor(out.context, out.ptr, 0)

@@ -11,6 +11,14 @@ from ggml_cffi.enums import Type
 from ggml_cffi.ops._check import contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
 
+__all__ = [
+    "argmax",
+    "cumsum",
+    "mean",
+    "sum",
+    "sum_rows",
+]
+
 
 def _along_rows(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
     ctx = home(op, a, ctx=ctx)
@@ -20,7 +28,10 @@ def _along_rows(op: str, function: Callable[..., Any], a: Tensor, ctx: Context |
 
 
 def sum(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """The sum of all elements, a scalar of shape ``()``. F32, contiguous rows. C: ``ggml_sum``."""
+    """The sum of all elements, a scalar of shape ``()``. F32, contiguous. C: ``ggml_sum``."""
+    home("sum", a, ctx=ctx)
+    if not a.is_contiguous:  # GPUs would read the gaps too
+        raise fail("sum", "a must be F32 and contiguous (use cont)", a=a)
     out = _along_rows("sum", c.ggml_sum, a, ctx)
     return Tensor(out.context, out.ptr, 0)
 

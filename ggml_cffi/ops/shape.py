@@ -9,21 +9,40 @@ from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.dtypes import INTERNAL, as_type, block_size, is_quantized, type_size
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import check_result, fail, home
+from ggml_cffi.ops._args import encodes
+from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
+__all__ = [
+    "cast",
+    "concat",
+    "cont",
+    "diag",
+    "permute",
+    "repeat",
+    "reshape",
+    "transpose",
+    "view",
+]
 
-def reshape(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Tensor:
-    """``a`` with another shape, in the same order of elements; one size may be -1. A view.
+
+def reshape(a: Tensor, shape: Sequence[int] | Tensor, *, ctx: Context | None = None) -> Tensor:
+    """``a`` with another shape, in the same order of elements. A view.
+
+    Parameters
+    ----------
+    shape
+        Sizes, of which one may be -1, or a tensor of that shape.
 
     Raises
     ------
     ValueError
         If ``a`` is not contiguous or the number of elements differs.
 
-    C: ``ggml_reshape_4d``.
+    C: ``ggml_reshape``, ``ggml_reshape_1d``, ``ggml_reshape_2d``, ``ggml_reshape_3d``, ``ggml_reshape_4d``.
     """
     ctx = home("reshape", a, ctx=ctx)
+    shape = shape.shape if isinstance(shape, Tensor) else tuple(shape)
     sizes = list(shape)
     if sizes.count(-1) == 1:
         rest = prod(n for n in sizes if n != -1)
@@ -59,7 +78,11 @@ def permute(a: Tensor, axes: Sequence[int], *, ctx: Context | None = None) -> Te
     to = [0, 1, 2, 3]
     for i, axis in enumerate(order):
         to[n - 1 - axis] = n - 1 - i
-    return ctx.build(c.ggml_permute, n, a.ptr, *to)
+    result = ctx.build(c.ggml_permute, n, a.ptr, *to)
+    if max(*a.ne, *a.nb) >= 2**31:  # ggml cuts sizes and strides to 32 bits
+        for i, axis in enumerate(to):
+            result.ptr.ne[axis], result.ptr.nb[axis] = a.ne[i], a.nb[i]
+    return result
 
 
 def transpose(a: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -104,7 +127,7 @@ def view(
     ValueError
         If the view would reach outside ``a``, does not start at an element, or its last axis is not contiguous.
 
-    C: ``ggml_view_4d``.
+    C: ``ggml_view_1d``, ``ggml_view_2d``, ``ggml_view_3d``, ``ggml_view_4d``, ``ggml_view_tensor``.
     """
     ctx = home("view", a, ctx=ctx)
     sizes = check_shape(shape)
@@ -114,7 +137,7 @@ def view(
     nb = [unit, ne[0] // block * unit, 0, 0]
     nb[2], nb[3] = nb[1] * ne[1], nb[1] * ne[1] * ne[2]
     if strides is not None:
-        if len(strides) != len(sizes) or any(s < 0 for s in strides):
+        if len(strides) != len(sizes) or any(not 0 <= s < 2**62 for s in strides):
             raise fail("view", f"strides {tuple(strides)} do not fit shape {sizes}", a=a)
         given = list(reversed(strides))
         if given and given[0] != unit and ne[0] > block:
@@ -135,20 +158,65 @@ def view(
     return ctx.build(c.ggml_view_4d, len(sizes), a.ptr, *ne, *nb[1:], offset)
 
 
-def cont(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+def cont(a: Tensor, shape: Sequence[int] | None = None, *, ctx: Context | None = None) -> Tensor:
     """A contiguous copy of ``a``, as ``numpy.ascontiguousarray``.
+
+    Parameters
+    ----------
+    a
+        F32, F16, BF16 or I32; quantized if it is contiguous already.
+    shape
+        Another shape for the copy, with the elements in the same order.
 
     Raises
     ------
     ValueError
-        If ``a`` is neither contiguous nor F32, F16, BF16 or I32.
+        If ``a`` is of another type, or the number of elements differs.
 
-    C: ``ggml_cont``.
+    C: ``ggml_cont``, ``ggml_cont_1d``, ``ggml_cont_2d``, ``ggml_cont_3d``, ``ggml_cont_4d``.
     """
     ctx = home("cont", a, ctx=ctx)
-    if not a.is_contiguous and a.dtype not in (Type.F32, Type.F16, Type.BF16, Type.I32):
+    if a.dtype not in (Type.F32, Type.F16, Type.BF16, Type.I32) and not (is_quantized(a.dtype) and a.is_contiguous):
         raise fail("cont", "only F32, F16, BF16 and I32 can be made contiguous", a=a)
-    return ctx.build(c.ggml_cont, a.ndim, a.ptr)
+    if shape is None:
+        return ctx.build(c.ggml_cont, a.ndim, a.ptr)
+    sizes = check_shape(shape)
+    ne = ne_of(sizes)
+    if prod(sizes) != a.size:
+        raise fail("cont", f"{sizes} has another number of elements", a=a)
+    if ne[0] % block_size(a.dtype):
+        raise fail("cont", f"rows of {ne[0]} are no whole blocks of {a.dtype.name}", a=a)
+    return ctx.build(c.ggml_cont_4d, len(sizes), a.ptr, *ne)
+
+
+def diag(a: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """Matrices with the rows of ``a`` on their diagonals, as ``numpy.diag`` makes of a vector.
+
+    Parameters
+    ----------
+    a
+        ``(n,)`` or ``(..., 1, n)``, F32, contiguous rows.
+
+    Returns
+    -------
+    Tensor
+        ``(..., n, n)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` is not so.
+
+    C: ``ggml_diag``.
+    """
+    ctx = home("diag", a, ctx=ctx)
+    if a.dtype is not Type.F32 or not contiguous_rows(a):
+        raise fail("diag", "a must be F32 with contiguous rows", a=a)
+    n, rows, *leading = a.ne
+    if rows != 1:
+        raise fail("diag", "the axis before the last must have size 1", a=a)
+    check_result("diag", (n, n, *leading))
+    return ctx.build(c.ggml_diag, max(a.ndim, 2), a.ptr)
 
 
 def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
@@ -168,10 +236,12 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
     floats = (Type.F32, Type.F16, Type.BF16)
     if a.dtype not in floats and not (is_quantized(a.dtype) and to is Type.F32):
         raise fail("cast", f"there is no conversion to {to.name}", a=a)
-    if to not in floats and not (is_quantized(to) and a.dtype is Type.F32 and a.is_contiguous):
-        raise fail("cast", f"there is no conversion to {to.name}", a=a)
     if to in INTERNAL:
         raise fail("cast", f"{to.name} is a format inside ggml's products", a=a)
+    if to not in floats and not (encodes(to) and a.dtype is Type.F32 and a.is_contiguous):
+        raise fail("cast", f"there is no conversion to {to.name}", a=a)
+    if is_quantized(a.dtype) and a.size >= 2**32:  # the CPU counts with 32 bits
+        raise fail("cast", "a has 2**32 elements or more", a=a)
     if a.ne[0] % block_size(to):
         raise fail("cast", f"rows of {a.ne[0]} are no whole blocks of {to.name}", a=a)
     return ctx.build(c.ggml_cast, a.ndim, a.ptr, to)
@@ -180,7 +250,7 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
 _REPEATED = frozenset({Type.F32, Type.F16, Type.BF16, Type.I16, Type.I32})
 
 
-def repeat(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Tensor:
+def repeat(a: Tensor, shape: Sequence[int] | Tensor, *, ctx: Context | None = None) -> Tensor:
     """``a`` repeated along its axes up to ``shape``, as ``numpy.tile``.
 
     Parameters
@@ -188,17 +258,17 @@ def repeat(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Te
     a
         F32, F16, BF16, I16 or I32 with contiguous rows.
     shape
-        Each size a multiple of ``a``'s; more axes come before ``a``'s own.
+        Each size a multiple of ``a``'s; more axes come before ``a``'s own. Or a tensor of that shape.
 
     Raises
     ------
     ValueError
         If ``shape`` is no multiple of ``a``'s, or the type is another.
 
-    C: ``ggml_repeat_4d``.
+    C: ``ggml_repeat``, ``ggml_repeat_4d``.
     """
     ctx = home("repeat", a, ctx=ctx)
-    sizes = check_shape(shape)
+    sizes = check_shape(shape.shape if isinstance(shape, Tensor) else shape)
     ne = ne_of(sizes)
     if len(sizes) < a.ndim or not all(n and m % n == 0 for m, n in zip(ne, a.ne, strict=True)):
         raise fail("repeat", f"{sizes} is no multiple of a's shape", a=a)
@@ -234,4 +304,5 @@ def concat(a: Tensor, b: Tensor, axis: int = 0, *, ctx: Context | None = None) -
         raise fail("concat", "a and b must be of one type that is not quantized", a=a, b=b)
     if any(x != y for i, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if i != dim):
         raise fail("concat", f"a and b differ in more than axis {axis}", a=a, b=b)
+    check_result("concat", tuple(x + b.ne[i] if i == dim else x for i, x in enumerate(a.ne)), a.dtype)
     return ctx.build(c.ggml_concat, n, a.ptr, b.ptr, dim)

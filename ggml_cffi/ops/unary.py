@@ -12,8 +12,65 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
+from ggml_cffi.ops._args import real
 from ggml_cffi.ops._check import FLOATS, contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
+
+__all__ = [
+    "abs",
+    "abs_inplace",
+    "ceil",
+    "ceil_inplace",
+    "clamp",
+    "cos",
+    "cos_inplace",
+    "elu",
+    "elu_inplace",
+    "exp",
+    "exp_inplace",
+    "expm1",
+    "expm1_inplace",
+    "floor",
+    "floor_inplace",
+    "gelu",
+    "gelu_erf",
+    "gelu_erf_inplace",
+    "gelu_inplace",
+    "gelu_quick",
+    "gelu_quick_inplace",
+    "hardsigmoid",
+    "hardswish",
+    "leaky_relu",
+    "log",
+    "log_inplace",
+    "neg",
+    "neg_inplace",
+    "relu",
+    "relu_inplace",
+    "round",
+    "round_inplace",
+    "sgn",
+    "sgn_inplace",
+    "sigmoid",
+    "sigmoid_inplace",
+    "silu",
+    "silu_inplace",
+    "sin",
+    "sin_inplace",
+    "softplus",
+    "softplus_inplace",
+    "sqr",
+    "sqr_inplace",
+    "sqrt",
+    "sqrt_inplace",
+    "step",
+    "step_inplace",
+    "tanh",
+    "tanh_inplace",
+    "trunc",
+    "trunc_inplace",
+    "xielu",
+]
 
 _F32_F16 = frozenset({Type.F32, Type.F16})
 
@@ -21,13 +78,18 @@ _F32_F16 = frozenset({Type.F32, Type.F16})
 def _unary(
     op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None, *args: float, types: frozenset[Type] = FLOATS
 ) -> Tensor:
+    if ctx is None and a.__class__ is Tensor and not args:
+        head = a.head
+        if head[3] and head[0] in types:  # the usual case at one look
+            return a.context.emit(function, a.ndim, head, a._pointer)
     ctx = home(op, a, ctx=ctx)
-    if a.dtype not in types:
+    head = a.head
+    if head.dtype not in types:
         names = ", ".join(sorted(t.name for t in types))
         raise fail(op, f"a must be one of {names}", a=a)
-    if not contiguous_rows(a):
+    if not (head.dense or contiguous_rows(a)):
         raise fail(op, "the rows of a must be contiguous (use cont)", a=a)
-    return ctx.build(function, a.ndim, a.ptr, *args)
+    return ctx.build(function, a.ndim, a.ptr, *args, head=head)
 
 
 def sqr(a: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -291,7 +353,8 @@ def leaky_relu(a: Tensor, negative_slope: float = 0.01, *, inplace: bool = False
     ctx = home("leaky_relu", a, ctx=ctx)
     if a.dtype not in _F32_F16 or not a.is_contiguous:
         raise fail("leaky_relu", "a must be contiguous F32 or F16", a=a)
-    return ctx.build(c.ggml_leaky_relu, a.ndim, a.ptr, float(negative_slope), bool(inplace))
+    slope = real("leaky_relu", "negative_slope", negative_slope)
+    return ctx.build(c.ggml_leaky_relu, a.ndim, a.ptr, slope, bool(inplace))
 
 
 def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> Tensor:
@@ -300,10 +363,40 @@ def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> 
     Raises
     ------
     ValueError
-        If ``low`` is above ``high``, or ``a`` is of another type or has gaps in its rows.
+        If ``low`` is above ``high``, or ``a`` is of another type or not contiguous.
 
     C: ``ggml_clamp``.
     """
-    if not low <= high:
+    low, high = real("clamp", "low", low, infinite=True), real("clamp", "high", high, infinite=True)
+    if low > high:
         raise ValueError(f"clamp: low {low} is above high {high}")
-    return _unary("clamp", c.ggml_clamp, a, ctx, float(low), float(high), types=_F32_F16)
+    ctx = home("clamp", a, ctx=ctx)
+    if not a.is_contiguous:  # the CPU takes rows to be equally far apart
+        raise fail("clamp", "a must be contiguous (use cont)", a=a)
+    return _unary("clamp", c.ggml_clamp, a, ctx, low, high, types=_F32_F16)
+
+
+def xielu(a: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float, *, ctx: Context | None = None) -> Tensor:
+    """``p a**2 + beta a`` where ``a > 0``, else ``n (expm1(min(a, eps)) - a) + beta a``.
+
+    Here ``p = log(1 + e**alpha_p)`` and ``n = beta + log(1 + e**alpha_n)``.
+
+    Parameters
+    ----------
+    a
+        Contiguous, F32, F16 or BF16.
+    alpha_n, alpha_p, beta, eps
+        Finite numbers; ``eps`` is below 0 and near it.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` or a number is not so.
+
+    C: ``ggml_xielu``. Source: Huang & Schlag, Deriving Activation Functions via Integration, 2024.
+    """
+    ctx = home("xielu", a, ctx=ctx)
+    if a.dtype not in FLOATS or not a.is_contiguous:
+        raise fail("xielu", "a must be a contiguous float (use cont)", a=a)
+    numbers = {"alpha_n": alpha_n, "alpha_p": alpha_p, "beta": beta, "eps": eps}
+    return ctx.build(c.ggml_xielu, a.ndim, a.ptr, *(real("xielu", name, x) for name, x in numbers.items()))

@@ -1,0 +1,192 @@
+"""What DeepSeek's models need: the lightning indexer, and hyper-connections between layers."""
+
+from __future__ import annotations
+
+from ggml_cffi import c
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.ops._args import INT_MAX, integer, real
+from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
+from ggml_cffi.ops._operands import need_axes, need_rows
+from ggml_cffi.tensor import Tensor
+
+__all__ = [
+    "dsv4_hc_comb",
+    "dsv4_hc_post",
+    "dsv4_hc_pre",
+    "lightning_indexer",
+]
+
+_STREAMS = 4  # of the hyper-connections, in dsv4_hc_comb; ggml has no other number
+_MIXES = (2 + _STREAMS) * _STREAMS
+
+
+def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, mask: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """How well each token suits each key, over all heads: ``sum_h weights[t, h] * relu(q[t, h] @ k[n]) + mask[t, n]``.
+
+    Parameters
+    ----------
+    q
+        ``(n_tokens, n_heads, head_size)``, F32 with contiguous rows; all may have an axis of sequences in front.
+    k
+        ``(n_kv, 1, head_size)``, float or quantized, contiguous rows.
+    weights
+        ``(n_tokens, n_heads)``; with sequences ``(n_seqs, 1, n_tokens, n_heads)``. F32 with contiguous rows.
+    mask
+        ``(n_tokens, n_kv)``; with sequences ``(n, 1, n_tokens, n_kv)``, where ``n`` divides their number, and sequence
+        ``s`` takes ``s % n``. F16 with contiguous rows.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, n_kv)``, with sequences ``(n_seqs, 1, n_tokens, n_kv)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If shapes, types or layouts do not fit.
+
+    C: ``ggml_lightning_indexer``. Source: DeepSeek-AI, DeepSeek-V3.2, 2025.
+    """
+    op = "lightning_indexer"
+    ctx = home(op, q, k, weights, mask, ctx=ctx)
+    operands = {"q": q, "k": k, "weights": weights, "mask": mask}
+    batched = q.ndim == 4
+    need_axes(op, 4 if batched else 3, q=q, k=k)
+    need_axes(op, 4 if batched else 2, weights=weights, mask=mask)
+    need_rows(op, q=q, weights=weights)
+    if k.dtype is not Type.F32 and not c.ggml_get_type_traits(k.dtype).to_float:
+        raise fail(op, "k must be float or quantized", **operands)
+    if mask.dtype is not Type.F16 or not contiguous_rows(mask) or not contiguous_rows(k):
+        raise fail(op, "mask must be F16, and the rows of mask and k contiguous (use cont)", **operands)
+    head_size, heads, tokens, n_seqs = q.ne
+    n_kv = k.ne[2]
+    if k.ne != (head_size, 1, n_kv, n_seqs) or weights.ne != (heads, tokens, 1, n_seqs):
+        raise fail(op, "k and weights do not fit q", **operands)
+    if mask.ne[:3] != (n_kv, tokens, 1) or not mask.ne[3] or n_seqs % mask.ne[3]:
+        raise fail(op, "mask does not fit q and k", **operands)
+    if max(head_size, heads, tokens, n_kv, n_seqs) > INT_MAX:
+        raise fail(op, "there is a size of more than 2**31 - 1", **operands)
+    check_result(op, (n_kv, tokens, 1, n_seqs))
+    return ctx.build(c.ggml_lightning_indexer, 4 if batched else 2, q.ptr, k.ptr, weights.ptr, mask.ptr)
+
+
+def dsv4_hc_comb(
+    mixes: Tensor, scale: Tensor, base: Tensor, *, eps: float = 1e-6, n_iter: int = 20, ctx: Context | None = None
+) -> Tensor:
+    """Hyper-connections: for each token the 4 x 4 weights from the streams before a layer to those after it.
+
+    The last 16 of ``mixes * scale[2] + base`` are four rows, one for each stream before. They go through
+    ``softmax(row) + eps``; then columns and rows are divided by their sums ``+ eps`` in turn, the columns ``n_iter``
+    times, the rows between.
+
+    Parameters
+    ----------
+    mixes
+        ``(n_tokens, 24)``, F32.
+    scale
+        ``(3,)`` or longer, F32. Only the third counts.
+    base
+        ``(24,)``, F32.
+    eps
+        Added to each weight and sum.
+    n_iter
+        At least 1.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, 4, 4)``, F32: the stream before, the stream after.
+
+    Raises
+    ------
+    ValueError
+        If shapes, types or parameters do not fit.
+
+    C: ``ggml_dsv4_hc_comb``. Source: Xie et al., mHC: Manifold-Constrained Hyper-Connections, 2025.
+    """
+    op = "dsv4_hc_comb"
+    ctx = home(op, mixes, scale, base, ctx=ctx)
+    _need_f32(op, mixes=mixes, scale=scale, base=base)
+    if mixes.ndim != 2 or mixes.ne[0] != _MIXES or base.shape != (_MIXES,):
+        raise fail(op, f"mixes must be of shape (n_tokens, {_MIXES}) and base ({_MIXES},)", mixes=mixes, base=base)
+    if scale.ndim != 1 or scale.ne[0] < 3:
+        raise fail(op, "scale must be a vector of at least 3", scale=scale)
+    eps, n_iter = real(op, "eps", eps, lowest=0.0), integer(op, "n_iter", n_iter, 1)
+    check_result(op, (_STREAMS, _STREAMS, mixes.ne[1]))
+    return ctx.build(c.ggml_dsv4_hc_comb, 3, mixes.ptr, scale.ptr, base.ptr, eps, n_iter)
+
+
+def dsv4_hc_pre(x: Tensor, weights: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """Hyper-connections: the input of a layer, ``out[t] = weights[t] @ x[t]``.
+
+    Parameters
+    ----------
+    x
+        ``(n_tokens, n_streams, n_embd)``, F32.
+    weights
+        ``(n_tokens, n_streams)``, F32.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, n_embd)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit.
+
+    C: ``ggml_dsv4_hc_pre``. Source: Xie et al., mHC: Manifold-Constrained Hyper-Connections, 2025.
+    """
+    op = "dsv4_hc_pre"
+    ctx = home(op, x, weights, ctx=ctx)
+    _need_f32(op, x=x, weights=weights)
+    if x.ndim != 3 or not x.ne[1] or weights.shape != x.shape[:2]:
+        raise fail(
+            op, "x and weights do not fit (n_tokens, n_streams, n_embd) and (n_tokens, n_streams)", x=x, w=weights
+        )
+    return ctx.build(c.ggml_dsv4_hc_pre, 2, x.ptr, weights.ptr)
+
+
+def dsv4_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """Hyper-connections: the streams after a layer, ``out[t] = outer(post[t], x[t]) + comb[t].T @ residual[t]``.
+
+    Parameters
+    ----------
+    x
+        ``(n_tokens, n_embd)``, F32: what the layer computed.
+    residual
+        ``(n_tokens, n_streams, n_embd)``, F32: the streams before it.
+    post
+        ``(n_tokens, n_streams)``, F32.
+    comb
+        ``(n_tokens, n_streams, n_streams)``, F32: the stream before, the stream after.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, n_streams, n_embd)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit.
+
+    C: ``ggml_dsv4_hc_post``. Source: Xie et al., mHC: Manifold-Constrained Hyper-Connections, 2025.
+    """
+    op = "dsv4_hc_post"
+    ctx = home(op, x, residual, post, comb, ctx=ctx)
+    _need_f32(op, x=x, residual=residual, post=post, comb=comb)
+    n_embd, streams, tokens, _ = residual.ne
+    if residual.ndim != 3 or not streams or x.shape != (tokens, n_embd):
+        raise fail(op, "x must be of shape (n_tokens, n_embd), residual have streams between", x=x, residual=residual)
+    if post.shape != (tokens, streams) or comb.shape != (tokens, streams, streams):
+        raise fail(op, "post and comb do not fit residual", residual=residual, post=post, comb=comb)
+    return ctx.build(c.ggml_dsv4_hc_post, 3, x.ptr, residual.ptr, post.ptr, comb.ptr)
+
+
+def _need_f32(op: str, **operands: Tensor) -> None:
+    for name, t in operands.items():
+        if t.dtype is not Type.F32:
+            raise fail(op, f"{name} must be F32", **operands)

@@ -1,0 +1,172 @@
+"""Attention inside windows of an image, with positions relative to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.ops._args import INT_MAX, integer
+from ggml_cffi.ops._check import check_result, fail, home
+from ggml_cffi.ops._window import check_sizes, integers, is_contiguous
+from ggml_cffi.tensor import Tensor
+
+__all__ = [
+    "add_rel_pos",
+    "add_rel_pos_inplace",
+    "get_rel_pos",
+    "win_part",
+    "win_unpart",
+]
+
+
+def _check(op: str, a: Tensor) -> None:
+    if a.dtype is not Type.F32 or not is_contiguous(a):
+        raise fail(op, "a must be contiguous F32 (use cont)", a=a)
+    check_sizes(op, a=a)
+
+
+def win_part(a: Tensor, window: int, *, ctx: Context | None = None) -> Tensor:
+    """An image cut into square windows; the last ones of a row or column are filled up with zeros.
+
+    Parameters
+    ----------
+    a
+        ``(h, w, channels)``, contiguous F32.
+    window
+        Length of a side.
+
+    Returns
+    -------
+    Tensor
+        ``(n, window, window, channels)``, F32, row by row.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` does not fit.
+
+    C: ``ggml_win_part``. Source: Li et al., Exploring plain vision transformer backbones, 2022.
+    """
+    op = "win_part"
+    ctx = home(op, a, ctx=ctx)
+    side = integer(op, "window", window, 1, 2**30)
+    _check(op, a)
+    if a.ne[3] != 1:
+        raise fail(op, "a must be one image", a=a)
+    across, down = (-(-n // side) for n in a.ne[1:3])
+    check_result(op, (a.ne[0], side, side, across * down))
+    if max(across, down) * side > INT_MAX or a.ne[0] * side * side * across * down > INT_MAX:
+        raise fail(op, "the windows have 2**31 elements or more", a=a)
+    return ctx.build(c.ggml_win_part, 4, a.ptr, side)
+
+
+def win_unpart(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -> Tensor:
+    """The image that :func:`win_part` cut.
+
+    Parameters
+    ----------
+    a
+        ``(n, window, window, channels)``, contiguous F32.
+    shape
+        ``(h, w)`` of the image.
+
+    Returns
+    -------
+    Tensor
+        ``(h, w, channels)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` is not the windows of such an image.
+
+    C: ``ggml_win_unpart``.
+    """
+    op = "win_unpart"
+    ctx = home(op, a, ctx=ctx)
+    w, h = integers(op, "shape", shape, 2, 1)
+    _check(op, a)
+    side = a.ne[1]
+    if a.ne[2] != side or -(-w // side) * -(-h // side) != a.ne[3] or max(w, h) + side > INT_MAX:
+        raise fail(op, f"a is not the windows of an image of ({h}, {w})", a=a)
+    return ctx.build(c.ggml_win_unpart, 3, a.ptr, w, h, side)
+
+
+def get_rel_pos(a: Tensor, qh: int, kh: int, *, ctx: Context | None = None) -> Tensor:
+    """The row for each pair of a query's and a key's position: ``result[q, k] = a[q - k + kh - 1]``.
+
+    Parameters
+    ----------
+    a
+        ``(2 * kh - 1, channels)``, contiguous F16.
+    qh, kh
+        Positions of queries and of keys; ggml has equal ones only.
+
+    Returns
+    -------
+    Tensor
+        ``(qh, kh, channels)``, F16.
+
+    Raises
+    ------
+    ValueError
+        If ``a`` does not fit.
+
+    C: ``ggml_get_rel_pos``. Source: Kirillov et al., Segment anything, 2023.
+    """
+    op = "get_rel_pos"
+    ctx = home(op, a, ctx=ctx)
+    n, keys = integer(op, "qh", qh, 1, 2**30), integer(op, "kh", kh, 1, 2**30)
+    if n != keys:
+        raise ValueError(f"{op}: qh and kh must be equal, not {n} and {keys}")
+    if a.dtype is not Type.F16 or not is_contiguous(a):
+        raise fail(op, "a must be contiguous F16 (use cont)", a=a)
+    check_sizes(op, a=a)
+    if a.ne[1:] != (2 * n - 1, 1, 1):
+        raise fail(op, f"a must have {2 * n - 1} rows", a=a)
+    check_result(op, (a.ne[0], n, n), Type.F16)
+    return ctx.build(c.ggml_get_rel_pos, 3, a.ptr, n, n)
+
+
+def _add_rel_pos(
+    op: str, function: Callable[..., Any], a: Tensor, pw: Tensor, ph: Tensor, ctx: Context | None
+) -> Tensor:
+    ctx = home(op, a, pw, ph, ctx=ctx)
+    for t in (a, pw, ph):
+        if t.dtype is not Type.F32 or not is_contiguous(t):
+            raise fail(op, "a, pw and ph must be contiguous F32 (use cont)", a=a, pw=pw, ph=ph)
+    check_sizes(op, a=a, pw=pw, ph=ph)
+    k, qw, qh, batch = pw.ne
+    if ph.ne != pw.ne or a.ne != (k * k, qw * qh, batch, 1):
+        raise fail(op, "pw and ph must be (n, qh, qw, k), and a (n, qh * qw, k * k)", a=a, pw=pw, ph=ph)
+    return ctx.build(function, a.ndim, a.ptr, pw.ptr, ph.ptr)
+
+
+def add_rel_pos(a: Tensor, pw: Tensor, ph: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """Scores of attention plus what relative positions add to them, along each axis of an image.
+
+    ``result[n, q, i, j] = a[n, q, i, j] + ph[n, q, i] + pw[n, q, j]``, where a key is pixel ``(i, j)``.
+
+    Parameters
+    ----------
+    a
+        ``(n, qh * qw, k * k)``, contiguous F32.
+    pw, ph
+        ``(n, qh, qw, k)``, contiguous F32.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit.
+
+    C: ``ggml_add_rel_pos``. Source: Kirillov et al., Segment anything, 2023.
+    """
+    return _add_rel_pos("add_rel_pos", c.ggml_add_rel_pos, a, pw, ph, ctx)
+
+
+def add_rel_pos_inplace(a: Tensor, pw: Tensor, ph: Tensor, *, ctx: Context | None = None) -> Tensor:
+    """As :func:`add_rel_pos`, written over ``a``. C: ``ggml_add_rel_pos_inplace``."""
+    return _add_rel_pos("add_rel_pos_inplace", c.ggml_add_rel_pos_inplace, a, pw, ph, ctx)

@@ -1,0 +1,204 @@
+"""Cases: operations with their operands, and what numpy says the result is.
+
+Each module here belongs to the module of that name in ``ggml_cffi/ops/`` and has
+
+* a float64 reference for each operation, a function of its name and parameters, marked ``@reference``: it gets an array
+  where the operation gets a tensor;
+* ``CASES``, what is run on every device and compared, and what the fuzzer starts from;
+* ``WRONG``, calls that must be refused, by a part of the message.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+import ggml_cffi as ggml
+from ggml_cffi import Type, dtypes
+
+Array = npt.NDArray[Any]
+Layout = Literal["contiguous", "gaps", "permuted", "transposed"] | tuple[int, ...]
+
+#: Relative error allowed by the type of the operands and of the result: backends compute in F32, or in F16 where an
+#: operand is F16, and round activations to 8 bits beside quantized weights.
+TOLERANCE = {Type.F32: 1e-5, Type.F16: 2e-3, Type.BF16: 1e-2}
+_QUANTIZED = 1e-2
+
+REFERENCE: dict[str, Callable[..., Array]] = {}
+
+#: Operations whose rows come in no order.
+UNORDERED = {"top_k"}
+
+
+def reference(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Register the float64 reference of the operation that ``function`` is named after."""
+    REFERENCE[function.__name__] = function
+    return function
+
+
+@dataclass(frozen=True)
+class In:
+    """An operand.
+
+    ``layout`` says how it lies in memory: ``"gaps"`` has unused elements (NaN) after each row, ``"permuted"`` has the
+    two axes before the last swapped, ``"transposed"`` the last two; a tuple names the axes in the order of memory.
+    ``values`` are an interval to draw from, for integers the upper bound, or the values themselves; by default normal,
+    for integers 0 or 1.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Type = Type.F32
+    layout: Layout = "contiguous"
+    values: tuple[float, float] | int | Array | None = field(default=None, compare=False)
+
+    def draw(self, rng: np.random.Generator) -> Array:
+        """Values, rounded as the type rounds them, in float64 (or int64)."""
+        if isinstance(self.values, np.ndarray):
+            drawn: Array = self.values
+        elif self.dtype in dtypes.INTEGERS:
+            drawn = rng.integers(0, 2 if self.values is None else max(int(self.values), 1), self.shape)  # type: ignore[arg-type]
+        elif self.values is None:
+            drawn = rng.standard_normal(self.shape)
+        else:
+            drawn = rng.uniform(*self.values, self.shape)  # type: ignore[misc]
+        if self.dtype in dtypes.INTEGERS:
+            return drawn.astype(np.int64)
+        if dtypes.has_numpy(self.dtype):
+            return drawn.astype(dtypes.numpy_dtype(self.dtype)).astype(np.float64)
+        rounded = ggml.dequantize(ggml.quantize(drawn.astype(np.float32), self.dtype), self.dtype, drawn.shape)
+        return np.asarray(rounded, np.float64)
+
+    def tensor(self, ctx: ggml.Context) -> tuple[ggml.Tensor, ggml.Tensor]:
+        """The operand, and the input tensor behind it."""
+        shape = list(self.shape)
+        if self.layout == "gaps":
+            shape[-1] += dtypes.block_size(self.dtype)
+            base = ctx.new_tensor(self.dtype, shape)
+            return ggml.view(base, self.shape, strides=base.nb[: base.ndim][::-1]), base
+        if self.layout == "contiguous":
+            base = ctx.new_tensor(self.dtype, shape)
+            return base, base
+        axes = self._axes()
+        base = ctx.new_tensor(self.dtype, [shape[axis] for axis in axes])
+        return ggml.permute(base, [axes.index(axis) for axis in range(len(axes))]), base
+
+    def _axes(self) -> list[int]:
+        """The axes in the order of memory."""
+        axes = list(range(len(self.shape)))
+        if isinstance(self.layout, tuple):
+            return list(self.layout)
+        i = -1 if self.layout == "transposed" else -2
+        axes[i], axes[i - 1] = axes[i - 1], axes[i]
+        return axes
+
+    def store(self, base: ggml.Tensor, values: Array) -> None:
+        """Write ``values`` where the operand sees them."""
+        if self.layout == "gaps":
+            filler = 0.0 if self.dtype in dtypes.INTEGERS or not dtypes.has_numpy(self.dtype) else np.nan
+            stored = np.full(base.shape, filler, np.float64)
+            stored[..., : self.shape[-1]] = values
+            values = stored
+        elif self.layout != "contiguous":
+            values = np.transpose(values, self._axes())
+        base.set(values.astype(np.int64) if self.dtype in dtypes.INTEGERS else values)
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}{list(self.shape)}" + ("" if self.layout == "contiguous" else f":{self.layout}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: ``arguments`` by name, with an :class:`In` for each tensor."""
+
+    op: str
+    arguments: Mapping[str, Any]
+    tolerance: float | None = None
+
+    def operands(self) -> dict[str, In]:
+        return {name: value for name, value in self.arguments.items() if isinstance(value, In)}
+
+    def allowed(self, result: Type) -> float:
+        """Relative error allowed: the loosest of the types involved."""
+        if self.tolerance is not None:
+            return self.tolerance
+        types = {result, *(spec.dtype for spec in self.operands().values())} - dtypes.INTEGERS
+        return max((TOLERANCE.get(t, _QUANTIZED) for t in types), default=0.0)
+
+    def want(self, values: Mapping[str, Array]) -> Array:
+        """What the reference says for operands of these values."""
+        function = REFERENCE.get(self.op) or REFERENCE[self.op.removesuffix("_inplace")]
+        return np.asarray(function(**{**self.arguments, **values}))
+
+    def build(self, ctx: ggml.Context) -> tuple[ggml.Tensor, dict[str, ggml.Tensor]]:
+        """The result, and the input tensors behind the operands.
+
+        What is written over in place is a copy, so that the input stays.
+        """
+        tensors, inputs = {}, {}
+        for i, (name, spec) in enumerate(self.operands().items()):
+            tensors[name], inputs[name] = spec.tensor(ctx)
+            if i == 0 and self.op.endswith("_inplace"):
+                tensors[name] = ggml.cont(tensors[name])
+        extra = {} if tensors else {"ctx": ctx}
+        return getattr(ggml, self.op)(**{**self.arguments, **tensors, **extra}), inputs
+
+    def run(self, devices: tuple[str, ...], rng: np.random.Generator) -> tuple[Array, Array, float]:
+        """The result as computed on ``devices``, as the reference has it, and the relative error allowed."""
+        values = {name: spec.draw(rng) for name, spec in self.operands().items()}
+        with ggml.Context() as ctx, ggml.Scheduler(devices) as scheduler:
+            result, inputs = self.build(ctx)
+            with ggml.Graph(result) as graph:
+                try:
+                    scheduler.alloc(graph)
+                except ggml.UnsupportedOpError:  # a node in place belongs where its operand is
+                    if result.ptr.view_src in {base.ptr for base in inputs.values()}:
+                        return self.run(("CPU",), rng)  # the operand is an input, which is on a GPU by now
+                    for node in graph.nodes:
+                        if node == result or not node.ptr.view_src:
+                            scheduler.place(node, scheduler.backends[-1])
+                    scheduler.alloc(graph)
+                for name, base in inputs.items():
+                    self.operands()[name].store(base, values[name])
+                scheduler.compute(graph)
+                got, want = result.numpy(), self.want(values)
+                assert got.shape == result.shape
+                if self.op in UNORDERED:
+                    got, want = np.sort(got, -1), np.sort(want, -1)
+                return got, want, self.allowed(result.dtype)
+
+    def __str__(self) -> str:
+        shown = []
+        for name, value in self.arguments.items():
+            shown.append(f"{name}={getattr(value, 'name', value)}" if value is not None else "")
+        return f"{self.op}({','.join(s for s in shown if s)})".replace(" ", "")
+
+
+def case(op: str, tolerance: float | None = None, /, **arguments: Any) -> Case:
+    """A case of ``op``; operands are :class:`In`, everything else is passed on as it is."""
+    return Case(op, arguments, tolerance)
+
+
+def _collect() -> tuple[list[Case], dict[str, Callable[..., Any]]]:
+    cases: list[Case] = []
+    wrong: dict[str, Callable[..., Any]] = {}
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{found.name}")
+        wrong |= getattr(module, "WRONG", {})
+        for one in module.CASES:
+            cases.append(one)
+            twin = f"{one.op}_inplace"
+            first = next(iter(one.operands().values()), None)
+            if twin not in ggml.ops.__all__ or first is None or first.layout != "contiguous":
+                continue
+            if first.dtype not in dtypes.INTEGERS:  # which may be row numbers: they are not written in place
+                cases.append(replace(one, op=twin))
+    return cases, wrong
+
+
+CASES, WRONG = _collect()
