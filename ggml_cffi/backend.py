@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ class Backend(Handle):
     C: ``ggml_backend_dev_init``.
     """
 
-    __slots__ = ("_pool", "device", "lock")
+    __slots__ = ("_going", "_kept", "_pool", "device", "lock")
 
     def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
@@ -57,10 +58,16 @@ class Backend(Handle):
             pointer = c.ggml_backend_dev_init(self.device.ptr, c.NULL)
         if not pointer:
             raise GgmlError(f"the driver refused to open {self.device.name} ({self.device.description})")
+        self._kept: list[Any] = []
         self._pool: list[Any] = []  # the thread pool, shared with the finalizer
-        super().__init__(pointer, partial(_free, self._pool), fork_safe=False)
+        self._going = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
+        super().__init__(pointer, partial(_free, self._pool, self._going), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
+            # After each node, ggml's CPU asks a C function whether to stop. One of its own serves: is this tensor
+            # empty? A function in Python would cost microseconds a node.
+            is_empty = c.ffi.cast("ggml_abort_callback", c.ggml_is_empty)
+            c.ggml_backend_cpu_set_abort_callback(pointer, is_empty, self._going)
 
     @property
     def name(self) -> str:
@@ -99,10 +106,38 @@ class Backend(Handle):
         """Whether the backend can read and write such memory without a copy."""
         return bool(c.ggml_backend_supports_buft(self.ptr, buffer_type.ptr))
 
+    def abort(self) -> None:
+        """Stop the run in progress after its current node, from any thread: it raises :class:`AbortedError`.
+
+        Only the CPU can stop. Nothing happens where nothing runs.
+
+        C: ``ggml_backend_cpu_set_abort_callback``.
+        """
+        if not self.device.is_cpu:
+            raise ValueError(f"only the CPU can stop a run, not {self.name}")
+        self.ptr  # noqa: B018 - raises when closed
+        self._going.ne[0] = 0
+
+    def clear_abort(self) -> None:
+        """Let the next run go on: called at the start of each."""
+        self._going.ne[0] = 1
+
     def synchronize(self) -> None:
         """Wait for all work given to this backend. C: ``ggml_backend_synchronize``."""
         with self.lock:
             c.ggml_backend_synchronize(self.ptr)
+            self._kept.clear()
+
+    def keep(self, what: list[Any]) -> None:
+        """Keep what asynchronous work uses alive until :meth:`synchronize`."""
+        self._kept += what
+
+    def close(self) -> None:
+        """Wait for the work given to the backend, and close it."""
+        with getattr(self, "lock", nullcontext()):
+            if not self.closed and self._kept:
+                self.synchronize()
+            super().close()
 
     def __repr__(self) -> str:
         return f"<Backend {self.name}{' closed' if self.closed else ''}>"
@@ -113,7 +148,7 @@ def _check_threads(n: int) -> None:
         raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")
 
 
-def _free(pool: list[Any], pointer: Any) -> None:
+def _free(pool: list[Any], _going: Any, pointer: Any) -> None:
     c.ggml_backend_free(pointer)
     if pool:
         c.ggml_threadpool_free(pool[0])

@@ -27,6 +27,10 @@ class UnsupportedOpError(GgmlError):
     """No backend of a scheduler can run a node."""
 
 
+class AbortedError(GgmlError):
+    """A run was stopped on request."""
+
+
 class ClosedError(GgmlError):
     """An object was used after it had been closed."""
 

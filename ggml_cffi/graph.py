@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from os import PathLike
 from typing import Any
 
 from ggml_cffi import c
@@ -38,7 +39,7 @@ class Graph(Handle):
     C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
     """
 
-    __slots__ = ("_nodes", "_order", "_saved", "contexts", "members", "outputs")
+    __slots__ = ("_nodes", "_order", "_saved", "contexts", "gradients", "members", "outputs")
 
     def __init__(self, *outputs: Tensor) -> None:
         if not outputs:
@@ -48,17 +49,20 @@ class Graph(Handle):
                 raise TypeError(f"outputs are tensors, not {type(t).__name__}")
         self.outputs = outputs
         """The tensors that will be read."""
+        self.gradients: dict[Tensor, Tensor] = {}
+        """The gradient by each parameter, for a graph from :meth:`backward`."""
         self.contexts: list[Context] = []
         """Every context whose tensors are part of the graph."""
         for t in outputs:
             self.contexts += [ctx for ctx in t.context.reachable() if ctx not in self.contexts]
+        keep = [ctx.owner for ctx in self.contexts]  # another thread may close them meanwhile
         bound = sum(ctx.n_tensors for ctx in self.contexts) + 1
         size = c.ggml_graph_overhead_custom(bound, False) + 64
         pool = c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
         pointer = c.ggml_new_graph_custom(pool, bound, False)
         super().__init__(pointer, lambda _, pool=pool: c.ggml_free(pool), self.contexts)  # type: ignore[misc]
         for t in outputs:
-            for step in _steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
+            for step in steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
                 c.ggml_build_forward_expand(pointer, step)
         self._order = c.ggml_graph_nodes(pointer)
         self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
@@ -74,6 +78,20 @@ class Graph(Handle):
             raise
         for t in outputs:
             c.ggml_set_output(t.ptr)
+        del keep
+
+    @classmethod
+    def backward(cls, loss: Tensor, params: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> Graph:
+        """A graph of ``loss``, ``outputs`` and the gradients of ``loss`` by ``params``; see :attr:`gradients`.
+
+        Errors as :func:`ggml_cffi.gradients`, which it calls.
+        """
+        from ggml_cffi.gradients import gradients
+
+        found = gradients(loss, params)
+        graph = cls(loss, *outputs, *found)
+        graph.gradients = dict(zip(params, found, strict=True))
+        return graph
 
     def check_free(self) -> None:
         """Raise ``ValueError`` if a scheduler holds this graph, or another with some of these nodes.
@@ -95,15 +113,16 @@ class Graph(Handle):
     def nodes(self) -> list[Tensor]:
         """The computed tensors in order of computation."""
         self.ptr  # noqa: B018 - raises when closed
-        return [self._wrap(p) for p in self._nodes]
+        return [self.wrap(p) for p in self._nodes]
 
     @property
     def leaves(self) -> list[Tensor]:
         """Inputs, weights and caches: tensors that nothing computes."""
         self.ptr  # noqa: B018 - raises when closed
-        return [self._wrap(p) for p in self.members if p.op == Op.NONE]
+        return [self.wrap(p) for p in self.members if p.op == Op.NONE]
 
-    def _wrap(self, pointer: Any) -> Tensor:
+    def wrap(self, pointer: Any) -> Tensor:
+        """A node or leaf by its C pointer."""
         return Tensor(self.outputs[0].context, pointer, c.ggml_n_dims(pointer))
 
     def __len__(self) -> int:
@@ -116,6 +135,17 @@ class Graph(Handle):
     def n_tensors(self) -> int:
         """Nodes and leaves together."""
         return len(self.members)
+
+    def reorder(self, nodes: Sequence[Any]) -> None:
+        """Compute in the order of ``nodes``, the same C pointers, each after what it needs."""
+        self._nodes = list(nodes)
+        for i, p in enumerate(self._nodes):
+            self._order[i] = p
+
+    def calls(self) -> list[Any]:
+        """The nodes written in Python, as :class:`ggml_cffi.ops.custom.Call`."""
+        members = self.members
+        return [call for ctx in self.contexts for p, call in ctx.calls.items() if p in members]
 
     def node_pointers(self) -> list[Any]:
         """The nodes as C pointers."""
@@ -137,6 +167,15 @@ class Graph(Handle):
             saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
         self._saved = saved
 
+    def saved_sources(self) -> Iterator[tuple[Any, list[Any]]]:
+        """Every node with its operands as they were at :meth:`save`: a scheduler puts copies in their place."""
+        pointers = c.ffi.typeof("struct ggml_tensor *[]")
+        by_node = dict(zip(self.members, self._saved or (), strict=False))
+        for p in self._nodes:
+            _, _, rest = by_node[p]
+            sources = c.ffi.from_buffer(pointers, rest[: c.GGML_MAX_SRC * 8])
+            yield p, [src if src else None for src in c.ffi.unpack(sources, c.GGML_MAX_SRC)]
+
     def restore(self) -> None:
         """Undo what a scheduler wrote since :meth:`save`, the order of the nodes included.
 
@@ -150,6 +189,12 @@ class Graph(Handle):
         for ctx in self.contexts:
             ctx.held.pop(self, None)
 
+    def draw(self, path: str | PathLike[str] | None = None) -> str:
+        """The graph as an SVG document, written to ``path`` too. See :func:`ggml_cffi.draw.svg`."""
+        from ggml_cffi import draw
+
+        return draw.svg(self, path)
+
     def __repr__(self) -> str:
         return "<Graph closed>" if self.closed else f"<Graph {len(self)} nodes>"
 
@@ -157,14 +202,13 @@ class Graph(Handle):
 def _operands(nodes: list[Any]) -> Iterator[Any]:
     for p in nodes:
         for src in p.src:
-            if not src:
-                break
-            yield src
-            if src.view_src:
-                yield src.view_src
+            if src:  # an operand left out may come before others
+                yield src
+                if src.view_src:
+                    yield src.view_src
 
 
-def _steps(output: Tensor) -> Iterator[Any]:
+def steps(output: Tensor) -> Iterator[Any]:
     """The operands of ``output`` before what uses them, found without recursion."""
     done: set[Any] = set()
     stack = [(output.ptr, False)]

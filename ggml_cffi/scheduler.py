@@ -12,23 +12,59 @@ intermediate results memory. On top of ggml's scheduler this one
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
+from os import PathLike
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ggml_cffi import c
+from ggml_cffi import _interrupt, c
+from ggml_cffi._feasible import VIEWS, check_in_place, check_ops, for_the_cpu
 from ggml_cffi._handle import Handle, Owner
+from ggml_cffi._observe import Observer
+from ggml_cffi._overlap import overlapping
 from ggml_cffi.backend import Backend, open_backend
-from ggml_cffi.buffer import BufferType, read_only
+from ggml_cffi.buffer import BufferType
 from ggml_cffi.device import Device
-from ggml_cffi.enums import Op, Status
-from ggml_cffi.errors import ClosedError, GgmlError, OutOfMemoryError, UnsupportedOpError
+from ggml_cffi.enums import Status
+from ggml_cffi.errors import AbortedError, ClosedError, GgmlError, OutOfMemoryError
 from ggml_cffi.graph import Graph
 from ggml_cffi.tensor import Tensor
 
+if TYPE_CHECKING:
+    from ggml_cffi.draw import Report
+    from ggml_cffi.profile import Profile
+
 MAX_BACKENDS = 16
+_PATIENCE = 0.05  # seconds that Ctrl-C may have to wait for a run on the CPU
 _MAX_SIZE = 2**22  # ggml sets 20 KB of addresses aside for each
-_VIEWS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.NONE})
+
+
+class Split(NamedTuple):
+    """Nodes that run one after another on one backend."""
+
+    backend: Backend
+    nodes: list[Tensor]
+
+
+#: A tensor, a piece of memory, bytes from the start of the tensor's data, and how many.
+Transfer = tuple[Any, Any, int, int]
+
+
+class _Locks:
+    """Several locks as one; made once, since runs are short."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        unique = {id(b.lock): b.lock for b in backends}
+        self._locks = [unique[key] for key in sorted(unique)]
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        for lock in self._locks:
+            lock.release()
 
 
 class Scheduler(Handle):
@@ -43,6 +79,9 @@ class Scheduler(Handle):
         Keep four copies of the inputs, so that several runs can be in flight (pipeline parallelism).
     op_offload
         Let GPUs compute large batches with weights that are in host memory.
+    overlap
+        Compute the nodes in an order in which several GPUs work at once, where the graph allows it and none of its
+        nodes was placed by hand. False keeps the order in which the graph was built.
     graph_size
         Nodes and leaves to make room for; it grows by itself.
 
@@ -55,15 +94,22 @@ class Scheduler(Handle):
     """
 
     __slots__ = (
+        "_calls",
         "_capacity",
         "_graph",
+        "_locks",
+        "_moved",
         "_opened",
+        "_pinned",
         "_pins",
         "_placed",
         "_reserved",
+        "_seconds",
+        "_uses_cpu",
         "backends",
         "lock",
         "op_offload",
+        "overlap",
         "parallel",
     )
 
@@ -73,18 +119,22 @@ class Scheduler(Handle):
         *,
         parallel: bool = False,
         op_offload: bool = True,
+        overlap: bool = True,
         graph_size: int = 2048,
     ) -> None:
         if isinstance(backends, str | Backend | Device):
             raise TypeError("backends is a sequence: put the one backend in a list")
         if not isinstance(graph_size, int) or not 1 <= graph_size <= _MAX_SIZE:
             raise ValueError(f"graph_size must be 1 to {_MAX_SIZE}, not {graph_size}")
-        self.parallel, self.op_offload = parallel, op_offload
+        self.parallel, self.op_offload, self.overlap = parallel, op_offload, overlap
+        self._pinned: dict[Any, Backend] = {}
+        self._moved: set[Any] = set()
         self._opened: list[Backend] = []
         try:
             self.backends = self._open(backends)
             """The backends in order of preference, the CPU last."""
             self._capacity = graph_size
+            self._locks = _Locks(self.backends)
             self._open_sched()
         except BaseException:
             self._close_opened()
@@ -93,6 +143,9 @@ class Scheduler(Handle):
         """Held by every call. Hold it yourself around a run and the reading of its outputs, where other threads may
         run the same scheduler: a run writes over the outputs of the one before."""
         self._graph: Graph | None = None
+        self._calls: list[Any] = []
+        self._uses_cpu = True
+        self._seconds = _PATIENCE  # that the last run of the graph held took: as if long before it is known
         self._reserved = False
         self._pins: list[Owner] = []
         self._placed: dict[Any, tuple[Tensor, Backend]] = {}
@@ -119,12 +172,14 @@ class Scheduler(Handle):
         return tuple(found)
 
     def _open_sched(self) -> None:
+        keep = [b.owner for b in self.backends]  # another thread may close them meanwhile
         pointers = c.ffi.new("ggml_backend_t[]", [b.ptr for b in self.backends])
         # The hash table holds nodes and leaves, and fills up with copies: twice the tensors leaves room.
         pointer = c.ggml_backend_sched_new(
             pointers, c.NULL, len(self.backends), 2 * self._capacity, self.parallel, self.op_offload
         )
         super().__init__(pointer, c.ggml_backend_sched_free, self.backends, fork_safe=False)
+        del keep
 
     # ------------------------------------------------------------------ placing
 
@@ -178,7 +233,7 @@ class Scheduler(Handle):
         """Every computed node of the graph held with its backend, in order; views, which compute nothing, left out."""
         with self.lock:
             graph = self._held()
-            return [(t, self.backend_of(t)) for t in graph.nodes if t.op not in _VIEWS]
+            return [(t, self.backend_of(t)) for t in graph.nodes if t.op not in VIEWS]
 
     # ------------------------------------------------------------------ memory
 
@@ -210,6 +265,44 @@ class Scheduler(Handle):
                 graph.restore()
             return self.buffer_sizes()
 
+    def reserve_size(self, graph: Graph) -> dict[Backend, int]:
+        """Bytes that :meth:`reserve` would take on each backend, without taking them. A graph held is released.
+
+        Inputs without memory get it all the same, as they do in :meth:`alloc`.
+
+        C: ``ggml_backend_sched_reserve_size``.
+        """
+        with self.lock:
+            self.reset()
+            self._prepare(graph)
+            sizes = c.ffi.new("size_t[]", len(self.backends))
+            try:
+                self._apply_placements(graph)
+                with self._exclusive():
+                    c.ggml_backend_sched_reserve_size(self.ptr, graph.ptr, sizes)
+            finally:
+                graph.restore()
+                c.ggml_backend_sched_reset(self.ptr)
+            # It frees buffers that it finds too small: until the next reserve there is nothing to ask for.
+            self._reserved = False
+            return dict(zip(self.backends, sizes, strict=True))
+
+    def split_graph(self, graph: Graph) -> list[Split]:
+        """How ``graph`` would be split, without memory for its results. A graph held is released.
+
+        C: ``ggml_backend_sched_split_graph``.
+        """
+        with self.lock:
+            self.reset()
+            self._prepare(graph)
+            try:
+                self._apply_placements(graph)
+                c.ggml_backend_sched_split_graph(self.ptr, graph.ptr)
+                return self._splits(graph)
+            finally:
+                graph.restore()
+                c.ggml_backend_sched_reset(self.ptr)
+
     def alloc(self, graph: Graph) -> None:
         """Assign every node to a backend and give every tensor of ``graph`` memory. A graph held before is released.
 
@@ -233,6 +326,7 @@ class Scheduler(Handle):
             self.reset()
             self._prepare(graph)
             try:
+                self._order(graph)
                 # alloc_graph does not notice when it runs out of memory, and crashes: reserve first, and look.
                 self._reserve(graph)
                 graph.restore()
@@ -241,13 +335,19 @@ class Scheduler(Handle):
                     done = c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr)
                 if not done:
                     raise OutOfMemoryError("the scheduler could not allocate the graph")
-                self._check_in_place(graph)
+                for p in graph.node_pointers():
+                    if p.view_src and p.op not in VIEWS:
+                        check_in_place(p, graph, self._find(c.ggml_backend_sched_get_tensor_backend(self.ptr, p)))
             except BaseException:
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
                 raise
+            finally:
+                self._pinned = {}
             graph.hold()
-            self._graph = graph
+            self._graph, self._calls = graph, graph.calls()
+            self._seconds = _PATIENCE
+            self._uses_cpu = any(split.backend is self.backends[-1] for split in self._splits(graph))
             self._pins = [graph.owner, *(b.owner for ctx in graph.contexts for b in ctx.buffers)]
 
     def _prepare(self, graph: Graph) -> None:
@@ -264,7 +364,8 @@ class Scheduler(Handle):
             self._capacity = min(2 * graph.n_tensors, _MAX_SIZE)
             self._open_sched()
         self._alloc_inputs(graph)
-        self._check_ops(graph)
+        self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else set()
+        check_ops(graph, self.backends, {p: b for p, (_, b) in self._placed.items()}, self._moved)
         graph.save()
 
     def _alloc_inputs(self, graph: Graph) -> None:
@@ -275,58 +376,31 @@ class Scheduler(Handle):
         for (ctx, backend), tensors in groups.items():
             ctx.alloc(backend.buffer_type, tensors)
 
-    def _check_ops(self, graph: Graph) -> None:
-        """ggml ends the process on a node that nothing can compute, or not where its memory is: look first."""
-        devices = [(b, b.device.ptr) for b in self.backends]
-        placed = {p: b for p, (_, b) in self._placed.items()}
-        where: dict[Any, list[Any]] = {}
-        for p in graph.members:  # every memory is within reach of some backend
-            buffer = (p.view_src or p).buffer
-            if buffer and buffer not in where:
-                kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
-                where[buffer] = [d for b, d in devices if b.supports_buffer_type(kind)]
-                if not where[buffer]:
-                    names = ", ".join(b.name for b in self.backends)
-                    raise ValueError(
-                        f"{graph._wrap(p)!r} is in {kind.name}, which none of {names} can read: "
-                        "add that device to the scheduler"
-                    )
-            if buffer and p in placed and placed[p].device.ptr not in where[buffer]:
-                raise ValueError(f"{graph._wrap(p)!r} was placed on {placed[p].name}, but has memory elsewhere")
-        supports = c.ggml_backend_dev_supports_op
-        for p in graph.node_pointers():
-            buffer = (p.view_src or p).buffer
-            candidates = [d for b, d in devices if b is placed[p]] if p in placed else [d for _, d in devices]
-            if buffer:
-                if buffer in read_only and p.op not in _VIEWS:
-                    raise ValueError(f"{graph._wrap(p)!r} writes to memory that is read-only")
-                candidates = [d for d in candidates if d in where[buffer]]
-            if not any(supports(d, p) for d in candidates):
-                t = graph._wrap(p)
-                names = ", ".join(b.name for b, d in devices if d in candidates) or "no backend of this scheduler"
-                raise UnsupportedOpError(
-                    f"{t!r} cannot be computed on {names}, where it was placed or has its memory"
-                    if buffer or p in placed
-                    else f"{t!r} cannot be computed on any of {names}"
-                )
-
-    def _check_in_place(self, graph: Graph) -> None:
-        """An operation in place must run where the memory is that it writes to; ggml does not see to that."""
-        for p in graph.node_pointers():
-            if p.view_src and p.op not in _VIEWS:
-                t = graph._wrap(p)
-                kind, backend = t.buffer_type, self._find(c.ggml_backend_sched_get_tensor_backend(self.ptr, p))
-                if kind is not None and not backend.supports_buffer_type(kind):
-                    raise UnsupportedOpError(
-                        f"{t!r} writes to {kind.name} but runs on {backend.name}: place both on one backend, or use "
-                        "the form that is not in place"
-                    )
+    def _order(self, graph: Graph) -> None:
+        """Have the GPUs work at once; see :mod:`ggml_cffi._overlap`."""
+        if not self.overlap or len(self.backends) < 3 or any(t in graph for t, _ in self._placed.values()):
+            return
+        self._apply_placements(graph)
+        c.ggml_backend_sched_split_graph(self.ptr, graph.ptr)
+        numbers = {b.ptr: i for i, b in enumerate(self.backends)}
+        find = c.ggml_backend_sched_get_tensor_backend
+        where = {p: numbers[find(self.ptr, p)] for p in graph.node_pointers()}
+        graph.restore()
+        ordered = overlapping(graph.node_pointers(), where, len(self.backends) - 1)
+        if ordered is not None:
+            graph.reorder(ordered)
+            # In another order ggml could choose other devices.
+            self._pinned = {p: self.backends[i] for p, i in where.items() if p.op not in VIEWS}
 
     def _apply_placements(self, graph: Graph) -> None:
         c.ggml_backend_sched_reset(self.ptr)
         for t, backend in self._placed.values():
             if t in graph:
                 c.ggml_backend_sched_set_tensor_backend(self.ptr, t.ptr, backend.ptr)
+        for p in self._moved:
+            c.ggml_backend_sched_set_tensor_backend(self.ptr, p, self.backends[-1].ptr)
+        for p, backend in self._pinned.items():
+            c.ggml_backend_sched_set_tensor_backend(self.ptr, p, backend.ptr)
 
     def _reserve(self, graph: Graph) -> None:
         self._apply_placements(graph)
@@ -352,33 +426,102 @@ class Scheduler(Handle):
 
     # ------------------------------------------------------------------ computing
 
-    def compute(self, graph: Graph | None = None) -> None:
+    def compute(
+        self,
+        graph: Graph | None = None,
+        *,
+        observe: Callable[[Tensor], object] | None = None,
+        only: Collection[Tensor] | None = None,
+    ) -> None:
         """Compute the graph held, and wait. A graph is allocated first if none is held.
+
+        Parameters
+        ----------
+        observe
+            Called with each node once it is computed; its values can be read during the call. Returning False stops
+            the run. Nodes then run one by one, which is slower.
+        only
+            The nodes to observe; the others run as they would. Default all.
 
         Raises
         ------
         ValueError
             If another graph is held, or there is none.
+        AbortedError
+            If ``observe`` or :meth:`Backend.abort` stopped the run.
         GgmlError
             If a backend reports failure.
+        Exception
+            Whatever ``observe``, or an operation written in Python, raised.
 
-        C: ``ggml_backend_sched_graph_compute``.
+        C: ``ggml_backend_sched_graph_compute``, ``ggml_backend_sched_set_eval_callback``.
         """
-        self._start_run(graph, c.ggml_backend_sched_graph_compute)
+        if observe is None:
+            self._run(graph, c.ggml_backend_sched_graph_compute)
+            return
+        with self.lock:
+            observer = Observer(self._ready(graph), observe, only)
+            c.ggml_backend_sched_set_eval_callback(self.ptr, observer.callback, c.NULL)
+            try:
+                self._run(graph, c.ggml_backend_sched_graph_compute)
+            finally:
+                c.ggml_backend_sched_set_eval_callback(self.ptr, c.NULL, c.NULL)
+                if observer.error is not None:
+                    raise observer.error
 
     def compute_async(self, graph: Graph | None = None) -> None:
-        """Start computing the graph held and return; :meth:`synchronize` waits.
+        """Start computing the graph held and return; :meth:`synchronize` waits. Errors as :meth:`compute`.
 
         C: ``ggml_backend_sched_graph_compute_async``.
         """
-        self._start_run(graph, c.ggml_backend_sched_graph_compute_async)
+        self._run(graph, c.ggml_backend_sched_graph_compute_async)
 
-    def _start_run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
+    def _run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
         with self.lock:
             held = self._ready(graph)
             with self._exclusive():
-                status = function(self.ptr, held.ptr)
+                status = self._compute(held, function)
         _check(status)
+
+    def replay(self, inputs: Iterable[Transfer], outputs: Iterable[Transfer]) -> None:
+        """Set inputs, compute the graph held, and get outputs, all in one go: for callers that have checked them.
+
+        C: ``ggml_backend_tensor_set``, ``ggml_backend_sched_graph_compute``, ``ggml_backend_tensor_get``.
+        """
+        with self.lock, self._locks:
+            held = self._held()
+            for what in inputs:
+                c.ggml_backend_tensor_set(*what)
+            status = self._compute(held, c.ggml_backend_sched_graph_compute)
+            if not status:
+                for what in outputs:
+                    c.ggml_backend_tensor_get(*what)
+        if status:
+            _check(status)
+
+    def _compute(self, held: Graph, function: Callable[[Any, Any], int]) -> int:
+        if not self._uses_cpu:
+            return function(self.ptr, held.ptr)
+        cpu, calls = self.backends[-1], self._calls
+        cpu.clear_abort()
+        for call in calls:
+            call.error, call.stop = None, cpu.abort
+        if self._seconds < _PATIENCE:
+            start = perf_counter()
+            status = function(self.ptr, held.ptr)
+        else:
+            guarded = _interrupt.begin(cpu.abort)
+            start = perf_counter()
+            try:
+                status = function(self.ptr, held.ptr)
+            finally:
+                if guarded:
+                    _interrupt.end()
+        self._seconds = perf_counter() - start
+        for call in calls:
+            if call.error is not None:
+                raise call.error
+        return status
 
     def synchronize(self) -> None:
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
@@ -387,6 +530,7 @@ class Scheduler(Handle):
 
     def _ready(self, graph: Graph | None) -> Graph:
         if self._graph is None:
+            self.ptr  # noqa: B018 - raises when closed
             if graph is None:
                 raise ValueError("the scheduler holds no graph: call alloc(graph) first, or pass the graph")
             self.alloc(graph)
@@ -397,17 +541,9 @@ class Scheduler(Handle):
             ctx.ptr  # noqa: B018 - raises when closed
         return held
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> _Locks:
         """Holds every backend, always in the same order: a backend takes work from one thread at a time."""
-        locks = sorted((b.lock for b in self.backends), key=id)
-        for lock in locks:
-            lock.acquire()
-        try:
-            yield
-        finally:
-            for lock in reversed(locks):
-                lock.release()
+        return self._locks
 
     # ------------------------------------------------------------------ looking
 
@@ -435,6 +571,61 @@ class Scheduler(Handle):
                 return dict.fromkeys(self.backends, 0)
             return {b: c.ggml_backend_sched_get_buffer_size(self.ptr, b.ptr) for b in self.backends}
 
+    @property
+    def splits(self) -> list[Split]:
+        """The parts of the graph held, in order of computation, each on one backend."""
+        with self.lock:
+            return self._splits(self._held())
+
+    def _splits(self, graph: Graph) -> list[Split]:
+        """Runs of nodes on one backend. ggml begins a part of its own also where one would have too many inputs."""
+        found: list[Split] = []
+        for t in graph.nodes:
+            if t.op in VIEWS:
+                continue
+            backend = self._find(c.ggml_backend_sched_get_tensor_backend(self.ptr, t.ptr))
+            if not found or found[-1].backend is not backend:
+                found.append(Split(backend, []))
+            found[-1].nodes.append(t)
+        return found
+
+    @property
+    def copies(self) -> list[tuple[Tensor, Backend]]:
+        """What is copied between backends in each run of the graph held: each tensor, and where to."""
+        with self.lock:
+            graph = self._held()
+            found: dict[tuple[Any, Any], tuple[Tensor, Backend]] = {}
+            for p, sources in graph.saved_sources():
+                if p.op in VIEWS:
+                    continue
+                backend = self._find(c.ggml_backend_sched_get_tensor_backend(self.ptr, p))
+                for before, now in zip(sources, p.src, strict=False):
+                    if before and now != before:
+                        found.setdefault((before, backend.ptr), (graph.wrap(before), backend))
+            return list(found.values())
+
+    def report(self) -> Report:
+        """Splits, copies and memory of the graph held; printed, a table. See :func:`ggml_cffi.draw.report`."""
+        from ggml_cffi import draw
+
+        return draw.report(self)
+
+    def draw(self, path: str | PathLike[str] | None = None) -> str:
+        """The graph held as an SVG document, written to ``path`` too. See :func:`ggml_cffi.draw.svg`."""
+        from ggml_cffi import draw
+
+        return draw.svg(self, path)
+
+    def profile(self, graph: Graph | None = None, *, runs: int = 3, warmup: int = 1) -> Profile:
+        """Measure each node and each split of the graph. See :func:`ggml_cffi.profile.profile`."""
+        from ggml_cffi.profile import profile
+
+        return profile(self, graph, runs=runs, warmup=warmup)
+
+    def buffer_type(self, backend: Backend | str) -> BufferType:
+        """The kind of memory that results on ``backend`` are in. C: ``ggml_backend_sched_get_buffer_type``."""
+        return BufferType(c.ggml_backend_sched_get_buffer_type(self.ptr, self._find(backend).ptr))
+
     def _find(self, backend: Any) -> Backend:
         """The backend of this scheduler that ``backend`` is: itself, its name or its C pointer."""
         for b in self.backends:
@@ -454,10 +645,11 @@ class Scheduler(Handle):
 
     def close(self) -> None:
         """Close the scheduler, and the backends that it opened by name."""
-        if not self.closed:
-            self.reset()
-            self._close_opened()
-        super().close()
+        with getattr(self, "lock", nullcontext()):
+            if not self.closed:
+                self.reset()
+                self._close_opened()
+            super().close()
 
     def __repr__(self) -> str:
         return f"<Scheduler {'closed' if self.closed else ', '.join(b.name for b in self.backends)}>"
@@ -466,6 +658,8 @@ class Scheduler(Handle):
 def _check(status: int) -> None:
     if status == Status.SUCCESS:
         return
+    if status == Status.ABORTED:
+        raise AbortedError("the run was stopped")
     if status == Status.ALLOC_FAILED:
         raise OutOfMemoryError("a backend ran out of memory during the computation")
     raise GgmlError(f"the computation failed: {Status(status).name.lower()}")

@@ -230,6 +230,36 @@ def test_quantized_tensors_are_not_turned(ctx):
     assert ggml.permute(a, (1, 0, 2)).shape == (1, 2, 32)
 
 
+VIEWS_ANYWHERE = {
+    "soft_max": lambda x: ggml.soft_max(ggml.view(x, (3, 5), offset=4)),
+    "argmax": lambda x: ggml.argmax(ggml.view(x, (4, 6), strides=(32, 4), offset=4)),
+    "argsort": lambda x: ggml.argsort(ggml.view(x, (3, 5), offset=4)),
+    "mul_mat": lambda x: ggml.mul_mat(ggml.view(x, (3, 4), strides=(32, 4), offset=4), ggml.view(x, (1, 4), offset=8)),
+    "diag_mask_inf": lambda x: ggml.diag_mask_inf(ggml.reshape(ggml.view(x, (16,), offset=4), (4, 4))),
+    "add": lambda x: ggml.add(ggml.view(x, (4, 6), strides=(32, 4), offset=4), ggml.view(x, (6,), offset=12)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS_ANYWHERE)
+def test_views_that_start_anywhere(devices, name, rng):
+    """ggml's Vulkan ends the process on most; they run on the CPU."""
+    values = rng.standard_normal((4, 8)).astype(np.float32)
+    found = []
+    for on in (devices, ("CPU",)):
+        with ggml.Session(on) as session:
+            found.append(session.compile(VIEWS_ANYWHERE[name])(values))
+    finite = np.isfinite(found[1])
+    assert relative_error(found[0][finite], found[1][finite]) < 1e-3
+
+
+def test_a_view_that_starts_anywhere_placed_on_a_gpu(ctx, two_gpus):
+    y = ggml.soft_max(ggml.view(ctx.new_tensor("f32", (8,)), (4,), offset=4))
+    with ggml.Scheduler(two_gpus) as s, ggml.Graph(y) as g:
+        s.place(y, two_gpus[0])
+        with pytest.raises(ggml.UnsupportedOpError, match="a view that starts where GPUs cannot: use cont, or the CPU"):
+            s.alloc(g)
+
+
 def test_a_deep_graph_in_a_thread_with_a_small_stack():
     done = run_python(
         "import threading, ggml_cffi as ggml\n"

@@ -1,0 +1,72 @@
+"""Ctrl-C during a run on the CPU.
+
+Python sees a signal when the main thread comes back from C, which may be a while. Its signal handler proper, though,
+writes to a file descriptor at once (``signal.set_wakeup_fd``): a thread that waits there tells the CPU's backend to
+stop.
+The descriptor is set during a run only, in the main thread only, and never where somebody else has set one.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+
+_MAIN = threading.main_thread()
+_stop: list[Callable[[], None]] = []
+_pipe: tuple[int, int] | None = None
+_pid = 0
+_guard = threading.Lock()  # held while what came is read and acted upon
+
+
+def begin(stop: Callable[[], None]) -> bool:
+    """Have Ctrl-C call ``stop`` until :func:`end`; False where that is not possible, and :func:`end` is not due."""
+    if threading.current_thread() is not _MAIN:
+        return False
+    pipe = _pipe if _pipe is not None and _pid == os.getpid() else _listen()
+    before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        return False
+    with _guard:
+        _stop.append(stop)
+    return True
+
+
+def end() -> None:
+    """Undo the last :func:`begin`. A signal that came meanwhile concerns nothing that is begun later."""
+    with _guard:
+        _stop.pop()
+        if not _stop:
+            signal.set_wakeup_fd(-1)
+        if _pipe is not None:
+            _read(_pipe[0])
+
+
+def _listen() -> tuple[int, int]:
+    global _pipe, _pid
+    _pipe, _pid = os.pipe(), os.getpid()
+    for fd in _pipe:
+        os.set_blocking(fd, False)
+    _thread.start_new_thread(_watch, (_pipe[0],))  # threading's would not stand an exception of a signal at its start
+    return _pipe
+
+
+def _watch(source: int) -> None:
+    while True:
+        select.select([source], [], [])
+        with _guard:
+            # Whoever has a handler of their own decides what Ctrl-C means.
+            if signal.SIGINT in _read(source) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                for stop in _stop:
+                    stop()
+
+
+def _read(source: int) -> bytes:
+    try:
+        return os.read(source, 64)
+    except BlockingIOError:
+        return b""
