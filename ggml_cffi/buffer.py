@@ -139,6 +139,32 @@ class Buffer(Handle):
         self._adopt(pointer, free, (), usage)
         return self
 
+    @classmethod
+    def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
+        """Host memory as a device's own, which it reads and writes through its link; None if it cannot.
+
+        Parameters
+        ----------
+        memory
+            Writable, from the start to the end of memory pages (``mmap.mmap(-1, size)``). It is kept alive for as
+            long as the buffer is in use.
+
+        C: ``ggml_backend_dev_buffer_from_host_ptr``.
+        """
+        found = device(which)
+        view = c.ffi.from_buffer(memory, require_writable=True)
+        # Vulkan can, and does not say so; for a backend that cannot, ggml would call a null pointer.
+        if not (found.capabilities.buffer_from_host_ptr or found.name.startswith("Vulkan")):
+            return None
+        check_process(found)
+        with registry_lock, device_lock(found.ptr):
+            pointer = c.ggml_backend_dev_buffer_from_host_ptr(found.ptr, view, len(view), len(view))
+        if not pointer:
+            return None
+        self = cls.__new__(cls)
+        self._adopt(pointer, lambda p, _keep=view: c.ggml_backend_buffer_free(p), (), Usage.ANY)  # type: ignore[misc]
+        return self
+
     @property
     def size(self) -> int:
         """Bytes."""

@@ -128,6 +128,16 @@ class GGUFFile(Closing):
             return raw.view(dtypes.numpy_dtype(info.dtype)).reshape(info.shape)
         return dtypes.from_bytes(raw, info.dtype, prod(info.shape)).reshape(info.shape)
 
+    def __getitem__(self, name: str) -> GGUFTensor:
+        """A tensor with its values, which are read when they are asked for.
+
+        Raises
+        ------
+        KeyError
+            If the file has no such tensor.
+        """
+        return GGUFTensor(self, self._info(name))
+
     def _info(self, name: str) -> TensorInfo:
         try:
             return self.tensors[name]
@@ -143,6 +153,34 @@ class GGUFFile(Closing):
 
     def __repr__(self) -> str:
         return f"<GGUFFile {os.path.basename(self.path)}: {len(self.tensors)} tensors>"
+
+
+class GGUFTensor:
+    """A tensor of a GGUF file: an array for numpy, or the bytes as they are stored."""
+
+    def __init__(self, file: GGUFFile, info: TensorInfo) -> None:
+        self.file = file
+        self.info = info
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in numpy's order."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> Type:
+        """Type in which it is stored."""
+        return self.info.dtype
+
+    def raw(self) -> npt.NDArray[np.uint8]:
+        """The stored bytes; see :meth:`GGUFFile.raw`."""
+        return self.file.raw(self.info.name)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self.file.array(self.info.name), dtype)
+
+    def __repr__(self) -> str:
+        return f"<GGUFTensor {self.info.name} {self.dtype.name} {self.shape}>"
 
 
 class _Reader:
