@@ -1,0 +1,97 @@
+"""What it costs to build 10,000 nodes: our raw C layer, our checked operations, and ggml-python's raw calls (ctypes).
+
+python -m benchmarks.ops [--nodes 10000] [--rounds 15]
+
+ggml-python is measured where it is installed (``pip install ggml-python``), with the library that it brings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+from benchmarks import save
+
+Round = Callable[[int], float]
+
+
+def checked(op: str) -> Round:
+    """Our operation, on a context that grows by itself."""
+    import ggml_cffi
+
+    function = getattr(ggml_cffi, op)
+
+    def one(nodes: int) -> float:
+        with ggml_cffi.Context() as ctx:
+            a, b = ctx.new_tensor("f32", (64, 64)), ctx.new_tensor("f32", (64, 64))
+            start = time.perf_counter()
+            for _ in range(nodes):
+                a = function(a, b) if op != "relu" else function(a)
+            return time.perf_counter() - start
+
+    return one
+
+
+def raw(ggml: ModuleType, op: str, params: Callable[[int], Any]) -> Round:
+    """The C function called as it is, on a pool large enough for all."""
+    function = getattr(ggml, f"ggml_{op}")
+
+    def one(nodes: int) -> float:
+        ctx = ggml.ggml_init(params((nodes + 2) * ggml.ggml_tensor_overhead()))
+        a, b = ggml.ggml_new_tensor_2d(ctx, 0, 64, 64), ggml.ggml_new_tensor_2d(ctx, 0, 64, 64)
+        start = time.perf_counter()
+        for _ in range(nodes):
+            a = function(ctx, a, b) if op != "relu" else function(ctx, a)
+        seconds = time.perf_counter() - start
+        ggml.ggml_free(ctx)
+        return seconds
+
+    return one
+
+
+def contenders(op: str) -> dict[str, Round]:
+    """What is measured, by name."""
+    from ggml_cffi import c
+
+    found = {
+        "raw": raw(c, op, lambda size: {"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True}),
+        "checked": checked(op),
+    }
+    with suppress(ImportError):
+        import ggml
+
+        def params(size: int) -> Any:
+            return ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True)
+
+        found["ggml-python"] = raw(ggml, op, params)
+    return found
+
+
+def main() -> int:
+    """Measure in turns, and print the best round of each: other work on the machine only adds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    result: dict[str, dict[str, float]] = {}
+    for op in ("add", "mul_mat", "relu"):
+        found = contenders(op)
+        rounds: dict[str, list[float]] = {name: [] for name in found}
+        for _ in range(args.rounds):
+            for name, one in found.items():
+                rounds[name].append(one(args.nodes) / args.nodes * 1e9)
+        result[op] = {name: min(times) for name, times in rounds.items()}
+        shown = "  ".join(f"{name} {ns:6.0f} ns" for name, ns in result[op].items())
+        peer = result[op].get("ggml-python")
+        ratio = f"  of ggml-python: raw {result[op]['raw'] / peer:.2f}, checked {result[op]['checked'] / peer:.2f}"
+        print(f"{op:8} {shown}{ratio if peer else '  (ggml-python is not installed)'}")
+    print(save("ops", {"nanoseconds": result}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""Upstream's own cases (``test-backend-ops``), rebuilt with ggml_cffi, on two devices: how many run, how many agree.
+
+Needs a source checkout and a C++ compiler, see ``tests/upstream``. On a software GPU, which compiles for seconds where
+another takes milliseconds, ``--limit 5`` or so and a few ``--ops`` are enough for a while.
+
+    python -m benchmarks.upstream [--ops ADD MUL_MAT ...] [--limit N] [--devices CPU Vulkan0] [--max-work 2e7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from benchmarks import save
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+COLUMNS = ("listed", "rebuilt", "ran", "agreed", "unsupported", "too large", "refused", "other")
+
+
+def main() -> int:
+    from upstream import listing, runner
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", help="operations, by upstream's names (default: all)")
+    parser.add_argument("--limit", type=int, help="cases of each operation, evenly from its list (default: all)")
+    parser.add_argument("--devices", nargs="+", default=["CPU", "Vulkan0"], help="the first is the reference")
+    parser.add_argument("--max-work", type=float, default=2e7, help="operations in a case; larger cases are left out")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a case")
+    args = parser.parse_args()
+    find_gpu(args.devices)
+    listed = listing.cases()
+    chosen = [case for case in listed if not args.ops or case.op in args.ops]
+    if args.limit:
+        chosen = runner.spread(chosen, args.limit)
+    outcomes: list[runner.Outcome] = []
+    try:
+        for outcome in runner.run(chosen, args.devices, max_work=int(args.max_work), timeout=args.timeout):
+            outcomes.append(outcome)
+            if sys.stderr.isatty():
+                print(f"\r{len(outcomes)} of {len(chosen)} {outcome.op:30}", end="", file=sys.stderr)
+            if outcome.status in (runner.DIFFERED, runner.CRASHED, runner.TIMED_OUT, runner.FAILED):
+                print(f"{outcome.status}: {outcome.op}({outcome.text}) {outcome.detail}")
+    except KeyboardInterrupt:
+        print(f"stopped after {len(outcomes)} of {len(chosen)} cases")
+    result = {"devices": args.devices, "of": len(listed), "operations": table(outcomes)}
+    show(result["operations"])
+    bad = (runner.DIFFERED, runner.REFUSED, runner.CRASHED, runner.TIMED_OUT, runner.FAILED, runner.MISSING)
+    result["not agreed"] = [
+        {"case": f"{o.op}({o.text})", "status": o.status, "detail": o.detail} for o in outcomes if o.status in bad
+    ]
+    print(save("upstream", result))
+    return 0
+
+
+def find_gpu(devices: list[str]) -> None:
+    """Have ggml list a software GPU where the machine has no other: it hides those."""
+    import ggml_cffi
+
+    found = {device.name for device in ggml_cffi.devices()}
+    if not found >= set(devices):
+        os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0,0")  # for the children: the driver is loaded here
+
+
+def table(outcomes: list) -> dict[str, dict[str, int]]:
+    """How many cases of each operation came how far; the last row is the sum."""
+    from upstream import runner
+
+    counts: dict[str, Counter[str]] = {}
+    for o in outcomes:
+        row = counts.setdefault(o.op, Counter())
+        row["listed"] += 1
+        ran = o.status in (runner.AGREED, runner.DIFFERED, runner.RAN)
+        row["ran"] += ran
+        row["rebuilt"] += o.status not in (runner.MISSING, runner.REFUSED)
+        if o.status in COLUMNS:
+            row[o.status] += o.status != runner.RAN
+        elif not ran:
+            row["other"] += 1
+    rows = {op: {name: row[name] for name in COLUMNS} for op, row in sorted(counts.items())}
+    rows["all"] = {name: sum(row[name] for row in rows.values()) for name in COLUMNS}
+    return rows
+
+
+def show(rows: dict[str, dict[str, int]]) -> None:
+    print(f"{'':26}" + "".join(f"{name:>12}" for name in COLUMNS))
+    for op, row in rows.items():
+        print(f"{op:26}" + "".join(f"{row[name] or '':>12}" for name in COLUMNS))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,36 @@
+"""From parameters to a tensor: a function for each of upstream's test classes, registered under the operations' names.
+
+A function gets the case's :class:`~upstream.draw.Inputs` and its parameters, and returns the result. It raises
+``ValueError`` where ggml_cffi refuses the case, and ``AttributeError`` where it has no such operation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import ggml_cffi as ggml
+from upstream.draw import Inputs
+
+Builder = Callable[[Inputs, SimpleNamespace], ggml.Tensor]
+BUILDERS: dict[str, Builder] = {}
+
+
+def builds(*ops: str) -> Callable[[Builder], Builder]:
+    """Register a function for the operations of these names."""
+
+    def register(function: Builder) -> Builder:
+        for op in ops:
+            BUILDERS[op] = function
+        return function
+
+    return register
+
+
+def load() -> dict[str, Builder]:
+    """All of them."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return BUILDERS
