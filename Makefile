@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check fuzz bench setup clean
+.PHONY: demo test check docs fuzz bench setup clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,10 @@ check: $(STAMP)
 	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh --source-only
 	$(BIN)/python -m codegen --check
 	$(BIN)/mypy
+
+# The site, in docs/_build/index.html. It needs the CPU only.
+docs: $(STAMP)
+	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build
 
 bench: setup
 	$(BIN)/python -m benchmarks.llm

@@ -11,8 +11,9 @@ from ggml_cffi.buffer import Buffer, BufferType
 from ggml_cffi.context import Context
 from ggml_cffi.device import Capabilities, Device, DeviceType, Memory, device, devices
 from ggml_cffi.enums import BackendBufferUsage as Usage
-from ggml_cffi.enums import Op, Prec, Type
+from ggml_cffi.enums import Op, OpPool, Prec, ScaleFlag, ScaleMode, SortOrder, TriType, Type
 from ggml_cffi.errors import (
+    AbortedError,
     BackendCrashedError,
     ClosedError,
     FormatError,
@@ -22,13 +23,17 @@ from ggml_cffi.errors import (
     OutOfMemoryError,
     UnsupportedOpError,
 )
-from ggml_cffi.gguf import GGUFFile
+from ggml_cffi.gguf import GGUFFile, GGUFTensor
+from ggml_cffi.gradients import gradients
 from ggml_cffi.graph import Graph
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.quantize import dequantize, quantize
-from ggml_cffi.scheduler import Scheduler
+from ggml_cffi.scheduler import Scheduler, Split
+from ggml_cffi.session import Compiled, Program, Session
 from ggml_cffi.tensor import Tensor
+from ggml_cffi.train import SGD, AdamW, Optimizer
+from ggml_cffi.transfer import HostBlock, pinned, transfer
 
 __version__ = "0.1.0"
 
@@ -57,33 +62,51 @@ __all__ = [
     "Q5_K",
     "Q6_K",
     "Q8_0",
+    "AbortedError",
+    "AdamW",
     "Backend",
     "BackendCrashedError",
     "Buffer",
     "BufferType",
     "Capabilities",
     "ClosedError",
+    "Compiled",
     "Context",
     "Device",
     "DeviceType",
     "FormatError",
     "GGUFFile",
+    "GGUFTensor",
     "GgmlError",
     "Graph",
+    "HostBlock",
     "LibraryMismatchError",
     "LibraryNotFoundError",
     "Memory",
     "Op",
+    "OpPool",
+    "Optimizer",
     "OutOfMemoryError",
     "Prec",
+    "Program",
+    "SGD",
+    "ScaleMode",
+    "ScaleFlag",
     "Scheduler",
+    "Session",
+    "SortOrder",
+    "Split",
     "Tensor",
+    "TriType",
     "Type",
     "UnsupportedOpError",
     "Usage",
     "dequantize",
     "device",
     "devices",
+    "gradients",
+    "pinned",
     "quantize",
+    "transfer",
     *_ops,
 ]

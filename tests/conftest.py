@@ -31,6 +31,12 @@ if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
 DEVICE_SETS = [("CPU",), ("Vulkan0",), ("Vulkan0", "Vulkan1")]
 
 
+def pytest_collection_finish() -> None:
+    """What was collected stays until the end: no need to look through it after every test."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=DEVICE_SETS, ids="+".join)
 def devices(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Names of devices to compute on."""

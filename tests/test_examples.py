@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, need, run_python
 
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
+GUIDE = [name for name in EXAMPLES if name.startswith("guide/")]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
@@ -21,9 +22,25 @@ def run(name, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "demo.py"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "demo.py" and name not in GUIDE])
 def test_example(name):
     assert run(name)
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_guide_uses_what_there_is(name):
+    """On two GPUs each listing shows what it is for; on none it says what is missing."""
+    need(("Vulkan0", "Vulkan1"))
+    assert "Vulkan" in run(name) or name.endswith(("devices.py", "asynchronous.py"))
+    out = run(name, GGML_VK_VISIBLE_DEVICES="99")
+    assert re.search("missing|machine has 0", out)
+
+
+@pytest.mark.parametrize("name", ["scheduler.py", "placement.py"])
+@pytest.mark.parametrize("way", ["flat", "objects"])
+def test_guide_needs_a_second_gpu(way, name):
+    need(("Vulkan0",))
+    assert "machine has 1" in run(f"guide/{way}/{name}", GGML_VK_VISIBLE_DEVICES="0")
 
 
 @pytest.mark.parametrize("name", ["two_devices.py", "placement.py"])

@@ -1,0 +1,178 @@
+"""How Sphinx builds these pages: ``make docs``."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.ext.napoleon import Config, NumpyDocstring
+
+import ggml_cffi
+
+project = "ggml_cffi"
+copyright = "the ggml_cffi authors"  # noqa: A001 - Sphinx's name
+version = release = ggml_cffi.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nitpicky = True
+
+html_theme = "furo"
+html_title = f"ggml_cffi {release}"
+html_copy_source = False
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+add_module_names = False
+autoclass_content = "class"
+autodoc_class_signature = "mixed"
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_type_aliases = {f"npt.{name}": f"numpy.typing.{name}" for name in ("ArrayLike", "DTypeLike")}
+suppress_warnings = ["config.cache"]
+
+_NAPOLEON = Config(napoleon_use_rtype=False)
+#: Modules whose names are part of the reference as they are; all others' are given as ``ggml_cffi.name``.
+_OWN_PAGES = tuple(f"ggml_cffi.{name}" for name in ("enums", "gguf", "flat", "draw", "profile", "models"))
+
+
+def _complete(_app: Any, docname: str, source: list[str]) -> None:
+    """Add to a page what is listed nowhere else than in the code."""
+    if docname == "reference/operations":
+        source[0] += "\n\n".join(_operations())
+    if docname == "reference/flat":
+        source[0] += _flat_numbers()
+
+
+def _operations() -> list[str]:
+    """Every operation, module by module, by the name that users call."""
+    folder = Path(ggml_cffi.ops.__path__[0])
+    parts = [""]
+    for path in sorted(folder.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        if path.stem.startswith("_") or not any(_is_all(node) for node in tree.body):
+            continue
+        module = importlib.import_module(f"ggml_cffi.ops.{path.stem}")
+        summary = (module.__doc__ or "").split("\n")[0].rstrip(".").replace("``", "`")
+        lines = [f"## {summary}", "", "```{eval-rst}", ".. currentmodule:: ggml_cffi"]
+        for name in sorted(module.__all__):
+            kind = "autoclass" if isinstance(getattr(module, name), type) else "autofunction"
+            lines.append(f".. {kind}:: {name}")
+        parts.append("\n".join([*lines, "```"]))
+    return [*parts, ""]
+
+
+def _flat_numbers() -> str:
+    """The constants of the flat API, with their values."""
+    from ggml_cffi import flat
+
+    names = [name for name in flat.__all__ if not callable(getattr(flat, name))]
+    lines = [f".. py:data:: {name}\n   :value: {int(getattr(flat, name))}" for name in names]
+    return "\n".join(["", "## Numbers", "", "```{eval-rst}", ".. currentmodule:: ggml_cffi.flat", *lines, "```", ""])
+
+
+def _is_all(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+
+
+def _docstring(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Turn a numpy-style docstring into what Sphinx reads.
+
+    Napoleon as an extension takes the first colon of a property for the end of a type, and a paragraph after a section
+    for a part of that section: ours, which name the C function, go before the first section.
+    """
+    paragraphs = [p.split("\n") for p in "\n".join(lines).strip("\n").split("\n\n")]
+    sections = [i for i, p in enumerate(paragraphs) if _is_section(p)]
+    if sections:
+        first = sections[0]
+        prose = [p for p in paragraphs[first:] if not _is_section(p) and not any(x[:1] in (" ", ">") for x in p if x)]
+        rest = [p for p in paragraphs[first:] if p not in prose]
+        paragraphs = [*paragraphs[:first], *prose, *rest]
+    text = "\n\n".join("\n".join(p) for p in paragraphs)
+    lines[:] = [*str(NumpyDocstring(text, _NAPOLEON)).split("\n"), ""]
+
+
+def _signature(
+    _app: Any, _what: str, _name: str, _obj: Any, _options: Any, arguments: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Numpy's types by the names that they have in the source, not what they stand for."""
+    alias = re.compile(r"[~\w.]*TypeAliasForwardRef\('([\w.]+)'\)")
+    return arguments and alias.sub(r"~\1", arguments), returns and alias.sub(r"~\1", returns)
+
+
+def _is_section(paragraph: list[str]) -> bool:
+    return len(paragraph) > 1 and len(paragraph[1]) > 2 and not paragraph[1].strip("-")
+
+
+def _resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """A reference by the module that defines a name, such as ``ggml_cffi.tensor.Tensor``, as ``ggml_cffi.Tensor``.
+
+    What is not ours is plain text: the build needs no network.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target = node["reftarget"].lstrip("~.")
+    domain = env.get_domain("py")
+    for name in _spellings(target):
+        if name in domain.objects:
+            where = domain.objects[name]
+            return _link(app, node, content, where.docname, where.node_id, name)
+    return content if _foreign(target) else None
+
+
+def _spellings(target: str) -> list[str]:
+    parts = target.removeprefix("ggml_cffi.").split(".")
+    short = [".".join(parts[i:]) for i in range(len(parts))]
+    return [f"{module}.{name}" for name in short for module in ("ggml_cffi", *_OWN_PAGES)]
+
+
+def _link(app: Any, node: Any, content: Any, docname: str, anchor: str, title: str) -> Any:
+    from sphinx.util.nodes import make_refnode
+
+    return make_refnode(app.builder, node["refdoc"], docname, anchor, [content], title)
+
+
+def _foreign(target: str) -> bool:
+    root, _, _ = target.partition(".")
+    known = (
+        "numpy",
+        "np",
+        "npt",
+        "os",
+        "collections",
+        "concurrent",
+        "asyncio",
+        "logging",
+        "mmap",
+        "enum",
+        "typing",
+        "pathlib",
+    )
+    names = (
+        "Any",
+        "Callable",
+        "Collection",
+        "Iterable",
+        "Mapping",
+        "PathLike",
+        "Path",
+        "Sequence",
+        "Future",
+        "ndarray",
+    )
+    types = ("ArrayLike", "DTypeLike", "NDArray", "IntEnum", "Self")
+    inner = ("Head", "Architecture", "Stream")  # ours, but of no use to a caller
+    return root in known or target.split(".")[-1] in inner or target in (*names, *types) or hasattr(builtins, root)
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _complete)
+    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("missing-reference", _resolve)
