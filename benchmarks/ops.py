@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks import save
 
 Round = Callable[[int], float]
+OPS = ("add", "mul_mat", "relu")
 
 
 def checked(op: str) -> Round:
@@ -78,17 +79,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     result: dict[str, dict[str, float]] = {}
-    for op in ("add", "mul_mat", "relu"):
+    for op in OPS:
         found = contenders(op)
         rounds: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(args.rounds):
             for name, one in found.items():
                 rounds[name].append(one(args.nodes) / args.nodes * 1e9)
         result[op] = {name: min(times) for name, times in rounds.items()}
-        shown = "  ".join(f"{name} {ns:6.0f} ns" for name, ns in result[op].items())
-        peer = result[op].get("ggml-python")
-        ratio = f"  of ggml-python: raw {result[op]['raw'] / peer:.2f}, checked {result[op]['checked'] / peer:.2f}"
-        print(f"{op:8} {shown}{ratio if peer else '  (ggml-python is not installed)'}")
+    names = result[OPS[0]]
+    result["a third of each"] = {name: sum(result[op][name] for op in OPS) / len(OPS) for name in names}
+    for op, found_ns in result.items():
+        shown = "  ".join(f"{name} {ns:6.0f} ns" for name, ns in found_ns.items())
+        peer = found_ns.get("ggml-python")
+        ratio = (
+            f"  of ggml-python: raw {found_ns['raw'] / peer:.2f}, checked {found_ns['checked'] / peer:.2f}"
+            if peer
+            else ""
+        )
+        print(f"{op:16} {shown}{ratio or '  (ggml-python is not installed)'}")
     print(save("ops", {"nanoseconds": result}))
     return 0
 

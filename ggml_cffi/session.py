@@ -269,10 +269,16 @@ class Compiled:
             What the function raises when it is traced, and what :meth:`Scheduler.compute` does.
         """
         last = self._last
-        if last is not None and not kwargs and last.takes(args):  # the usual case at one look
-            return last.run(args)
-        program, arrays = self._find(args, kwargs)
-        return program.run(arrays)
+        try:
+            if last is not None and not kwargs and last.takes(args):  # the usual case at one look
+                return last.run(args)
+            program, arrays = self._find(args, kwargs)
+            return program.run(arrays)
+        except ClosedError:
+            # Another thread's signature may have taken the program's place meanwhile.
+            self.session.backends  # noqa: B018 - raises when closed
+            program, arrays = self._find(args, kwargs)
+            return program.run(arrays)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run in the session's thread, after what was submitted before.

@@ -39,9 +39,19 @@ class Head(NamedTuple):
     dense: bool
     """Whether the strides are those of a new tensor of these sizes."""
 
+    @classmethod
+    def unique(cls, dtype: Type, ne: tuple[int, ...], nb: tuple[int, ...], *, dense: bool) -> Head:
+        """Always the same object for the same head, so that comparing heads is quick."""
+        if len(_heads) > _MOST_HEADS:
+            _heads.clear()
+        found = cls(dtype, ne, nb, dense)
+        return _heads.setdefault(found, found)
 
+
+_heads: dict[Head, Head] = {}
 _OP_NONE = int(Op.NONE)
 _MAX_ELEMENTS = 2**62
+_MOST_HEADS = 4096
 
 
 class Tensor:
@@ -80,7 +90,7 @@ class Tensor:
         if head is None:
             kind, *sizes = _HEAD.unpack_from(c.ffi.buffer(self.ptr, _HEAD.size))
             ne, nb = tuple(sizes[:4]), tuple(sizes[4:])
-            head = self._head = Head(_TYPES[kind], ne, nb, _dense(_TYPES[kind], ne, nb))
+            head = self._head = Head.unique(_TYPES[kind], ne, nb, dense=_dense(_TYPES[kind], ne, nb))
         return head
 
     @property

@@ -78,7 +78,7 @@ def broadcasts(big: tuple[int, ...], small: tuple[int, ...]) -> bool:
     """ggml's rule: every size of the larger is a multiple of the smaller's."""
     if big == small:
         return True
-    return all(s and b % s == 0 for b, s in zip(big, small, strict=True)) or 0 in big
+    return all(b == s or (s and b % s == 0) for b, s in zip(big, small, strict=True))
 
 
 def contiguous_rows(t: Tensor) -> bool:

@@ -32,8 +32,8 @@ __all__ = [
 
 def _binary(op: str, function: Callable[..., Any], a: Tensor, b: Tensor, ctx: Context | None) -> Tensor:
     if ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context:
-        head = a.head
-        if head[3] and head == b.head and head[0] in FLOATS:  # the usual case at one look
+        head = a._head
+        if head and head is b._head and head[3] and head[0] in FLOATS:  # the usual case at one look
             return a.context.emit(function, a.ndim if a.ndim > b.ndim else b.ndim, head, a._pointer, b._pointer)
     ctx = home(op, a, b, ctx=ctx)
     x, y = a.head, b.head

@@ -23,17 +23,14 @@ _HALF = frozenset({Type.F16, Type.BF16})
 _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})
 
 
-#: What was checked before, and what comes of it: most products of a model are of a few kinds.
-_products: dict[tuple[Head, Head], Head] = {}
+#: Heads of operands that were checked, by their ids, with that of the product: most products of a model are of a few
+#: kinds, and equal heads are one object.
+_products: dict[tuple[int, int], tuple[Head, Head, Head]] = {}
 _MOST_PRODUCTS = 1024
 
 
-def _together(a: Tensor, b: Tensor) -> bool:
-    return a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context
-
-
-def _check_product(a: Tensor, b: Tensor) -> Head:
-    """What the product of ``a`` and ``b`` is, if there is one."""
+def _check_product(a: Tensor, b: Tensor) -> tuple[Head, Head, Head]:
+    """The heads of ``a`` and ``b``, and of their product if there is one."""
     an, bn = a.ne, b.ne
     if an[0] != bn[0]:
         raise fail("mul_mat", "inner sizes differ", a=a, b=b)
@@ -50,7 +47,11 @@ def _check_product(a: Tensor, b: Tensor) -> Head:
             "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
         )
     n, m = an[1], bn[1]
-    return Head(Type.F32, (n, m, *bn[2:]), (4, 4 * n, 4 * n * m, 4 * n * m * bn[2]), True)
+    product = Head.unique(Type.F32, (n, m, *bn[2:]), (4, 4 * n, 4 * n * m, 4 * n * m * bn[2]), dense=True)
+    if len(_products) >= _MOST_PRODUCTS:
+        _products.clear()
+    heads = _products[id(a.head), id(b.head)] = a.head, b.head, product
+    return heads
 
 
 def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
@@ -82,16 +83,14 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
 
     C: ``ggml_mul_mat``, ``ggml_mul_mat_set_prec``.
     """
-    ctx = a.context if ctx is None and _together(a, b) else home("mul_mat", a, b, ctx=ctx)
-    heads = a.head, b.head
-    head = _products.get(heads)
-    if head is None:
-        head = _products[heads] = _check_product(a, b)
-        if len(_products) > _MOST_PRODUCTS:
-            _products.clear()
+    if not (ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context):
+        ctx = home("mul_mat", a, b, ctx=ctx)
+    known = _products.get((id(a._head), id(b._head)))
+    if known is None:
+        known = _check_product(a, b)
     # A vector for b gives a vector: (k,) -> (n,).
     ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
-    out = ctx.emit(c.ggml_mul_mat, ndim, head, a.ptr, b.ptr)
+    out = (ctx or a.context).emit(c.ggml_mul_mat, ndim, known[2], a.ptr, b.ptr)
     if prec is not Prec.DEFAULT:
         c.ggml_mul_mat_set_prec(out.ptr, Prec(prec))
     return out
@@ -116,10 +115,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
 
     C: ``ggml_mul_mat``, ``ggml_add``.
     """
+    if isinstance(weight, Tensor) and weight.ndim != 2:
+        raise fail("linear", "weight must be a matrix", weight=weight)
     y = mul_mat(weight, x, ctx=ctx)
     if bias is None:
         return y
-    if isinstance(bias, Tensor) and bias.ne[0] != y.ne[0]:
+    if isinstance(bias, Tensor) and not bias.ne[0] == y.ne[0] == bias.size:
         raise fail("linear", "bias must have one value for each row of weight", weight=weight, bias=bias)
     return add(y, bias, ctx=ctx)
 

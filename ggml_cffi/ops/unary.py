@@ -79,8 +79,8 @@ def _unary(
     op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None, *args: float, types: frozenset[Type] = FLOATS
 ) -> Tensor:
     if ctx is None and a.__class__ is Tensor and not args:
-        head = a.head
-        if head[3] and head[0] in types:  # the usual case at one look
+        head = a._head
+        if head and head[3] and head[0] in types:  # the usual case at one look
             return a.context.emit(function, a.ndim, head, a._pointer)
     ctx = home(op, a, ctx=ctx)
     head = a.head

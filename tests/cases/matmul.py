@@ -81,6 +81,9 @@ def ids(t, *shape):  # type: ignore[no-untyped-def]
 
 
 WRONG = {
+    "linear: bias must have one value for each row": lambda t: ggml.linear(t(3, 8), t(4, 8), t(2)),
+    "linear: bias must have one value for each row of weight": lambda t: ggml.linear(t(4, 8), t(4, 8), t(2, 4)),
+    "linear: weight must be a matrix": lambda t: ggml.linear(t(3, 8), t(2, 4, 8)),
     "mul_mat: inner sizes differ: a (32, 64) F32 · b (8, 63) F32": lambda t: ggml.mul_mat(t(32, 64), t(8, 63)),
     "mul_mat: the inner size is 0": lambda t: ggml.mul_mat(t(4, 0), t(3, 0)),
     "leading sizes of b must be multiples": lambda t: ggml.mul_mat(t(2, 4, 8), t(3, 4, 8)),

@@ -45,6 +45,7 @@ def cast(a: Array, dtype: Type) -> Array:
 
 @reference
 def repeat(a: Array, shape: Any) -> Array:
+    shape = getattr(shape, "shape", shape)  # or that of a tensor
     padded = (1,) * (len(shape) - a.ndim) + a.shape
     return np.tile(a, [m // n for m, n in zip(shape, padded, strict=True)])
 

@@ -7,7 +7,7 @@ from ggml_cffi.flat import *
 def main():
     """List the devices."""
     if not ggml_vulkan_available():
-        print("Vulkan is missing: no plug-in or no loader (ggml-cffi doctor says more). The CPU computes.")
+        print("Vulkan is missing: no plug-in or no loader (ggml-cffi devices shows what there is). The CPU computes.")
         return
     n = ggml_vulkan_device_count()
     print(f"Vulkan devices: {n}" if n else "No GPU: a Vulkan driver is missing. The CPU computes.")
