@@ -156,4 +156,8 @@ class Handle(Closing):
         owner = getattr(self, "_owner", None)
         if owner is not None and owner.cell[0] is not None and not sys.is_finalizing():
             warnings.warn(f"{type(self).__name__} was never closed", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            self.forgotten()
+
+    def forgotten(self) -> None:
+        """Close what was never closed. The garbage collector calls this in any thread, whatever locks that holds."""
+        self.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -124,8 +123,9 @@ class Backend(Handle):
 
     def synchronize(self) -> None:
         """Wait for all work given to this backend. C: ``ggml_backend_synchronize``."""
+        keep = self.owner  # another thread may close the backend meanwhile
         with self.lock:
-            c.ggml_backend_synchronize(self.ptr)
+            c.ggml_backend_synchronize(keep.cell[0])
             self._kept.clear()
 
     def keep(self, what: list[Any]) -> None:
@@ -134,10 +134,10 @@ class Backend(Handle):
 
     def close(self) -> None:
         """Wait for the work given to the backend, and close it."""
-        with getattr(self, "lock", nullcontext()):
-            if not self.closed and self._kept:
-                self.synchronize()
-            super().close()
+        # No lock but where there is work to wait for: the garbage collector closes what was forgotten, in any thread.
+        if not self.closed and self._kept:
+            self.synchronize()
+        super().close()
 
     def __repr__(self) -> str:
         return f"<Backend {self.name}{' closed' if self.closed else ''}>"

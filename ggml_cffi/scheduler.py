@@ -47,6 +47,9 @@ class Split(NamedTuple):
     nodes: list[Tensor]
 
 
+#: Owners of schedulers that were forgotten while they computed.
+_abandoned: list[Owner] = []
+
 #: A tensor, a piece of memory, bytes from the start of the tensor's data, and how many.
 Transfer = tuple[Any, Any, int, int]
 
@@ -100,6 +103,7 @@ class Scheduler(Handle):
         "_locks",
         "_moved",
         "_opened",
+        "_pending",
         "_pinned",
         "_pins",
         "_placed",
@@ -144,6 +148,7 @@ class Scheduler(Handle):
         run the same scheduler: a run writes over the outputs of the one before."""
         self._graph: Graph | None = None
         self._calls: list[Any] = []
+        self._pending = False
         self._uses_cpu = True
         self._seconds = _PATIENCE  # that the last run of the graph held took: as if long before it is known
         self._reserved = False
@@ -258,7 +263,7 @@ class Scheduler(Handle):
         """
         with self.lock:
             self.reset()
-            self._prepare(graph)
+            _keep = self._prepare(graph)
             try:
                 self._reserve(graph)
             finally:
@@ -274,7 +279,7 @@ class Scheduler(Handle):
         """
         with self.lock:
             self.reset()
-            self._prepare(graph)
+            _keep = self._prepare(graph)
             sizes = c.ffi.new("size_t[]", len(self.backends))
             try:
                 self._apply_placements(graph)
@@ -294,7 +299,7 @@ class Scheduler(Handle):
         """
         with self.lock:
             self.reset()
-            self._prepare(graph)
+            _keep = self._prepare(graph)
             try:
                 self._apply_placements(graph)
                 c.ggml_backend_sched_split_graph(self.ptr, graph.ptr)
@@ -324,7 +329,7 @@ class Scheduler(Handle):
         """
         with self.lock:
             self.reset()
-            self._prepare(graph)
+            _keep = self._prepare(graph)
             try:
                 self._order(graph)
                 # alloc_graph does not notice when it runs out of memory, and crashes: reserve first, and look.
@@ -348,9 +353,11 @@ class Scheduler(Handle):
             self._graph, self._calls = graph, graph.calls()
             self._seconds = _PATIENCE
             self._uses_cpu = any(split.backend is self.backends[-1] for split in self._splits(graph))
-            self._pins = [graph.owner, *(b.owner for ctx in graph.contexts for b in ctx.buffers)]
+            self._pins = _keep
 
-    def _prepare(self, graph: Graph) -> None:
+    def _prepare(self, graph: Graph) -> list[Owner]:
+        """Check, make room, give inputs memory. The caller keeps what is returned: others may close it."""
+        keep = [graph.owner, *_buffers(graph)]
         for ctx in graph.contexts:
             ctx.ptr  # noqa: B018 - raises when closed
             for p in ctx.released & graph.members:
@@ -364,9 +371,11 @@ class Scheduler(Handle):
             self._capacity = min(2 * graph.n_tensors, _MAX_SIZE)
             self._open_sched()
         self._alloc_inputs(graph)
+        keep += _buffers(graph)
         self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else set()
         check_ops(graph, self.backends, {p: b for p, (_, b) in self._placed.items()}, self._moved)
         graph.save()
+        return keep
 
     def _alloc_inputs(self, graph: Graph) -> None:
         groups: dict[tuple[Any, Backend], list[Tensor]] = {}
@@ -474,6 +483,7 @@ class Scheduler(Handle):
 
         C: ``ggml_backend_sched_graph_compute_async``.
         """
+        self._pending = True
         self._run(graph, c.ggml_backend_sched_graph_compute_async)
 
     def _run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
@@ -527,6 +537,7 @@ class Scheduler(Handle):
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
         with self.lock, self._exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
+            self._pending = False
 
     def _ready(self, graph: Graph | None) -> Graph:
         if self._graph is None:
@@ -651,8 +662,23 @@ class Scheduler(Handle):
                 self._close_opened()
             super().close()
 
+    def forgotten(self) -> None:
+        """Close without waiting for locks; with work under way, leave everything as it is rather than free it."""
+        if self._pending:
+            _abandoned.append(self.owner)
+        elif self._graph is not None:
+            self._graph.restore()
+            self._graph = None
+        for backend in self._opened:
+            super(Backend, backend).close()
+        super().close()
+
     def __repr__(self) -> str:
         return f"<Scheduler {'closed' if self.closed else ', '.join(b.name for b in self.backends)}>"
+
+
+def _buffers(graph: Graph) -> list[Owner]:
+    return [b.owner for ctx in graph.contexts for b in ctx.buffers]
 
 
 def _check(status: int) -> None:
