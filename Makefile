@@ -24,6 +24,9 @@ check: $(STAMP)
 docs: $(STAMP)
 	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build
 
+fuzz: setup
+	$(BIN)/python -m benchmarks.fuzz --calls 100000
+
 bench: setup
 	$(BIN)/python -m benchmarks.llm
 
