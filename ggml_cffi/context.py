@@ -174,6 +174,15 @@ class Context(Handle):
         if other is not self and other not in self.uses:
             self.uses[other] = other.owner
 
+    def holds(self, pointer: Any) -> bool:
+        """Whether the tensor at ``pointer`` lies in this context."""
+        address = int(c.ffi.cast("uintptr_t", pointer))
+        for chunk in self._chunks:
+            start = int(c.ffi.cast("uintptr_t", c.ggml_get_mem_buffer(chunk)))
+            if start <= address < start + c.ggml_get_mem_size(chunk):
+                return True
+        return False
+
     def reachable(self) -> list[Context]:
         """The context itself and all whose tensors its tensors were made from.
 

@@ -53,9 +53,10 @@ def _limit(op: str, rows: Tensor, n: int, what: str = "rows") -> None:
             "could check them",
             rows=rows,
         )
-    # All values of the input behind a view are kept below n, whatever part of it the view shows.
-    for ctx in rows.context.reachable():
-        ctx.limits[root] = min(n, ctx.limits.get(root, n))
+    # All values of the input behind a view are kept below n, whatever part of it the view shows. The context that holds
+    # the input remembers: in one that lives longer, another tensor could come to lie at the same address.
+    owner = next(ctx for ctx in rows.context.reachable() if ctx.holds(root))
+    owner.limits[root] = min(n, owner.limits.get(root, n))
     if rows.is_allocated:
         whole = Tensor(rows.context, root, 4)
         whole.check_limit(np.ascontiguousarray(whole.numpy()).reshape(-1).view(np.uint8))
