@@ -28,7 +28,7 @@ def begin(stop: Callable[[], None]) -> bool:
         return False
     pipe = _pipe if _pipe is not None and _pid == os.getpid() else _listen()
     before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
-    if before != -1:
+    if before not in (-1, pipe[1]):  # ours may be left from a run that an exception of a signal cut short
         signal.set_wakeup_fd(before)
         return False
     with _guard:

@@ -61,8 +61,9 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = N
     for p in order:
         if any(src in needed for src in _differentiable(p)):
             needed.add(p)
+    reached = set(order)
     for param in params:
-        if param.ptr not in order:
+        if param.ptr not in reached:
             raise ValueError(f"the loss does not depend on {param!r}")
     found: dict[Any, Tensor] = {loss.ptr: ops.fill(_whole(ctx, loss.ptr), 1.0, ctx=ctx)}
     for p in reversed(order):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +24,10 @@ from ggml_cffi.gguf import GGUFTensor
 from ggml_cffi.graph import Graph
 from ggml_cffi.scheduler import Scheduler, Transfer
 from ggml_cffi.tensor import Tensor
+
+if TYPE_CHECKING:
+    # Futures and asyncio are imported when they are first used: together they take longer than this package.
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 from_buffer = c.ffi.from_buffer
 
@@ -67,7 +69,6 @@ class Session(Closing):
         self._lock = threading.RLock()
         self._compiled: list[Compiled] = []
         self._pool: ThreadPoolExecutor | None = None
-        self._running: Future[Any] | None = None
         self._weights = Context()
         self._backends: list[Backend] = []
         try:
@@ -193,6 +194,8 @@ class Session(Closing):
 
     def start(self, call: Callable[[], Any]) -> Future[Any]:
         """Call ``call`` in the session's own thread, one call after the other."""
+        from concurrent.futures import ThreadPoolExecutor
+
         with self._lock:
             self.backends  # noqa: B018 - raises when closed
             if self._pool is None:
@@ -289,6 +292,8 @@ class Compiled:
 
     async def run_async(self, *args: Any, **kwargs: Any) -> Any:
         """Run without blocking the event loop. Cancelling the task drops the run, or stops it on the CPU."""
+        import asyncio
+
         program, arrays = None, None
 
         def call() -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import prod
 from typing import Any
@@ -151,6 +150,8 @@ def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: Hos
 
     A copy is handed to the device when its backend is waited for: two threads wait at once.
     """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
     chunk = min(chunk, len(block.memory) // 2)
     total = src.nbytes
     into, out_of = (_Bytes.of_buffer(block.buffers[b.device]) for b in (reader, writer))

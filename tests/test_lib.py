@@ -163,3 +163,9 @@ def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split()[0] == "CPU"
     assert done.stdout.split()[1].startswith(str(tmp_path))
+
+
+def test_importing_brings_in_nothing_slow():
+    """What takes longer to import than this package, and is needed by few calls, comes with those calls."""
+    done = run_python("import sys, numpy; a = set(sys.modules); import ggml_cffi; print(*sorted(set(sys.modules) - a))")
+    assert not {"asyncio", "concurrent.futures", "socket", "ssl", "logging", "tokenizers"} & set(done.stdout.split())

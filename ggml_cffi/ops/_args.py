@@ -60,14 +60,6 @@ def real(op: str, name: str, value: Any, *, infinite: bool = False, lowest: floa
     return x
 
 
-def not_negative(op: str, name: str, value: Any) -> float:
-    """``value`` as a number of at least 0."""
-    x = real(op, name, value)
-    if x < 0:
-        raise ValueError(f"{op}: {name} must be at least 0, not {value!r}")
-    return x
-
-
 def encodes(dtype: Type) -> bool:
     """Whether the CPU's kernels can write ``dtype``, a quantized type, from floats."""
     return is_quantized(dtype) and dtype not in INTERNAL and bool(c.ggml_get_type_traits_cpu(dtype).from_float)

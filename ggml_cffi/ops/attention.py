@@ -9,7 +9,7 @@ from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.dtypes import is_quantized, type_size
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._args import GROUPS, integer, not_negative, real
+from ggml_cffi.ops._args import GROUPS, integer, real
 from ggml_cffi.ops._check import contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
 
@@ -55,7 +55,7 @@ def _soft_max(
         _check_sinks(op, a, sinks)
     if numbers is None:
         return ctx.build(function, a.ndim, a.ptr)
-    scale, max_bias = real(op, "scale", numbers[0]), not_negative(op, "max_bias", numbers[1])
+    scale, max_bias = real(op, "scale", numbers[0]), real(op, "max_bias", numbers[1], lowest=0.0)
     if max_bias and mask is None:
         raise ValueError(f"{op}: max_bias needs a mask")
     out = ctx.build(function, a.ndim, a.ptr, mask.ptr if mask is not None else c.NULL, scale, max_bias)
@@ -249,8 +249,8 @@ def flash_attn_ext(
     if sinks is not None:
         _check_sinks("flash_attn_ext", q, sinks)
     scale = real("flash_attn_ext", "scale", scale)
-    max_bias = not_negative("flash_attn_ext", "max_bias", max_bias)
-    logit_softcap = not_negative("flash_attn_ext", "logit_softcap", logit_softcap)
+    max_bias = real("flash_attn_ext", "max_bias", max_bias, lowest=0.0)
+    logit_softcap = real("flash_attn_ext", "logit_softcap", logit_softcap, lowest=0.0)
     if max_bias and mask is None:
         raise ValueError("flash_attn_ext: max_bias needs a mask")
     out = ctx.build(

@@ -99,8 +99,6 @@ def _build(
     written = (out,) if isinstance(out, Tensor) else ()
     if not callable(function):
         raise TypeError(f"{op}: a function is needed, not {type(function).__name__}")
-    if not operands and not written and ctx is None:
-        raise TypeError(f"{op}: without operands, say in which ctx the result is to be")
     ctx = home(op, *written, *operands, ctx=ctx)
     for t in (*written, *operands):
         if not has_numpy(t.dtype):

@@ -8,7 +8,7 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import GROUPS, integer, not_negative
+from ggml_cffi.ops._args import GROUPS, integer, real
 from ggml_cffi.ops._check import contiguous_rows, fail, home
 from ggml_cffi.tensor import Tensor
 
@@ -28,7 +28,7 @@ def _along_rows(op: str, function: Callable[..., Any], a: Tensor, eps: float, ct
     ctx = home(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not contiguous_rows(a):
         raise fail(op, "a must be F32 with contiguous rows", a=a)
-    eps = not_negative(op, "eps", eps)
+    eps = real(op, "eps", eps, lowest=0.0)
     return ctx.build(function, a.ndim, a.ptr, eps)
 
 
@@ -104,7 +104,7 @@ def _groups(op: str, function: Callable[..., Any], a: Tensor, n_groups: int, eps
         raise fail(op, f"the {a.ne[2]} channels cannot be cut into {n_groups} equal groups", a=a)
     if n_groups * a.ne[3] > GROUPS:
         raise fail(op, f"there are more than {GROUPS} groups", a=a)
-    return ctx.build(function, a.ndim, a.ptr, n_groups, not_negative(op, "eps", eps))
+    return ctx.build(function, a.ndim, a.ptr, n_groups, real(op, "eps", eps, lowest=0.0))
 
 
 def group_norm(a: Tensor, n_groups: int, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
