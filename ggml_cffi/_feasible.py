@@ -29,9 +29,9 @@ def for_the_cpu(graph: Graph, backends: Sequence[Backend]) -> set[Any]:
     return {
         p
         for p in graph.node_pointers()
-        if p.op not in VIEWS
+        if p.op not in _START_ANYWHERE
+        and p.op not in VIEWS
         and any(t and t.view_src and t.view_offs % alignment for t in (p, *p.src))
-        and p.op not in _START_ANYWHERE
     }
 
 

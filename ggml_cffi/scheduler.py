@@ -352,8 +352,13 @@ class Scheduler(Handle):
             graph.hold()
             self._graph, self._calls = graph, graph.calls()
             self._seconds = _PATIENCE
-            self._uses_cpu = any(split.backend is self.backends[-1] for split in self._splits(graph))
+            self._uses_cpu = self._is_on_cpu(graph)
             self._pins = _keep
+
+    def _is_on_cpu(self, graph: Graph) -> bool:
+        cpu, find = self.backends[-1].ptr, c.ggml_backend_sched_get_tensor_backend
+        pointer = self.ptr
+        return len(self.backends) == 1 or any(find(pointer, p) == cpu for p in graph.node_pointers())
 
     def _prepare(self, graph: Graph) -> list[Owner]:
         """Check, make room, give inputs memory. The caller keeps what is returned: others may close it."""
