@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ggml_cffi import ops
 from ggml_cffi.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
@@ -29,7 +30,9 @@ class Inputs:
     mask: Tensor
     """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
     wanted: Tensor
-    """Tokens whose logits are wanted, I32 ``(n_out,)``."""
+    """Tokens whose results are wanted, I32 ``(n_out,)``."""
+    near: Tensor | None = None
+    """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,13 @@ class Architecture(ABC):
     n_ctx_train: int
     kv_sizes: tuple[int, int]
     """Elements of a token's keys and values in one layer."""
+    window: int = 0
+    """Tokens that layers with a sliding window look back at, their own included; 0 where there are no such layers."""
+    causal: ClassVar[bool] = True
+    """Whether tokens look at those before them, through a cache. An encoder's look at their whole text instead: it
+    has no cache, and its mask is ``(n, n)``."""
+    pooling: str = "mean"
+    """How a text's embedding comes from its tokens': ``mean``, ``cls`` (the first) or ``last``."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -119,8 +129,12 @@ class Architecture(ABC):
         """Every tensor that the graph uses, with the shape that it must have."""
 
     @abstractmethod
-    def build(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
-        """The graph from ``inputs`` to logits ``(n_out, n_vocab)``."""
+    def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
+        """The graph from ``inputs`` to the normalized results of the last layer ``(n_out, n_embd)``."""
+
+    def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
+        return ops.mul_mat(weights["output.weight"], hidden)
 
     @property
     def output_tensor(self) -> str:

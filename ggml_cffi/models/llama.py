@@ -67,7 +67,7 @@ class Llama(Architecture):
         yield "output_norm.weight", (embd,)
         yield self.output_tensor, (self.n_vocab, embd)
 
-    def build(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
+    def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
         x = ops.get_rows(weights["token_embd.weight"], inputs.tokens)
         for i in range(self.n_layers):
             last = i == self.n_layers - 1
@@ -81,8 +81,7 @@ class Llama(Architecture):
             up = ops.mul_mat(weights[f"blk.{i}.ffn_up.weight"], h)
             x = ops.add(x, ops.mul_mat(weights[f"blk.{i}.ffn_down.weight"], ops.swiglu_split(gate, up)))
             x.name = f"layer {i}"
-        x = ops.mul(ops.rms_norm(x, self.eps), weights["output_norm.weight"])
-        return ops.mul_mat(weights["output.weight"], x)
+        return ops.mul(ops.rms_norm(x, self.eps), weights["output_norm.weight"])
 
     def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor], cache: LayerCache, inputs: Inputs) -> Tensor:
         def project(name: str, heads: int) -> Tensor:

@@ -152,7 +152,8 @@ class Runner(Closing):
             mask=context.new_tensor(Type.F16, (n, n_kv), name="mask"),
             wanted=context.new_tensor(Type.I32, (n_out,), name="wanted"),
         )
-        logits = self.architecture.build(self.weights.tensors, self.weights.cache, inputs)
+        hidden = self.architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
+        logits = self.architecture.logits(self.weights.tensors, hidden)
         logits.name = "logits"
         # Token ids go where the embeddings are.
         self.scheduler.unplace()
