@@ -99,6 +99,8 @@ class Architecture(ABC):
     has no cache, and its mask is ``(n, n)``."""
     pooling: str = "mean"
     """How a text's embedding comes from its tokens': ``mean``, ``cls`` (the first) or ``last``."""
+    longest_text: int = 0
+    """Most tokens of a text for its embedding to be as in training; 0 where that is all that fit the context."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file

@@ -105,29 +105,32 @@ class Weights:
         per_layer = sum(n_ctx * row_size(kv_dtype, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
-        # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU.
-        head = self.where[-1]
+        # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU, and what an
+        # encoder adds to them goes to its first layers.
+        head = self.where[-1] if architecture.causal else self.where[0]
         self._pending: list[tuple[Tensor, TensorInfo, int]] = []
         for name in architecture.shapes:
             layer = layer_of(name)
             target = self.where[layer] if layer is not None else last if name == "token_embd.weight" else head
             self._add(name, architecture.info(name), target)
-        self.shares[head].has_output = True
-        if "output.weight" not in self.tensors:
+        self.shares[head].has_output = architecture.causal
+        if architecture.causal and "output.weight" not in self.tensors:
             if head == last:
                 self.tensors["output.weight"] = self.tensors["token_embd.weight"]
             else:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
         for layer, target in enumerate(self.where):
-            k, v = (
-                self.context.new_tensor(kv_dtype, (n_ctx, size), name=f"cache_{kind}.{layer}")
-                for kind, size in zip("kv", architecture.kv_sizes, strict=True)
-            )
-            self.cache.append(LayerCache(k, v))
             self.shares[target].layers.append(layer)
-            self.shares[target].cache_bytes += k.nbytes + v.nbytes
+            if architecture.causal:
+                k, v = (
+                    self.context.new_tensor(kv_dtype, (n_ctx, size), name=f"cache_{kind}.{layer}")
+                    for kind, size in zip("kv", architecture.kv_sizes, strict=True)
+                )
+                self.cache.append(LayerCache(k, v))
+                self.shares[target].cache_bytes += k.nbytes + v.nbytes
         for i, share in enumerate(self.shares):
-            caches = [t for layer in share.layers for t in (self.cache[layer].k, self.cache[layer].v)]
+            kept = [self.cache[layer] for layer in share.layers if self.cache]
+            caches = [t for cache in kept for t in (cache.k, cache.v)]
             streamed = [t for t, info, target in self._pending if target == i and not self._mapped(share, info)]
             if caches:
                 self.context.alloc(share.backend.buffer_type, caches)

@@ -1,0 +1,107 @@
+"""Hugging Face folders to GGUF files: tensors under GGUF's names, sizes and vocabulary as metadata.
+
+Names, keys and the layout of vocabularies are those of llama.cpp's files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ggml_cffi import dtypes
+from ggml_cffi.enums import Ftype, Type
+from ggml_cffi.errors import FormatError
+from ggml_cffi.models.convert_bert import BERT
+from ggml_cffi.models.huggingface import Family, Metadata, Source
+
+#: What can be converted, by the class that ``config.json`` names. A new family is one more file, and a line here.
+FAMILIES: dict[str, Family] = {"BertModel": BERT, "BertForMaskedLM": BERT, "BertForPreTraining": BERT}
+
+_CHOSEN = {
+    Type.F32: Ftype.ALL_F32,
+    Type.F16: Ftype.MOSTLY_F16,
+    Type.BF16: Ftype.MOSTLY_BF16,
+    Type.Q8_0: Ftype.MOSTLY_Q8_0,
+}
+
+
+def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtype: Type | str = Type.F16) -> None:
+    """Convert a Hugging Face folder to a GGUF file.
+
+    Parameters
+    ----------
+    folder
+        With ``config.json``, ``*.safetensors``, and ``tokenizer.json`` or ``vocab.txt``. What sentence-transformers
+        adds (``modules.json``, ``sentence_bert_config.json``) is used where it is there.
+    target
+        The file to write.
+    dtype
+        Type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Norms, biases and tables of positions stay F32.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder lacks a file.
+    FormatError
+        If the model is of a kind that is not supported, or a file is malformed.
+    GgmlError
+        If the ``safetensors`` package is not installed.
+    TypeError
+        If there is no such type, or it is not among those above.
+    """
+    chosen = dtypes.as_type(dtype)
+    if chosen not in _CHOSEN:
+        raise TypeError(f"cannot convert to {chosen.name}: {', '.join(t.name for t in _CHOSEN)} are possible")
+    source = Source(folder)
+    names = source.config.get("architectures")
+    kind = names[0] if isinstance(names, list) and names else None
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise FormatError(f"{source.folder}: {kind!r} cannot be converted; {', '.join(FAMILIES)} can")
+    metadata = {
+        "general.architecture": family.architecture,
+        "general.name": source.folder.resolve().name,
+        "general.file_type": int(_CHOSEN[chosen]),
+        "general.quantization_version": 2,
+        **family.metadata(source),
+    }
+    tensors: dict[str, tuple[Type, npt.NDArray[Any]]] = {}
+    for name, values in source.tensors():
+        known = family.rename(name)
+        if known is not None:
+            tensors[known] = family.type_of(known, values, chosen), values
+    _write(Path(target), metadata, tensors)
+
+
+def _write(path: Path, metadata: Metadata, tensors: Mapping[str, tuple[Type, npt.NDArray[Any]]]) -> None:
+    """Write the file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture"))
+    for key, value in metadata.items():
+        match value:
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                writer.add_string(key, value)
+            case _:
+                writer.add_array(key, list(value))
+    for name, (dtype, values) in tensors.items():
+        data = dtypes.to_bytes(values, dtype)
+        if dtypes.has_numpy(dtype):
+            writer.add_tensor(name, data)
+        else:
+            raw = data.reshape(*values.shape[:-1], -1)
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType(int(dtype)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

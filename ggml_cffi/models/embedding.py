@@ -1,0 +1,239 @@
+"""Embeddings: token ids of texts in, one vector for each text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import ops
+from ggml_cffi._handle import Closing
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.graph import Graph
+from ggml_cffi.models.architecture import Architecture, Inputs
+from ggml_cffi.models.weights import Weights
+from ggml_cffi.scheduler import Scheduler
+from ggml_cffi.tensor import Tensor
+
+#: How a text's vector comes from its tokens': their mean, the first one's, or the last one's.
+POOLINGS = ("mean", "cls", "last")
+
+_STEP = 16  # numbers of tokens and of texts are rounded up at least to multiples of this
+_KEPT = 8  # graphs
+
+
+@dataclass
+class _Run(Closing):
+    """A graph for so many tokens of so many texts."""
+
+    key: tuple[int, int, str]
+    """Most tokens, most texts, and how they are pooled."""
+    context: Context
+    inputs: Inputs
+    pool: Tensor | None
+    graph: Graph
+    vectors: Tensor
+
+    def close(self) -> None:
+        self.graph.close()
+        self.context.close()
+
+
+class Embedder(Closing):
+    """Embeds texts with a model's weights, several of them in one run.
+
+    The texts of a run lie one after another, and the mask keeps them apart. With a model that generates text
+    (``architecture.causal``) the tokens' keys and values go through the first rows of its cache: what was there is
+    written over.
+
+    Parameters
+    ----------
+    architecture, weights
+        The model.
+    scheduler
+        What computes. It may hold graphs of others between two calls.
+    n_ctx
+        Most tokens of a text, for a model that generates text at most the rows of its cache. Longer ones are cut, and
+        so are those beyond what the architecture calls its :attr:`~Architecture.longest_text`.
+    n_batch
+        Most tokens computed at once; a text is never divided, so that there may be up to ``n_ctx``.
+    """
+
+    def __init__(
+        self, architecture: Architecture, weights: Weights, scheduler: Scheduler, n_ctx: int, n_batch: int
+    ) -> None:
+        self.architecture, self.weights, self.scheduler = architecture, weights, scheduler
+        self.max_tokens = min(n_ctx, architecture.longest_text or n_ctx)
+        """Tokens after which a text is cut."""
+        self._capacity = max(n_batch, self.max_tokens)
+        if architecture.causal:
+            self._capacity = min(self._capacity, weights.cache[0].k.shape[0])
+        self._runs: dict[tuple[int, int, str], _Run] = {}
+
+    def embed(
+        self, texts: Sequence[Sequence[int]], *, pooling: str | None = None, normalize: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """One vector for each text.
+
+        Parameters
+        ----------
+        texts
+            Token ids of each text, with the tokens that begin and end it. An encoder's text that is too long keeps its
+            last token, which is its end, as sentence-transformers does.
+        pooling
+            ``mean``, ``cls`` or ``last``; default what the model was trained with.
+        normalize
+            Whether the vectors get length 1, so that their dot products are cosines.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32, ``(n_texts, n_embd)``, in the order of the texts.
+
+        Raises
+        ------
+        ValueError
+            If a text has no tokens, or there is no such pooling.
+        """
+        chosen = self.architecture.pooling if pooling is None else pooling
+        if chosen not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r} is not known; {', '.join(POOLINGS)} are")
+        cut = [self._cut(ids, i) for i, ids in enumerate(texts)]
+        found = [np.empty((0, self.architecture.n_embd), np.float32)]
+        found += [self._compute(batch, chosen) for batch in batches(cut, self._capacity)]
+        vectors = np.concatenate(found)
+        if normalize:
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return vectors
+
+    def reserve(self) -> None:
+        """Make room for the largest batch now, so that too little memory is found early.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If a device has not enough.
+        """
+        with self.scheduler.lock, self._build(self._sizes(self._capacity, 1, self.architecture.pooling)) as run:
+            self.scheduler.reserve(run.graph)
+
+    def _cut(self, ids: Sequence[int], i: int) -> list[int]:
+        if not len(ids):
+            raise ValueError(f"text {i} has no tokens: there is nothing to embed")
+        if len(ids) <= self.max_tokens:
+            return list(ids)
+        if self.architecture.causal:
+            return list(ids[: self.max_tokens])
+        return [*ids[: self.max_tokens - 1], ids[-1]]
+
+    def _sizes(self, n: int, n_texts: int, pooling: str) -> tuple[int, int, str]:
+        """Rounded up, so that few graphs serve all batches. One text alone is a query, and has graphs of its own."""
+        slots = n_texts if n_texts == 1 else min(_up(n_texts), self._capacity)
+        return min(_up(n), self._capacity), slots, pooling
+
+    def _compute(self, texts: Sequence[list[int]], pooling: str) -> npt.NDArray[np.float32]:
+        """The vectors of texts that fit one run."""
+        lengths = [len(ids) for ids in texts]
+        with self.scheduler.lock:
+            run = self._prepared(self._sizes(sum(lengths), len(texts), pooling))
+            self._set(run, texts, lengths)
+            self.scheduler.compute(run.graph)
+            vectors: npt.NDArray[np.float32] = run.vectors.numpy()[: len(texts)]
+        return vectors
+
+    def _set(self, run: _Run, texts: Sequence[list[int]], lengths: list[int]) -> None:
+        (n, n_slots, pooling), inputs, n_texts = run.key, run.inputs, len(texts)
+        ends = np.cumsum(lengths)
+        starts, total = ends - lengths, int(ends[-1])
+        # Tokens that only fill up are a text of their own, so that each of them has something to look at.
+        owner = np.repeat(np.arange(n_texts + 1), [*lengths, n - total])
+        order = np.arange(n)
+        positions = np.where(order < total, order - np.append(starts, 0)[owner], 0)
+        seen = owner[:, None] == owner
+        if self.architecture.causal:
+            seen &= order <= order[:, None]
+            inputs.rows.set(order)
+        inputs.tokens.set(np.concatenate([*texts, np.zeros(n - total, np.int64)]).astype(np.int32))
+        inputs.positions.set(positions.astype(np.int32))
+        inputs.mask.set(_mask(seen))
+        if inputs.near is not None:
+            inputs.near.set(_mask(seen & (order > order[:, None] - self.architecture.window)))
+        if run.pool is not None:
+            inputs.wanted.set(order.astype(np.int32))
+            slots = np.arange(n_slots)[:, None]
+            run.pool.set((owner == slots) * (slots < n_texts) / np.append(lengths, 1)[owner])
+        else:
+            inputs.wanted.set(np.resize(starts if pooling == "cls" else ends - 1, n_slots).astype(np.int32))
+
+    def _prepared(self, key: tuple[int, int, str]) -> _Run:
+        """The graph for these sizes, allocated; the last few are kept."""
+        run = self._runs.pop(key, None) or self._build(key)
+        self._runs[key] = run
+        if len(self._runs) > _KEPT:
+            self._drop(next(iter(self._runs)))
+        if self.scheduler.graph is not run.graph:
+            # Token ids go where the embeddings are.
+            self.scheduler.unplace()
+            self.scheduler.place(run.inputs.tokens, self.scheduler.backends[-1])
+            self.scheduler.alloc(run.graph)
+        return run
+
+    def _build(self, key: tuple[int, int, str]) -> _Run:
+        n, n_slots, pooling = key
+        context, windowed = Context(), self.architecture.window
+        inputs = Inputs(
+            tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
+            positions=context.new_tensor(Type.I32, (n,), name="positions"),
+            rows=context.new_tensor(Type.I64, (n,), name="rows"),
+            mask=context.new_tensor(Type.F16, (n, n), name="mask"),
+            wanted=context.new_tensor(Type.I32, (n if pooling == "mean" else n_slots,), name="wanted"),
+            near=context.new_tensor(Type.F16, (n, n), name="near") if windowed else None,
+        )
+        vectors = self.architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
+        pool = None
+        if pooling == "mean":
+            # Each text's tokens weighted with one over their number, all texts in one product.
+            pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
+            vectors = ops.mul_mat(ops.cont(ops.transpose(vectors)), pool)
+        vectors.name = "embeddings"
+        return _Run(key, context, inputs, pool, Graph(vectors), vectors)
+
+    def _drop(self, key: tuple[int, int, str]) -> None:
+        run = self._runs.pop(key)
+        if self.scheduler.graph is run.graph:
+            self.scheduler.reset()
+        run.close()
+
+    def close(self) -> None:
+        """Give up the graphs. Weights and scheduler stay their owner's; another call builds graphs again."""
+        with self.scheduler.lock:
+            for key in [*self._runs]:
+                self._drop(key)
+
+
+def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:
+    """The texts in runs of at most ``capacity`` tokens together, in their order."""
+    start = total = 0
+    for i, ids in enumerate(texts):
+        if total + len(ids) > capacity and i > start:
+            yield texts[start:i]
+            start, total = i, 0
+        total += len(ids)
+    if start < len(texts):
+        yield texts[start:]
+
+
+def _up(n: int) -> int:
+    """``n`` rounded up by a quarter at most, or to 16: few different sizes, and none of few tokens.
+
+    For 2 to 8 columns ggml's Vulkan backend has products of their own, which the driver compiles for seconds.
+    """
+    step = max(1 << n.bit_length() >> 3, _STEP)
+    return -(-n // step) * step
+
+
+def _mask(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float16]:
+    return np.where(seen, np.float16(0), np.float16(-np.inf))
