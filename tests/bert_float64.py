@@ -26,7 +26,8 @@ class Reference:
 
     def norm(self, name, x):
         x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        x /= np.sqrt((x * x).mean(-1, keepdims=True) + self.eps)
+        return x * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def hidden(self, tokens):
         """The last layer's results (n, n_embd)."""

@@ -32,7 +32,9 @@ def main() -> None:
         vector = model.encode(text, batch_size=1)
         cases.append({"text": text, "tokens": whole, "embedding": [round(float(x), 7) for x in vector]})
     found = {"max_seq_length": model.max_seq_length, "cases": cases}
-    lines = json.dumps(found, ensure_ascii=False).replace('{"text"', '\n{"text"').replace('"embedding"', '\n"embedding"')
+    lines = (
+        json.dumps(found, ensure_ascii=False).replace('{"text"', '\n{"text"').replace('"embedding"', '\n"embedding"')
+    )
     (DATA / "minilm.json").write_text(lines + "\n", encoding="utf-8")
 
 

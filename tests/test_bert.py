@@ -36,6 +36,7 @@ def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
 def minilm(tmp_path_factory):
     """The GGUF file of all-MiniLM-L6-v2 with weights of a type."""
     import os
+
     from ggml_cffi.models.convert import convert
 
     folder, made = os.environ["MINILM"], tmp_path_factory.mktemp("minilm")
@@ -70,7 +71,9 @@ def random_texts(rng, lengths):
 def test_random_models_against_float64(devices, tmp_path, rng, variant):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng, **variant)
     texts = random_texts(rng, (9, 1, 21, 33))
-    want = bert_float64.Reference(path).embed(texts, {2: "cls", 3: "last"}.get(variant.get("bert.pooling_type"), "mean"))
+    want = bert_float64.Reference(path).embed(
+        texts, {2: "cls", 3: "last"}.get(variant.get("bert.pooling_type"), "mean")
+    )
     with embedder(path, devices) as model:
         got = model.embed(texts)
         assert got.dtype == np.float32

@@ -13,7 +13,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ggml_cffi import dtypes
-from ggml_cffi.enums import Ftype, Type
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.models.convert_bert import BERT
 from ggml_cffi.models.huggingface import Family, Metadata, Source
@@ -21,12 +21,8 @@ from ggml_cffi.models.huggingface import Family, Metadata, Source
 #: What can be converted, by the class that ``config.json`` names. A new family is one more file, and a line here.
 FAMILIES: dict[str, Family] = {"BertModel": BERT, "BertForMaskedLM": BERT, "BertForPreTraining": BERT}
 
-_CHOSEN = {
-    Type.F32: Ftype.ALL_F32,
-    Type.F16: Ftype.MOSTLY_F16,
-    Type.BF16: Ftype.MOSTLY_BF16,
-    Type.Q8_0: Ftype.MOSTLY_Q8_0,
-}
+#: Types of matrices, with llama.cpp's numbers for files of mostly that type (``general.file_type``).
+_FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.BF16: 32, Type.Q8_0: 7}
 
 
 def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtype: Type | str = Type.F16) -> None:
@@ -54,20 +50,24 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
         If there is no such type, or it is not among those above.
     """
     chosen = dtypes.as_type(dtype)
-    if chosen not in _CHOSEN:
-        raise TypeError(f"cannot convert to {chosen.name}: {', '.join(t.name for t in _CHOSEN)} are possible")
+    if chosen not in _FILE_TYPES:
+        raise TypeError(f"cannot convert to {chosen.name}: {', '.join(t.name for t in _FILE_TYPES)} are possible")
     source = Source(folder)
     names = source.config.get("architectures")
     kind = names[0] if isinstance(names, list) and names else None
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise FormatError(f"{source.folder}: {kind!r} cannot be converted; {', '.join(FAMILIES)} can")
+    try:
+        specific = family.metadata(source)
+    except (KeyError, TypeError, AttributeError) as error:  # JSON, but of another structure
+        raise FormatError(f"{source.folder}: a JSON file is not as {kind} has it: {error!r}") from error
     metadata = {
         "general.architecture": family.architecture,
         "general.name": source.folder.resolve().name,
-        "general.file_type": int(_CHOSEN[chosen]),
+        "general.file_type": _FILE_TYPES[chosen],
         "general.quantization_version": 2,
-        **family.metadata(source),
+        **specific,
     }
     tensors: dict[str, tuple[Type, npt.NDArray[Any]]] = {}
     for name, values in source.tensors():

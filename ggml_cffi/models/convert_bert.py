@@ -78,7 +78,7 @@ def _pooling(source: Source, folder: str) -> int:
 
 
 def _vocabulary(source: Source) -> Metadata:
-    """WordPiece as GGUF has it: the beginning of a word is marked, and not, as in Hugging Face's, what continues one."""
+    """WordPiece as GGUF has it: the beginning of a word is marked, where Hugging Face marks what continues one."""
     ids, special = _tokens(source)
     n = source.size("vocab_size")
     if max(ids.values()) >= n:
@@ -116,6 +116,8 @@ def _tokens(source: Source) -> tuple[dict[str, int], set[str]]:
         special |= {text for text, entry in added.items() if entry.get("special")}
     else:
         path = source.folder / "vocab.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{source.folder} has neither tokenizer.json nor vocab.txt")
         ids = {text: i for i, text in enumerate(path.read_text(encoding="utf-8").splitlines())}
     if not lower:
         raise FormatError(f"{source.folder}: the vocabulary tells case or accents apart, which GGUF's does not")
