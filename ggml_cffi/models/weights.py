@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
-from ggml_cffi.dtypes import row_size
+from ggml_cffi.dtypes import INTEGERS, INTERNAL, block_size, row_size
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFFile, TensorInfo
@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]
 
 # Share of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
 _USABLE = 0.85
+_NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Weights:
 
     def _place(self, n_ctx: int, kv_dtype: Type) -> None:
         architecture = self.architecture
+        _check_cache(kv_dtype, architecture.kv_sizes)
         per_layer = sum(n_ctx * row_size(kv_dtype, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
@@ -169,6 +171,16 @@ class Weights:
         self.tensors.clear()
         self.cache.clear()
         self.context.close()
+
+
+def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
+    if kind in _NO_CACHE:
+        raise ValueError(f"kv_dtype {kind.name} cannot hold keys and values; F16, F32, BF16 and quantized types can")
+    block = block_size(kind)
+    if any(size % block for size in sizes):
+        raise ValueError(
+            f"kv_dtype {kind.name} has blocks of {block}: keys and values of {sizes} elements do not fit them"
+        )
 
 
 def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:
