@@ -30,7 +30,7 @@ class Inputs:
     mask: Tensor
     """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
     wanted: Tensor
-    """Tokens whose results are wanted, I32 ``(n_out,)``."""
+    """Tokens whose results are wanted, in their order, I32 ``(n_out,)``. Not in the graph where that is all of them."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
 

@@ -79,7 +79,7 @@ class Bert(Architecture):
         x = self._norm("token_embd_norm", x, weights)
         for i in range(self.n_layers):
             h = self._attention(i, x, weights, inputs)
-            if i == self.n_layers - 1:
+            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 h, x = ops.get_rows(h, inputs.wanted), ops.get_rows(x, inputs.wanted)
             x = self._norm(f"blk.{i}.attn_output_norm", ops.add(x, h), weights)
             h = ops.gelu_erf(_linear(f"blk.{i}.ffn_up", x, weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
 from ggml_cffi.graph import Graph
-from ggml_cffi.models.architecture import Architecture, Inputs
+from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
 from ggml_cffi.models.weights import Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
@@ -29,13 +30,13 @@ _KEPT = 8  # graphs
 class _Run(Closing):
     """A graph for so many tokens of so many texts."""
 
-    key: tuple[int, int, str]
-    """Most tokens, most texts, and how they are pooled."""
     context: Context
     inputs: Inputs
-    pool: Tensor | None
+    pool: Tensor
+    """Each text's weights for the tokens, F32 ``(n_texts, n)``."""
     graph: Graph
     vectors: Tensor
+    """The result, F32 ``(n_texts, n_embd)``."""
 
     def close(self) -> None:
         self.graph.close()
@@ -45,9 +46,8 @@ class _Run(Closing):
 class Embedder(Closing):
     """Embeds texts with a model's weights, several of them in one run.
 
-    The texts of a run lie one after another, and the mask keeps them apart. With a model that generates text
-    (``architecture.causal``) the tokens' keys and values go through the first rows of its cache: what was there is
-    written over.
+    The texts of a run lie one after another, and the mask keeps them apart. Models that generate text embed as well;
+    the keys and values go through a cache of its own, so that texts that are being generated are not disturbed.
 
     Parameters
     ----------
@@ -56,8 +56,8 @@ class Embedder(Closing):
     scheduler
         What computes. It may hold graphs of others between two calls.
     n_ctx
-        Most tokens of a text, for a model that generates text at most the rows of its cache. Longer ones are cut, and
-        so are those beyond what the architecture calls its :attr:`~Architecture.longest_text`.
+        Most tokens of a text. Longer ones are cut, and so are those beyond what the architecture calls its
+        :attr:`~Architecture.longest_text`.
     n_batch
         Most tokens computed at once; a text is never divided, so that there may be up to ``n_ctx``.
     """
@@ -69,9 +69,9 @@ class Embedder(Closing):
         self.max_tokens = min(n_ctx, architecture.longest_text or n_ctx)
         """Tokens after which a text is cut."""
         self._capacity = max(n_batch, self.max_tokens)
-        if architecture.causal:
-            self._capacity = min(self._capacity, weights.cache[0].k.shape[0])
-        self._runs: dict[tuple[int, int, str], _Run] = {}
+        self._runs: dict[tuple[int, int], _Run] = {}
+        self._cache: list[LayerCache] = []
+        self._cache_context: Context | None = None
 
     def embed(
         self, texts: Sequence[Sequence[int]], *, pooling: str | None = None, normalize: bool = True
@@ -96,7 +96,7 @@ class Embedder(Closing):
         Raises
         ------
         ValueError
-            If a text has no tokens, or there is no such pooling.
+            If a text has no tokens or one that is not in the vocabulary, or there is no such pooling.
         """
         chosen = self.architecture.pooling if pooling is None else pooling
         if chosen not in POOLINGS:
@@ -117,7 +117,7 @@ class Embedder(Closing):
         OutOfMemoryError
             If a device has not enough.
         """
-        with self.scheduler.lock, self._build(self._sizes(self._capacity, 1, self.architecture.pooling)) as run:
+        with self.scheduler.lock, self._build(self._capacity, 1) as run:
             self.scheduler.reserve(run.graph)
 
     def _cut(self, ids: Sequence[int], i: int) -> list[int]:
@@ -129,49 +129,52 @@ class Embedder(Closing):
             return list(ids[: self.max_tokens])
         return [*ids[: self.max_tokens - 1], ids[-1]]
 
-    def _sizes(self, n: int, n_texts: int, pooling: str) -> tuple[int, int, str]:
-        """Rounded up, so that few graphs serve all batches. One text alone is a query, and has graphs of its own."""
-        slots = n_texts if n_texts == 1 else min(_up(n_texts), self._capacity)
-        return min(_up(n), self._capacity), slots, pooling
-
     def _compute(self, texts: Sequence[list[int]], pooling: str) -> npt.NDArray[np.float32]:
         """The vectors of texts that fit one run."""
-        lengths = [len(ids) for ids in texts]
+        n, n_texts = sum(map(len, texts)), len(texts)
+        # Few graphs for all batches; one text alone is a query, and has graphs of its own.
+        n_slots = n_texts if n_texts == 1 else min(_up(n_texts), self._capacity)
         with self.scheduler.lock:
-            run = self._prepared(self._sizes(sum(lengths), len(texts), pooling))
-            self._set(run, texts, lengths)
+            run = self._prepared(min(_up(n), self._capacity), n_slots)
+            self._set(run, texts, pooling)
             self.scheduler.compute(run.graph)
-            vectors: npt.NDArray[np.float32] = run.vectors.numpy()[: len(texts)]
+            vectors: npt.NDArray[np.float32] = run.vectors.numpy()[:n_texts]
         return vectors
 
-    def _set(self, run: _Run, texts: Sequence[list[int]], lengths: list[int]) -> None:
-        (n, n_slots, pooling), inputs, n_texts = run.key, run.inputs, len(texts)
-        ends = np.cumsum(lengths)
+    def _set(self, run: _Run, texts: Sequence[list[int]], pooling: str) -> None:
+        inputs, (n_slots, n), n_texts = run.inputs, run.pool.shape, len(texts)
+        lengths = np.array([len(ids) for ids in texts])
+        ends = lengths.cumsum()
         starts, total = ends - lengths, int(ends[-1])
         # Tokens that only fill up are a text of their own, so that each of them has something to look at.
         owner = np.repeat(np.arange(n_texts + 1), [*lengths, n - total])
         order = np.arange(n)
-        positions = np.where(order < total, order - np.append(starts, 0)[owner], 0)
         seen = owner[:, None] == owner
         if self.architecture.causal:
             seen &= order <= order[:, None]
-            inputs.rows.set(order)
-        inputs.tokens.set(np.concatenate([*texts, np.zeros(n - total, np.int64)]).astype(np.int32))
-        inputs.positions.set(positions.astype(np.int32))
-        inputs.mask.set(_mask(seen))
-        if inputs.near is not None:
-            inputs.near.set(_mask(seen & (order > order[:, None] - self.architecture.window)))
-        if run.pool is not None:
-            inputs.wanted.set(order.astype(np.int32))
-            slots = np.arange(n_slots)[:, None]
-            run.pool.set((owner == slots) * (slots < n_texts) / np.append(lengths, 1)[owner])
+        weight = np.zeros((n_slots, n), np.float32)
+        if pooling == "mean":
+            weight[owner[:total], order[:total]] = 1 / lengths[owner[:total]]
         else:
-            inputs.wanted.set(np.resize(starts if pooling == "cls" else ends - 1, n_slots).astype(np.int32))
+            weight[np.arange(n_texts), starts if pooling == "cls" else ends - 1] = 1
+        values: dict[Tensor, npt.NDArray[Any]] = {
+            inputs.tokens: np.concatenate([*texts, np.zeros(n - total, np.int32)]).astype(np.int32),
+            inputs.positions: np.where(order < total, order - np.append(starts, 0)[owner], 0).astype(np.int32),
+            inputs.rows: order,
+            inputs.wanted: order.astype(np.int32),
+            inputs.mask: _mask(seen),
+            run.pool: weight,
+        }
+        if inputs.near is not None:
+            values[inputs.near] = _mask(seen & (order > order[:, None] - self.architecture.window))
+        for tensor, array in values.items():
+            if tensor.is_allocated:  # what the graph does not use has no memory
+                tensor.set(array)
 
-    def _prepared(self, key: tuple[int, int, str]) -> _Run:
-        """The graph for these sizes, allocated; the last few are kept."""
-        run = self._runs.pop(key, None) or self._build(key)
-        self._runs[key] = run
+    def _prepared(self, n: int, n_slots: int) -> _Run:
+        """The graph for so many tokens and texts, allocated; the last few are kept."""
+        run = self._runs.pop((n, n_slots), None) or self._build(n, n_slots)
+        self._runs[n, n_slots] = run
         if len(self._runs) > _KEPT:
             self._drop(next(iter(self._runs)))
         if self.scheduler.graph is not run.graph:
@@ -181,37 +184,53 @@ class Embedder(Closing):
             self.scheduler.alloc(run.graph)
         return run
 
-    def _build(self, key: tuple[int, int, str]) -> _Run:
-        n, n_slots, pooling = key
-        context, windowed = Context(), self.architecture.window
+    def _build(self, n: int, n_slots: int) -> _Run:
+        if self.architecture.causal:
+            self._make_cache(n)
+        context = Context()
         inputs = Inputs(
             tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
             positions=context.new_tensor(Type.I32, (n,), name="positions"),
             rows=context.new_tensor(Type.I64, (n,), name="rows"),
             mask=context.new_tensor(Type.F16, (n, n), name="mask"),
-            wanted=context.new_tensor(Type.I32, (n if pooling == "mean" else n_slots,), name="wanted"),
-            near=context.new_tensor(Type.F16, (n, n), name="near") if windowed else None,
+            wanted=context.new_tensor(Type.I32, (n,), name="wanted"),
+            near=context.new_tensor(Type.F16, (n, n), name="near") if self.architecture.window else None,
         )
-        vectors = self.architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
-        pool = None
-        if pooling == "mean":
-            # Each text's tokens weighted with one over their number, all texts in one product.
-            pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
-            vectors = ops.mul_mat(ops.cont(ops.transpose(vectors)), pool)
+        hidden = self.architecture.hidden(self.weights.tensors, self._cache, inputs)
+        pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
+        vectors = ops.mul_mat(ops.cont(ops.transpose(hidden)), pool)
         vectors.name = "embeddings"
-        return _Run(key, context, inputs, pool, Graph(vectors), vectors)
+        return _Run(context, inputs, pool, Graph(vectors), vectors)
 
-    def _drop(self, key: tuple[int, int, str]) -> None:
+    def _make_cache(self, n: int) -> None:
+        """Have at least ``n`` rows for keys and values, each layer's on its device."""
+        if self._cache and self._cache[0].k.shape[0] >= n:
+            return
+        self.close()
+        context = self._cache_context = Context()
+        for layer, target in enumerate(self.weights.where):
+            k, v = (
+                context.new_tensor(Type.F16, (n, size), name=f"embedding_{kind}.{layer}")
+                for kind, size in zip("kv", self.architecture.kv_sizes, strict=True)
+            )
+            context.alloc(self.weights.shares[target].backend.buffer_type, [k, v])
+            self._cache.append(LayerCache(k, v))
+
+    def _drop(self, key: tuple[int, int]) -> None:
         run = self._runs.pop(key)
         if self.scheduler.graph is run.graph:
             self.scheduler.reset()
         run.close()
 
     def close(self) -> None:
-        """Give up the graphs. Weights and scheduler stay their owner's; another call builds graphs again."""
+        """Give up graphs and cache. Weights and scheduler stay their owner's; another call makes new ones."""
         with self.scheduler.lock:
             for key in [*self._runs]:
                 self._drop(key)
+            self._cache.clear()
+            context, self._cache_context = self._cache_context, None
+            if context is not None:
+                context.close()
 
 
 def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:
