@@ -11,6 +11,7 @@ import pytest
 from conftest import relative_error
 
 import ggml_cffi as ggml
+from ggml_cffi import models
 from ggml_cffi.models.bert import Bert
 from ggml_cffi.models.embedding import Embedder, batches
 from ggml_cffi.models.llama import Llama
@@ -35,16 +36,12 @@ def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory):
     """The GGUF file of all-MiniLM-L6-v2 with weights of a type."""
-    import os
-
-    from ggml_cffi.models.convert import convert
-
-    folder, made = os.environ["MINILM"], tmp_path_factory.mktemp("minilm")
+    folder, made = models.fetch("minilm"), tmp_path_factory.mktemp("minilm")
 
     def file(dtype):
         path = made / f"{dtype}.gguf"
         if not path.exists():
-            convert(folder, path, dtype)
+            models.convert(folder, path, dtype)
         return path
 
     return file
