@@ -30,6 +30,7 @@ from ggml_cffi.graph import Graph
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.quantize import dequantize, quantize
+from ggml_cffi.requantize import choose_types, quantize_file, read_imatrix
 from ggml_cffi.scheduler import Scheduler, Split
 from ggml_cffi.session import Compiled, Program, Session
 from ggml_cffi.stored import LazyTensor, RawTensor, StoredTensor
@@ -108,12 +109,15 @@ __all__ = [
     "Type",
     "UnsupportedOpError",
     "Usage",
+    "choose_types",
     "dequantize",
     "device",
     "devices",
     "gradients",
     "pinned",
     "quantize",
+    "quantize_file",
+    "read_imatrix",
     "transfer",
     "write_gguf",
     *_ops,
