@@ -31,6 +31,7 @@ from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.quantize import dequantize, quantize
 from ggml_cffi.requantize import choose_types, quantize_file, read_imatrix
+from ggml_cffi.safetensors import SafetensorsFile, from_safetensors
 from ggml_cffi.scheduler import Scheduler, Split
 from ggml_cffi.session import Compiled, Program, Session
 from ggml_cffi.stored import LazyTensor, RawTensor, StoredTensor
@@ -97,6 +98,7 @@ __all__ = [
     "Program",
     "RawTensor",
     "SGD",
+    "SafetensorsFile",
     "ScaleMode",
     "ScaleFlag",
     "Scheduler",
@@ -113,6 +115,7 @@ __all__ = [
     "dequantize",
     "device",
     "devices",
+    "from_safetensors",
     "gradients",
     "pinned",
     "quantize",
