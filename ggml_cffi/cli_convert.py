@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 
-def add(commands: Any) -> None:
-    """Add the command to the subparsers ``commands``."""
+def register(commands: Any) -> None:
+    """Add the command to those of the parser."""
     command = commands.add_parser("convert", help="make a GGUF file of a Hugging Face folder")
     command.add_argument("folder", help="with config.json, *.safetensors and the tokenizer's files")
     command.add_argument("target", help="the GGUF file to write")

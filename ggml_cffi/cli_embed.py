@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 
-def add(commands: Any) -> None:
-    """Add the command to the subparsers ``commands``."""
+def register(commands: Any) -> None:
+    """Add the command to those of the parser."""
     command = commands.add_parser("embed", help="turn texts into vectors")
     command.add_argument("model", help="a GGUF file")
     command.add_argument("text", nargs="*", help="what to embed (default: each line of standard input)")
