@@ -6,8 +6,6 @@ Names, keys and the layout of vocabularies are those of llama.cpp's files.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -15,8 +13,9 @@ import numpy.typing as npt
 from ggml_cffi import dtypes
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
+from ggml_cffi.gguf_write import write_gguf
 from ggml_cffi.models.convert_bert import BERT
-from ggml_cffi.models.huggingface import Family, Metadata, Source
+from ggml_cffi.models.huggingface import Family, Source
 
 #: What can be converted, by the class that ``config.json`` names. A new family is one more file, and a line here.
 FAMILIES: dict[str, Family] = {"BertModel": BERT, "BertForMaskedLM": BERT, "BertForPreTraining": BERT}
@@ -69,39 +68,9 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
         "general.quantization_version": 2,
         **specific,
     }
-    tensors: dict[str, tuple[Type, npt.NDArray[Any]]] = {}
+    tensors: dict[str, tuple[npt.NDArray[Any], Type]] = {}
     for name, values in source.tensors():
         known = family.rename(name)
         if known is not None:
-            tensors[known] = family.type_of(known, values, chosen), values
-    _write(Path(target), metadata, tensors)
-
-
-def _write(path: Path, metadata: Metadata, tensors: Mapping[str, tuple[Type, npt.NDArray[Any]]]) -> None:
-    """Write the file."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture"))
-    for key, value in metadata.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, list(value))
-    for name, (dtype, values) in tensors.items():
-        data = dtypes.to_bytes(values, dtype)
-        if dtypes.has_numpy(dtype):
-            writer.add_tensor(name, data)
-        else:
-            raw = data.reshape(*values.shape[:-1], -1)
-            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType(int(dtype)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            tensors[known] = values, family.type_of(known, values, chosen)
+    write_gguf(target, metadata, tensors)

@@ -74,7 +74,7 @@ class Source:
         try:
             from safetensors import SafetensorError, safe_open
         except ImportError:
-            raise GgmlError("converting needs the safetensors package: pip install safetensors") from None
+            raise GgmlError("converting needs the safetensors package: pip install 'ggml-cffi[models]'") from None
         for path in self._files:
             try:
                 with safe_open(path, "numpy") as file:
