@@ -211,11 +211,12 @@ def test_files_that_are_no_encoder(tmp_path, rng, change, message):
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_all_minilm_embeds_as_sentence_transformers_does(devices, minilm, dtype):
-    tokens = [case["tokens"] for case in GOLDEN["cases"]]
-    want = np.array([case["embedding"] for case in GOLDEN["cases"]])
+    cases = GOLDEN["cases"]
+    if dtype == "f16" and devices != ("CPU",):
+        cases = cases[:6]  # software devices compile other shaders for longer batches, for minutes
+    tokens, want = [case["tokens"] for case in cases], np.array([case["embedding"] for case in cases])
     with embedder(minilm(dtype), devices, n_ctx=512, n_batch=512) as model:
         assert model.max_tokens == GOLDEN["max_seq_length"] == 256
         assert model.architecture.pooling == "mean"
         got = model.embed(tokens)
         assert (got * want).sum(1).min() >= 0.9999
-        assert model.embed(tokens[:1]) @ want[0] >= 0.9999
