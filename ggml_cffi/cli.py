@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing more to say
         return 0
-    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError) as error:
+    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError, ImportError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         lines = [line.strip() for line in reason.splitlines() if line.strip()]
         print(f"{parser.prog}: {'; '.join(lines)}", file=sys.stderr)

@@ -6,9 +6,6 @@ Names, keys and the layout of vocabularies are those of llama.cpp's files.
 from __future__ import annotations
 
 import os
-from typing import Any
-
-import numpy.typing as npt
 
 from ggml_cffi import dtypes
 from ggml_cffi.enums import Type
@@ -30,10 +27,11 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
     Parameters
     ----------
     folder
-        With ``config.json``, ``*.safetensors``, and ``tokenizer.json`` or ``vocab.txt``. What sentence-transformers
-        adds (``modules.json``, ``sentence_bert_config.json``) is used where it is there.
+        With ``config.json``, ``model.safetensors`` (or several, and ``model.safetensors.index.json``), and
+        ``tokenizer.json`` or ``vocab.txt``. What sentence-transformers adds (``modules.json``,
+        ``sentence_bert_config.json``) is used where it is there.
     target
-        The file to write.
+        The file to write; it has its name only once it is complete.
     dtype
         Type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Norms, biases and tables of positions stay F32.
 
@@ -43,8 +41,8 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
         If the folder lacks a file.
     FormatError
         If the model is of a kind that is not supported, or a file is malformed.
-    GgmlError
-        If the ``safetensors`` package is not installed.
+    ImportError
+        If the ``safetensors`` library is not there.
     TypeError
         If there is no such type, or it is not among those above.
     """
@@ -68,9 +66,10 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
         "general.quantization_version": 2,
         **specific,
     }
-    tensors: dict[str, tuple[npt.NDArray[Any], Type]] = {}
-    for name, values in source.tensors():
-        known = family.rename(name)
-        if known is not None:
-            tensors[known] = values, family.type_of(known, values, chosen)
-    write_gguf(target, metadata, tensors)
+    with source.weights() as weights:
+        tensors = {}
+        for name, tensor in weights.items():
+            known = family.rename(name)
+            if known is not None:
+                tensors[known] = tensor, family.type_of(known, tensor.shape, chosen)
+        write_gguf(target, metadata, tensors)

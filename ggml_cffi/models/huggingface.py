@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from ggml_cffi import dtypes
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import FormatError, GgmlError
+from ggml_cffi.errors import FormatError
+from ggml_cffi.safetensors import SafetensorsFile, from_safetensors
 
 #: Key to value, as GGUF's metadata.
 Metadata = dict[str, Any]
@@ -28,11 +25,9 @@ class Source:
     Raises
     ------
     FileNotFoundError
-        If there is no such folder, or no ``config.json`` or no safetensors file in it.
+        If there is no such folder, or no ``config.json`` in it.
     FormatError
-        If a file is not what its name says.
-    GgmlError
-        If the ``safetensors`` package is not installed.
+        If that is not JSON.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -41,9 +36,6 @@ class Source:
         if config is None:
             raise FileNotFoundError(f"{self.folder} has no config.json: a folder of a Hugging Face model is needed")
         self.config: dict[str, Any] = config
-        self._files = sorted(self.folder.glob("*.safetensors"))
-        if not self._files:
-            raise FileNotFoundError(f"{self.folder} has no *.safetensors file")
 
     def json(self, name: str) -> Any:
         """The content of a JSON file, None if there is no such file."""
@@ -69,32 +61,20 @@ class Source:
             known = ", ".join(repr(a) for a in allowed if a is not None)
             raise FormatError(f"{self.folder / 'config.json'}: {key} {value!r} is not supported; {known} is")
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        """Every tensor with its name; BF16 as F32."""
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError:
-            raise GgmlError("converting needs the safetensors package: pip install 'ggml-cffi[models]'") from None
-        for path in self._files:
-            try:
-                with safe_open(path, "numpy") as file:
-                    for name in file.keys():  # noqa: SIM118 - it is no mapping
-                        part = file.get_slice(name)
-                        if part.get_dtype() == "BF16":
-                            yield name, _bfloat16(path, name, part.get_shape())
-                        else:
-                            yield name, file.get_tensor(name)
-            except SafetensorError as error:
-                raise FormatError(f"{path} is not a safetensors file: {error}") from None
+    def weights(self) -> SafetensorsFile:
+        """The tensors, by name.
 
-
-def _bfloat16(path: Path, name: str, shape: list[int]) -> npt.NDArray[np.float32]:
-    """What numpy has no type for. The library has checked the header."""
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        start = json.loads(file.read(size))[name]["data_offsets"][0]
-    halves = np.memmap(path, np.dtype("<u2"), "r", 8 + size + start, tuple(shape))
-    return (halves.astype(np.uint32) << 16).view(np.float32)
+        Raises
+        ------
+        FileNotFoundError
+            If there are none.
+        FormatError
+            If they are not in safetensors files.
+        """
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            if (self.folder / name).is_file():
+                return from_safetensors(self.folder / name)
+        raise FileNotFoundError(f"{self.folder} has no model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -133,8 +113,8 @@ class Family:
             raise FormatError(f"tensor {name!r} has no place in the architecture {self.architecture!r}")
         return f"{known.format(layer and layer[1])}.{kind}"
 
-    def type_of(self, name: str, values: npt.NDArray[Any], chosen: Type) -> Type:
+    def type_of(self, name: str, shape: tuple[int, ...], chosen: Type) -> Type:
         """The type to store a tensor in: matrices as chosen, vectors and small tables exact."""
-        if values.ndim < 2 or name in self.exact:
+        if len(shape) < 2 or name in self.exact:
             return Type.F32
-        return Type.F16 if values.shape[-1] % dtypes.block_size(chosen) else chosen
+        return Type.F16 if shape[-1] % dtypes.block_size(chosen) else chosen
