@@ -146,6 +146,23 @@ def test_vocabulary_from_plain_text(folder):
         assert file.metadata["tokenizer.ggml.mask_token_id"] == 6
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "lower", "strip"),
+    [
+        ({"lowercase": True, "strip_accents": None}, True, True),
+        ({"lowercase": False, "strip_accents": None}, False, False),
+        ({"lowercase": True, "strip_accents": False}, True, False),
+        (None, False, False),
+    ],
+)
+def test_case_and_accents(folder, normalizer, lower, strip):
+    change(folder / "tokenizer.json", normalizer=normalizer)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    with converted(folder) as file:
+        assert file.metadata["tokenizer.ggml.normalizer.lowercase"] is lower
+        assert file.metadata["tokenizer.ggml.normalizer.strip_accents"] is strip
+
+
 @pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("q8_0", 7), ("bf16", 32)])
 def test_types(folder, dtype, number):
     with converted(folder) as file:
@@ -241,8 +258,6 @@ def test_encoders_that_are_no_sentence_encoders(folder):
         ("config.json", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ("config.json", {"hidden_size": "x"}, "'hidden_size' is 'x', not a positive number"),
         ("config.json", {"vocab_size": 10}, "a token has the id 10, but the model has 10 tokens"),
-        ("tokenizer.json", {"normalizer": {"lowercase": False}}, "tells case or accents apart"),
-        ("tokenizer.json", {"normalizer": {"lowercase": True, "strip_accents": False}}, "tells case or accents apart"),
         ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}}}, "not BERT's WordPiece"),
         ("tokenizer.json", {"model": None}, r"not as BertModel has it: KeyError\('model'\)"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, r"pooling by \['mean', 'max'\] is not supported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ggml_cffi.errors import FormatError
 from ggml_cffi.models.bert import LONGEST_TEXT
@@ -24,7 +25,7 @@ _NAMES = {
 }
 _POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}
 _WORD = "\u2581"
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 #: GGUF's keys of the tokens that have a purpose, with the texts that such tokens have unless a file says otherwise.
 _SPECIAL = {
     "cls": ("[CLS]", ("bos_token_id", "cls_token_id")),
@@ -79,7 +80,12 @@ def _pooling(source: Source, folder: str) -> int:
 
 def _vocabulary(source: Source) -> Metadata:
     """WordPiece as GGUF has it: the beginning of a word is marked, where Hugging Face marks what continues one."""
-    ids, special = _tokens(source)
+    whole, settings = source.json("tokenizer.json") or {}, source.json("tokenizer_config.json") or {}
+    added = {entry["content"]: entry for entry in whole.get("added_tokens", ())}
+    ids: dict[str, int] = {**_words(source, whole), **{text: entry["id"] for text, entry in added.items()}}
+    named = {name: _special_text(source, name) for name in _SPECIAL}
+    special = {*named.values(), *(text for text, entry in added.items() if entry.get("special"))}
+    purposes = [(text, key) for name, text in named.items() for key in _SPECIAL[name][1]]
     n = source.size("vocab_size")
     if max(ids.values()) >= n:
         raise FormatError(f"{source.folder}: a token has the id {max(ids.values())}, but the model has {n} tokens")
@@ -88,40 +94,32 @@ def _vocabulary(source: Source) -> Metadata:
         bare = text in special or (text[:1], text[-1:]) == ("[", "]")
         texts[i] = text if bare else text[2:] if text.startswith("##") else _WORD + text
         types[i] = _CONTROL if text in special else _NORMAL
-    found: Metadata = {
+    normalizer = whole.get("normalizer") or {}
+    lower = normalizer.get("lowercase", settings.get("do_lower_case", True))
+    strip = normalizer.get("strip_accents", settings.get("strip_accents"))
+    return {
         "tokenizer.ggml.model": "bert",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": texts,
         "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.normalizer.lowercase": bool(lower),
+        "tokenizer.ggml.normalizer.strip_accents": bool(lower if strip is None else strip),
+        **{f"tokenizer.ggml.{key}": ids[text] for text, key in purposes if text in ids},
     }
-    for name, (_, keys) in _SPECIAL.items():
-        text = _special_text(source, name)
-        if text in ids:
-            found |= {f"tokenizer.ggml.{key}": ids[text] for key in keys}
-    return found
 
 
-def _tokens(source: Source) -> tuple[dict[str, int], set[str]]:
-    """Every token's id, and the tokens that are control tokens."""
-    whole, settings = source.json("tokenizer.json"), source.json("tokenizer_config.json") or {}
-    special = {_special_text(source, name) for name in _SPECIAL}
-    lower = settings.get("do_lower_case", True)
-    if whole is not None:
-        model, normalizer = whole["model"], whole.get("normalizer") or {}
-        lower = normalizer.get("lowercase", lower) and normalizer.get("strip_accents") is not False
-        if model.get("type", "WordPiece") != "WordPiece" or model.get("continuing_subword_prefix") != "##":
-            raise FormatError(f"{source.folder / 'tokenizer.json'}: the vocabulary is not BERT's WordPiece")
-        added = {entry["content"]: entry for entry in whole.get("added_tokens", ())}
-        ids = {**model["vocab"], **{text: entry["id"] for text, entry in added.items()}}
-        special |= {text for text, entry in added.items() if entry.get("special")}
-    else:
+def _words(source: Source, tokenizer: Metadata) -> dict[str, int]:
+    """Every token's id, but for those that were added."""
+    if not tokenizer:
         path = source.folder / "vocab.txt"
         if not path.is_file():
             raise FileNotFoundError(f"{source.folder} has neither tokenizer.json nor vocab.txt")
-        ids = {text: i for i, text in enumerate(path.read_text(encoding="utf-8").splitlines())}
-    if not lower:
-        raise FormatError(f"{source.folder}: the vocabulary tells case or accents apart, which GGUF's does not")
-    return ids, special
+        return {text: i for i, text in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    model: dict[str, Any] = tokenizer["model"]
+    if model.get("type", "WordPiece") != "WordPiece" or model.get("continuing_subword_prefix") != "##":
+        raise FormatError(f"{source.folder / 'tokenizer.json'}: the vocabulary is not BERT's WordPiece")
+    words: dict[str, int] = model["vocab"]
+    return words
 
 
 def _special_text(source: Source, name: str) -> str:
