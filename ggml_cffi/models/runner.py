@@ -40,6 +40,10 @@ class _Run(Closing):
         self.context.close()
 
 
+def _mask(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float16]:
+    return np.where(seen, np.float16(0), np.float16(-np.inf))
+
+
 class Runner(Closing):
     """Weights, caches and scheduler of one model, and the graph that was run last.
 
@@ -119,11 +123,16 @@ class Runner(Closing):
             run = self._prepared((n, n_kv, n_out))
             positions = np.arange(at, at + n)
             inputs = run.inputs
+            back = positions[:, None] - np.arange(n_kv)  # how far back each row of the cache is
             inputs.tokens.set(np.asarray(ids, np.int32))
             inputs.positions.set(positions.astype(np.int32))
             inputs.rows.set(positions)
-            inputs.mask.set(np.where(np.arange(n_kv) <= positions[:, None], np.float16(0), np.float16(-np.inf)))
-            inputs.wanted.set(np.arange(n - n_out, n, dtype=np.int32))
+            if inputs.mask.is_allocated:  # what the graph does not use has no memory
+                inputs.mask.set(_mask(back >= 0))
+            if inputs.near is not None and inputs.near.is_allocated:
+                inputs.near.set(_mask((back >= 0) & (back < self.architecture.window)))
+            if inputs.wanted.is_allocated:
+                inputs.wanted.set(np.arange(n - n_out, n, dtype=np.int32))
             self.scheduler.compute(run.graph)
             logits: npt.NDArray[np.float32] = run.logits.numpy()
             return logits
@@ -151,6 +160,7 @@ class Runner(Closing):
             rows=context.new_tensor(Type.I64, (n,), name="rows"),
             mask=context.new_tensor(Type.F16, (n, n_kv), name="mask"),
             wanted=context.new_tensor(Type.I32, (n_out,), name="wanted"),
+            near=context.new_tensor(Type.F16, (n, n_kv), name="near") if self.architecture.window else None,
         )
         hidden = self.architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
         logits = self.architecture.logits(self.weights.tensors, hidden)
