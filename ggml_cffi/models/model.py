@@ -19,9 +19,12 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
+from ggml_cffi.models.gemma3 import Gemma3
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
 from ggml_cffi.models.llama import Llama
 from ggml_cffi.models.perplexity import Perplexity, perplexity
+from ggml_cffi.models.qwen2 import Qwen2
+from ggml_cffi.models.qwen3 import Qwen3
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.text import Pieces, pieces, stop_strings
@@ -30,7 +33,7 @@ from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
 
 #: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Llama,)}
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Gemma3, Llama, Qwen2, Qwen3)}
 
 #: Messages of one chat.
 Chat = Sequence[Message]
@@ -419,7 +422,8 @@ def _architecture(file: GGUFFile) -> Architecture:
     name: Any = file.metadata.get("general.architecture")
     cls = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {', '.join(ARCHITECTURES)} is")
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {known} are")
     return cls(file)
 
 
