@@ -15,7 +15,7 @@ from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
-from ggml_cffi.models.weights import Weights
+from ggml_cffi.models.weights import Weights, cache_types
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
@@ -209,11 +209,12 @@ class Embedder(Closing):
         self.close()
         context = self._cache_context = Context()
         for layer, target in enumerate(self.weights.where):
+            backend = self.weights.shares[target].backend
             k, v = (
-                context.new_tensor(Type.F16, (n, size), name=f"embedding_{kind}.{layer}")
-                for kind, size in zip("kv", self.architecture.kv_sizes, strict=True)
+                context.new_tensor(kind, (n, size), name=f"embedding_{name}.{layer}")
+                for name, kind, size in zip("kv", cache_types(backend, None), self.architecture.kv_sizes, strict=True)
             )
-            context.alloc(self.weights.shares[target].backend.buffer_type, [k, v])
+            context.alloc(backend.buffer_type, [k, v])
             self._cache.append(LayerCache(k, v))
 
     def _drop(self, key: tuple[int, int]) -> None:

@@ -19,9 +19,12 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
+from ggml_cffi.models.gemma3 import Gemma3
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
 from ggml_cffi.models.llama import Llama
 from ggml_cffi.models.perplexity import Perplexity, perplexity
+from ggml_cffi.models.qwen2 import Qwen2
+from ggml_cffi.models.qwen3 import Qwen3
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.text import Pieces, pieces, stop_strings
@@ -30,7 +33,7 @@ from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
 
 #: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Llama,)}
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Gemma3, Llama, Qwen2, Qwen3)}
 
 #: Messages of one chat.
 Chat = Sequence[Message]
@@ -66,7 +69,7 @@ class Model(Closing):
         backends: list[Backend],
         n_ctx: int,
         n_batch: int,
-        kv_dtype: Type,
+        kv_dtype: Type | None,
         progress: Progress | None,
     ) -> None:
         self._file, self._backends = file, backends
@@ -356,7 +359,7 @@ def load(
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
-    kv_dtype: Type | str = Type.F16,
+    kv_dtype: Type | str | None = None,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -376,7 +379,8 @@ def load(
     n_batch
         Most tokens computed at once.
     kv_dtype
-        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
+        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts. Default F16; on
+        the CPU values are F32, since its attention sums in their type.
     n_threads
         Threads of the CPU; default all that this process may use.
     progress
@@ -397,7 +401,7 @@ def load(
         raise ValueError(f"split {split!r} is not known; 'layer' is")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
-    kind = as_type(kv_dtype)
+    kind = None if kv_dtype is None else as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:
@@ -418,7 +422,8 @@ def _architecture(file: GGUFFile) -> Architecture:
     name: Any = file.metadata.get("general.architecture")
     cls = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {', '.join(ARCHITECTURES)} is")
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {known} are")
     return cls(file)
 
 
