@@ -13,8 +13,6 @@ from ggml_cffi.errors import FormatError, GgmlError
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache, Metadata
 from ggml_cffi.tensor import Tensor
 
-#: ``bert.pooling_type``. 0 leaves the choice to the user, for which the mean is the usual one.
-_POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
 #: Where a converted model says after how many tokens sentence-transformers cuts a text. GGUF has no key for it.
 LONGEST_TEXT = "sentence_transformers.max_seq_length"
 
@@ -33,14 +31,10 @@ class Bert(Architecture):
         self.n_ctx_train = meta.positive("context_length")
         self.kv_sizes = (0, 0)
         self.eps = meta.get("attention.layer_norm_epsilon", float)
-        pooling = meta.get("pooling_type", int, 0)
         if self.n_embd % self.n_heads or not self.eps >= 0:
             raise FormatError(f"{self.file.path}: {self.n_heads} heads or a norm's epsilon of {self.eps} cannot be")
         if meta.get("attention.causal", bool, False):
             raise FormatError(f"{self.file.path}: a BERT with causal attention is not supported")
-        if pooling not in _POOLINGS:
-            raise FormatError(f"{self.file.path}: pooling type {pooling} is not supported; {sorted(_POOLINGS)} are")
-        self.pooling = _POOLINGS[pooling]
         longest = self.file.metadata.get(LONGEST_TEXT, 0)
         if not isinstance(longest, int) or longest < 0:
             raise FormatError(f"{self.file.path}: {LONGEST_TEXT!r} is {longest!r}, not a number of tokens")

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from ggml_cffi import ops
 from ggml_cffi._handle import Closing
+from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
-from ggml_cffi.models.weights import Weights, cache_types
+from ggml_cffi.models.weights import Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
@@ -109,8 +110,13 @@ class Embedder(Closing):
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return vectors
 
-    def reserve(self) -> None:
+    def reserve(self) -> dict[Backend, int]:
         """Make room for the largest batch now, so that too little memory is found early.
+
+        Returns
+        -------
+        dict
+            Bytes of intermediate results on each backend.
 
         Raises
         ------
@@ -118,7 +124,7 @@ class Embedder(Closing):
             If a device has not enough.
         """
         with self.scheduler.lock, self._build(self._capacity, 1) as run:
-            self.scheduler.reserve(run.graph)
+            return self.scheduler.reserve(run.graph)
 
     def _cut(self, ids: Sequence[int], i: int) -> list[int]:
         if not len(ids):
@@ -188,19 +194,23 @@ class Embedder(Closing):
         if self.architecture.causal:
             self._make_cache(n)
         context = Context()
-        inputs = Inputs(
-            tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
-            positions=context.new_tensor(Type.I32, (n,), name="positions"),
-            rows=context.new_tensor(Type.I64, (n,), name="rows"),
-            mask=context.new_tensor(Type.F16, (n, n), name="mask"),
-            wanted=context.new_tensor(Type.I32, (n,), name="wanted"),
-            near=context.new_tensor(Type.F16, (n, n), name="near") if self.architecture.window else None,
-        )
-        hidden = self.architecture.hidden(self.weights.tensors, self._cache, inputs)
-        pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
-        vectors = ops.mul_mat(ops.cont(ops.transpose(hidden)), pool)
-        vectors.name = "embeddings"
-        return _Run(context, inputs, pool, Graph(vectors), vectors)
+        try:
+            inputs = Inputs(
+                tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
+                positions=context.new_tensor(Type.I32, (n,), name="positions"),
+                rows=context.new_tensor(Type.I64, (n,), name="rows"),
+                mask=context.new_tensor(Type.F16, (n, n), name="mask"),
+                wanted=context.new_tensor(Type.I32, (n,), name="wanted"),
+                near=context.new_tensor(Type.F16, (n, n), name="near") if self.architecture.window else None,
+            )
+            hidden = self.architecture.hidden(self.weights.tensors, self._cache, inputs)
+            pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
+            vectors = ops.mul_mat(ops.cont(ops.transpose(hidden)), pool)
+            vectors.name = "embeddings"
+            return _Run(context, inputs, pool, Graph(vectors), vectors)
+        except BaseException:
+            context.close()
+            raise
 
     def _make_cache(self, n: int) -> None:
         """Have at least ``n`` rows for keys and values, each layer's on its device."""
@@ -209,12 +219,11 @@ class Embedder(Closing):
         self.close()
         context = self._cache_context = Context()
         for layer, target in enumerate(self.weights.where):
-            backend = self.weights.shares[target].backend
             k, v = (
-                context.new_tensor(kind, (n, size), name=f"embedding_{name}.{layer}")
-                for name, kind, size in zip("kv", cache_types(backend, None), self.architecture.kv_sizes, strict=True)
+                context.new_tensor(Type.F32, (n, size), name=f"embedding_{name}.{layer}")
+                for name, size in zip("kv", self.architecture.kv_sizes, strict=True)
             )
-            context.alloc(backend.buffer_type, [k, v])
+            context.alloc(self.weights.shares[target].backend.buffer_type, [k, v])
             self._cache.append(LayerCache(k, v))
 
     def _drop(self, key: tuple[int, int]) -> None:
