@@ -1,6 +1,7 @@
 """Sentence embeddings: random encoders against float64, all-MiniLM against sentence-transformers."""
 
 import json
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -145,7 +146,8 @@ def test_graphs_are_kept_and_others_may_use_the_scheduler_between(tmp_path, rng)
         np.testing.assert_array_equal(model.embed(texts), want)
         model.close()
         assert model.scheduler.graph is None
-        np.testing.assert_array_equal(model.embed(texts), want)
+        with pytest.raises(ggml.ClosedError, match="model is closed"):
+            model.embed(texts)
 
 
 def test_models_that_generate_text_embed_too(tmp_path, rng):
@@ -162,10 +164,81 @@ def test_models_that_generate_text_embed_too(tmp_path, rng):
         np.testing.assert_array_equal(cut, model.embed([(texts[0] * 8)[:64]], pooling="last"))
 
 
+def test_embeddings_and_answers_of_one_model_do_not_disturb_one_another(tmp_path, rng):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    texts = random_texts(rng, (9, 30))
+    with models.load(path, ["CPU"], n_ctx=64, n_threads=1) as model:
+        want, answer = model.embed(texts), list(model.generate_tokens([1, 2, 3], 8, stop_at_end=False))
+        made = []
+        for token in model.generate_tokens([1, 2, 3], 8, stop_at_end=False):
+            made.append(token)
+            np.testing.assert_array_equal(model.embed(texts), want)
+        assert made == answer
+        assert relative_error(model.embed([texts[0] * 5], pooling="last"), want[:1]) > 1e-3  # a larger cache is made
+        assert list(model.generate_tokens([1, 2, 3], 8, stop_at_end=False)) == answer
+
+
+def test_two_threads_on_one_model(tmp_path, rng):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    texts = [random_texts(rng, lengths) for lengths in ((3, 5), (30, 2, 20))]
+    wrong = []
+    with models.load(path, ["CPU"], n_threads=1) as model:
+        want = [model.embed(some) for some in texts]
+
+        def work(i):
+            for _ in range(10):
+                if not np.array_equal(model.embed(texts[i]), want[i]):
+                    wrong.append(i)
+
+        jobs = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+    assert not wrong
+
+
 def test_runs_take_what_fits_them():
     assert [*batches([], 8)] == []
     texts = [[0] * n for n in (3, 5, 1, 9, 8, 2)]
     assert [[len(t) for t in run] for run in batches(texts, 8)] == [[3, 5], [1], [9], [8], [2]]
+
+
+# ---------------------------------------------------------------------- through the model
+
+
+def test_a_loaded_model(devices, tmp_path, rng):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    texts = random_texts(rng, (9, 1, 21, 33))
+    with models.load(path, devices, n_threads=1) as model:
+        got = model.embed(texts)
+        assert relative_error(got, bert_float64.Reference(path).embed(texts, "mean")) < 5e-3
+        assert model.embed(iter(texts), pooling="cls").shape == (4, 64)
+        assert not np.allclose(np.linalg.norm(model.embed(texts, normalize=False), axis=1), 1, atol=0.1)
+        assert [layer for share in model.shares for layer in share.layers] == [0, 1, 2]
+        assert not any(share.cache_bytes or share.has_output for share in model.shares)
+        assert model.shares[0].compute_bytes > 0
+
+
+def test_what_an_encoder_cannot_do(tmp_path, rng):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    with models.load(path, ["CPU"], n_threads=1) as model:
+        for call in (lambda: model.forward([1]), lambda: next(model.generate_tokens([1], stop_at_end=False))):
+            with pytest.raises(ggml.GgmlError, match="is an encoder: it has no logits and generates no text"):
+                call()
+        with pytest.raises(TypeError, match="put the one text in a list"):
+            model.embed("a text")
+        with pytest.raises(TypeError, match="token ids are integers"):
+            model.embed([["a"]])
+        with pytest.raises(ValueError, match="token id 50 is not in the vocabulary of 50"):
+            model.embed([[50]])
+        with pytest.raises(ggml.FormatError, match="tokenizer 'no_vocab'"):
+            model.embed(["a text"])
+        model.embed([[1]])
+    with pytest.raises(ggml.ClosedError, match="model is closed"):
+        model.embed([[1]])
+    with pytest.raises(ValueError, match="n_ctx must be 1 to 40"):
+        models.load(path, ["CPU"], n_ctx=41)
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -14,6 +14,7 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
+from ggml_cffi.errors import ClosedError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
 from ggml_cffi.models.weights import Weights
@@ -73,6 +74,7 @@ class Embedder(Closing):
         self._runs: dict[tuple[int, int], _Run] = {}
         self._cache: list[LayerCache] = []
         self._cache_context: Context | None = None
+        self._closed = False
 
     def embed(
         self, texts: Sequence[Sequence[int]], *, pooling: str | None = None, normalize: bool = True
@@ -98,6 +100,8 @@ class Embedder(Closing):
         ------
         ValueError
             If a text has no tokens or one that is not in the vocabulary, or there is no such pooling.
+        ClosedError
+            If this is closed.
         """
         chosen = self.architecture.pooling if pooling is None else pooling
         if chosen not in POOLINGS:
@@ -141,6 +145,8 @@ class Embedder(Closing):
         # Few graphs for all batches; one text alone is a query, and has graphs of its own.
         n_slots = n_texts if n_texts == 1 else min(_up(n_texts), self._capacity)
         with self.scheduler.lock:
+            if self._closed:
+                raise ClosedError("this model is closed")
             run = self._prepared(min(_up(n), self._capacity), n_slots)
             self._set(run, texts, pooling)
             self.scheduler.compute(run.graph)
@@ -216,7 +222,7 @@ class Embedder(Closing):
         """Have at least ``n`` rows for keys and values, each layer's on its device."""
         if self._cache and self._cache[0].k.shape[0] >= n:
             return
-        self.close()
+        self._drop_all()
         context = self._cache_context = Context()
         for layer, target in enumerate(self.weights.where):
             k, v = (
@@ -232,15 +238,19 @@ class Embedder(Closing):
             self.scheduler.reset()
         run.close()
 
+    def _drop_all(self) -> None:
+        for key in [*self._runs]:
+            self._drop(key)
+        self._cache.clear()
+        context, self._cache_context = self._cache_context, None
+        if context is not None:
+            context.close()
+
     def close(self) -> None:
-        """Give up graphs and cache. Weights and scheduler stay their owner's; another call makes new ones."""
+        """Give up graphs and cache. Weights and scheduler stay their owner's."""
         with self.scheduler.lock:
-            for key in [*self._runs]:
-                self._drop(key)
-            self._cache.clear()
-            context, self._cache_context = self._cache_context, None
-            if context is not None:
-                context.close()
+            self._closed = True
+            self._drop_all()
 
 
 def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:

@@ -12,7 +12,7 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError
+from ggml_cffi.errors import ClosedError, GgmlError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture, Inputs
 from ggml_cffi.models.weights import Progress, Weights
@@ -91,7 +91,8 @@ class Runner(Closing):
         self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress)
         try:
             self._scheduler = Scheduler(backends)
-            self._reserve()
+            if architecture.causal:
+                self._reserve()
         except BaseException:
             self.close()
             raise
@@ -114,13 +115,20 @@ class Runner(Closing):
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted."""
+        if not self.architecture.causal:
+            raise GgmlError("this model is an encoder: it has no logits and generates no text; embed() is for it")
+        with self.scheduler.lock:  # embeddings are computed with the same scheduler
+            return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> npt.NDArray[np.float32]:
         run = self._prepared((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
         inputs = run.inputs
         inputs.tokens.set(batch.tokens)
         inputs.positions.set(batch.positions)
         inputs.rows.set(batch.rows)
         inputs.mask.set(batch.mask)
-        inputs.wanted.set(batch.wanted)
+        if inputs.wanted.is_allocated:  # it is no part of a graph in which all are wanted
+            inputs.wanted.set(batch.wanted)
         if inputs.near is not None:
             inputs.near.set(batch.near if batch.near is not None else batch.mask)
         self.scheduler.compute(run.graph)
@@ -130,7 +138,7 @@ class Runner(Closing):
     def _prepared(self, key: tuple[int, int, int]) -> _Run:
         """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
         scheduler = self.scheduler
-        if self._run is not None and self._run.key == key:
+        if self._run is not None and self._run.key == key and scheduler.graph is self._run.graph:
             return self._run
         self._drop_run()
         run = self._build(key)
