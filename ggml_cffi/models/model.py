@@ -69,7 +69,7 @@ class Model(Closing):
         backends: list[Backend],
         n_ctx: int,
         n_batch: int,
-        kv_dtype: Type | None,
+        kv_dtype: Type,
         progress: Progress | None,
     ) -> None:
         self._file, self._backends = file, backends
@@ -359,7 +359,7 @@ def load(
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
-    kv_dtype: Type | str | None = None,
+    kv_dtype: Type | str = Type.F16,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -379,8 +379,7 @@ def load(
     n_batch
         Most tokens computed at once.
     kv_dtype
-        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts. Default F16; on
-        the CPU values are F32, since its attention sums in their type.
+        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
     n_threads
         Threads of the CPU; default all that this process may use.
     progress
@@ -401,7 +400,7 @@ def load(
         raise ValueError(f"split {split!r} is not known; 'layer' is")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
-    kind = None if kv_dtype is None else as_type(kv_dtype)
+    kind = as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:
