@@ -147,15 +147,15 @@ class Weights:
 
     def _load(self, progress: Progress | None) -> None:
         file = self.architecture.file
-        mapping: Buffer | None = None
+        mappings: dict[int, Buffer] = {}
         total, done = sum(info.nbytes for _, info, _ in self._pending), 0
         # In the file's order, so that a disk reads ahead.
-        for tensor, info, target in sorted(self._pending, key=lambda entry: entry[1].offset):
+        for tensor, info, target in sorted(self._pending, key=lambda entry: (entry[1].part, entry[1].offset)):
             if self._mapped(self.shares[target], info):
-                if mapping is None:
-                    mapping = Buffer.over(file.map, usage=Usage.WEIGHTS)
-                    self.context.adopt(mapping)
-                self.context.put(tensor, mapping, mapping.base + info.offset)
+                if info.part not in mappings:
+                    mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
+                    self.context.adopt(mappings[info.part])
+                self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
             else:
                 tensor.set_bytes(_raw(file, info))
             done += info.nbytes
@@ -189,4 +189,4 @@ def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
 
 
 def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:
-    return memoryview(file.map)[info.offset : info.offset + info.nbytes]
+    return memoryview(file.map_of(info))[info.offset : info.offset + info.nbytes]
