@@ -17,6 +17,7 @@ from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
+from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.gemma3 import Gemma3
@@ -306,6 +307,25 @@ class Model(Closing):
         with self._generator.lock:
             self._generator.settle()
             return [list(ids) for ids in self._generator.kept.values()]
+
+    def save_cache(self, path: str | os.PathLike[str]) -> int:
+        """Write what :attr:`cached` lists, with its keys and values, to a file; the number of tokens.
+
+        The file is GGUF. Errors as writing any file.
+        """
+        return state.save(self._generator, path)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> int:
+        """Put what :meth:`save_cache` wrote into the cache; the number of tokens.
+
+        Raises
+        ------
+        FormatError
+            If the file is no such file, or from another model or another type of cache.
+        ValueError
+            If the cache is too small for it.
+        """
+        return state.load(self._generator, path)
 
     def clear_cache(self) -> None:
         """Forget what :attr:`cached` lists."""
