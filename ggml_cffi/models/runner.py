@@ -71,7 +71,7 @@ class Runner(Closing):
     n_batch
         Most tokens of one run.
     kv_dtype
-        Type of keys and values in the cache; default as :func:`~ggml_cffi.models.weights.cache_types`.
+        Type of keys and values in the cache.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Runner(Closing):
         backends: list[Backend],
         n_rows: int,
         n_batch: int,
-        kv_dtype: Type | None = None,
+        kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch

@@ -85,7 +85,7 @@ class Weights:
         architecture: Architecture,
         backends: Sequence[Backend],
         n_ctx: int,
-        kv_dtype: Type | None = None,
+        kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
     ) -> None:
         self.architecture = architecture
@@ -101,12 +101,10 @@ class Weights:
             self.context.close()
             raise
 
-    def _place(self, n_ctx: int, kv_dtype: Type | None) -> None:
+    def _place(self, n_ctx: int, kind: Type) -> None:
         architecture = self.architecture
-        if kv_dtype is not None:
-            _check_cache(kv_dtype, architecture.kv_sizes)
-        kinds = [cache_types(s.backend, kv_dtype) for s in self.shares]
-        per_layer = sum(n_ctx * row_size(kv, size) for kv, size in zip(kinds[0], architecture.kv_sizes, strict=True))
+        _check_cache(kind, architecture.kv_sizes)
+        per_layer = sum(n_ctx * row_size(kind, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
         # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU, and what an
@@ -123,14 +121,15 @@ class Weights:
                 self.tensors["output.weight"] = self.tensors["token_embd.weight"]
             else:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
+        size_k, size_v = architecture.kv_sizes
         for layer, target in enumerate(self.where):
             self.shares[target].layers.append(layer)
             if architecture.causal:
-                k, v = (
-                    self.context.new_tensor(kind, (n_ctx, size), name=f"cache_{name}.{layer}")
-                    for name, kind, size in zip("kv", kinds[target], architecture.kv_sizes, strict=True)
-                )
-                self.cache.append(LayerCache(k, v))
+                across = is_across(self.shares[target].backend, kind)
+                shape = (size_v, n_ctx) if across else (n_ctx, size_v)
+                k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
+                v = self.context.new_tensor(kind, shape, name=f"cache_v.{layer}")
+                self.cache.append(LayerCache(k, v, across))
                 self.shares[target].cache_bytes += k.nbytes + v.nbytes
         for i, share in enumerate(self.shares):
             kept = [self.cache[layer] for layer in share.layers if self.cache]
@@ -175,14 +174,12 @@ class Weights:
         self.context.close()
 
 
-def cache_types(backend: Backend, chosen: Type | None) -> tuple[Type, Type]:
-    """Types of keys and values on a backend.
+def is_across(backend: Backend, kind: Type) -> bool:
+    """Whether values are cached transposed, for attention by two products.
 
-    By default F16, but for the CPU's values: its flash attention sums in their type, and sums in F16 lose digits.
+    On the CPU, whose flash attention sums F16 values in F16. A quantized cache has only flash attention.
     """
-    if chosen is not None:
-        return chosen, chosen
-    return Type.F16, Type.F32 if backend.device.is_cpu else Type.F16
+    return backend.device.is_cpu and block_size(kind) == 1
 
 
 def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
