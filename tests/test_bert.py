@@ -1,5 +1,6 @@
 """Sentence embeddings: random encoders against float64, all-MiniLM against sentence-transformers."""
 
+import io
 import json
 import threading
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import pytest
 from conftest import relative_error
 
 import ggml_cffi as ggml
-from ggml_cffi import models
+from ggml_cffi import cli, models
 from ggml_cffi.models.bert import Bert
 from ggml_cffi.models.embedding import Embedder, batches
 from ggml_cffi.models.llama import Llama
@@ -292,3 +293,50 @@ def test_all_minilm_embeds_as_sentence_transformers_does(devices, minilm, dtype)
         assert model.architecture.pooling == "mean"
         got = model.embed(tokens)
         assert (got * want).sum(1).min() >= 0.9999
+
+
+def test_all_minilm_from_texts(minilm):
+    cases = GOLDEN["cases"]
+    texts = [case["text"] for case in cases]
+    with models.load(minilm("f16"), ["CPU"], n_threads=1) as model:
+        assert [model.tokenize(text) for text in texts] == [case["tokens"] for case in cases]
+        got = model.embed(texts)
+        assert (got * [case["embedding"] for case in cases]).sum(1).min() >= 0.9999
+        np.testing.assert_array_equal(model.embed([case["tokens"] for case in cases]), got)
+        assert model.embed([""]).shape == (1, 384)  # it has a beginning and an end
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_line_for_each_text(minilm, capsys, monkeypatch):
+    arguments = ["embed", str(minilm("f16")), "--devices", "CPU", "--threads", "1"]
+    texts = [case["text"] for case in GOLDEN["cases"][:3]]
+    want = np.array([case["embedding"] for case in GOLDEN["cases"][:3]])
+    assert cli.main([*arguments, "--text", *texts[:2], "-t", texts[2]]) == 0
+    got = np.array([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert (got * want).sum(1).min() >= 0.9999
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\r\n" for text in texts)))
+    assert cli.main([*arguments, "--raw", "--pooling", "mean"]) == 0
+    raw = np.array([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert ((raw * want).sum(1) / np.linalg.norm(raw, axis=1)).min() >= 0.9999
+    assert np.linalg.norm(raw, axis=1).min() > 1.1
+
+
+def test_the_command_writes_an_array(minilm, tmp_path, capsys):
+    path = tmp_path / "vectors"
+    assert cli.main(["embed", str(minilm("f16")), "-t", "Hello", "--devices", "CPU", "-o", str(path)]) == 0
+    assert np.load(path) @ np.array(GOLDEN["cases"][0]["embedding"]) >= 0.9999
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_refuses_in_one_line(tmp_path, rng, capsys):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    for arguments, message in (
+        (["-t", "x", "--devices", "CPU"], "tokenizer 'no_vocab'"),
+        (["-t", "x", "--devices", "Vulkan99"], "no device 'Vulkan99'"),
+    ):
+        assert cli.main(["embed", str(path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
