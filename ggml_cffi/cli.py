@@ -140,9 +140,7 @@ def placement(model: Model) -> str:
     rows = [("device", "layers", "weights", "KV cache", "compute")]
     for share in model.shares:
         layers = f"{share.layers[0]}-{share.layers[-1]}" if share.layers else "-"
-        what = [layers, "output"] if share.has_output else [layers]
-        if share.backend is model.scheduler.backends[-1]:
-            what.append("embeddings")
+        what = [layers, *["output"] * share.has_output, *["embeddings"] * share.has_embeddings]
         text = " + ".join(w for w in what if w != "-") or "-"
         rows.append(
             (share.backend.name, text, mib(share.weight_bytes), mib(share.cache_bytes), mib(share.compute_bytes))

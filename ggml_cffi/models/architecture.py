@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
@@ -35,6 +35,12 @@ class Inputs:
     leaves it out of its graph."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
+    layers: Sequence[Inputs] = ()
+    """For each layer the inputs where it is computed, if each device has its own."""
+
+    def at(self, layer: int) -> Inputs:
+        """The inputs for a layer: positions, rows and masks."""
+        return self.layers[layer] if self.layers else self
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ class Decoder(Architecture):
     def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
         x = self.embed(weights, inputs)
         for i in range(self.n_layers):
-            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs)
+            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 # The rest only for the tokens whose results are wanted.
                 part, x = ops.get_rows(part, inputs.wanted), ops.get_rows(x, inputs.wanted)
