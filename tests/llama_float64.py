@@ -26,8 +26,9 @@ class Reference:
         self.eps = get("attention.layer_norm_rms_epsilon")
         self.n_rot = get("rope.dimension_count", self.head)
         self.base, self.near_base = get("rope.freq_base", 10000.0), get("rope.freq_base_swa", 10000.0)
-        self.factor = get("rope.scaling.factor", 1.0)
-        self.yarn_ctx = get("rope.scaling.original_context_length") if get("rope.scaling.type") == "yarn" else None
+        scaling = get("rope.scaling.type")
+        self.factor = 1.0 if scaling == "none" else get("rope.scaling.factor", 1.0)
+        self.yarn_ctx = get("rope.scaling.original_context_length") if scaling == "yarn" else None
         self.root = self.n_embd // self.n_heads if (self.name, self.n_layers) == ("gemma3", 62) else self.head
         self.scale = get("attention.scale", 1 / np.sqrt(self.root))
         self.window, self.period = get("attention.sliding_window", 0), get("attention.sliding_window_pattern", 6)
@@ -123,10 +124,13 @@ class Reference:
         return chosen, margins
 
 
-def random_model(path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=False, n_layers=3, **changes):
-    """A small model with random weights, grouped-query attention; ``changes`` are of its metadata.
+def random_model(
+    path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=False, n_layers=3, more=None, **changes
+):
+    """A small model with random weights, grouped-query attention.
 
-    Keys of ``changes`` that begin with a dot are of the architecture.
+    ``more`` are tensors that it has beside those that it needs, ``changes`` are of its metadata. Keys that begin with a
+    dot are the architecture's.
     """
     import gguf_writer
 
@@ -170,4 +174,5 @@ def random_model(path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(HEAD) for part in ("attn_q", "attn_k")}
         if name == "gemma3":
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
+    tensors |= {name: (ggml.F32, np.asarray(value)) for name, value in (more or {}).items()}
     return gguf_writer.write(path, meta, tensors)
