@@ -21,6 +21,7 @@ from ggml_cffi.errors import (
     LibraryMismatchError,
     LibraryNotFoundError,
     OutOfMemoryError,
+    RemoteError,
     UnsupportedOpError,
 )
 from ggml_cffi.gguf import GGUFFile, GGUFTensor
@@ -89,6 +90,7 @@ __all__ = [
     "OutOfMemoryError",
     "Prec",
     "Program",
+    "RemoteError",
     "SGD",
     "ScaleMode",
     "ScaleFlag",

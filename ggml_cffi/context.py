@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ggml_cffi import c, dtypes
 from ggml_cffi._handle import Handle, Owner
+from ggml_cffi._remote import fits
 from ggml_cffi.buffer import Buffer, BufferType
-from ggml_cffi.device import Device
+from ggml_cffi.device import Device, device_lock
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
@@ -239,7 +240,9 @@ class Context(Handle):
             raise ValueError("a tensor is listed twice")
         made: list[Buffer] = []
         try:
-            for group, size in _pack(chosen, kind):
+            with nullcontext() if kind.is_host else device_lock(kind.device.ptr):
+                groups = _pack(chosen, kind)
+            for group, size in groups:
                 buffer = Buffer(kind, size, usage=usage)
                 made.append(buffer)
                 address = c.ggml_backend_buffer_get_base(buffer.ptr)
@@ -268,13 +271,16 @@ class Context(Handle):
         """
         self._check_allocatable(tensor)
         start = int(c.ffi.cast("uintptr_t", address))
-        size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
-        alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
-        if start < buffer.base or start + size > buffer.base + buffer.size:
-            raise ValueError(f"{tensor!r} does not fit the buffer at that address")
-        if start % alignment:
-            raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
-        c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
+        if buffer.buffer_type.device.is_remote and not fits(tensor.ptr):
+            raise ValueError(f"{tensor!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
+        with buffer.guard:
+            size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
+            alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
+            if start < buffer.base or start + size > buffer.base + buffer.size:
+                raise ValueError(f"{tensor!r} does not fit the buffer at that address")
+            if start % alignment:
+                raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
+            c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
         self.adopt(buffer)
         if tensor.ptr in self.limits:
             try:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from os import PathLike
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ggml_cffi import _interrupt, c
+from ggml_cffi import _interrupt, _remote, c
 from ggml_cffi._feasible import VIEWS, check_in_place, check_ops, for_the_cpu
 from ggml_cffi._handle import Handle, Owner
 from ggml_cffi._observe import Observer
@@ -55,19 +56,57 @@ Transfer = tuple[Any, Any, int, int]
 
 
 class _Locks:
-    """Several locks as one; made once, since runs are short."""
+    """Several locks as one; made once, since runs are short. Those of remote devices raise if their server is lost."""
 
     def __init__(self, backends: Iterable[Backend]) -> None:
         unique = {id(b.lock): b.lock for b in backends}
         self._locks = [unique[key] for key in sorted(unique)]
+        self.links = [lock for lock in self._locks if isinstance(lock, _remote.Link)]
 
     def __enter__(self) -> None:
+        self.acquire()
+        if self.links:
+            try:
+                self._check()
+            except BaseException:
+                self.release()
+                raise
+
+    def __exit__(self, *_error: object) -> None:
+        try:
+            if self.links:
+                self._check()
+        finally:
+            self.release()
+
+    def _check(self) -> None:
+        for link in self.links:
+            link.check()
+
+    def acquire(self) -> None:
+        """Lock, whatever became of the servers."""
         for lock in self._locks:
             lock.acquire()
 
-    def __exit__(self, *_error: object) -> None:
-        for lock in self._locks:
-            lock.release()
+    def release(self) -> None:
+        """Unlock."""
+        if not self.links:
+            for lock in self._locks:
+                lock.release()
+            return
+        raised = None
+        for lock in reversed(self._locks):
+            try:
+                lock.release()
+            except BaseException as error:  # of a signal that a link had kept away
+                raised = error
+        if raised is not None:
+            raise raised
+
+    def wait(self) -> None:
+        """Until the servers have done what they were given: ggml does not wait for them."""
+        for link in self.links:
+            link.wait()
 
 
 class Scheduler(Handle):
@@ -132,7 +171,7 @@ class Scheduler(Handle):
             raise ValueError(f"graph_size must be 1 to {_MAX_SIZE}, not {graph_size}")
         self.parallel, self.op_offload, self.overlap = parallel, op_offload, overlap
         self._pinned: dict[Any, Backend] = {}
-        self._moved: set[Any] = set()
+        self._moved: dict[Any, str] = {}
         self._opened: list[Backend] = []
         try:
             self.backends = self._open(backends)
@@ -183,8 +222,10 @@ class Scheduler(Handle):
         pointer = c.ggml_backend_sched_new(
             pointers, c.NULL, len(self.backends), 2 * self._capacity, self.parallel, self.op_offload
         )
-        super().__init__(pointer, c.ggml_backend_sched_free, self.backends, fork_safe=False)
-        del keep
+        free: Callable[[Any], None] = c.ggml_backend_sched_free
+        if self._locks.links:
+            free = partial(_remote.free, self._locks.links, free, keep)
+        super().__init__(pointer, free, self.backends, fork_safe=False)
 
     # ------------------------------------------------------------------ placing
 
@@ -377,7 +418,7 @@ class Scheduler(Handle):
             self._open_sched()
         self._alloc_inputs(graph)
         keep += _buffers(graph)
-        self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else set()
+        self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else {}
         check_ops(graph, self.backends, {p: b for p, (_, b) in self._placed.items()}, self._moved)
         graph.save()
         return keep
@@ -433,7 +474,12 @@ class Scheduler(Handle):
         with self.lock:
             graph, self._graph, pins, self._pins = self._graph, None, self._pins, []
             if graph is not None:
-                self.synchronize()
+                self._locks.acquire()  # a lost server is no reason not to
+                try:
+                    c.ggml_backend_sched_synchronize(self.ptr)
+                    self._pending = False
+                finally:
+                    self._locks.release()
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
             del pins
@@ -471,13 +517,13 @@ class Scheduler(Handle):
         C: ``ggml_backend_sched_graph_compute``, ``ggml_backend_sched_set_eval_callback``.
         """
         if observe is None:
-            self._run(graph, c.ggml_backend_sched_graph_compute)
+            self._run(graph, c.ggml_backend_sched_graph_compute, wait=True)
             return
         with self.lock:
             observer = Observer(self._ready(graph), observe, only)
             c.ggml_backend_sched_set_eval_callback(self.ptr, observer.callback, c.NULL)
             try:
-                self._run(graph, c.ggml_backend_sched_graph_compute)
+                self._run(graph, c.ggml_backend_sched_graph_compute, wait=True)
             finally:
                 c.ggml_backend_sched_set_eval_callback(self.ptr, c.NULL, c.NULL)
                 if observer.error is not None:
@@ -489,13 +535,15 @@ class Scheduler(Handle):
         C: ``ggml_backend_sched_graph_compute_async``.
         """
         self._pending = True
-        self._run(graph, c.ggml_backend_sched_graph_compute_async)
+        self._run(graph, c.ggml_backend_sched_graph_compute_async, wait=False)
 
-    def _run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
+    def _run(self, graph: Graph | None, function: Callable[[Any, Any], int], *, wait: bool) -> None:
         with self.lock:
             held = self._ready(graph)
             with self._exclusive():
                 status = self._compute(held, function)
+                if wait:
+                    self._locks.wait()
         _check(status)
 
     def replay(self, inputs: Iterable[Transfer], outputs: Iterable[Transfer]) -> None:
@@ -542,7 +590,12 @@ class Scheduler(Handle):
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
         with self.lock, self._exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
+            self._locks.wait()
             self._pending = False
+
+    def wait_for_servers(self) -> None:
+        """Within a run, wait for remote devices: ggml takes no notice of what they still compute."""
+        self._locks.wait()
 
     def _ready(self, graph: Graph | None) -> Graph:
         if self._graph is None:
@@ -645,7 +698,7 @@ class Scheduler(Handle):
     def _find(self, backend: Any) -> Backend:
         """The backend of this scheduler that ``backend`` is: itself, its name or its C pointer."""
         for b in self.backends:
-            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.name.lower() == backend.lower()):
+            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.device.is_called(backend)):
                 return b
         raise ValueError(f"{backend!r} is not one of this scheduler's: {', '.join(b.name for b in self.backends)}")
 
