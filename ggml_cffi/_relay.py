@@ -27,7 +27,7 @@ from enum import IntEnum
 
 PROTOCOL = (5, 0, 0)
 STATE_SIZE = 4096  # bytes of shared memory: 1 once the server is lost, then why
-DROP = b"d"  # on standard input: let go of the server
+DROP = b"d"  # on standard input: let go of the server; _remote says it
 
 _FIRST = 64 << 10  # bytes of a message that are passed on in one piece; only weights and activations have more
 _MOST = 1 << 20  # bytes that are moved at a time from there on

@@ -20,7 +20,6 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ggml_cffi import _relay
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
 
 if TYPE_CHECKING:
@@ -50,9 +49,12 @@ class Link:
     """
 
     def __init__(self, name: str, server: socket.socket, patience: float) -> None:
+        # What takes long to import is imported when there is a server: _relay imports socket.
         import socket
         import subprocess
         import tempfile
+
+        from ggml_cffi import _relay
 
         self.name = name
         self.wait: Callable[[], object] = lambda: None
@@ -145,8 +147,8 @@ class Link:
         if self._state[0]:
             reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace")
             raise BackendCrashedError(
-                f"{self.name}: the server {reason}. What it held is gone: see what it said last, start it again, close "
-                f"what used it and connect anew, with ggml_cffi.device({self.name!r})"
+                f"{self.name}: the server {reason}. What it held is gone: close what used it, start it again (its "
+                f"output may say what happened), and open ggml_cffi.device({self.name!r}) anew"
             )
 
     def close(self) -> None:
@@ -156,7 +158,7 @@ class Link:
         self._closed = True
         assert self._relay.stdin
         with suppress(OSError):
-            self._relay.stdin.write(_relay.DROP)
+            self._relay.stdin.write(b"d")
         end = time.monotonic() + 5
         while not self._state[0] and self._relay.poll() is None and time.monotonic() < end:
             time.sleep(0.001)

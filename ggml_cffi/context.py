@@ -236,6 +236,7 @@ class Context(Handle):
         chosen = self._unallocated() if tensors is None else list(tensors)
         for t in chosen:
             self._check_allocatable(t)
+            _check_fits(t, kind)
         if len(set(chosen)) < len(chosen):
             raise ValueError("a tensor is listed twice")
         made: list[Buffer] = []
@@ -270,9 +271,8 @@ class Context(Handle):
         C: ``ggml_backend_tensor_alloc``.
         """
         self._check_allocatable(tensor)
+        _check_fits(tensor, buffer.buffer_type)
         start = int(c.ffi.cast("uintptr_t", address))
-        if buffer.buffer_type.device.is_remote and not fits(tensor.ptr):
-            raise ValueError(f"{tensor!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
         with buffer.guard:
             size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
             alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
@@ -364,6 +364,11 @@ def _chunk(n: int) -> Any:
 def _free_chunks(chunks: list[Any], _current: Any) -> None:
     for chunk in chunks:
         c.ggml_free(chunk)
+
+
+def _check_fits(t: Tensor, kind: BufferType) -> None:
+    if kind.device.is_remote and not fits(t.ptr):
+        raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
 
 
 def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:

@@ -85,10 +85,7 @@ def connect(endpoint: str, *, timeout: float = 10.0, patience: float = 300.0) ->
     _lib.load("rpc")
     with _lock:
         address = _address(name, host, port)
-        known = _links.get(address)
-        if known is not None and not known.usable:
-            known.close()
-            known = None
+        known = _known(address)
         if known is None:
             server, _ = _greet(name, address, timeout)
             known = Link(name, server, patience)
@@ -99,6 +96,16 @@ def connect(endpoint: str, *, timeout: float = 10.0, patience: float = 300.0) ->
                 raise
             _links[address] = known
         return devices_of(known)
+
+
+def _known(address: tuple[str, int]) -> Link | None:
+    """The connection to that address, if there is one that is not lost."""
+    link = _links.get(address)
+    if link is not None and not link.usable:
+        del _links[address]
+        link.close()
+        return None
+    return link
 
 
 def _add_devices(link: Link) -> None:
@@ -159,13 +166,11 @@ def health(endpoint: str, *, timeout: float = 5.0) -> Health:
     ------
     RemoteError, ValueError
         As :func:`connect`.
-    BackendCrashedError
-        If this process was connected to it, and lost it.
     """
     host, port, _ = _parse(endpoint)
     address = _address(endpoint, host, port)
     with _lock:
-        link = _links.get(address)
+        link = _known(address)
     if link is None:
         server, found = _greet(f"rpc://{host}:{port}", address, timeout)
         server.close()
