@@ -104,6 +104,10 @@ class Relay:
         with contextlib.suppress(OSError):  # more than this user may have
             fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _MOST)
         server.setblocking(False)
+        self.readable, self.writable = select.poll(), select.poll()
+        for poll, event in ((self.readable, select.POLLIN), (self.writable, select.POLLOUT)):
+            poll.register(server, event)
+            poll.register(0, select.POLLIN)
 
     @property
     def lost(self) -> bool:
@@ -137,36 +141,32 @@ class Relay:
             self._ask(head + body)
             for left in range(size - first, 0, -_MOST):
                 self._pass_up(client, min(left, _MOST))
-            answer = _SIZE.unpack(body[-8:])[0] if command == Command.GET_TENSOR else ANSWERS.get(Command(command))
+            answer = _SIZE.unpack(body[-8:])[0] if command == Command.GET_TENSOR else ANSWERS.get(command)
             if answer is not None:
-                self._answer(client, Command(command), body, answer)
+                self._answer(client, command, body, answer)
 
     # ------------------------------------------------------------------ waiting
 
     def _idle(self, source: socket.socket) -> bool:
         """Wait until ``source`` has something; False if nothing will come."""
-        while True:
-            if self.dropped and source is self.listener:
-                return False
+        while not (self.dropped and source is self.listener):
             poll = select.poll()
             for fd in (source, 0) if self.lost else (source, 0, self.server):
                 poll.register(fd, select.POLLIN)
             ready = [fd for fd, _ in poll.poll()]
             if 0 in ready:
                 self._obey()
-            elif not self.lost and self.server.fileno() in ready:
+            elif ready == [source.fileno()]:
+                return True
+            else:
                 try:
                     self.lose(LostError("sent what nobody had asked for" if self.server.recv(1) else _CLOSED))
                 except OSError as error:
                     self.lose(error)
-            elif ready:
-                return True
+        return False
 
-    def _wait(self, what: int) -> None:
-        """Until the server has something (``POLLIN``), or takes something (``POLLOUT``)."""
-        poll = select.poll()
-        poll.register(self.server, what)
-        poll.register(0, select.POLLIN)
+    def _wait(self, poll: select.poll) -> None:
+        """Until the server has something (:attr:`readable`), or takes something (:attr:`writable`)."""
         ready = poll.poll(self.patience * 1000)
         if not ready:
             raise LostError(f"has been silent for {self.patience:g} s")
@@ -192,7 +192,7 @@ class Relay:
                 try:
                     view = view[self.server.send(view) :]
                 except BlockingIOError:
-                    self._wait(select.POLLOUT)
+                    self._wait(self.writable)
         except (LostError, OSError) as error:
             self.lose(error)
 
@@ -205,7 +205,7 @@ class Relay:
             n -= left
             try:
                 while left:
-                    self._wait(select.POLLOUT)
+                    self._wait(self.writable)
                     left -= os.splice(self.pipe[0], self.server.fileno(), left)
             except (LostError, OSError) as error:
                 self.lose(error)
@@ -216,16 +216,14 @@ class Relay:
 
     # ------------------------------------------------------------------ down: answers
 
-    def _answer(self, client: socket.socket, command: Command, body: bytes, size: int) -> None:
+    def _answer(self, client: socket.socket, command: int, body: bytes, size: int) -> None:
         """Pass on the answer, ``size`` bytes, or make one up."""
         head = _SIZE.pack(size)
         first = min(size, _FIRST)
         try:
             if self.lost:
                 raise LostError
-            if (got := self._receive(8)) != head:
-                raise LostError(f"answered {command.name} with {_SIZE.unpack(got)[0]} bytes instead of {size}")
-            answer = self._receive(first)
+            answer = self._receive(command, head, first)
             _check(command, body, answer)
         except (LostError, OSError) as error:
             self.lose(error)
@@ -234,21 +232,27 @@ class Relay:
         for left in range(size - first, 0, -_MOST):
             self._pass_down(client, min(left, _MOST))
 
-    def _receive(self, n: int) -> bytes:
-        data = bytearray()
-        while len(data) < n:
-            self._wait(select.POLLIN)
-            part = self.server.recv(n - len(data))
+    def _receive(self, command: int, head: bytes, n: int) -> bytes:
+        """The next ``n`` bytes from the server, which are to come after ``head``."""
+        data = b""
+        while len(data) < len(head) + n:
+            self._wait(self.readable)
+            part = self.server.recv(len(head) + n - len(data))
             if not part:
                 raise LostError(_CLOSED)
             data += part
-        return bytes(data)
+            if len(data) >= len(head) and not data.startswith(head):
+                (size,) = _SIZE.unpack_from(data)
+                raise LostError(
+                    f"answered {Command(command).name} with {size} bytes instead of {_SIZE.unpack(head)[0]}"
+                )
+        return data[len(head) :]
 
     def _pass_down(self, client: socket.socket, n: int) -> None:
         """The next ``n`` bytes from the server to the client."""
         while n and not self.lost:
             try:
-                self._wait(select.POLLIN)
+                self._wait(self.readable)
                 left = os.splice(self.server.fileno(), self.pipe[1], n)
                 if not left:
                     raise LostError(_CLOSED)
@@ -272,7 +276,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be reached any more ({getattr(error, 'strerror', None) or error})"
 
 
-def _check(command: Command, body: bytes, answer: bytes) -> None:
+def _check(command: int, body: bytes, answer: bytes) -> None:
     """Raise :class:`LostError` for an answer that C cannot do with."""
     if command == Command.BUFFER_GET_BASE and not any(answer):
         raise LostError("gave memory without an address")
@@ -282,7 +286,7 @@ def _check(command: Command, body: bytes, answer: bytes) -> None:
             raise LostError("gave less memory than was asked for")
 
 
-def pretend(command: Command, body: bytes, size: int) -> bytes:
+def pretend(command: int, body: bytes, size: int) -> bytes:
     """An answer of ``size`` bytes with which C goes on."""
     if command == Command.ALLOC_BUFFER:
         return struct.pack("<QQ", _BASE, struct.unpack_from("<Q", body, 4)[0])
@@ -291,14 +295,14 @@ def pretend(command: Command, body: bytes, size: int) -> bytes:
         return _SIZE.pack(max(n * stride for n, stride in zip(sizes[:4], sizes[4:], strict=True)))
     if command == Command.GET_MAX_SIZE:
         return b"\xff" * size
-    value = {
+    values: dict[int, int] = {
         Command.BUFFER_GET_BASE: _BASE,
         Command.GET_ALIGNMENT: 64,
         Command.DEVICE_COUNT: 1,
         Command.COPY_TENSOR: 1,
         Command.SET_TENSOR_HASH: 1,  # the server has these bytes already
-    }.get(command, 0)
-    return value.to_bytes(size, "little")
+    }
+    return values.get(command, 0).to_bytes(size, "little")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from _signal import pthread_sigmask  # type: ignore[import-not-found]  # signal's takes ten times as long
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -61,7 +62,7 @@ class Link:
         """Waits until the server has done what it was given, by a question that it answers when that is done."""
         self._lock = threading.RLock()
         self._depth = 0
-        self._mask: set[Any] = set()
+        self._mask: set[int] = set()
         self._waiting: deque[Callable[[], None]] = deque()
         self._closed = False
         self._pid = os.getpid()
@@ -92,7 +93,7 @@ class Link:
             return False
         self._depth += 1
         if self._depth == 1:
-            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self._mask = pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         return True
 
     def release(self) -> None:
@@ -104,7 +105,7 @@ class Link:
         outermost = not self._depth
         self._lock.release()
         if outermost:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            pthread_sigmask(signal.SIG_SETMASK, mask)
             self._settle()
 
     def __enter__(self) -> None:

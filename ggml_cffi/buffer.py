@@ -9,7 +9,7 @@ from typing import Any
 
 from ggml_cffi import _remote, c
 from ggml_cffi._handle import Handle
-from ggml_cffi.device import Device, check_process, device, device_lock, registry_lock
+from ggml_cffi.device import Device, check_process, device, device_lock
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.errors import OutOfMemoryError
 
@@ -28,8 +28,9 @@ class BufferType:
         """``which`` itself, or the default memory of the device that it names."""
         if isinstance(which, cls):
             return which
-        with registry_lock:  # the first use of a GPU opens it
-            return cls(c.ggml_backend_dev_buffer_type(device(which).ptr))  # type: ignore[arg-type]
+        found = device(which)  # type: ignore[arg-type]
+        with found.guard():  # the first use of a GPU opens it
+            return cls(c.ggml_backend_dev_buffer_type(found.ptr))
 
     @property
     def device(self) -> Device:

@@ -4,17 +4,17 @@ A server (``ggml-cffi rpc-server`` there, or :class:`Server`) offers its devices
 wherever a device is named, makes them devices here, beside the local ones:
 
 >>> import ggml_cffi as ggml
->>> with ggml.Session(["rpc://192.168.0.7:50052", "Vulkan0"]) as s:  # doctest: +SKIP
+>>> with ggml.Session(["Vulkan0", "rpc://192.168.0.7:50052"]) as s:  # doctest: +SKIP
 ...     w = s.weight(W, on="rpc://192.168.0.7:50052")
 
 The protocol has no authentication and no encryption, and a server trusts what it is sent: only for networks that are
 trusted as a whole. A server serves one client at a time.
 
 ggml's client ends the process when a server is lost, or is none. Here that is an exception: before C hears of a server
-it was greeted from Python, and C never talks to it but through a relay that stays (:mod:`ggml_cffi._relay`). A worker
-process for everything remote would have been the other way; then remote devices could not share a scheduler with local
-ones. The relay costs a process of about 10 MB for each server and some tens of microseconds for each question; data is
-moved by the kernel (``splice``).
+it was greeted from Python, and C never talks to it but through a relay that stays (``_relay.py``). A worker process for
+everything remote would have been the other way; then remote devices could not share a scheduler with local ones. The
+relay costs a small process for each server and some 60 microseconds for each question; data is moved by the kernel
+(``splice``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import socket
 import struct
 import threading
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from ggml_cffi import _lib, c
 from ggml_cffi._relay import ANSWERS, PROTOCOL, Command
@@ -40,7 +40,8 @@ _lock = threading.RLock()
 _links: dict[tuple[str, int], Link] = {}  # by address
 
 
-class Health(NamedTuple):
+@dataclass(frozen=True)
+class Health:
     """What a server answers."""
 
     version: tuple[int, int, int]
