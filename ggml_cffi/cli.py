@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
-from ggml_cffi import cli_gguf
+from ggml_cffi import cli_gguf, cli_rpc
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_fetch)
 
     cli_gguf.register(commands)
+    cli_rpc.add_to(commands)
     return parser
 
 

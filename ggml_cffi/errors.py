@@ -40,4 +40,8 @@ class FormatError(GgmlError, ValueError):
 
 
 class BackendCrashedError(GgmlError):
-    """A worker process died inside the C library or a driver."""
+    """A worker process died inside the C library or a driver, or the server of a remote device was lost."""
+
+
+class RemoteError(GgmlError, ConnectionError):
+    """The server of a remote device cannot be reached, or is none that can be used."""
