@@ -15,6 +15,7 @@ from ggml_cffi.enums import Op, OpPool, Prec, ScaleFlag, ScaleMode, SortOrder, T
 from ggml_cffi.errors import (
     AbortedError,
     BackendCrashedError,
+    BackendTimeoutError,
     ClosedError,
     FormatError,
     GgmlError,
@@ -66,6 +67,7 @@ __all__ = [
     "AdamW",
     "Backend",
     "BackendCrashedError",
+    "BackendTimeoutError",
     "Buffer",
     "BufferType",
     "Capabilities",
