@@ -40,7 +40,7 @@ class Backend(Handle):
     C: ``ggml_backend_dev_init``.
     """
 
-    __slots__ = ("_going", "_kept", "_pool", "device", "lock")
+    __slots__ = ("_going", "_kept", "_pool", "aborting", "device", "lock")
 
     def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
@@ -60,6 +60,8 @@ class Backend(Handle):
         self._kept: list[Any] = []
         self._pool: list[Any] = []  # the thread pool, shared with the finalizer
         self._going = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
+        self.aborting = False
+        """Whether :meth:`abort` was called since the last run started."""
         super().__init__(pointer, partial(_free, self._pool, self._going), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
@@ -115,10 +117,12 @@ class Backend(Handle):
         if not self.device.is_cpu:
             raise ValueError(f"only the CPU can stop a run, not {self.name}")
         self.ptr  # noqa: B018 - raises when closed
-        self._going.ne[0] = 0
+        self._going.ne[0] = 0  # before the flag: a run that starts between the two stops, and the next one clears both
+        self.aborting = True
 
     def clear_abort(self) -> None:
         """Let the next run go on: called at the start of each."""
+        self.aborting = False
         self._going.ne[0] = 1
 
     def synchronize(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,12 +54,17 @@ _abandoned: list[Owner] = []
 Transfer = tuple[Any, Any, int, int]
 
 
-class _Locks:
-    """Several locks as one; made once, since runs are short."""
+def _locks(backends: Iterable[Backend]) -> AbstractContextManager[Any]:
+    """The locks of several backends as one; made once, since runs are short."""
+    unique = {id(b.lock): b.lock for b in backends}
+    return next(iter(unique.values())) if len(unique) == 1 else _Locks([unique[key] for key in sorted(unique)])
 
-    def __init__(self, backends: Iterable[Backend]) -> None:
-        unique = {id(b.lock): b.lock for b in backends}
-        self._locks = [unique[key] for key in sorted(unique)]
+
+class _Locks:
+    """Several locks, taken always in the same order."""
+
+    def __init__(self, locks: list[threading.RLock]) -> None:
+        self._locks = locks
 
     def __enter__(self) -> None:
         for lock in self._locks:
@@ -138,7 +143,7 @@ class Scheduler(Handle):
             self.backends = self._open(backends)
             """The backends in order of preference, the CPU last."""
             self._capacity = graph_size
-            self._locks = _Locks(self.backends)
+            self._locks = _locks(self.backends)
             self._open_sched()
         except BaseException:
             self._close_opened()
@@ -283,7 +288,7 @@ class Scheduler(Handle):
             sizes = c.ffi.new("size_t[]", len(self.backends))
             try:
                 self._apply_placements(graph)
-                with self._exclusive():
+                with self.exclusive():
                     c.ggml_backend_sched_reserve_size(self.ptr, graph.ptr, sizes)
             finally:
                 graph.restore()
@@ -336,7 +341,7 @@ class Scheduler(Handle):
                 self._reserve(graph)
                 graph.restore()
                 self._apply_placements(graph)
-                with self._exclusive():
+                with self.exclusive():
                     done = c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr)
                 if not done:
                     raise OutOfMemoryError("the scheduler could not allocate the graph")
@@ -418,7 +423,7 @@ class Scheduler(Handle):
 
     def _reserve(self, graph: Graph) -> None:
         self._apply_placements(graph)
-        with self._exclusive():
+        with self.exclusive():
             enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)
         if not enough:
             free = ", ".join(f"{b.name} {b.device.memory().free:,}" for b in self.backends)
@@ -493,10 +498,9 @@ class Scheduler(Handle):
 
     def _run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
         with self.lock:
-            held = self._ready(graph)
-            with self._exclusive():
-                status = self._compute(held, function)
-        _check(status)
+            self._ready(graph)
+            with self._locks:
+                self.compute_held(function)
 
     def replay(self, inputs: Iterable[Transfer], outputs: Iterable[Transfer]) -> None:
         """Set inputs, compute the graph held, and get outputs, all in one go: for callers that have checked them.
@@ -504,43 +508,44 @@ class Scheduler(Handle):
         C: ``ggml_backend_tensor_set``, ``ggml_backend_sched_graph_compute``, ``ggml_backend_tensor_get``.
         """
         with self.lock, self._locks:
-            held = self._held()
             for what in inputs:
                 c.ggml_backend_tensor_set(*what)
-            status = self._compute(held, c.ggml_backend_sched_graph_compute)
-            if not status:
-                for what in outputs:
-                    c.ggml_backend_tensor_get(*what)
-        if status:
-            _check(status)
+            self.compute_held()
+            for what in outputs:
+                c.ggml_backend_tensor_get(*what)
 
-    def _compute(self, held: Graph, function: Callable[[Any, Any], int]) -> int:
+    def compute_held(self, function: Callable[[Any, Any], int] | None = None) -> None:
+        """Compute the graph held, and wait: for callers that hold :attr:`lock` and :meth:`exclusive`.
+
+        ``function`` starts it: ``ggml_backend_sched_graph_compute`` (default), or its asynchronous sister.
+        """
+        held = self._graph or self._held()
+        start = function or c.ggml_backend_sched_graph_compute
         if not self._uses_cpu:
-            return function(self.ptr, held.ptr)
-        cpu, calls = self.backends[-1], self._calls
-        cpu.clear_abort()
-        for call in calls:
-            call.error, call.stop = None, cpu.abort
-        if self._seconds < _PATIENCE:
-            start = perf_counter()
-            status = function(self.ptr, held.ptr)
+            status = start(self.ptr, held.ptr)
         else:
-            guarded = _interrupt.begin(cpu.abort)
-            start = perf_counter()
+            cpu, calls = self.backends[-1], self._calls
+            if cpu.aborting:
+                cpu.clear_abort()
+            for call in calls:
+                call.error, call.stop = None, cpu.abort
+            guarded = self._seconds >= _PATIENCE and _interrupt.begin(cpu.abort)
+            began = perf_counter()
             try:
-                status = function(self.ptr, held.ptr)
+                status = start(self._cell[0] or self.ptr, held._cell[0] or held.ptr)
             finally:
                 if guarded:
                     _interrupt.end()
-        self._seconds = perf_counter() - start
-        for call in calls:
-            if call.error is not None:
-                raise call.error
-        return status
+            self._seconds = perf_counter() - began
+            for call in calls:
+                if call.error is not None:
+                    raise call.error
+        if status:
+            _check(status)
 
     def synchronize(self) -> None:
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
-        with self.lock, self._exclusive():
+        with self.lock, self.exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
             self._pending = False
 
@@ -557,7 +562,7 @@ class Scheduler(Handle):
             ctx.ptr  # noqa: B018 - raises when closed
         return held
 
-    def _exclusive(self) -> _Locks:
+    def exclusive(self) -> AbstractContextManager[Any]:
         """Holds every backend, always in the same order: a backend takes work from one thread at a time."""
         return self._locks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 from ggml_cffi import ops
@@ -30,7 +31,8 @@ class Inputs:
     mask: Tensor
     """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
     wanted: Tensor
-    """Tokens whose results are wanted, I32 ``(n_out,)``."""
+    """Tokens whose results are wanted, in their order, I32 ``(n_out,)``. Where that is all of them, an architecture
+    leaves it out of its graph."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
 
@@ -66,6 +68,13 @@ class Metadata:
         value: int = self.get(key, int, default)
         if not 0 < value < 2**31:
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a positive number")
+        return value
+
+    def at_least_0(self, key: str, default: float | None = None) -> float:
+        """A finite number that is not negative."""
+        value: float = self.get(key, float, default)
+        if not (isfinite(value) and value >= 0):
+            raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a number of 0 or more")
         return value
 
 
