@@ -27,16 +27,18 @@ _LONGEST_RECORD = 32 << 10  # characters of a log message: more does not pass th
 
 def main(calls: int, logs: int) -> None:
     """Serve until the parent says that it is enough; killed when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent too, which decides
     faulthandler.enable(all_threads=False)  # a crash shows where Python was
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for fd in (calls, logs):
         os.set_inheritable(fd, False)
-    connection = socket.socket(fileno=calls)
+    connection, records = socket.socket(fileno=calls), socket.socket(fileno=logs)
+    # The parent knows by their closing that this process has ended: processes forked from it must not hold them.
+    for end in (connection, records):
+        os.register_at_fork(after_in_child=end.close)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     channel = Channel(connection)
     with ExitStack() as stack:
-        server = _Server(channel, socket.socket(fileno=logs), stack)
+        server = _Server(channel, records, stack)
         while server.serve():
             pass
 
@@ -157,11 +159,10 @@ def portable(error: BaseException) -> BaseException:
     text = f"{type(error).__qualname__}: {error}"
     for kind in type(error).__mro__:
         try:
-            candidate: BaseException = error if kind is type(error) else kind(text)
-            data, buffers = pack(candidate)
-            pickle.loads(data, buffers=buffers)
+            data, buffers = pack(error if kind is type(error) else kind(text))
+            copy: BaseException = pickle.loads(data, buffers=buffers)
         except Exception:
             continue
-        candidate.add_note(note)
-        return candidate
+        copy.add_note(note)
+        return copy
     raise AssertionError("Exception can always be pickled")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -59,6 +60,7 @@ class Process:
                 bufsize=0,
                 pass_fds=(their_calls.fileno(), their_logs.fileno()),
                 env={**os.environ, **env},
+                start_new_session=True,  # Ctrl-C is for the parent, which decides
             )
         except BaseException:
             calls.close()
@@ -71,6 +73,7 @@ class Process:
         self._channel = Channel(calls)
         self._listener = _Listener(name, self._popen.stderr, logs)
         self._listener.start()
+        _processes.add(self)
 
     @property
     def pid(self) -> int:
@@ -171,6 +174,18 @@ class Process:
         self._channel.close()
 
 
+_processes: weakref.WeakSet[Process] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """A worker ends when its connection closes: a fork that lives on must not keep it open."""
+    for process in list(_processes):
+        process._channel.close()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def _ended(code: int) -> str:
     if code >= 0:
         return f"exited with status {code}"
@@ -221,12 +236,15 @@ class _Listener(threading.Thread):
             return False
         if not data:
             return False
-        record = logging.makeLogRecord(pickle.loads(data))
-        record.processName = self._worker
-        self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
-        logger = logging.getLogger(record.name)
-        if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+        try:
+            record = logging.makeLogRecord(pickle.loads(data))
+            record.processName = self._worker
+            self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+            logger = logging.getLogger(record.name)
+            if logger.isEnabledFor(record.levelno):
+                logger.handle(record)
+        except Exception as error:  # of what came with the record, or of a filter: the next one may do
+            self.lines.append(f"a log record could not be passed on: {type(error).__name__}: {error}")
         return True
 
     def _read_errors(self) -> bool:

@@ -308,6 +308,11 @@ class Remote:
     def __init__(self, worker: Worker, name: str) -> None:
         self.worker, self.name = worker, name
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be called; see :attr:`Worker.alive`."""
+        return self.worker.alive
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call, and wait for the result; see :meth:`Worker.call`."""
         return self.worker.call(self.name, *args, **kwargs)

@@ -140,6 +140,13 @@ class Crashes:
     def sys_exit(self):
         sys.exit(4)
 
+    def fork_and_abort(self):
+        """The fork lives on, with all that it has inherited."""
+        if not os.fork():
+            time.sleep(3)
+            os._exit(0)
+        os.abort()
+
     def hang(self):
         time.sleep(1000)
 
