@@ -15,6 +15,7 @@ from ggml_cffi.enums import GGUFType, Op, OpPool, Prec, ScaleFlag, ScaleMode, So
 from ggml_cffi.errors import (
     AbortedError,
     BackendCrashedError,
+    BackendTimeoutError,
     ClosedError,
     FormatError,
     GgmlError,
@@ -71,6 +72,7 @@ __all__ = [
     "AdamW",
     "Backend",
     "BackendCrashedError",
+    "BackendTimeoutError",
     "Buffer",
     "BufferType",
     "Capabilities",

@@ -131,15 +131,15 @@ class Buffer(Handle):
     def over(cls, memory: Any, *, usage: Usage = Usage.ANY) -> Buffer:
         """A buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
 
-        The memory must start at a multiple of 64 bytes; it is kept alive for as long as the buffer is in use. Tensors
+        The memory must start at a multiple of 32 bytes; it is kept alive for as long as the buffer is in use. Tensors
         in memory that is read-only cannot be written.
 
         C: ``ggml_backend_cpu_buffer_from_ptr``.
         """
         view = c.ffi.from_buffer(memory)
         start = int(c.ffi.cast("uintptr_t", view))
-        if start % 64 or not len(view):
-            raise ValueError(f"{len(view)} bytes at {start:#x}: the memory must start at a multiple of 64 bytes")
+        if start % 32 or not len(view):
+            raise ValueError(f"{len(view)} bytes at {start:#x}: the memory must start at a multiple of 32 bytes")
         pointer = c.ggml_backend_cpu_buffer_from_ptr(view, len(view))
         if memoryview(memory).readonly:
             read_only.add(pointer)
