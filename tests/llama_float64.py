@@ -59,11 +59,11 @@ class Reference:
         return self.norm(x, "output_norm.weight") @ w.get("output.weight", w["token_embd.weight"]).T
 
 
-def random_model(path, rng, *, dtype=ggml.F32, tied=False, biases=False, **changes):
+def random_model(path, rng, *, dtype=ggml.F32, tied=False, biases=False, n_heads=4, n_kv=2, **changes):
     """A small model with random weights, 3 layers, grouped-query attention."""
     import gguf_writer
 
-    n_embd, n_heads, n_kv, head, n_ff, n_vocab = 64, 4, 2, 32, 96, 50
+    n_embd, head, n_ff, n_vocab = 64, 32, 96, 50
     meta = {
         "general.architecture": "llama",
         "llama.block_count": 3,

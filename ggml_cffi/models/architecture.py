@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from ggml_cffi import ops
 from ggml_cffi.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile, TensorInfo
+from ggml_cffi.parallel.cut import Cut
 from ggml_cffi.tensor import Tensor
+
+T = TypeVar("T")
 
 _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
@@ -33,6 +36,12 @@ class Inputs:
     """Tokens whose results are wanted, I32 ``(n_out,)``."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
+    sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Where several devices share the layers: what adds up their contributions to ``attention``, ``feed_forward``."""
+
+    def added(self, part: str, contribution: Tensor) -> Tensor:
+        """What a part of a layer adds to the tokens, over all devices."""
+        return self.sums[part](contribution) if part in self.sums else contribution
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,18 @@ class Metadata:
         if not 0 < value < 2**31:
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a positive number")
         return value
+
+
+@dataclass(frozen=True)
+class Shares(Generic[T]):
+    """How several devices share the layers of a model."""
+
+    parts: list[T]
+    """The architecture as each device sees it: with its number of heads."""
+    cuts: Mapping[str, Cut]
+    """How weights are cut, by pattern of their names."""
+    summed: frozenset[str]
+    """The parts of a layer whose contributions are added up: ``attention``, ``feed_forward``."""
 
 
 class Architecture(ABC):
@@ -135,6 +156,16 @@ class Architecture(ABC):
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
+
+    def shares(self, n: int) -> Shares[Self]:
+        """How ``n`` devices share the layers.
+
+        Raises
+        ------
+        ValueError
+            If they cannot, or the model is too small.
+        """
+        raise ValueError(f"models of architecture {self.name!r} cannot be shared by several devices, layer by layer")
 
     @property
     def output_tensor(self) -> str:

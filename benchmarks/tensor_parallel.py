@@ -1,0 +1,225 @@
+"""Layers shared by two GPUs, beside one GPU with all of them: tokens one by one, prompts, and where the time goes.
+
+    python -m benchmarks.tensor_parallel [--small] [--shapes 8B,70B] [--dtype q8_0] [DEVICE DEVICE ...]
+
+The weights are random, made on the fly: ``8B`` is a whole model of that shape (7.7 GB in Q8_0), ``70B`` eight of 80
+layers. ``--small`` is for software devices, whose figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import ggml_cffi as ggml
+from benchmarks import save
+from ggml_cffi import c, dtypes
+from ggml_cffi.models.llama import Llama
+from ggml_cffi.parallel import Program
+from ggml_cffi.parallel.tensor_runner import TensorRunner
+
+# layers, embedding, feed-forward, heads, KV heads, vocabulary
+SHAPES = {
+    "8B": (32, 4096, 14336, 32, 8, 32000),
+    "70B": (8, 8192, 28672, 64, 8, 1024),
+    "small": (2, 256, 512, 4, 2, 256),
+}
+HEAD_SIZES = {"8B": 128, "70B": 128, "small": 64}
+
+
+class Shape(Llama):
+    """A llama model of given sizes that has no file."""
+
+    def __init__(self, name: str, dtype: ggml.Type) -> None:
+        self.n_layers, self.n_embd, self.n_ff, self.n_heads, self.n_kv_heads, self.n_vocab = SHAPES[name]
+        self.head_size = self.v_size = self.n_rot = HEAD_SIZES[name]
+        self.kv_sizes = (self.n_kv_heads * self.head_size, self.n_kv_heads * self.v_size)
+        self.eps, self.rope_base, self.rope_scale, self.n_ctx_train = 1e-5, 500000.0, 1.0, 8192
+        self.dtype = dtype
+        self.file: Any = SimpleNamespace(tensors={"output.weight": None}, path=name)
+        self.shapes = dict(self.expected_tensors())
+
+    def info(self, name: str) -> Any:
+        return SimpleNamespace(dtype=self.dtype)
+
+    def weights(self) -> dict[str, Any]:
+        """Random weights by name."""
+        return {
+            name: Random(self.dtype, shape) if len(shape) == 2 else np.ones(shape, np.float32)
+            for name, shape in self.shapes.items()
+        }
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of what a token is multiplied with."""
+        rows = (s for name, s in self.shapes.items() if len(s) == 2 and name != "token_embd.weight")
+        return sum(s[0] * dtypes.row_size(self.dtype, s[1]) for s in rows)
+
+
+class Random(ggml.GGUFTensor):
+    """A weight as if from a file, with random values."""
+
+    def __init__(self, dtype: ggml.Type, shape: tuple[int, ...]) -> None:
+        super().__init__(SimpleNamespace(), SimpleNamespace(dtype=dtype, shape=shape, name="random"))  # type: ignore[arg-type]
+
+    def raw(self) -> np.ndarray:
+        return _random(self.dtype, self.shape)
+
+
+@cache
+def _random(dtype: ggml.Type, shape: tuple[int, ...]) -> np.ndarray:
+    tile = np.random.default_rng(0).standard_normal((64, shape[-1]), np.float32) / np.sqrt(shape[-1])
+    return np.resize(
+        dtypes.to_bytes(tile, dtype).reshape(-1).view(np.uint8), prod(shape[:-1]) * dtypes.row_size(dtype, shape[-1])
+    )
+
+
+def step(model: TensorRunner, ids: np.ndarray, at: int) -> np.ndarray:
+    """Logits of the last of ``ids`` at positions from ``at`` on."""
+    n = len(ids)
+    positions = np.arange(at, at + n)
+    n_kv = min(-(-(at + n) // 256) * 256, model.n_ctx)
+    mask = np.where(np.arange(n_kv) <= positions[:, None], np.float16(0), np.float16(-np.inf))
+    return model.logits(ids, positions.astype(np.int32), positions, mask, np.array([n - 1], np.int32))
+
+
+def best(run: Callable[[], Any], rounds: int) -> float:
+    """Microseconds of the quickest of some rounds, after two that do not count."""
+    run(), run()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return 1e6 * min(found)
+
+
+@contextmanager
+def threads(model: TensorRunner, on: bool) -> Iterator[None]:
+    """Each device with a thread of its own, or one for all."""
+    driver = model.group.driver
+    before, driver.threads = driver.threads, on
+    try:
+        yield
+    finally:
+        driver.threads = before
+
+
+def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
+    """Microseconds of one run, by part."""
+    driver, graphs = model.group.driver, program.graphs
+    n, steps = len(graphs), len(graphs[0])
+    compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
+    found: dict[str, float] = {"steps": steps}
+
+    def hand_out(r: int) -> float:
+        start = time.perf_counter()
+        for graph in graphs[r]:
+            compute(driver.backends[r].ptr, graph)
+        taken = time.perf_counter() - start
+        synchronize(driver.backends[r].ptr)
+        return taken
+
+    def in_steps(r: int) -> None:
+        for graph in graphs[r]:
+            compute(driver.backends[r].ptr, graph)
+            synchronize(driver.backends[r].ptr)
+
+    for r in range(n):
+        found[f"device {r} alone, without waiting"] = best(lambda r=r: hand_out(r), rounds)
+        found[f"device {r} alone, handing out"] = 1e6 * min(hand_out(r) for _ in range(rounds))
+        found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
+    for name, on in (("in turns", False), ("a thread each", True)):
+        if n > 1 or not on:
+            with threads(model, on):
+                found[f"all, {name}"] = best(lambda: driver.run(graphs), rounds)
+                found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
+    return found
+
+
+def measure(shape: Shape, devices: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+    """Figures of one model on some devices, and its logits after a prompt and a token."""
+    start = time.perf_counter()
+    found: dict[str, Any] = {"devices": devices}
+    with TensorRunner(shape, devices, 1024, half_above=args.half_above, weights=shape.weights()) as model:
+        found["load_s"] = time.perf_counter() - start
+        rng = np.random.default_rng(1)
+        prompt = rng.integers(0, shape.n_vocab, args.prompt).astype(np.int32)
+        token = prompt[:1]
+        start = time.perf_counter()
+        step(model, prompt, 0)
+        logits = step(model, token, args.prompt)
+        found["first_s"] = time.perf_counter() - start
+        modes = [("", False)] if len(devices) == 1 else [(", in turns", False), (", a thread each", True)]
+        for name, on in modes:
+            with threads(model, on):
+                found[f"decode us/token{name}"] = us = best(lambda: step(model, token, args.prompt), args.rounds)
+                found[f"decode tokens/s{name}"] = 1e6 / us
+                us = best(lambda: step(model, prompt, 0), max(args.rounds // 8, 2))
+                found[f"prompt tokens/s{name}"] = 1e6 * args.prompt / us
+        prompted, decoded = model.programs[-2:]
+        if prompted.inputs[0][0].shape == (1,):
+            prompted, decoded = decoded, prompted
+        found["nodes"] = [sum(len(g) for g in plan.graphs) for plan in decoded.plans]
+        found["decode, us"] = breakdown(model, decoded, args.rounds)
+        found["prompt, us"] = breakdown(model, prompted, max(args.rounds // 8, 2))
+        found["graphs computed"] = model.group.driver.computed
+    return found, logits
+
+
+def show(result: dict[str, Any], indent: str = "    ") -> None:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "    ")
+        else:
+            print(f"{indent}{name:44}" + (f"{value:14,.2f}" if isinstance(value, float) else f" {value}"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("devices", nargs="*", help="GPUs (default: the first two)")
+    parser.add_argument("--shapes", default="8B,70B", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="q8_0")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens")
+    parser.add_argument("--rounds", type=int, default=64)
+    parser.add_argument("--half-above", type=int, help="bytes beyond which partial sums travel as F16")
+    parser.add_argument("--small", action="store_true", help="a tiny model, few rounds")
+    args = parser.parse_args()
+    if args.small:
+        args.shapes, args.prompt, args.rounds = "small", 16, 3
+    devices = args.devices or [d.name for d in ggml.devices() if not d.is_cpu][:2]
+    if not devices:
+        parser.error("there is no GPU; GGML_VK_VISIBLE_DEVICES=0,0 makes two of one, software devices included")
+    result: dict[str, Any] = {"devices": [f"{d}: {ggml.device(d).description}" for d in devices]}
+    for name in args.shapes.split(","):
+        shape = Shape(name, dtypes.as_type(args.dtype))
+        print(f"{name}, {args.dtype}: {shape.n_layers} layers, {shape.layer_bytes / 1e9:.2f} GB a token")
+        one, expected = measure(shape, devices[:1], args)
+        print("  one GPU")
+        show(one)
+        result[name] = {"one": one}
+        if len(devices) == 1:
+            continue
+        several, got = measure(shape, devices, args)
+        error = float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+        print(f"  {len(devices)} GPUs (logits differ by {error:.2e} of their norm)")
+        show(several)
+        ratios = {key: value / one[key.split(",")[0]] for key, value in several.items() if "tokens/s" in key}
+        print("  of one GPU's speed")
+        show(ratios)
+        result[name] |= {"several": several, "ratios": ratios, "error": error}
+    print(save("tensor_parallel", result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
