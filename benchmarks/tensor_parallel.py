@@ -22,7 +22,9 @@ import numpy as np
 import ggml_cffi as ggml
 from benchmarks import save
 from ggml_cffi import c, dtypes
+from ggml_cffi.models.decoder import Rope
 from ggml_cffi.models.llama import Llama
+from ggml_cffi.models.runner import Batch
 from ggml_cffi.parallel import Program
 from ggml_cffi.parallel.tensor_runner import TensorRunner
 
@@ -40,9 +42,10 @@ class Shape(Llama):
 
     def __init__(self, name: str, dtype: ggml.Type) -> None:
         self.n_layers, self.n_embd, self.n_ff, self.n_heads, self.n_kv_heads, self.n_vocab = SHAPES[name]
-        self.head_size = self.v_size = self.n_rot = HEAD_SIZES[name]
+        self.head_size = self.v_size = HEAD_SIZES[name]
         self.kv_sizes = (self.n_kv_heads * self.head_size, self.n_kv_heads * self.v_size)
-        self.eps, self.rope_base, self.rope_scale, self.n_ctx_train = 1e-5, 500000.0, 1.0, 8192
+        self.eps, self.scale, self.n_ctx_train = 1e-5, self.head_size**-0.5, 8192
+        self.rope = Rope(self.rope_mode, self.head_size, 500000.0)
         self.dtype = dtype
         self.file: Any = SimpleNamespace(tensors={"output.weight": None}, path=name)
         self.shapes = dict(self.expected_tensors())
@@ -86,9 +89,8 @@ def step(model: TensorRunner, ids: np.ndarray, at: int) -> np.ndarray:
     """Logits of the last of ``ids`` at positions from ``at`` on."""
     n = len(ids)
     positions = np.arange(at, at + n)
-    n_kv = min(-(-(at + n) // 256) * 256, model.n_ctx)
-    mask = np.where(np.arange(n_kv) <= positions[:, None], np.float16(0), np.float16(-np.inf))
-    return model.logits(ids, positions.astype(np.int32), positions, mask, np.array([n - 1], np.int32))
+    mask = np.where(np.arange(model.n_kv(at + n)) <= positions[:, None], np.float16(0), np.float16(-np.inf))
+    return model.run(Batch(ids, positions.astype(np.int32), positions, mask, np.array([n - 1], np.int32)))
 
 
 def best(run: Callable[[], Any], rounds: int) -> float:

@@ -184,22 +184,58 @@ class Tensor:
             raise ValueError(f"{self!r} takes an array of shape {self.shape}, not {array.shape}")
         self.set_bytes(dtypes.to_bytes(array, self.dtype))
 
-    def set_bytes(self, data: Any) -> None:
-        """Write the raw bytes of all elements, as they lie in memory (``nbytes`` of them, any buffer object)."""
+    def set_bytes(self, data: Any, offset: int | None = None) -> None:
+        """Write raw bytes, as they lie in memory.
+
+        Parameters
+        ----------
+        data
+            Any buffer object: ``nbytes`` of them, or with ``offset`` fewer.
+        offset
+            Where they go, in bytes from the start of the data. Default: they are all.
+
+        Raises
+        ------
+        ValueError
+            If they are too many or too few, or as :meth:`set`.
+        """
         view = c.ffi.from_buffer(data)
         keep = self.check_writable()
         root = self._root()
         if not self.is_contiguous:
             raise ValueError(f"{self!r} is not contiguous: write to the tensor that it is a view of")
-        if len(view) != self.nbytes:
-            raise ValueError(f"{self!r} takes {self.nbytes} bytes, not {len(view)}")
+        start = offset or 0
+        if start < 0 or (len(view) != self.nbytes if offset is None else start + len(view) > self.nbytes):
+            raise ValueError(f"{self!r} takes {self.nbytes} bytes, not {len(view)} from byte {start}")
         if self.dtype in dtypes.INTEGERS:
             self.check_limit(np.frombuffer(data, np.uint8))
         if len(view):
             # Through the tensor that owns the memory: a view made before it had any has no address of its own.
             with self._transfer(root):
-                c.ggml_backend_tensor_set(root, view, self._offset(), len(view))
+                c.ggml_backend_tensor_set(root, view, self._offset() + start, len(view))
         del keep
+
+    def get_bytes(self, offset: int = 0, size: int | None = None) -> npt.NDArray[np.uint8]:
+        """Raw bytes, as they lie in memory: ``size`` of them from ``offset``, default all.
+
+        Raises
+        ------
+        ValueError
+            If there are not so many, or as :meth:`numpy`.
+
+        C: ``ggml_backend_tensor_get``.
+        """
+        keep = self.check_readable()
+        n = self.nbytes - offset if size is None else size
+        if offset < 0 or n < 0 or offset + n > self.nbytes:
+            raise ValueError(f"{self!r} has {self.nbytes} bytes, not {n} from byte {offset}")
+        out = np.empty(n, np.uint8)
+        root = self._root()
+        if n:
+            with self._transfer(root):
+                c.ggml_backend_tensor_get(root, c.ffi.from_buffer(out), self._offset() + offset, n)
+        del keep
+        return out
 
     def numpy(self, *, copy: bool = True) -> npt.NDArray[Any]:
         """The values, of the tensor's shape; ``float32`` where numpy has no such type.

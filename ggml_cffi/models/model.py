@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,47 +13,53 @@ import numpy.typing as npt
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.device import Device, devices
+from ggml_cffi.dtypes import as_type
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
+from ggml_cffi.models.gemma3 import Gemma3
+from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
 from ggml_cffi.models.llama import Llama
+from ggml_cffi.models.perplexity import Perplexity, perplexity
+from ggml_cffi.models.qwen2 import Qwen2
+from ggml_cffi.models.qwen3 import Qwen3
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
+from ggml_cffi.models.text import Pieces, pieces, stop_strings
 from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
 
 #: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Llama,)}
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Gemma3, Llama, Qwen2, Qwen3)}
+
+#: Messages of one chat.
+Chat = Sequence[Message]
 
 _DEFAULT_CTX = 4096
 
 
-@dataclass
-class Timings:
-    """Counts and seconds of the last call of ``generate``."""
+class Options(TypedDict, total=False):
+    """What :meth:`Model.generate` takes besides the prompt and the number of tokens."""
 
-    prompt_tokens: int = 0
-    prompt_seconds: float = 0.0
-    decoded_tokens: int = 0
-    decode_seconds: float = 0.0
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Decoded tokens per second."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    seed: int | None
+    stop: str | Sequence[str] | None
+    reuse: bool
+    at_once: int
 
 
 class Model(Closing):
     """A model on its devices. Made by :func:`load`; a context manager.
 
-    One call of :meth:`forward` or :meth:`generate` at a time: they share one cache.
+    Calls from several threads share its runs and its cache: several texts grow at once.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Model(Closing):
         backends: list[Backend],
         n_ctx: int,
         n_batch: int,
+        kv_dtype: Type | None,
         progress: Progress | None,
     ) -> None:
         self._file, self._backends = file, backends
@@ -72,11 +78,13 @@ class Model(Closing):
         self.n_ctx = n_ctx
         """Most tokens of prompt and answer together."""
         self.n_batch = min(n_batch, n_ctx)
-        """Most prompt tokens computed at once."""
+        """Most tokens computed at once."""
         self.timings = Timings()
-        """Of the last call of :meth:`generate`."""
+        """Of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
-        self._runner = Runner(architecture, backends, n_ctx, self.n_batch, progress)
+        self._runner = Runner(architecture, backends, n_ctx, self.n_batch, kv_dtype, progress)
+        software = any("llvmpipe" in b.device.description for b in backends)
+        self._generator = Generator(self._runner, n_ctx, one_by_one=software)
 
     # ------------------------------------------------------------------ text
 
@@ -127,7 +135,7 @@ class Model(Closing):
     # ------------------------------------------------------------------ numbers
 
     def forward(self, tokens: Iterable[int], *, last: bool = False) -> npt.NDArray[np.float32]:
-        """Logits for ``tokens`` from an empty cache.
+        """Logits for ``tokens``, as a text of their own.
 
         Parameters
         ----------
@@ -147,56 +155,99 @@ class Model(Closing):
             If there are no tokens, more than fit the context, or ids out of range.
         """
         ids = self._checked(tokens)
-        runner = self._runner
-        turn = runner.begin()
         if last:
-            return runner.feed(turn, ids)
-        return np.concatenate([runner.step(turn, batch, at, len(batch)) for batch, at in runner.batches(ids)])
+            last_row: npt.NDArray[np.float32] = self._generator.logits(ids, 1)[0]
+            return last_row
+        return self._generator.logits(ids, len(ids))
 
+    def perplexity(
+        self, text: str | Iterable[int], *, n_ctx: int = 512, progress: Progress | None = None
+    ) -> Perplexity:
+        """How well the model foretells a text: see :func:`~ggml_cffi.models.perplexity.perplexity`."""
+        ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
+        return perplexity(self._generator, ids, min(n_ctx, self.n_ctx), self._bos(), progress)
+
+    def _bos(self) -> int | None:
+        kind = self._file.metadata.get("tokenizer.ggml.model", "no_vocab")
+        return self.tokenizer.bos if kind != "no_vocab" and self.tokenizer.add_bos else None
+
+    # ------------------------------------------------------------------ texts that grow
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Chat, max_tokens: int | None = None, **options: Unpack[Options]
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str] | Sequence[Chat], max_tokens: int | None = None, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, str]]: ...
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: str | Chat | Sequence[str] | Sequence[Chat],
         max_tokens: int | None = None,
         *,
         temperature: float = 0.0,
         top_k: int = 40,
         top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
         seed: int | None = None,
-    ) -> Iterator[str]:
+        stop: str | Sequence[str] | None = None,
+        reuse: bool = True,
+        at_once: int = 16,
+    ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """Continue a text, or answer a chat; yields pieces of text as they are decided.
+
+        Closing the iterator, or leaving it, ends the text.
 
         Parameters
         ----------
         prompt
-            Text, or messages for the model's chat template.
+            Text, or messages for the model's chat template. Several of either in a list are computed together,
+            ``at_once`` of them in each run; the iterator then yields pairs of a prompt's number and a piece, in the
+            order in which they come.
         max_tokens
-            Most tokens to add; default until the model ends, or the context is full.
-        temperature, top_k, top_p, seed
-            See :class:`~ggml_cffi.models.sampling.Sampler`. Temperature 0 is greedy.
+            Most tokens to add to each; default until the model ends, or the context is full.
+        temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
+            See :class:`~ggml_cffi.models.sampling.Sampler`. Temperature 0 is greedy. Of several texts each has a seed
+            of its own: ``seed`` plus its number.
+        stop
+            A text ends before any of these strings.
+        reuse
+            Take keys and values of the prompt's beginning from the cache where an earlier text has left them.
+        at_once
+            Most texts of a list that grow at once.
 
         Raises
         ------
         ValueError
-            If the prompt does not fit the context, or a parameter is out of range. Raised by the call itself.
-        GgmlError
-            While iterating, if another call on this model came between.
+            If a prompt does not fit the context, or a parameter is out of range. Raised by the call itself.
+        ClosedError
+            While iterating, if the model is closed.
         """
-        text = prompt if isinstance(prompt, str) else self.apply_chat_template(prompt)
-        return self._texts(
-            self.generate_tokens(
-                self.tokenize(text), max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-            )
-        )
+        stops = stop_strings(stop)
 
-    def _texts(self, tokens: Iterator[int]) -> Iterator[str]:
-        stream = self.tokenizer.stream()
-        for token in tokens:
-            piece = stream.push(token)
-            if piece:
-                yield piece
-        rest = stream.finish()
-        if rest:
-            yield rest
+        def request(text: str | Chat, number: int) -> Request:
+            ids = self._checked(self.tokenize(text if isinstance(text, str) else self.apply_chat_template(text)))
+            own = seed if seed is None else seed + number
+            sampler = Sampler(
+                temperature,
+                top_k,
+                top_p,
+                own,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                repeat_last_n=repeat_last_n,
+            )
+            return Request(ids, sampler, self._most(max_tokens), self.tokenizer.ends, reuse)
+
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+            return pieces(self._follow(request(prompt, 0)), self.tokenizer, stops)  # type: ignore[arg-type]
+        if at_once < 1:
+            raise ValueError(f"at_once must be at least 1, not {at_once}")
+        requests = [request(one, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
+        return self._several(requests, at_once, stops)
 
     def generate_tokens(
         self,
@@ -206,37 +257,61 @@ class Model(Closing):
         temperature: float = 0.0,
         top_k: int = 40,
         top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
         seed: int | None = None,
         stop_at_end: bool = True,
+        reuse: bool = True,
     ) -> Iterator[int]:
         """As :meth:`generate`, from and to token ids. ``stop_at_end=False`` goes on after an end token."""
-        sampler = Sampler(temperature, top_k, top_p, seed)
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
-        ids = self._checked(tokens)
+        sampler = Sampler(
+            temperature, top_k, top_p, seed, min_p=min_p, repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n
+        )
+        ids, most = self._checked(tokens), self._most(max_tokens)
         ends = self.tokenizer.ends if stop_at_end else frozenset[int]()
-        return self._decode(ids, max_tokens, sampler, ends)
+        return self._follow(Request(ids, sampler, most, ends, reuse))
 
-    def _decode(self, ids: list[int], max_tokens: int | None, sampler: Sampler, ends: frozenset[int]) -> Iterator[int]:
-        runner = self._runner
-        turn = runner.begin()
-        timings = self.timings = Timings(prompt_tokens=len(ids))
-        start = time.perf_counter()
-        logits = runner.feed(turn, ids)
-        timings.prompt_seconds = time.perf_counter() - start
-        at = len(ids)
-        for _ in range(self.n_ctx - at + 1 if max_tokens is None else max_tokens):
-            token = sampler(logits)
-            if token in ends:
-                return
-            yield token
-            if at >= self.n_ctx:
-                return
-            start = time.perf_counter()
-            logits = runner.step(turn, [token], at, 1)[0]
-            timings.decode_seconds += time.perf_counter() - start
-            timings.decoded_tokens += 1
-            at += 1
+    def _follow(self, request: Request) -> Stream[int]:
+        self.timings = timings = Timings()
+        yield from follow(self._generator, request, timings)
+
+    def _several(self, requests: list[Request], at_once: int, stops: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        texts = [Pieces(self.tokenizer, stops) for _ in requests]
+        self.timings = timings = Timings()
+        with closing(follow_many(self._generator, requests, at_once, timings)) as tokens:
+            for number, token in tokens:
+                text = texts[number]
+                piece = text.finish() if token is None else text.push(token)
+                if piece:
+                    yield number, piece
+                if text.stopped:
+                    requests[number].end()
+
+    def _most(self, max_tokens: int | None) -> int:
+        if max_tokens is None:
+            return self.n_ctx + 1
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
+        return max_tokens
+
+    # ------------------------------------------------------------------ the cache
+
+    @property
+    def cached(self) -> list[list[int]]:
+        """Texts that are done and still in the cache, the latest last: their tokens.
+
+        A later text that begins with the same tokens takes them over.
+        """
+        with self._generator.lock:
+            self._generator.settle()
+            return [list(ids) for ids in self._generator.kept.values()]
+
+    def clear_cache(self) -> None:
+        """Forget what :attr:`cached` lists."""
+        with self._generator.lock:
+            self._generator.settle()
+            self._generator.drop_all()
 
     # ------------------------------------------------------------------ the rest
 
@@ -270,7 +345,7 @@ class Model(Closing):
 
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        for part in (self._runner, *self._backends, self._file):
+        for part in (self._generator, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:
@@ -284,6 +359,7 @@ def load(
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
+    kv_dtype: Type | str | None = None,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -301,7 +377,10 @@ def load(
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch
-        Most prompt tokens computed at once.
+        Most tokens computed at once.
+    kv_dtype
+        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts. Default F16; on
+        the CPU values are F32, since its attention sums in their type.
     n_threads
         Threads of the CPU; default all that this process may use.
     progress
@@ -322,6 +401,7 @@ def load(
         raise ValueError(f"split {split!r} is not known; 'layer' is")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
+    kind = None if kv_dtype is None else as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:
@@ -330,7 +410,7 @@ def load(
         if n_ctx is not None and not 1 <= n_ctx <= limit:
             raise ValueError(f"n_ctx must be 1 to {limit}, the context that the model was trained for, not {n_ctx}")
         backends = _backends(devices, n_threads)
-        return Model(file, architecture, backends, n_ctx or min(limit, _DEFAULT_CTX), n_batch, progress)
+        return Model(file, architecture, backends, n_ctx or min(limit, _DEFAULT_CTX), n_batch, kind, progress)
     except BaseException:
         for backend in backends:
             backend.close()
@@ -342,7 +422,8 @@ def _architecture(file: GGUFFile) -> Architecture:
     name: Any = file.metadata.get("general.architecture")
     cls = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {', '.join(ARCHITECTURES)} is")
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {known} are")
     return cls(file)
 
 

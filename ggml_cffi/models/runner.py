@@ -1,11 +1,9 @@
-"""Runs a model's graph: token ids at positions in, logits out."""
+"""Runs a model's graph: tokens and what they may look at in, logits or hidden states out."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +12,32 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError, GgmlError
+from ggml_cffi.errors import ClosedError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture, Inputs
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
-_FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for up to so many columns
-_KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
+KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens to compute in one run."""
+
+    tokens: npt.NDArray[np.int32]
+    """Ids, ``(n,)``."""
+    positions: npt.NDArray[np.int32]
+    """Positions in their texts, ``(n,)``."""
+    rows: npt.NDArray[np.int64]
+    """Cache rows for their keys and values, ``(n,)``."""
+    mask: npt.NDArray[np.float16]
+    """What they may look at, ``(n, n_kv)``."""
+    wanted: npt.NDArray[np.int32]
+    """Those of them whose results are wanted, ``(n_out,)``."""
+    near: npt.NDArray[np.float16] | None = None
+    """As ``mask``, for layers with a sliding window."""
 
 
 @dataclass
@@ -33,7 +48,7 @@ class _Run(Closing):
     context: Context
     inputs: Inputs
     graph: Graph
-    logits: Tensor
+    result: Tensor
 
     def close(self) -> None:
         self.graph.close()
@@ -41,28 +56,39 @@ class _Run(Closing):
 
 
 class Runner(Closing):
-    """Weights, caches and scheduler of one model, and the graph that was run last.
+    """Weights, cache and scheduler of one model, and the graph that was run last.
 
-    The cache holds one sequence. Whoever computes into it takes a turn with :meth:`begin`; a turn ends when the next
-    one begins, so that two callers cannot mix their tokens.
+    One call at a time: whoever shares a runner between threads holds a lock around each.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    backends
+        The preferred first, the CPU last.
+    n_rows
+        Rows of the KV cache.
+    n_batch
+        Most tokens of one run.
+    kv_dtype
+        Type of keys and values in the cache; default as :func:`~ggml_cffi.models.weights.cache_types`.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         backends: list[Backend],
-        n_ctx: int,
+        n_rows: int,
         n_batch: int,
-        progress: Progress | None,
+        kv_dtype: Type | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch
-        self._gpu = not backends[0].device.is_cpu
-        self._rows = -(-n_ctx // _KV_STEP) * _KV_STEP
-        self._lock = threading.Lock()
-        self._turn = 0
+        self.n_rows = -(-n_rows // KV_STEP) * KV_STEP
+        """Rows of the cache: a multiple of :data:`KV_STEP`."""
         self._run: _Run | None = None
         self._scheduler: Scheduler | None = None
-        self.weights = Weights(architecture, backends, self._rows, progress=progress)
+        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress)
         try:
             self._scheduler = Scheduler(backends)
             self._reserve()
@@ -82,60 +108,34 @@ class Runner(Closing):
             raise ClosedError("this model is closed")
         return self._scheduler
 
-    def begin(self) -> int:
-        """Take a turn: an empty cache, and a number for :meth:`feed` and :meth:`step`."""
-        with self._lock:
-            self._turn += 1
-            return self._turn
+    def n_kv(self, end: int) -> int:
+        """How many cache rows a run looks at whose last row in use is before ``end``."""
+        return min(-(-max(end, 1) // KV_STEP) * KV_STEP, self.n_rows)
 
-    def batches(self, ids: list[int]) -> Iterator[tuple[list[int], int]]:
-        """``ids`` in parts of about equal size, at most ``n_batch`` each, with their positions.
-
-        A few tokens go one by one where there is a GPU: every small batch size is a set of shaders of its own, which
-        the driver compiles for seconds; those for one token are needed anyway.
-        """
-        n = len(ids)
-        parts = n if self._gpu and n <= _FEW_TOKENS else -(-n // self.n_batch)
-        edges = [n * i // parts for i in range(parts + 1)]
-        for start, end in pairwise(edges):
-            yield ids[start:end], start
-
-    def feed(self, turn: int, ids: list[int]) -> npt.NDArray[np.float32]:
-        """Compute ``ids`` from the start of the cache; the last one's logits ``(n_vocab,)``."""
-        logits = np.empty((1, 0), np.float32)
-        for batch, start in self.batches(ids):
-            logits = self.step(turn, batch, start, 1)
-        last: npt.NDArray[np.float32] = logits[0]
-        return last
-
-    def step(self, turn: int, ids: list[int], at: int, n_out: int) -> npt.NDArray[np.float32]:
-        """One run over ``ids`` at positions from ``at``; logits of the last ``n_out``: ``(n_out, n_vocab)``."""
-        with self._lock:
-            self.scheduler  # noqa: B018 - raises when closed
-            if turn != self._turn:
-                raise GgmlError("another forward or generate call has used this model's cache meanwhile")
-            n = len(ids)
-            n_kv = min(-(-(at + n) // _KV_STEP) * _KV_STEP, self._rows)
-            run = self._prepared((n, n_kv, n_out))
-            positions = np.arange(at, at + n)
-            inputs = run.inputs
-            inputs.tokens.set(np.asarray(ids, np.int32))
-            inputs.positions.set(positions.astype(np.int32))
-            inputs.rows.set(positions)
-            inputs.mask.set(np.where(np.arange(n_kv) <= positions[:, None], np.float16(0), np.float16(-np.inf)))
-            inputs.wanted.set(np.arange(n - n_out, n, dtype=np.int32))
-            self.scheduler.compute(run.graph)
-            logits: npt.NDArray[np.float32] = run.logits.numpy()
-            return logits
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted."""
+        run = self._prepared((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
+        inputs = run.inputs
+        inputs.tokens.set(batch.tokens)
+        inputs.positions.set(batch.positions)
+        inputs.rows.set(batch.rows)
+        inputs.mask.set(batch.mask)
+        inputs.wanted.set(batch.wanted)
+        if inputs.near is not None:
+            inputs.near.set(batch.near if batch.near is not None else batch.mask)
+        self.scheduler.compute(run.graph)
+        result: npt.NDArray[np.float32] = run.result.numpy()
+        return result
 
     def _prepared(self, key: tuple[int, int, int]) -> _Run:
-        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` logits, allocated; the last one is kept."""
+        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
+        scheduler = self.scheduler
         if self._run is not None and self._run.key == key:
             return self._run
         self._drop_run()
         run = self._build(key)
         try:
-            self.scheduler.alloc(run.graph)
+            scheduler.alloc(run.graph)
         except BaseException:
             run.close()
             raise
@@ -144,25 +144,30 @@ class Runner(Closing):
 
     def _build(self, key: tuple[int, int, int]) -> _Run:
         n, n_kv, n_out = key
-        context = Context()
+        architecture, context = self.architecture, Context()
+
+        def given(kind: Type, shape: tuple[int, ...], name: str) -> Any:
+            return context.new_tensor(kind, shape, name=name)
+
         inputs = Inputs(
-            tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
-            positions=context.new_tensor(Type.I32, (n,), name="positions"),
-            rows=context.new_tensor(Type.I64, (n,), name="rows"),
-            mask=context.new_tensor(Type.F16, (n, n_kv), name="mask"),
-            wanted=context.new_tensor(Type.I32, (n_out,), name="wanted"),
+            tokens=given(Type.I32, (n,), "tokens"),
+            positions=given(Type.I32, (n,), "positions"),
+            rows=given(Type.I64, (n,), "rows"),
+            mask=given(Type.F16, (n, n_kv), "mask"),
+            wanted=given(Type.I32, (n_out,), "wanted"),
+            near=given(Type.F16, (n, n_kv), "near") if architecture.window else None,
         )
-        hidden = self.architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
-        logits = self.architecture.logits(self.weights.tensors, hidden)
-        logits.name = "logits"
+        hidden = architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
+        result = architecture.logits(self.weights.tensors, hidden)
+        result.name = "logits"
         # Token ids go where the embeddings are.
         self.scheduler.unplace()
         self.scheduler.place(inputs.tokens, self.scheduler.backends[-1])
-        return _Run(key, context, inputs, Graph(logits), logits)
+        return _Run(key, context, inputs, Graph(result), result)
 
     def _reserve(self) -> None:
         """Make room for the largest prompt batch now, so that too little memory is found while loading."""
-        with self._build((self.n_batch, self._rows, 1)) as run:
+        with self._build((self.n_batch, self.n_rows, 1)) as run:
             sizes = self.scheduler.reserve(run.graph)
         for share in self.weights.shares:
             share.compute_bytes = sizes[share.backend]
@@ -175,10 +180,8 @@ class Runner(Closing):
 
     def close(self) -> None:
         """Free weights, caches and scheduler."""
-        with self._lock:
-            self._turn += 1
-            if self._scheduler is not None:
-                self._drop_run()
-                self._scheduler.close()
-                self._scheduler = None
-            self.weights.close()
+        if self._scheduler is not None:
+            self._drop_run()
+            self._scheduler.close()
+            self._scheduler = None
+        self.weights.close()

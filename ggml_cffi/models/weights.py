@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
-from ggml_cffi.dtypes import row_size
+from ggml_cffi.dtypes import INTEGERS, INTERNAL, block_size, row_size
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFFile, TensorInfo
@@ -20,6 +20,7 @@ Progress = Callable[[int, int], None]
 
 # Share of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
 _USABLE = 0.85
+_NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Weights:
         architecture: Architecture,
         backends: Sequence[Backend],
         n_ctx: int,
-        kv_dtype: Type = Type.F16,
+        kv_dtype: Type | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.architecture = architecture
@@ -100,9 +101,12 @@ class Weights:
             self.context.close()
             raise
 
-    def _place(self, n_ctx: int, kv_dtype: Type) -> None:
+    def _place(self, n_ctx: int, kv_dtype: Type | None) -> None:
         architecture = self.architecture
-        per_layer = sum(n_ctx * row_size(kv_dtype, size) for size in architecture.kv_sizes)
+        if kv_dtype is not None:
+            _check_cache(kv_dtype, architecture.kv_sizes)
+        kinds = [cache_types(s.backend, kv_dtype) for s in self.shares]
+        per_layer = sum(n_ctx * row_size(kv, size) for kv, size in zip(kinds[0], architecture.kv_sizes, strict=True))
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
         # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU.
@@ -120,8 +124,8 @@ class Weights:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
         for layer, target in enumerate(self.where):
             k, v = (
-                self.context.new_tensor(kv_dtype, (n_ctx, size), name=f"cache_{kind}.{layer}")
-                for kind, size in zip("kv", architecture.kv_sizes, strict=True)
+                self.context.new_tensor(kind, (n_ctx, size), name=f"cache_{name}.{layer}")
+                for name, kind, size in zip("kv", kinds[target], architecture.kv_sizes, strict=True)
             )
             self.cache.append(LayerCache(k, v))
             self.shares[target].layers.append(layer)
@@ -166,6 +170,26 @@ class Weights:
         self.tensors.clear()
         self.cache.clear()
         self.context.close()
+
+
+def cache_types(backend: Backend, chosen: Type | None) -> tuple[Type, Type]:
+    """Types of keys and values on a backend.
+
+    By default F16, but for the CPU's values: its flash attention sums in their type, and sums in F16 lose digits.
+    """
+    if chosen is not None:
+        return chosen, chosen
+    return Type.F16, Type.F32 if backend.device.is_cpu else Type.F16
+
+
+def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
+    if kind in _NO_CACHE:
+        raise ValueError(f"kv_dtype {kind.name} cannot hold keys and values; F16, F32, BF16 and quantized types can")
+    block = block_size(kind)
+    if any(size % block for size in sizes):
+        raise ValueError(
+            f"kv_dtype {kind.name} has blocks of {block}: keys and values of {sizes} elements do not fit them"
+        )
 
 
 def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:

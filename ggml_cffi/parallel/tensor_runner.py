@@ -13,6 +13,7 @@ from ggml_cffi.device import Device
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFTensor
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
+from ggml_cffi.models.runner import KV_STEP, Batch
 from ggml_cffi.models.weights import Progress
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Gathered, Rank
@@ -21,7 +22,7 @@ from ggml_cffi.tensor import Tensor
 
 
 class TensorRunner(Closing):
-    """Weights and cache of one model, on several devices.
+    """Weights and cache of one model, on several devices; runs as :class:`~ggml_cffi.models.runner.Runner` does.
 
     Each device has some heads and some of the feed-forward part of every layer, with its part of the cache, and some
     rows of the output head; norms and embeddings are on all.
@@ -32,10 +33,12 @@ class TensorRunner(Closing):
         The model.
     devices
         GPUs, or the CPU alone; default all GPUs.
-    n_ctx
-        Rows of the cache.
+    n_rows
+        Rows of the KV cache.
+    n_batch
+        Most tokens of one run.
     kv_dtype
-        Type of the cache.
+        Type of keys and values in the cache.
     half_above, threads, n_threads
         As for :class:`TensorParallel`.
     weights
@@ -55,55 +58,47 @@ class TensorRunner(Closing):
         self,
         architecture: Architecture,
         devices: Iterable[Device | str] | None = None,
-        n_ctx: int = 4096,
-        *,
+        n_rows: int = 4096,
+        n_batch: int = 512,
         kv_dtype: Type = Type.F16,
+        progress: Progress | None = None,
+        *,
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
         weights: Mapping[str, npt.ArrayLike | GGUFTensor] | None = None,
-        progress: Progress | None = None,
     ) -> None:
-        self.architecture, self.n_ctx = architecture, n_ctx
+        self.architecture, self.n_batch = architecture, n_batch
+        self.n_rows = -(-n_rows // KV_STEP) * KV_STEP
+        """Rows of the cache: a multiple of :data:`KV_STEP`."""
         self.group = TensorParallel(devices, half_above=half_above, threads=threads, n_threads=n_threads)
         """The devices."""
         try:
             self.shares = architecture.shares(len(self.group.devices))
-            """Which device has what."""
+            """How weights are cut, and what is added up."""
             source = _named(architecture) if weights is None else weights
-            self._weights = self.group.weights(source, self.shares.cuts, progress=progress)
+            self.weights = self.group.weights(source, self.shares.cuts, progress=progress)
+            """By name, the part of each device."""
             self._cache = [
-                [
-                    self.group.zeros([(n_ctx, part.kv_sizes[i]) for part in self.shares.parts], kv_dtype)
-                    for i in range(2)
-                ]
-                for _ in range(architecture.n_layers)
+                [self._new_cache(f"blk.{i}.attn_{x}.weight", kv_dtype) for x in "kv"]
+                for i in range(architecture.n_layers)
             ]
             self._compute = self.group.compile(self._trace)
         except BaseException:
             self.close()
             raise
 
-    def logits(
-        self,
-        tokens: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        rows: npt.NDArray[np.int64],
-        mask: npt.NDArray[np.float16],
-        wanted: npt.NDArray[np.int32],
-    ) -> npt.NDArray[np.float32]:
-        """One run over ``n`` tokens.
+    def _new_cache(self, projection: str, dtype: Type) -> list[Tensor]:
+        """For each device rows for as many heads as its projection has."""
+        shapes = [(self.n_rows, w.shape[0]) for w in self.weights[projection]]
+        return self.group.zeros(shapes, dtype, name=f"cache of {projection}")
 
-        Parameters
-        ----------
-        tokens, positions, rows, mask, wanted
-            As in :class:`Inputs`: ids and positions ``(n,)``, rows of the cache ``(n,)``, mask ``(n, n_kv)``, and the
-            tokens whose logits are wanted ``(n_out,)``.
+    def n_kv(self, end: int) -> int:
+        """How many cache rows a run looks at whose last row in use is before ``end``."""
+        return min(-(-max(end, 1) // KV_STEP) * KV_STEP, self.n_rows)
 
-        Returns
-        -------
-        array
-            ``(n_out, n_vocab)``.
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted.
 
         Raises
         ------
@@ -112,17 +107,19 @@ class TensorRunner(Closing):
         ClosedError
             If the model is closed.
         """
-        out: npt.NDArray[np.float32] = self._compute(tokens, positions, rows, mask, wanted)
+        given = [batch.tokens, batch.positions, batch.rows, batch.mask, batch.wanted]
+        if self.architecture.window:
+            given.append(batch.near if batch.near is not None else batch.mask)
+        out: npt.NDArray[np.float32] = self._compute(*given)
         return out
 
     def _trace(self, rank: Rank, *inputs: Tensor) -> Gathered:
-        tokens, positions, rows, mask, wanted = inputs
-        part: Architecture = self.shares.parts[rank]
-        weights = {name: w[rank] for name, w in self._weights.items()}
+        weights = {name: parts[rank] for name, parts in self.weights.items()}
         cache = [LayerCache(k[rank], v[rank]) for k, v in self._cache]
+        names = ("tokens", "positions", "rows", "mask", "wanted", "near")
         sums = dict.fromkeys(self.shares.summed, rank.sum)
-        given = Inputs(tokens, positions, rows, mask, wanted, sums=sums)
-        return rank.gather(part.logits(weights, part.hidden(weights, cache, given)))
+        given = Inputs(**dict(zip(names, inputs, strict=False)), sums=sums)
+        return rank.gather(self.architecture.logits(weights, self.architecture.hidden(weights, cache, given)))
 
     @property
     def programs(self) -> tuple[Program, ...]:

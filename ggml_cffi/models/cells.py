@@ -1,0 +1,82 @@
+"""Which token each row of the KV cache holds, and what each token may look at."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+_FREE = -1
+
+
+class Cells:
+    """The rows of one KV cache, shared by several sequences.
+
+    Keys and values of one token take one row, wherever one is free; a mask says which rows belong to a sequence.
+
+    Parameters
+    ----------
+    n_rows
+        Rows of the cache.
+    """
+
+    def __init__(self, n_rows: int) -> None:
+        self.sequence = np.full(n_rows, _FREE, np.int32)
+        """For each row the sequence whose token it holds, -1 for none."""
+        self.position = np.zeros(n_rows, np.int32)
+        """For each row the position of its token in that sequence."""
+        self.n_free = n_rows
+        """Rows that hold nothing."""
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def end(self) -> int:
+        """The row after the last one in use."""
+        used = np.flatnonzero(self.sequence != _FREE)
+        return int(used[-1]) + 1 if used.size else 0
+
+    def take(self, sequence: int, start: int, n: int) -> npt.NDArray[np.int64]:
+        """The first free rows, for the tokens of ``sequence`` at positions from ``start``: their numbers.
+
+        The caller has seen to it that ``n`` are free.
+        """
+        rows = np.flatnonzero(self.sequence == _FREE)[:n]
+        self.sequence[rows] = sequence
+        self.position[rows] = np.arange(start, start + n)
+        self.n_free -= n
+        return rows.astype(np.int64, copy=False)
+
+    def drop(self, sequence: int, start: int = 0) -> None:
+        """Forget the tokens of ``sequence`` from position ``start`` on."""
+        rows = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
+        self.sequence[rows] = _FREE
+        self.n_free += len(rows)
+
+    def rows(self, sequence: int) -> npt.NDArray[np.int64]:
+        """The rows of a sequence in the order of its positions."""
+        rows = np.flatnonzero(self.sequence == sequence)
+        return rows[np.argsort(self.position[rows])]
+
+    def mask(
+        self, sequences: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], n_kv: int, window: int = 0
+    ) -> npt.NDArray[np.float16]:
+        """What tokens may look at in the first ``n_kv`` rows: 0 for yes, ``-inf`` for no.
+
+        Parameters
+        ----------
+        sequences, positions
+            Of the tokens, ``(n,)`` each. A token sees its own sequence up to itself.
+        window
+            If above 0, only the last so many tokens, itself included.
+
+        Returns
+        -------
+        numpy.ndarray
+            float16 ``(n, n_kv)``.
+        """
+        seen = self.position[:n_kv]
+        allowed = (self.sequence[:n_kv] == sequences[:, None]) & (seen <= positions[:, None])
+        if window:
+            allowed &= seen > positions[:, None] - window
+        return np.where(allowed, np.float16(0), np.float16(-np.inf))

@@ -1,0 +1,483 @@
+"""Continuous batching: several texts grow at once in one KV cache.
+
+There is no thread of its own. Whoever wants a token runs a step, for everybody who wants one at that moment: one caller
+gets the speed of a loop, several callers in several threads share each run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator as IteratorGenerator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from threading import Lock, get_ident
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi._handle import Closing
+from ggml_cffi.errors import ClosedError
+from ggml_cffi.models.cells import Cells
+from ggml_cffi.models.runner import Batch, Runner
+from ggml_cffi.models.sampling import Sampler
+
+_T = TypeVar("_T")
+Stream = IteratorGenerator[_T, None, None]
+
+Logits = npt.NDArray[np.float32]
+
+_PAUSE = 1.0  # seconds without a request after which a text may lose its place in the cache to a later one
+_FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for each number of columns up to this
+
+
+@dataclass
+class Timings:
+    """Counts and seconds of what one call of ``generate`` made.
+
+    A run that several texts share counts whole for each of them.
+    """
+
+    prompt_tokens: int = 0
+    """Tokens of the prompt, those taken from the cache included."""
+    reused_tokens: int = 0
+    """Tokens of the prompt whose keys and values an earlier text had left in the cache."""
+    prompt_seconds: float = 0.0
+    decoded_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def add(self, n: int, seconds: float, *, decoded: bool) -> None:
+        """Count a run of ``n`` tokens."""
+        if decoded:
+            self.decode_seconds += seconds
+            self.decoded_tokens += n
+        else:
+            self.prompt_seconds += seconds
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens computed per second."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Decoded tokens per second."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(eq=False)
+class Growing:
+    """A text that grows: what is known of it, and how far the cache has it."""
+
+    ids: list[int]
+    """The prompt's tokens, and those made since."""
+    sampler: Sampler
+    n_prompt: int
+    sequence: int = -1
+    """Its number in the cache, -1 while it has no place there."""
+    n_cached: int = 0
+    """Tokens whose keys and values are in the cache."""
+    n_taken: int = 0
+    """Tokens that the caller has got, the prompt's included."""
+    wanting: bool = False
+    """Whether a caller waits for the next token."""
+    asked: tuple[int, float] = (0, 0.0)
+    """The thread that asked for a token last, and when."""
+    behind: Growing | None = None
+    """The text that pushed it out of the cache: it comes back when that one pauses or is done."""
+    done: bool = False
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a token is there that the caller has not got."""
+        return self.n_taken < len(self.ids)
+
+    def ask(self) -> None:
+        """Say that the caller waits for the next token."""
+        self.asked = get_ident(), time.monotonic()
+        self.wanting = True
+
+    def take(self) -> int:
+        """The next token, which is ready."""
+        self.wanting = False
+        self.n_taken += 1
+        return self.ids[self.n_taken - 1]
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the caller does something else: asks for another text's token, or has not asked for a while."""
+        if self.wanting:
+            return False
+        thread, when = self.asked
+        return thread == get_ident() or time.monotonic() - when > _PAUSE
+
+    @property
+    def stands_aside(self) -> bool:
+        """Whether it needs no more room for now."""
+        return self.done or self.pauses
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known but not computed."""
+        return len(self.ids) - self.n_cached
+
+
+class Generator(Closing):
+    """All texts that grow in one model's cache.
+
+    Parameters
+    ----------
+    runner
+        The model.
+    n_ctx
+        Most tokens of one text.
+    one_by_one
+        Compute a prompt of a few tokens one by one: software devices compile shaders for each small number of tokens,
+        for minutes.
+    """
+
+    def __init__(self, runner: Runner, n_ctx: int, *, one_by_one: bool = False) -> None:
+        self.runner, self.n_ctx = runner, n_ctx
+        self._few = _FEW_TOKENS if one_by_one else 0
+        self.cells = Cells(runner.n_rows)
+        """Who holds which rows of the cache."""
+        self.kept: OrderedDict[int, list[int]] = OrderedDict()
+        """Texts that are done and still in the cache, by sequence, the latest last: their tokens."""
+        self.lock = Lock()
+        """Held during a step, and by whoever else uses the runner."""
+        self._growing: list[Growing] = []
+        self._finished: deque[Growing] = deque()
+        self._last_sequence = 0
+
+    # ------------------------------------------------------------------ one text
+
+    def grow(self, ids: list[int], sampler: Sampler, *, reuse: bool = True, timings: Timings | None = None) -> Growing:
+        """Begin a text. ``reuse`` takes what an earlier text with the same beginning has left in the cache."""
+        text = Growing(list(ids), sampler, len(ids), n_taken=len(ids), timings=timings or Timings())
+        text.timings.prompt_tokens += len(ids)
+        with self.lock:
+            self.runner.scheduler  # noqa: B018 - raises when closed
+            self.settle()
+            if reuse:
+                self._take_over(text)
+            self._growing.append(text)
+        return text
+
+    def next(self, text: Growing) -> int:
+        """The next token of ``text``.
+
+        Raises
+        ------
+        ClosedError
+            If the model or the text was closed.
+        """
+        text.ask()  # before the lock: a step under way in another thread may still take it along
+        try:
+            while not text.ready:
+                self.step(text)
+        finally:
+            text.wanting = False
+        return text.take()
+
+    def finish(self, text: Growing) -> None:
+        """End ``text``. What the cache has of it stays there until the room is needed."""
+        # The garbage collector may call this in any thread, also in the middle of a step: no waiting for locks.
+        if not text.done:
+            text.done = True
+            self._finished.append(text)
+        if self.lock.acquire(blocking=False):
+            try:
+                self.settle()
+            finally:
+                self.lock.release()
+
+    def settle(self) -> None:
+        """Do what :meth:`finish` could not do at once; the caller holds :attr:`lock`."""
+        while self._finished:
+            text = self._finished.popleft()
+            if text in self._growing:
+                self._growing.remove(text)
+                if text.n_cached:
+                    self.kept[text.sequence] = text.ids[: text.n_cached]
+
+    def logits(self, ids: list[int], n_out: int, progress: Callable[[int], None] | None = None) -> Logits:
+        """Logits of the last ``n_out`` of ``ids``, as a text of their own: ``(n_out, n_vocab)``.
+
+        ``progress`` is called with the tokens computed after each run.
+        """
+        found: list[Logits] = []
+        first = len(ids) - n_out
+        with self.lock:
+            sequence = self.free_rows(len(ids))
+            try:
+                for start, end in self._ranges(len(ids)):
+                    found.append(self._range(sequence, ids, start, end, max(first - start, 0)))
+                    if progress is not None:
+                        progress(end)
+            finally:
+                self.cells.drop(sequence)
+        return np.concatenate([part for part in found if len(part)])
+
+    def _range(self, sequence: int, ids: list[int], start: int, end: int, first: int) -> Logits:
+        n = end - start
+        positions = np.arange(start, end, dtype=np.int32)
+        rows = self.cells.take(sequence, start, n)
+        wanted = np.arange(first, n, dtype=np.int32) if first < n else np.array([n - 1], np.int32)
+        logits = self.runner.run(self.batch(ids[start:end], np.full(n, sequence, np.int32), positions, rows, wanted))
+        return logits if first < n else logits[:0]
+
+    def _ranges(self, n: int) -> Iterator[tuple[int, int]]:
+        """``n`` tokens in parts of about equal size."""
+        parts = n if n <= self._few else -(-n // self.runner.n_batch)
+        return pairwise([n * i // parts for i in range(parts + 1)])
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, caller: Growing) -> None:
+        """One run for ``caller`` and everybody else who wants a token. Errors as :meth:`next`."""
+        with self.lock:
+            if caller.done:
+                raise ClosedError("this text is closed, or the model is")
+            if caller.ready:  # another thread's step took it along
+                return
+            self.settle()
+            start = time.perf_counter()
+            parts = self._plan()
+            if parts:
+                logits = self._run(parts)
+                seconds = time.perf_counter() - start
+                for (text, n), row in zip(parts, logits, strict=True):
+                    text.timings.add(n, seconds, decoded=text.n_cached >= text.n_prompt)
+                    text.n_cached += n
+                    if not text.pending:
+                        text.ids.append(text.sampler(row, text.ids))
+                return
+        time.sleep(_PAUSE / 100)  # behind a text whose caller is about to ask again
+
+    def _plan(self) -> list[tuple[Growing, int]]:
+        """Who takes part in the next run, and with how many tokens."""
+        parts: list[tuple[Growing, int]] = []
+        room = self.runner.n_batch
+        chosen = [t for t in self._growing if t.wanting and not t.ready and (t.behind is None or t.behind.stands_aside)]
+        for text in sorted(chosen, key=lambda t: t.pending):  # those that need one token first: they are many and quick
+            n = self._portion(text, room)
+            if n and self._make_room(text, n, parts):
+                text.behind = None
+                parts.append((text, n))
+                room -= n
+        return parts
+
+    def _portion(self, text: Growing, room: int) -> int:
+        """How many of its pending tokens are computed now: equal parts of a long prompt."""
+        pending = text.pending
+        if pending <= self._few:
+            return min(1, room)
+        parts = -(-pending // self.runner.n_batch)
+        n = -(-pending // parts)
+        return n if n <= room else 0 if room < self.runner.n_batch else room
+
+    def _run(self, parts: list[tuple[Growing, int]]) -> Logits:
+        """The logits of the last token of each part."""
+        tokens: list[int] = []
+        sizes = [n for _, n in parts]
+        rows = []
+        for text, n in parts:
+            tokens += text.ids[text.n_cached : text.n_cached + n]
+            rows.append(self.cells.take(text.sequence, text.n_cached, n))
+        positions = np.concatenate([np.arange(t.n_cached, t.n_cached + n, dtype=np.int32) for t, n in parts])
+        sequences = np.repeat(np.array([t.sequence for t, _ in parts], np.int32), sizes)
+        try:
+            return self.runner.run(
+                self.batch(tokens, sequences, positions, np.concatenate(rows), np.cumsum(sizes, dtype=np.int32) - 1)
+            )
+        except BaseException:  # stopped or failed: what the rows hold is not known
+            for text, _ in parts:
+                self.cells.drop(text.sequence, text.n_cached)
+            raise
+
+    def batch(
+        self,
+        tokens: list[int],
+        sequences: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int64],
+        wanted: npt.NDArray[np.int32],
+    ) -> Batch:
+        """A batch with its masks."""
+        n_kv = self.runner.n_kv(self.cells.end)
+        window = self.runner.architecture.window
+        return Batch(
+            np.asarray(tokens, np.int32),
+            positions,
+            rows,
+            self.cells.mask(sequences, positions, n_kv),
+            wanted,
+            self.cells.mask(sequences, positions, n_kv, window) if window else None,
+        )
+
+    # ------------------------------------------------------------------ room in the cache
+
+    def new_sequence(self) -> int:
+        """A number that no sequence has had."""
+        self._last_sequence += 1
+        return self._last_sequence
+
+    def _take_over(self, text: Growing) -> None:
+        """Begin with what the longest common beginning of a kept text has left in the cache."""
+        best, common = -1, 0
+        for sequence, ids in self.kept.items():
+            n = common_length(ids, text.ids[:-1])  # the last token's logits are needed: it is computed in any case
+            if n > common:
+                best, common = sequence, n
+        if best >= 0:
+            del self.kept[best]
+            self.cells.drop(best, common)
+            text.sequence, text.n_cached = best, common
+            text.timings.reused_tokens += common
+
+    def _make_room(self, text: Growing, n: int, parts: list[tuple[Growing, int]]) -> bool:
+        """Free rows for ``n`` more tokens of ``text``, by taking them from texts that are done, pause, or came later.
+
+        False if the room is others': those with ``parts`` in the run, and earlier ones.
+        """
+        if text.sequence < 0:
+            text.sequence = self.new_sequence()
+        needed = n + sum(m for _, m in parts)  # theirs are taken when the run is put together
+        while self.cells.n_free < needed:
+            if self.kept:
+                sequence, _ = self.kept.popitem(last=False)
+                self.cells.drop(sequence)
+                continue
+            running = [t for t, _ in parts]
+            age = self._growing.index(text) if text in self._growing else -1
+            movable = [
+                t
+                for i, t in enumerate(self._growing)
+                if t is not text and t.n_cached and t not in running and (t.pauses or i > age)
+            ]
+            if not movable:
+                return False
+            self._push_out(max(movable, key=lambda t: (t.pauses, self._growing.index(t))), text)
+        return True
+
+    def _push_out(self, text: Growing, by: Growing) -> None:
+        """Take ``text`` from the cache: it is computed anew when there is room again."""
+        self.cells.drop(text.sequence)
+        text.sequence, text.n_cached, text.behind = -1, 0, by
+
+    def free_rows(self, n: int) -> int:
+        """Make ``n`` rows free for something else than a growing text; a number for its sequence.
+
+        The caller holds :attr:`lock`, until it has dropped the sequence.
+        """
+        self.settle()
+        stranger = Growing([], Sampler(), 0)
+        self._make_room(stranger, n, [])
+        return stranger.sequence
+
+    def drop_all(self) -> None:
+        """Take everything from the cache; the caller holds :attr:`lock`."""
+        for sequence in self.kept:
+            self.cells.drop(sequence)
+        self.kept.clear()
+
+    def close(self) -> None:
+        """End all texts, and close the runner."""
+        with self.lock:
+            for text in self._growing:
+                text.done = True
+            self._growing.clear()
+            self.kept.clear()
+            self.runner.close()
+
+
+@dataclass
+class Request:
+    """A text to continue."""
+
+    ids: list[int]
+    """Its tokens, at least one."""
+    sampler: Sampler
+    most: int
+    """Most tokens to add."""
+    ends: frozenset[int]
+    """Tokens that end it."""
+    reuse: bool = True
+    """Whether to take what the cache has of its beginning."""
+
+    def end(self) -> None:
+        """Have no more tokens made."""
+        self.most = 0
+
+
+def follow(generator: Generator, request: Request, timings: Timings) -> Stream[int]:
+    """The tokens that continue one text, as they come. The text ends when the iterator does."""
+    if not request.most:
+        return
+    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
+    try:
+        while True:
+            token = generator.next(text)
+            if token in request.ends:
+                return
+            yield token
+            if is_full(generator, text, request):
+                return
+    finally:
+        generator.finish(text)
+
+
+def follow_many(
+    generator: Generator, requests: Iterable[Request], at_once: int, timings: Timings
+) -> Stream[tuple[int, int | None]]:
+    """Continue several texts, ``at_once`` of them in each run: a later one begins as soon as one ends.
+
+    Yields pairs of a text's number and its next token, None where it has ended.
+    """
+    waiting = enumerate(requests)
+    growing: dict[int, tuple[Growing, Request]] = {}
+    try:
+        while True:
+            for number, request in islice(waiting, at_once - len(growing)):
+                if request.most:
+                    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
+                    growing[number] = text, request
+                else:
+                    yield number, None
+            if not growing:
+                return
+            for text, _ in growing.values():
+                text.ask()
+            generator.step(next(iter(growing.values()))[0])
+            for number, (text, request) in list(growing.items()):
+                if not text.ready:
+                    continue
+                token = text.take()
+                ended = token in request.ends
+                if not ended:
+                    yield number, token
+                if ended or is_full(generator, text, request):
+                    del growing[number]
+                    generator.finish(text)
+                    yield number, None
+    finally:
+        for text, _ in growing.values():
+            generator.finish(text)
+
+
+def is_full(generator: Generator, text: Growing, request: Request) -> bool:
+    """Whether no token may follow."""
+    return text.n_taken - text.n_prompt >= request.most or len(text.ids) > generator.n_ctx
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    x, y = np.asarray(a[:n]), np.asarray(b[:n])
+    return int(np.argmax(x != y))

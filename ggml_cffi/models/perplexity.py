@@ -1,0 +1,74 @@
+"""Perplexity: how well a model foretells a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, sqrt
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.models.generation import Generator
+from ggml_cffi.models.weights import Progress
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The perplexity of a text."""
+
+    value: float
+    """``exp`` of the mean negative log-likelihood of the tokens scored."""
+    error: float
+    """Standard error of ``value``."""
+    n_tokens: int
+    """Tokens scored."""
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} ± {self.error:{spec}}" if spec else str(self)
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.error:.4f}"
+
+
+def perplexity(
+    generator: Generator, ids: list[int], n_ctx: int, bos: int | None, progress: Progress | None = None
+) -> Perplexity:
+    """Perplexity over ``ids``, as llama.cpp's ``perplexity`` counts it.
+
+    The text is cut into windows of ``n_ctx`` tokens, what is left at the end is not used. In each window, whose first
+    token is replaced by ``bos`` where the model has one, the tokens of the second half are scored, each from all before
+    it.
+
+    Raises
+    ------
+    ValueError
+        If ``n_ctx`` is below 2, or the text shorter than one window.
+    """
+    if n_ctx < 2:
+        raise ValueError(f"n_ctx must be at least 2, not {n_ctx}")
+    windows = len(ids) // n_ctx
+    if not windows:
+        raise ValueError(f"{len(ids)} tokens do not fill a window of {n_ctx}: give a longer text, or a smaller n_ctx")
+    first = n_ctx // 2
+    found = []
+    for i in range(windows):
+        window = ids[i * n_ctx : (i + 1) * n_ctx]
+        targets = window[first + 1 :]
+        if bos is not None:
+            window[0] = bos
+        logits = generator.logits(window, n_ctx - first)[:-1]
+        found.append(negative_log_likelihoods(logits, targets))
+        if progress is not None:
+            progress((i + 1) * n_ctx, windows * n_ctx)
+    losses = np.concatenate(found)
+    mean, spread = float(losses.mean()), float(losses.std()) / sqrt(max(len(losses) - 1, 1))
+    value = exp(mean) if mean < 700 else float("inf")
+    return Perplexity(value, value * spread, len(losses))
+
+
+def negative_log_likelihoods(logits: npt.NDArray[np.float32], targets: list[int]) -> npt.NDArray[np.float64]:
+    """``-log p`` of each target by its row of logits: ``(n,)``."""
+    rows = logits.astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    chosen = rows[np.arange(len(targets)), targets]
+    return np.asarray(np.log(np.exp(rows).sum(axis=1)) - chosen)
