@@ -25,7 +25,8 @@ from ggml_cffi import c, dtypes
 from ggml_cffi.models.decoder import Rope
 from ggml_cffi.models.llama import Llama
 from ggml_cffi.models.runner import Batch
-from ggml_cffi.parallel import Program
+from ggml_cffi.parallel import Program, Rank, TensorParallel, rank
+from ggml_cffi.parallel._barrier import Barrier
 from ggml_cffi.parallel.tensor_runner import TensorRunner
 
 # layers, embedding, feed-forward, heads, KV heads, vocabulary
@@ -104,15 +105,33 @@ def best(run: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(found)
 
 
+#: How devices are driven: whether each has a thread, and whether one that waits spins.
+MODES = (("in turns", False, False), ("threads that spin", True, True), ("threads that sleep", True, False))
+
+
 @contextmanager
-def threads(model: TensorRunner, on: bool) -> Iterator[None]:
-    """Each device with a thread of its own, or one for all."""
-    driver = model.group.driver
-    before, driver.threads = driver.threads, on
+def mode(owner: TensorRunner | TensorParallel, on: bool, spin: bool) -> Iterator[None]:
+    """Devices driven in another way."""
+    driver = (owner.group if isinstance(owner, TensorRunner) else owner).driver
+    before = driver.threads, driver._barrier
+    driver.threads, driver._barrier = on, Barrier(len(driver.backends), spin=spin)
     try:
         yield
     finally:
-        driver.threads = before
+        driver.threads, driver._barrier = before
+
+
+@contextmanager
+def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterator[None]:
+    """Partial sums that go another way."""
+    before = rank.DIRECT
+    rank.DIRECT, model.group.half_above = direct, half_above
+    model._compute.clear()
+    try:
+        yield
+    finally:
+        rank.DIRECT, model.group.half_above = before, None
+        model._compute.clear()
 
 
 def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
@@ -139,41 +158,106 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
         found[f"device {r} alone, without waiting"] = best(lambda r=r: hand_out(r), rounds)
         found[f"device {r} alone, handing out"] = 1e6 * min(hand_out(r) for _ in range(rounds))
         found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
-    for name, on in (("in turns", False), ("a thread each", True)):
-        if n > 1 or not on:
-            with threads(model, on):
-                found[f"all, {name}"] = best(lambda: driver.run(graphs), rounds)
-                found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
+    for name, on, spin in MODES if n > 1 else MODES[:1]:
+        with mode(model, on, spin):
+            found[f"all, {name}"] = best(lambda: driver.run(graphs), rounds)
+            found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
+            if on:
+                for phase, us in phases(model, program, rounds).items():
+                    found[f"all, {name}, per step: {phase}"] = us
     return found
+
+
+def phases(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
+    """Microseconds of a step, by what the thread of the first device does; means of all steps."""
+    driver, graphs = model.group.driver, program.graphs
+    compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, driver._barrier.wait
+    now = time.perf_counter
+    spent = np.zeros((len(graphs), 3))
+
+    def follow(r: int, pointer: Any, own: Any) -> int:
+        for k, graph in enumerate(own):
+            t0 = now()
+            compute(pointer, graph)
+            t1 = now()
+            synchronize(pointer)
+            t2 = now()
+            if k < len(own) - 1:
+                wait(r, k)
+            spent[r] += t1 - t0, t2 - t1, now() - t2
+        return 0
+
+    before, driver._follow = driver._follow, follow  # type: ignore[method-assign]
+    try:
+        for i in range(rounds + 2):
+            if i == 2:
+                spent[:] = 0
+            driver.run(graphs)
+    finally:
+        driver._follow = before  # type: ignore[method-assign]
+    names = ("handing out", "waiting for the device", "waiting for the others")
+    return dict(zip(names, (1e6 * spent[0] / rounds / len(graphs[0])).tolist(), strict=True))
+
+
+def nothing(devices: list[str], rounds: int) -> dict[str, float]:
+    """Microseconds of a step that computes next to nothing: what a sum costs."""
+    found = {}
+    with TensorParallel(devices) as group:
+
+        def run(rank: Rank, x: ggml.Tensor) -> ggml.Tensor:
+            for _ in range(64):
+                x = rank.sum(ggml.scale(x, 0.5))
+            return x
+
+        f = group.compile(run)
+        for size in (4096, 512 * 4096):
+            x = np.ones((size // 4096, 4096), np.float32)
+            program = f.trace(x)
+            for name, on, spin in MODES:
+                with mode(group, on, spin):
+                    us = best(lambda p=program: group.driver.run(p.graphs), rounds if size == 4096 else 3)
+                    found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
+    return found
+
+
+def speeds(model: TensorRunner, prompt: np.ndarray, rounds: int, suffix: str = "") -> dict[str, float]:
+    """Tokens a second, one by one and as a prompt."""
+    token, n = prompt[:1], len(prompt)
+    us = best(lambda: step(model, token, n), rounds)
+    found = {f"decode us/token{suffix}": us, f"decode tokens/s{suffix}": 1e6 / us}
+    us = best(lambda: step(model, prompt, 0), max(rounds // 8, 2))
+    return found | {f"prompt tokens/s{suffix}": 1e6 * n / us}
 
 
 def measure(shape: Shape, devices: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
     """Figures of one model on some devices, and its logits after a prompt and a token."""
     start = time.perf_counter()
     found: dict[str, Any] = {"devices": devices}
-    with TensorRunner(shape, devices, 1024, half_above=args.half_above, weights=shape.weights()) as model:
+    with TensorRunner(shape, devices, 1024, weights=shape.weights()) as model:
         found["load_s"] = time.perf_counter() - start
-        rng = np.random.default_rng(1)
-        prompt = rng.integers(0, shape.n_vocab, args.prompt).astype(np.int32)
-        token = prompt[:1]
+        prompt = np.random.default_rng(1).integers(0, shape.n_vocab, args.prompt).astype(np.int32)
         start = time.perf_counter()
         step(model, prompt, 0)
-        logits = step(model, token, args.prompt)
+        logits = step(model, prompt[:1], args.prompt)
         found["first_s"] = time.perf_counter() - start
-        modes = [("", False)] if len(devices) == 1 else [(", in turns", False), (", a thread each", True)]
-        for name, on in modes:
-            with threads(model, on):
-                found[f"decode us/token{name}"] = us = best(lambda: step(model, token, args.prompt), args.rounds)
-                found[f"decode tokens/s{name}"] = 1e6 / us
-                us = best(lambda: step(model, prompt, 0), max(args.rounds // 8, 2))
-                found[f"prompt tokens/s{name}"] = 1e6 * args.prompt / us
-        prompted, decoded = model.programs[-2:]
-        if prompted.inputs[0][0].shape == (1,):
-            prompted, decoded = decoded, prompted
+        if len(devices) == 1:
+            found |= speeds(model, prompt, args.rounds)
+        else:
+            for name, on, spin in MODES:
+                with mode(model, on, spin):
+                    found |= speeds(model, prompt, args.rounds, f", {name}")
+            for name, direct, half in (
+                ("all copied", 0, None),
+                ("none copied", 1 << 30, None),
+                ("halves", 1 << 16, 1 << 16),
+            ):
+                with variant(model, direct, half):
+                    found |= speeds(model, prompt, args.rounds // 2, f", {name}")
+            step(model, prompt[:1], args.prompt), step(model, prompt, 0)
+        decoded, prompted = sorted(model.programs, key=lambda p: p.inputs[0][0].size)
         found["nodes"] = [sum(len(g) for g in plan.graphs) for plan in decoded.plans]
         found["decode, us"] = breakdown(model, decoded, args.rounds)
         found["prompt, us"] = breakdown(model, prompted, max(args.rounds // 8, 2))
-        found["graphs computed"] = model.group.driver.computed
     return found, logits
 
 
@@ -193,7 +277,6 @@ def main() -> int:
     parser.add_argument("--dtype", default="q8_0")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--rounds", type=int, default=64)
-    parser.add_argument("--half-above", type=int, help="bytes beyond which partial sums travel as F16")
     parser.add_argument("--small", action="store_true", help="a tiny model, few rounds")
     args = parser.parse_args()
     if args.small:
@@ -202,6 +285,10 @@ def main() -> int:
     if not devices:
         parser.error("there is no GPU; GGML_VK_VISIBLE_DEVICES=0,0 makes two of one, software devices included")
     result: dict[str, Any] = {"devices": [f"{d}: {ggml.device(d).description}" for d in devices]}
+    if len(devices) > 1:
+        result["nothing"] = nothing(devices, args.rounds)
+        print("  steps that compute next to nothing (us)")
+        show(result["nothing"])
     for name in args.shapes.split(","):
         shape = Shape(name, dtypes.as_type(args.dtype))
         print(f"{name}, {args.dtype}: {shape.n_layers} layers, {shape.layer_bytes / 1e9:.2f} GB a token")

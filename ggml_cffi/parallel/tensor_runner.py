@@ -107,7 +107,7 @@ class TensorRunner(Closing):
         ClosedError
             If the model is closed.
         """
-        given = [batch.tokens, batch.positions, batch.rows, batch.mask, batch.wanted]
+        given: list[npt.NDArray[Any]] = [batch.tokens, batch.positions, batch.rows, batch.mask, batch.wanted]
         if self.architecture.window:
             given.append(batch.near if batch.near is not None else batch.mask)
         out: npt.NDArray[np.float32] = self._compute(*given)
