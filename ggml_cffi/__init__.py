@@ -11,7 +11,7 @@ from ggml_cffi.buffer import Buffer, BufferType
 from ggml_cffi.context import Context
 from ggml_cffi.device import Capabilities, Device, DeviceType, Memory, device, devices
 from ggml_cffi.enums import BackendBufferUsage as Usage
-from ggml_cffi.enums import Op, OpPool, Prec, ScaleFlag, ScaleMode, SortOrder, TriType, Type
+from ggml_cffi.enums import GGUFType, Op, OpPool, Prec, ScaleFlag, ScaleMode, SortOrder, TriType, Type
 from ggml_cffi.errors import (
     AbortedError,
     BackendCrashedError,
@@ -23,14 +23,18 @@ from ggml_cffi.errors import (
     OutOfMemoryError,
     UnsupportedOpError,
 )
-from ggml_cffi.gguf import GGUFFile, GGUFTensor
+from ggml_cffi.gguf import GGUFFile, GGUFTensor, GGUFValue
+from ggml_cffi.gguf_write import write_gguf
 from ggml_cffi.gradients import gradients
 from ggml_cffi.graph import Graph
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.quantize import dequantize, quantize
+from ggml_cffi.requantize import choose_types, quantize_file, read_imatrix
+from ggml_cffi.safetensors import SafetensorsFile, from_safetensors
 from ggml_cffi.scheduler import Scheduler, Split
 from ggml_cffi.session import Compiled, Program, Session
+from ggml_cffi.stored import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.train import SGD, AdamW, Optimizer
 from ggml_cffi.transfer import HostBlock, pinned, transfer
@@ -77,9 +81,12 @@ __all__ = [
     "FormatError",
     "GGUFFile",
     "GGUFTensor",
+    "GGUFType",
+    "GGUFValue",
     "GgmlError",
     "Graph",
     "HostBlock",
+    "LazyTensor",
     "LibraryMismatchError",
     "LibraryNotFoundError",
     "Memory",
@@ -89,24 +96,32 @@ __all__ = [
     "OutOfMemoryError",
     "Prec",
     "Program",
+    "RawTensor",
     "SGD",
+    "SafetensorsFile",
     "ScaleMode",
     "ScaleFlag",
     "Scheduler",
     "Session",
     "SortOrder",
     "Split",
+    "StoredTensor",
     "Tensor",
     "TriType",
     "Type",
     "UnsupportedOpError",
     "Usage",
+    "choose_types",
     "dequantize",
     "device",
     "devices",
+    "from_safetensors",
     "gradients",
     "pinned",
     "quantize",
+    "quantize_file",
+    "read_imatrix",
     "transfer",
+    "write_gguf",
     *_ops,
 ]

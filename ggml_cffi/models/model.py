@@ -17,6 +17,7 @@ from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
+from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.gemma3 import Gemma3
@@ -69,7 +70,7 @@ class Model(Closing):
         backends: list[Backend],
         n_ctx: int,
         n_batch: int,
-        kv_dtype: Type | None,
+        kv_dtype: Type,
         progress: Progress | None,
     ) -> None:
         self._file, self._backends = file, backends
@@ -307,6 +308,25 @@ class Model(Closing):
             self._generator.settle()
             return [list(ids) for ids in self._generator.kept.values()]
 
+    def save_cache(self, path: str | os.PathLike[str]) -> int:
+        """Write what :attr:`cached` lists, with its keys and values, to a file; the number of tokens.
+
+        The file is GGUF. Errors as writing any file.
+        """
+        return state.save(self._generator, path)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> int:
+        """Put what :meth:`save_cache` wrote into the cache; the number of tokens.
+
+        Raises
+        ------
+        FormatError
+            If the file is no such file, or from another model or another type of cache.
+        ValueError
+            If the cache is too small for it.
+        """
+        return state.load(self._generator, path)
+
     def clear_cache(self) -> None:
         """Forget what :attr:`cached` lists."""
         with self._generator.lock:
@@ -359,7 +379,7 @@ def load(
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
-    kv_dtype: Type | str | None = None,
+    kv_dtype: Type | str = Type.F16,
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -379,8 +399,7 @@ def load(
     n_batch
         Most tokens computed at once.
     kv_dtype
-        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts. Default F16; on
-        the CPU values are F32, since its attention sums in their type.
+        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
     n_threads
         Threads of the CPU; default all that this process may use.
     progress
@@ -401,7 +420,7 @@ def load(
         raise ValueError(f"split {split!r} is not known; 'layer' is")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
-    kind = None if kv_dtype is None else as_type(kv_dtype)
+    kind = as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:

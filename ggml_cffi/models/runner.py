@@ -71,7 +71,7 @@ class Runner(Closing):
     n_batch
         Most tokens of one run.
     kv_dtype
-        Type of keys and values in the cache; default as :func:`~ggml_cffi.models.weights.cache_types`.
+        Type of keys and values in the cache.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Runner(Closing):
         backends: list[Backend],
         n_rows: int,
         n_batch: int,
-        kv_dtype: Type | None = None,
+        kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch
@@ -120,7 +120,8 @@ class Runner(Closing):
         inputs.positions.set(batch.positions)
         inputs.rows.set(batch.rows)
         inputs.mask.set(batch.mask)
-        inputs.wanted.set(batch.wanted)
+        if inputs.wanted.is_allocated:  # it is no part of a graph in which all are wanted
+            inputs.wanted.set(batch.wanted)
         if inputs.near is not None:
             inputs.near.set(batch.near if batch.near is not None else batch.mask)
         self.scheduler.compute(run.graph)

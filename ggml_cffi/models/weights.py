@@ -85,7 +85,7 @@ class Weights:
         architecture: Architecture,
         backends: Sequence[Backend],
         n_ctx: int,
-        kv_dtype: Type | None = None,
+        kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
     ) -> None:
         self.architecture = architecture
@@ -101,12 +101,10 @@ class Weights:
             self.context.close()
             raise
 
-    def _place(self, n_ctx: int, kv_dtype: Type | None) -> None:
+    def _place(self, n_ctx: int, kind: Type) -> None:
         architecture = self.architecture
-        if kv_dtype is not None:
-            _check_cache(kv_dtype, architecture.kv_sizes)
-        kinds = [cache_types(s.backend, kv_dtype) for s in self.shares]
-        per_layer = sum(n_ctx * row_size(kv, size) for kv, size in zip(kinds[0], architecture.kv_sizes, strict=True))
+        _check_cache(kind, architecture.kv_sizes)
+        per_layer = sum(n_ctx * row_size(kind, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
         # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU.
@@ -123,11 +121,11 @@ class Weights:
             else:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
         for layer, target in enumerate(self.where):
-            k, v = (
-                self.context.new_tensor(kind, (n_ctx, size), name=f"cache_{name}.{layer}")
-                for name, kind, size in zip("kv", kinds[target], architecture.kv_sizes, strict=True)
-            )
-            self.cache.append(LayerCache(k, v))
+            size_k, size_v = architecture.kv_sizes
+            across = is_across(self.shares[target].backend, kind)
+            k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
+            v = self.context.new_tensor(kind, (size_v, n_ctx) if across else (n_ctx, size_v), name=f"cache_v.{layer}")
+            self.cache.append(LayerCache(k, v, across))
             self.shares[target].layers.append(layer)
             self.shares[target].cache_bytes += k.nbytes + v.nbytes
         for i, share in enumerate(self.shares):
@@ -149,15 +147,15 @@ class Weights:
 
     def _load(self, progress: Progress | None) -> None:
         file = self.architecture.file
-        mapping: Buffer | None = None
+        mappings: dict[int, Buffer] = {}
         total, done = sum(info.nbytes for _, info, _ in self._pending), 0
         # In the file's order, so that a disk reads ahead.
-        for tensor, info, target in sorted(self._pending, key=lambda entry: entry[1].offset):
+        for tensor, info, target in sorted(self._pending, key=lambda entry: (entry[1].part, entry[1].offset)):
             if self._mapped(self.shares[target], info):
-                if mapping is None:
-                    mapping = Buffer.over(file.map, usage=Usage.WEIGHTS)
-                    self.context.adopt(mapping)
-                self.context.put(tensor, mapping, mapping.base + info.offset)
+                if info.part not in mappings:
+                    mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
+                    self.context.adopt(mappings[info.part])
+                self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
             else:
                 tensor.set_bytes(_raw(file, info))
             done += info.nbytes
@@ -172,14 +170,12 @@ class Weights:
         self.context.close()
 
 
-def cache_types(backend: Backend, chosen: Type | None) -> tuple[Type, Type]:
-    """Types of keys and values on a backend.
+def is_across(backend: Backend, kind: Type) -> bool:
+    """Whether values are cached transposed, for attention by two products.
 
-    By default F16, but for the CPU's values: its flash attention sums in their type, and sums in F16 lose digits.
+    On the CPU, whose flash attention sums F16 values in F16. A quantized cache has only flash attention.
     """
-    if chosen is not None:
-        return chosen, chosen
-    return Type.F16, Type.F32 if backend.device.is_cpu else Type.F16
+    return backend.device.is_cpu and block_size(kind) == 1
 
 
 def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
@@ -193,4 +189,4 @@ def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
 
 
 def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:
-    return memoryview(file.map)[info.offset : info.offset + info.nbytes]
+    return memoryview(file.map_of(info))[info.offset : info.offset + info.nbytes]

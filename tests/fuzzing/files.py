@@ -23,9 +23,10 @@ from fuzzing.child import Outcome
 from ggml_cffi import models
 from ggml_cffi.enums import GGUFType
 
-#: ``plain`` has every kind of value, ``model`` can be loaded, ``vocabulary`` has a tokenizer too, ``real`` is SmolLM2's
-#: header, with zeros where its weights are.
-BASES = ("plain", "model", "vocabulary", "real")
+#: ``plain`` has every kind of value, ``model`` can be loaded, ``vocabulary`` has a tokenizer too, ``first`` and
+#: ``second`` are parts of a model in two files, ``real`` is SmolLM2's header, with zeros where its weights are.
+BASES = ("plain", "model", "vocabulary", "first", "second", "real")
+_PARTS = {"first": "m-00001-of-00002.gguf", "second": "m-00002-of-00002.gguf"}
 ALLOWED = (ggml.FormatError, ggml.GgmlError, ValueError, OSError)
 _UNDECODABLE = "ggml cannot decode"
 _EXTREMES = (0, 1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 64, 127, 128, 255, 256, 65535, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
@@ -71,6 +72,11 @@ def original(base: str) -> tuple[bytes, int, tuple[Field, ...]]:
         path = Path(folder) / "original.gguf"
         if base == "plain":
             gguf_writer.write(path, _VALUES, _tensors(rng))
+        elif base in _PARTS:
+            part = list(_PARTS).index(base)
+            tensors = list(_tensors(rng).items())
+            values, those = ({}, tensors[4:]) if part else (_VALUES, tensors[:4])
+            gguf_writer.write(path, _split(part) | values, dict(those))
         else:
             words = _VOCABULARY if base == "vocabulary" else {}
             llama_float64.random_model(path, rng, tied=base == "vocabulary", **words)
@@ -83,6 +89,11 @@ def _tensors(rng: np.random.Generator) -> dict[str, Any]:
     tensors = {t.name: (t, rng.integers(0, 9, (2, 3, 256)).astype(np.float64)) for t in kinds}
     tensors["I32"] = (ggml.I32, np.arange(6).reshape(2, 3))
     return tensors | {"scalar": (ggml.F32, np.array(2.5))}
+
+
+def _split(part: int) -> dict[str, Any]:
+    numbers = {"split.no": (GGUFType.UINT16, part), "split.count": (GGUFType.UINT16, len(_PARTS))}
+    return numbers | {"split.tensors.count": (GGUFType.INT32, 9)}
 
 
 _VALUES: dict[str, Any] = {
@@ -168,7 +179,7 @@ def damaged(damage: Damage) -> tuple[bytes, int]:
 
 
 @st.composite
-def damages(draw: Any, bases: tuple[str, ...] = (*BASES[:3] * 2, "real")) -> Damage:
+def damages(draw: Any, bases: tuple[str, ...] = (*BASES[:3] * 2, *BASES[3:])) -> Damage:
     """One to four changes of one of the files."""
     base = draw(st.sampled_from(bases))
     edits = tuple(draw(_edit(base)) for _ in range(draw(st.sampled_from((1, 1, 1, 1, 2, 2, 3, 4)))))
@@ -233,6 +244,12 @@ _FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e-30, 1e30)
 # ---------------------------------------------------------------------- in the child
 
 
+def _write(path: str, raw: bytes, size: int) -> None:
+    with open(path, "wb") as file:
+        file.write(raw)
+        file.truncate(size)
+
+
 class Files:
     """Reads damaged files, and loads those that are models."""
 
@@ -244,18 +261,25 @@ class Files:
         handle, self.path = tempfile.mkstemp(suffix=".gguf", dir=folder)
         os.unlink(self.path)  # a child may die: nothing is left of it
         self.path = f"/proc/{os.getpid()}/fd/{handle}"
+        self.folder = folder
 
     def __call__(self, job: Damage) -> Outcome:
         raw, size = damaged(job)
-        with open(self.path, "wb") as file:
-            file.write(raw)
-            file.truncate(size)
+        if job.base in _PARTS:
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                for base, name in _PARTS.items():
+                    _write(os.path.join(folder, name), *((raw, size) if base == job.base else original(base)[:2]))
+                return self._tried(job, os.path.join(folder, _PARTS["first"]))
+        _write(self.path, raw, size)
+        return self._tried(job, self.path)
+
+    def _tried(self, job: Damage, path: str) -> Outcome:
         stage = "open"
         try:
-            with ggml.GGUFFile(self.path) as f:
+            with ggml.GGUFFile(path) as f:
                 stage = "read"
                 self._read(f)
-            if job.base == "plain":
+            if job.base == "plain" or job.base in _PARTS:
                 return Outcome("computed", "", "read")
             stage = "load"
             with models.load(self.path, self.devices, n_ctx=None if job.base != "real" else 64, n_threads=1) as model:

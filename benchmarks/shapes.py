@@ -1,0 +1,98 @@
+"""Model files of real shapes with random weights, for speed: their answers mean nothing.
+
+python -m benchmarks.shapes 8B OUT.gguf [--type q8_0]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ggml_cffi as ggml
+from ggml_cffi.dtypes import as_type, row_size
+from ggml_cffi.stored import RawTensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of the llama architecture."""
+
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    n_vocab: int = 32000
+
+
+SHAPES = {
+    "tiny": Shape(2, 256, 512, 4, 2, 64, 512),
+    "1B": Shape(16, 2048, 8192, 32, 8, 64),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128),
+    "70B": Shape(80, 8192, 28672, 64, 8, 128),
+}
+
+
+def write(path: Path, what: Shape, kind: str) -> None:
+    """A GGUF file without a vocabulary. The bytes of one block of random weights are used for all."""
+    dtype = as_type(kind)
+    s = what
+    q, kv = s.n_heads * s.head_size, s.n_kv_heads * s.head_size
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (s.n_vocab, s.n_embd)}
+    for i in range(s.n_layers):
+        shapes |= {
+            f"blk.{i}.attn_norm.weight": (s.n_embd,),
+            f"blk.{i}.attn_q.weight": (q, s.n_embd),
+            f"blk.{i}.attn_k.weight": (kv, s.n_embd),
+            f"blk.{i}.attn_v.weight": (kv, s.n_embd),
+            f"blk.{i}.attn_output.weight": (s.n_embd, q),
+            f"blk.{i}.ffn_norm.weight": (s.n_embd,),
+            f"blk.{i}.ffn_gate.weight": (s.n_ff, s.n_embd),
+            f"blk.{i}.ffn_up.weight": (s.n_ff, s.n_embd),
+            f"blk.{i}.ffn_down.weight": (s.n_embd, s.n_ff),
+        }
+    shapes |= {"output_norm.weight": (s.n_embd,), "output.weight": (s.n_vocab, s.n_embd)}
+    rng = np.random.default_rng(0)
+    block = ggml.quantize((rng.standard_normal((64, 4096)) / 64).astype(np.float32), dtype)
+    pattern = np.frombuffer(block, np.uint8)
+
+    made: dict[tuple[int, ...], Any] = {}  # tensors of one shape are all alike
+    for shape in set(shapes.values()):
+        if len(shape) == 1:
+            made[shape] = np.ones(shape, np.float32)
+        else:
+            made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": s.n_layers,
+        "llama.embedding_length": s.n_embd,
+        "llama.feed_forward_length": s.n_ff,
+        "llama.attention.head_count": s.n_heads,
+        "llama.attention.head_count_kv": s.n_kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.context_length": 8192,
+        "llama.rope.dimension_count": s.head_size,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": s.n_vocab,
+        "tokenizer.ggml.model": "no_vocab",
+    }
+    ggml.write_gguf(path, metadata, {name: made[shape] for name, shape in shapes.items()})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--type", default="q8_0")
+    args = parser.parse_args()
+    write(args.out, SHAPES[args.shape], args.type)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,205 @@
+"""Values of a GGUF header: which type a Python value has, and its bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.enums import GGUFType
+
+SCALARS: dict[GGUFType, np.dtype[Any]] = {
+    GGUFType.UINT8: np.dtype("<u1"),
+    GGUFType.INT8: np.dtype("<i1"),
+    GGUFType.UINT16: np.dtype("<u2"),
+    GGUFType.INT16: np.dtype("<i2"),
+    GGUFType.UINT32: np.dtype("<u4"),
+    GGUFType.INT32: np.dtype("<i4"),
+    GGUFType.FLOAT32: np.dtype("<f4"),
+    GGUFType.BOOL: np.dtype("?"),
+    GGUFType.UINT64: np.dtype("<u8"),
+    GGUFType.INT64: np.dtype("<i8"),
+    GGUFType.FLOAT64: np.dtype("<f8"),
+}
+_FROM_NUMPY = {dtype: kind for kind, dtype in SCALARS.items()} | {np.dtype("<f2"): GGUFType.FLOAT32}
+
+#: Arrays inside an array: more levels are neither read nor written.
+MAX_NESTING = 8
+
+# What a Python integer becomes, the first that holds it: alone as llama.cpp's keys are, in an array as its arrays are.
+_ALONE = (GGUFType.UINT32, GGUFType.INT32, GGUFType.UINT64, GGUFType.INT64)
+_TOGETHER = (GGUFType.INT32, GGUFType.UINT32, GGUFType.INT64, GGUFType.UINT64)
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFValue:
+    """A value of a GGUF header, with the type that it has in the file.
+
+    Examples
+    --------
+    >>> GGUFValue(1, GGUFType.UINT8)
+    GGUFValue(value=1, type=<GGUFType.UINT8: 0>, sub_type=None)
+    >>> words = GGUFValue([], GGUFType.ARRAY, GGUFType.STRING)
+    """
+
+    value: Any
+    """str, bool, int, float; for an array a list of str, a numpy array, or a list of :class:`GGUFValue`."""
+    type: GGUFType
+    """Its type."""
+    sub_type: GGUFType | None = None
+    """For an array, the type of its elements."""
+
+    def plain(self) -> Any:
+        """The value without its type: str, bool, int, float, list of str, numpy array, or list of these."""
+        if self.sub_type is GGUFType.ARRAY:
+            return [item.plain() for item in self.value]
+        return self.value
+
+
+def as_value(item: Any) -> GGUFValue:
+    """``item`` with the type that it is written in.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If GGUF has no type for it.
+    """
+    if isinstance(item, GGUFValue):
+        return item
+    if isinstance(item, np.generic) or (isinstance(item, np.ndarray) and not item.ndim):
+        return as_value(item.item()) if item.dtype.kind in "UOS" else GGUFValue(item.item(), _of_numpy(item.dtype))
+    if isinstance(item, bool):
+        return GGUFValue(item, GGUFType.BOOL)
+    if isinstance(item, int):
+        return GGUFValue(item, _holding(item, item, _ALONE))
+    if isinstance(item, float):
+        return GGUFValue(item, GGUFType.FLOAT32)
+    if isinstance(item, str | bytes):
+        return GGUFValue(item, GGUFType.STRING)
+    if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind not in "UOS":
+        return GGUFValue(item, GGUFType.ARRAY, _of_numpy(item.dtype))
+    if isinstance(item, Sequence | np.ndarray):
+        return GGUFValue(item, GGUFType.ARRAY, _of_elements(item))
+    raise TypeError(f"GGUF has no type for {type(item).__name__}")
+
+
+def _of_numpy(dtype: np.dtype[Any]) -> GGUFType:
+    kind = _FROM_NUMPY.get(dtype.newbyteorder("<"))
+    if kind is None:
+        raise TypeError(f"GGUF has no type for numpy's {dtype}")
+    return kind
+
+
+def _of_elements(items: Any) -> GGUFType:
+    kinds = {_family(item) for item in items}
+    if not kinds:
+        raise ValueError("an empty list has no type: give an array, or GGUFValue([], GGUFType.ARRAY, element type)")
+    if kinds <= {int, float} and float in kinds:
+        return GGUFType.FLOAT32
+    if len(kinds) > 1:
+        raise TypeError("the elements of an array must be of one kind")
+    kind = kinds.pop()
+    if kind is int:
+        return _holding(min(items), max(items), _TOGETHER)
+    return {str: GGUFType.STRING, bool: GGUFType.BOOL, float: GGUFType.FLOAT32}.get(kind, GGUFType.ARRAY)
+
+
+def _family(item: Any) -> type:
+    families: tuple[tuple[type, Any], ...] = (
+        (str, str | bytes),
+        (bool, bool | np.bool_),
+        (int, int | np.integer),
+        (float, float | np.floating),
+        (list, GGUFValue | Sequence | np.ndarray),
+    )
+    for family, types in families:
+        if isinstance(item, types):
+            return family
+    raise TypeError(f"GGUF has no type for {type(item).__name__}")
+
+
+def _holding(low: int, high: int, kinds: Sequence[GGUFType]) -> GGUFType:
+    for kind in kinds:
+        info = np.iinfo(SCALARS[kind])
+        if info.min <= low and high <= info.max:
+            return kind
+    raise ValueError(f"{high if high >= 2**63 else low} needs more than 64 bits")
+
+
+def encode_string(text: str | bytes) -> bytes:
+    """A string with its length, as it is in a header."""
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def encode(item: GGUFValue) -> bytes:
+    """The type and the value as they are in a header.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the value cannot be of that type.
+    """
+    kind = GGUFType(item.type)
+    return struct.pack("<I", kind) + _encoded(item.value, kind, item.sub_type)
+
+
+def _encoded(value: Any, kind: GGUFType, sub_type: GGUFType | None, depth: int = 0) -> bytes:
+    if kind is GGUFType.STRING:
+        if not isinstance(value, str | bytes):
+            raise TypeError(f"a STRING is a str, not {type(value).__name__}")
+        return encode_string(value)
+    if kind is not GGUFType.ARRAY:
+        if np.ndim(value):
+            raise TypeError(f"a {kind.name} is one number, not {type(value).__name__}")
+        return _numbers([value], kind).tobytes()
+    if sub_type is None:
+        raise TypeError("an ARRAY needs the type of its elements: GGUFValue(value, GGUFType.ARRAY, element type)")
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TypeError(f"an ARRAY is a list or array, not {type(value).__name__}")
+    sub_type = GGUFType(sub_type)
+    head = struct.pack("<IQ", sub_type, len(value))
+    if sub_type is GGUFType.STRING:
+        return head + b"".join(_encoded(text, sub_type, None) for text in value)
+    if sub_type is GGUFType.ARRAY:
+        if depth >= MAX_NESTING:
+            raise ValueError(f"arrays are nested deeper than {MAX_NESTING} levels")
+        inner = [as_value(part) for part in value]
+        if any(part.type is not GGUFType.ARRAY for part in inner):
+            raise TypeError("an ARRAY of ARRAY has lists or arrays as elements")
+        return head + b"".join(_encoded(part.value, part.type, part.sub_type, depth + 1) for part in inner)
+    return head + _numbers(value, sub_type).tobytes()
+
+
+def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
+    """``values`` (one axis) as numbers of ``kind``, all of which must be such numbers."""
+    want = SCALARS[kind]
+    if isinstance(values, np.ndarray):
+        if values.dtype == want and values.ndim == 1:
+            return values
+        family = {"b": bool, "i": int, "u": int, "f": float}.get(values.dtype.kind)
+    else:
+        found = {_family(value) for value in values}
+        family = found.pop() if len(found) == 1 else float if found <= {int, float} else None
+    allowed = {"b": (bool,), "f": (int, float)}.get(want.kind, (int,))
+    if np.ndim(values) != 1 or (len(values) and family not in allowed):
+        raise TypeError(f"{kind.name} cannot hold {values!r:.60}")
+    if family is int and want.kind != "f" and len(values):
+        info, low, high = np.iinfo(want), min(values), max(values)
+        if low < info.min or high > info.max:
+            raise ValueError(f"{low if low < info.min else high} does not fit {kind.name}")
+    if want.kind != "f":
+        return np.asarray(values, want)
+    try:
+        exact = np.asarray(values, np.float64)
+        with np.errstate(over="ignore"):
+            made = exact.astype(want)
+    except OverflowError as error:
+        raise ValueError(f"{kind.name}: {error}") from None
+    if not np.array_equal(np.isinf(made), np.isinf(exact)):
+        raise ValueError(f"a number is too large for {kind.name}; np.float64 values are written as they are")
+    return made

@@ -1,0 +1,67 @@
+"""Files that appear under their names when they are complete, and not before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+
+def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *, overwrite: bool = True) -> None:
+    """Have ``write(i, file)`` write each of ``paths``, and give the files their names when all are on the disk.
+
+    Until then they have names of their own beside the targets; whatever is raised, Ctrl-C included, removes them.
+
+    Raises
+    ------
+    FileExistsError
+        If a target exists and ``overwrite`` is false.
+    OSError
+        If a target is no regular file, or cannot be written.
+    """
+    targets = [os.path.realpath(path) for path in paths]  # a link stays a link: what it leads to is replaced
+    for path, target in zip(paths, targets, strict=True):
+        _check(path, target, overwrite)
+    temporary = [os.path.join(os.path.dirname(t), f".{os.urandom(8).hex()}.tmp") for t in targets]
+    done: list[str] = []
+    try:
+        for i, name in enumerate(temporary):
+            with open(name, "xb") as file:
+                write(i, file)
+                file.flush()
+                os.fsync(file.fileno())
+        # The first last: who finds it finds the others.
+        for name, target in reversed(list(zip(temporary, targets, strict=True))):
+            os.replace(name, target)
+            done.append(target)
+    except BaseException:
+        for name in [*temporary, *(done if len(done) < len(targets) else ())]:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        raise
+    for folder in {os.path.dirname(target) for target in targets}:
+        _sync_folder(folder)
+
+
+def _check(path: str, target: str, overwrite: bool) -> None:
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a folder")
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path} is no regular file: it cannot be replaced")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already")
+
+
+def _sync_folder(folder: str) -> None:
+    with contextlib.suppress(OSError):  # not every file system can; the files themselves are safe
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
