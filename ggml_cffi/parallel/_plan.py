@@ -107,7 +107,7 @@ class Plan:
                 elif p not in done:
                     done.add(p)
                     if p.op != Op.NONE:
-                        if p not in self._step:
+                        if self._step.setdefault(p, 0 if p.op in VIEWS else -1) < 0:
                             raise ValueError(
                                 f"{self._wrap(p)!r} is computed from weights alone, which would leave it in their "
                                 "context: say ctx=rank.context"

@@ -14,7 +14,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFTensor
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runner import KV_STEP, Batch
-from ggml_cffi.models.weights import Progress
+from ggml_cffi.models.weights import Progress, is_across
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.parallel.tensor import TensorParallel
@@ -79,19 +79,20 @@ class TensorRunner(Closing):
             source = _named(architecture) if weights is None else weights
             self.weights = self.group.weights(source, self.shares.cuts, progress=progress)
             """By name, the part of each device."""
-            self._cache = [
-                [self._new_cache(f"blk.{i}.attn_{x}.weight", kv_dtype) for x in "kv"]
-                for i in range(architecture.n_layers)
-            ]
+            # The CPU's flash attention sums in F16: see is_across.
+            self._across = is_across(self.group.backends[0], kv_dtype)
+            self._cache = [self._new_cache(i, kv_dtype) for i in range(architecture.n_layers)]
             self._compute = self.group.compile(self._trace)
         except BaseException:
             self.close()
             raise
 
-    def _new_cache(self, projection: str, dtype: Type) -> list[Tensor]:
-        """For each device rows for as many heads as its projection has."""
-        shapes = [(self.n_rows, w.shape[0]) for w in self.weights[projection]]
-        return self.group.zeros(shapes, dtype, name=f"cache of {projection}")
+    def _new_cache(self, i: int, dtype: Type) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of layer ``i``: for each device rows for as many heads as its projections have."""
+        k, v = ([(self.n_rows, w.shape[0]) for w in self.weights[f"blk.{i}.attn_{x}.weight"]] for x in "kv")
+        if self._across:
+            v = [shape[::-1] for shape in v]
+        return self.group.zeros(k, dtype, name=f"cache_k.{i}"), self.group.zeros(v, dtype, name=f"cache_v.{i}")
 
     def n_kv(self, end: int) -> int:
         """How many cache rows a run looks at whose last row in use is before ``end``."""
@@ -115,7 +116,7 @@ class TensorRunner(Closing):
 
     def _trace(self, rank: Rank, *inputs: Tensor) -> Gathered:
         weights = {name: parts[rank] for name, parts in self.weights.items()}
-        cache = [LayerCache(k[rank], v[rank]) for k, v in self._cache]
+        cache = [LayerCache(k[rank], v[rank], self._across) for k, v in self._cache]
         names = ("tokens", "positions", "rows", "mask", "wanted", "near")
         sums = dict.fromkeys(self.shares.summed, rank.sum)
         given = Inputs(**dict(zip(names, inputs, strict=False)), sums=sums)
