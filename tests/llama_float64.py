@@ -128,7 +128,18 @@ class Reference:
 
 
 def random_model(
-    path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=False, n_layers=3, more=None, **changes
+    path,
+    rng,
+    *,
+    name="llama",
+    dtype=ggml.F32,
+    tied=False,
+    biases=False,
+    n_layers=3,
+    n_heads=4,
+    n_kv=2,
+    more=None,
+    **changes,
 ):
     """A small model with random weights, grouped-query attention.
 
@@ -137,7 +148,7 @@ def random_model(
     """
     import gguf_writer
 
-    n_embd, n_heads, n_kv, n_ff, n_vocab = 64, 4, 2, 96, 50
+    n_embd, n_ff, n_vocab = 64, 96, 50
     meta = {
         "general.architecture": name,
         f"{name}.block_count": n_layers,
