@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
-from ggml_cffi import cli_gguf, cli_rpc
+from ggml_cffi import cli_convert, cli_embed, cli_gguf, cli_rpc
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing more to say
         return 0
-    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError) as error:
+    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError, ImportError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         lines = [line.strip() for line in reason.splitlines() if line.strip()]
         print(f"{parser.prog}: {'; '.join(lines)}", file=sys.stderr)
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", default="smollm2", help="which (default: %(default)s)")
     command.set_defaults(run=_fetch)
 
-    cli_gguf.register(commands)
-    cli_rpc.add_to(commands)
+    for module in (cli_convert, cli_embed, cli_gguf, cli_rpc):
+        module.register(commands)
     return parser
 
 

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 
-def add_to(commands: Any) -> None:
+def register(commands: Any) -> None:
     """Add the command to ``commands``, argparse's."""
     command = commands.add_parser("rpc-server", help="offer this machine's devices to another machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")

@@ -16,6 +16,8 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile, TensorInfo
 from ggml_cffi.tensor import Tensor
 
+#: ``pooling_type``. 0 leaves the choice to the user, for which the mean is the usual one.
+_POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
 _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
 
@@ -133,12 +135,19 @@ class Architecture(ABC):
     causal: ClassVar[bool] = True
     """Whether tokens look at those before them, through a cache. An encoder's look at their whole text instead: it
     has no cache, and its mask is ``(n, n)``."""
-    pooling: str = "mean"
+    pooling: str
     """How a text's embedding comes from its tokens': ``mean``, ``cls`` (the first) or ``last``."""
+    longest_text: int = 0
+    """Most tokens of a text for its embedding to be as in training; 0 where that is all that fit the context."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self.read(Metadata(file, self.name))
+        meta = Metadata(file, self.name)
+        pooling = meta.get("pooling_type", int, 0)
+        if pooling not in _POOLINGS:
+            raise FormatError(f"{file.path}: pooling type {pooling} is not supported; {sorted(_POOLINGS)} are")
+        self.pooling = _POOLINGS[pooling]
+        self.read(meta)
         if self.n_layers > len(file.tensors):  # before a list is made of that many
             raise FormatError(f"{file.path}: {self.n_layers} layers, but only {len(file.tensors)} tensors")
         self.shapes = dict(self.expected_tensors())

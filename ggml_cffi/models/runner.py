@@ -11,7 +11,7 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError
+from ggml_cffi.errors import ClosedError, GgmlError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.feed import Feed
@@ -111,7 +111,8 @@ class Runner(Closing):
         self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress)
         try:
             self._scheduler = Scheduler(backends)
-            self._reserve()
+            if architecture.causal:
+                self._reserve()
         except BaseException:
             self.close()
             raise
@@ -134,6 +135,12 @@ class Runner(Closing):
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted."""
+        if not self.architecture.causal:
+            raise GgmlError("this model is an encoder: it has no logits and generates no text; embed() is for it")
+        with self.scheduler.lock:  # embeddings are computed with the same scheduler
+            return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> npt.NDArray[np.float32]:
         run = self._prepared((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
         values = vars(batch)
         run.feed.set(values if batch.near is not None else values | {"near": batch.mask})
@@ -142,7 +149,7 @@ class Runner(Closing):
     def _prepared(self, key: tuple[int, int, int]) -> _Run:
         """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
         scheduler = self.scheduler
-        if self._run is not None and self._run.key == key:
+        if self._run is not None and self._run.key == key and scheduler.graph is self._run.graph:
             return self._run
         self._drop_run()
         run = self._build(key)

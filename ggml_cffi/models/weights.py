@@ -110,8 +110,10 @@ class Weights:
         per_layer = sum(n_ctx * row_size(kind, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
-        # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last.
-        head, self.first = self.where[-1], self.where[0]
+        # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
+        # encoder adds to the embeddings goes with them.
+        self.first = self.where[0]
+        head = self.where[-1] if architecture.causal else self.first
         if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight").dtype):
             self.first = last
         self._pending: list[tuple[Tensor, TensorInfo, int]] = []
@@ -119,22 +121,26 @@ class Weights:
             layer = layer_of(name)
             target = self.where[layer] if layer is not None else self.first if name == "token_embd.weight" else head
             self._add(name, architecture.info(name), target)
-        self.shares[head].has_output = self.shares[self.first].has_embeddings = True
-        if "output.weight" not in self.tensors:
+        self.shares[head].has_output = architecture.causal
+        self.shares[self.first].has_embeddings = True
+        if architecture.causal and "output.weight" not in self.tensors:
             if head == self.first:
                 self.tensors["output.weight"] = self.tensors["token_embd.weight"]
             else:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
+        size_k, size_v = architecture.kv_sizes
         for layer, target in enumerate(self.where):
-            size_k, size_v = architecture.kv_sizes
-            across = is_across(self.shares[target].backend, kind)
-            k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
-            v = self.context.new_tensor(kind, (size_v, n_ctx) if across else (n_ctx, size_v), name=f"cache_v.{layer}")
-            self.cache.append(LayerCache(k, v, across))
             self.shares[target].layers.append(layer)
-            self.shares[target].cache_bytes += k.nbytes + v.nbytes
+            if architecture.causal:
+                across = is_across(self.shares[target].backend, kind)
+                shape = (size_v, n_ctx) if across else (n_ctx, size_v)
+                k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
+                v = self.context.new_tensor(kind, shape, name=f"cache_v.{layer}")
+                self.cache.append(LayerCache(k, v, across))
+                self.shares[target].cache_bytes += k.nbytes + v.nbytes
         for i, share in enumerate(self.shares):
-            caches = [t for layer in share.layers for t in (self.cache[layer].k, self.cache[layer].v)]
+            kept = [self.cache[layer] for layer in share.layers if self.cache]
+            caches = [t for cache in kept for t in (cache.k, cache.v)]
             streamed = [t for t, info, target in self._pending if target == i and not self._mapped(share, info)]
             if caches:
                 self.context.alloc(share.backend.buffer_type, caches)
