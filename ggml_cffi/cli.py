@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
-from ggml_cffi import cli_convert, cli_embed, cli_gguf
+from ggml_cffi import cli_convert, cli_embed, cli_gguf, cli_rpc
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", default="smollm2", help="which (default: %(default)s)")
     command.set_defaults(run=_fetch)
 
-    for module in (cli_convert, cli_embed, cli_gguf):
+    for module in (cli_convert, cli_embed, cli_gguf, cli_rpc):
         module.register(commands)
     return parser
 
@@ -141,9 +141,7 @@ def placement(model: Model) -> str:
     rows = [("device", "layers", "weights", "KV cache", "compute")]
     for share in model.shares:
         layers = f"{share.layers[0]}-{share.layers[-1]}" if share.layers else "-"
-        what = [layers, "output"] if share.has_output else [layers]
-        if share.backend is model.scheduler.backends[-1]:
-            what.append("embeddings")
+        what = [layers, *["output"] * share.has_output, *["embeddings"] * share.has_embeddings]
         text = " + ".join(w for w in what if w != "-") or "-"
         rows.append(
             (share.backend.name, text, mib(share.weight_bytes), mib(share.cache_bytes), mib(share.compute_bytes))

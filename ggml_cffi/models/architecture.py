@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar
 
 from ggml_cffi import ops
+from ggml_cffi.cut import Cut
 from ggml_cffi.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
@@ -37,6 +38,18 @@ class Inputs:
     leaves it out of its graph."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
+    layers: Sequence[Inputs] = ()
+    """For each layer the inputs where it is computed, if each device has its own."""
+    sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Where several devices share the layers: what adds up their contributions to ``attention``, ``feed_forward``."""
+
+    def at(self, layer: int) -> Inputs:
+        """The inputs for a layer: positions, rows and masks."""
+        return self.layers[layer] if self.layers else self
+
+    def added(self, part: str, contribution: Tensor) -> Tensor:
+        """What a part of a layer adds to the tokens, over all devices."""
+        return self.sums[part](contribution) if part in self.sums else contribution
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,16 @@ class Metadata:
         if not (isfinite(value) and value >= 0):
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a number of 0 or more")
         return value
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How several devices share the layers of a model."""
+
+    cuts: Mapping[str, Cut]
+    """How weights are cut, by pattern of their names."""
+    summed: frozenset[str]
+    """The parts of a layer whose contributions are added up: ``attention``, ``feed_forward``."""
 
 
 class Architecture(ABC):
@@ -157,6 +180,16 @@ class Architecture(ABC):
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
+
+    def shares(self, n: int) -> Shares:
+        """How ``n`` devices share the layers.
+
+        Raises
+        ------
+        ValueError
+            If they cannot, or the model is too small.
+        """
+        raise ValueError(f"models of architecture {self.name!r} cannot be shared by several devices, layer by layer")
 
     @property
     def output_tensor(self) -> str:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import lcm, sqrt
 from typing import ClassVar
 
 from ggml_cffi import dtypes, ops
+from ggml_cffi.cut import COLUMNS, ROWS, Cut, share_out
+from ggml_cffi.dtypes import block_size
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
-from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache, Metadata
+from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache, Metadata, Shares
 from ggml_cffi.ops import RopeMode
 from ggml_cffi.tensor import Tensor
 
@@ -162,15 +164,38 @@ class Decoder(Architecture):
     def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
         x = self.embed(weights, inputs)
         for i in range(self.n_layers):
-            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs)
+            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 # The rest only for the tokens whose results are wanted.
                 part, x = ops.get_rows(part, inputs.wanted), ops.get_rows(x, inputs.wanted)
-            x = self.add(f"blk.{i}.post_attention_norm", x, part, weights)
+            x = self.add(f"blk.{i}.post_attention_norm", x, inputs.added("attention", part), weights)
             part = self.feed_forward(i, self.norm(f"blk.{i}.ffn_norm", x, weights), weights)
-            x = self.add(f"blk.{i}.post_ffw_norm", x, part, weights)
+            x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.added("feed_forward", part), weights)
             x.name = f"layer {i}"
         return self.norm("output_norm", x, weights)
+
+    def shares(self, n: int) -> Shares:
+        """Each device has some KV heads with their query heads, and columns of the feed-forward part.
+
+        Where there are fewer KV heads than devices, attention is computed by all of them.
+        """
+        cuts: dict[str, Cut] = {"output.weight": ROWS}
+        columns = self.n_heads // self.n_kv_heads * self.v_size  # of attn_output, to a KV head
+        whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that make whole blocks
+        heads: tuple[int, ...] = ()
+        if -(-self.n_kv_heads // whole) >= n:
+            heads = share_out(self.n_kv_heads, n, whole=whole)
+            cuts |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
+            cuts["*.attn_output.weight"] = COLUMNS.of(*heads)
+        what = f"{self.file.path}: the feed-forward part"
+        parts = share_out(self.n_ff // self._block("ffn_down"), n, what)
+        cuts |= {"*.ffn_gate.weight": ROWS.of(*parts), "*.ffn_up.weight": ROWS.of(*parts)}
+        cuts["*.ffn_down.weight"] = COLUMNS.of(*parts)
+        return Shares(cuts, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
+
+    def _block(self, name: str) -> int:
+        """Columns of a weight that stay together, in all layers."""
+        return lcm(*(block_size(self.info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """What goes into the first layer, ``(n, n_embd)``."""

@@ -21,17 +21,17 @@ _UPPER, _LOWER = "A-Z\xd2", "a-z\xd2"
 class Pattern:
     """One regular expression."""
 
-    regex: re.Pattern[str]
+    regex: str
     view: Callable[[str], str]
     """What it looks at: characters, or what stands for their categories."""
 
 
 def _by_category(pattern: str) -> Pattern:
-    return Pattern(re.compile(pattern, re.ASCII), collapse)
+    return Pattern(pattern, collapse)
 
 
 def _by_character(pattern: str) -> Pattern:
-    return Pattern(re.compile(pattern, re.ASCII), ascii_spaces)
+    return Pattern(pattern, ascii_spaces)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class PreTokenizer:
         views = {view: view(text) for view in {pattern.view for pattern in self.patterns}}
         ends = [len(text)]
         for pattern in self.patterns:
-            ends = _cut(pattern.regex, views[pattern.view], ends)
+            # Compiled when it is used, and remembered by ``re``: most of these never are.
+            ends = _cut(re.compile(pattern.regex, re.ASCII), views[pattern.view], ends)
         return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
