@@ -70,7 +70,7 @@ def test_bad_input_is_one_line_and_exit_code_2(model, tmp_path, smollm2):
     text.write_text("This is no model at all, only some text.")
     assert "No such file" in refused(tmp_path / "missing.gguf", "-p", "x")
     assert "cut short" in refused(cut, "-p", "x")
-    assert "'mamba' is not supported; llama is" in refused(other, "-p", "x")
+    assert "'mamba' is not supported; bert, gemma3, llama" in refused(other, "-p", "x")
     assert "not a GGUF file" in refused(text, "-p", "x")
     assert "Is a directory" in refused(tmp_path, "-p", "x")
     assert "no device 'Vulkan9'" in refused(smollm2, "-p", "x", "--devices", "Vulkan9")
