@@ -2,7 +2,7 @@
 
 python examples/embeddings.py [MODEL.gguf [DEVICE ...]]
 
-Without a model all-MiniLM-L6-v2 is downloaded (84 MB) and converted.
+Without a model all-MiniLM-L6-v2 is downloaded (84 MB) and converted; without devices the CPU computes.
 """
 
 import sys
@@ -81,7 +81,7 @@ def main():
     texts = [text for examples in TOPICS.values() for text in examples]
     classes = [topic for topic, examples in TOPICS.items() for _ in examples]
     path = sys.argv[1] if len(sys.argv) > 1 else minilm()
-    with models.load(path, sys.argv[2:] or None) as model:
+    with models.load(path, sys.argv[2:] or ["CPU"]) as model:
         classifier = make_pipeline(Embedding(model), LogisticRegression(C=10))
         accuracy = cross_val_score(classifier, texts, classes, cv=4).mean()
         print(f"accuracy on {len(texts)} sentences, each judged by the others: {accuracy:.2f}")

@@ -12,7 +12,9 @@ def register(commands: Any) -> None:
     """Add the command to those of the parser."""
     command = commands.add_parser("embed", help="turn texts into vectors")
     command.add_argument("model", help="a GGUF file")
-    command.add_argument("text", nargs="*", help="what to embed (default: each line of standard input)")
+    command.add_argument(
+        "-t", "--text", nargs="+", action="extend", help="what to embed (default: each line of standard input)"
+    )
     command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: JSON, a line for each)")
     command.add_argument("--pooling", help="mean, cls or last (default: what the model was trained with)")
     command.add_argument("--raw", action="store_true", help="leave the vectors at their lengths")

@@ -1,5 +1,6 @@
 """Sentence embeddings: random encoders against float64, all-MiniLM against sentence-transformers."""
 
+import io
 import json
 import threading
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ import pytest
 from conftest import relative_error
 
 import ggml_cffi as ggml
-from ggml_cffi import models
+from ggml_cffi import cli, models
 from ggml_cffi.models.bert import Bert
 from ggml_cffi.models.embedding import Embedder, batches
+from ggml_cffi.models.gemma3 import Gemma3
 from ggml_cffi.models.llama import Llama
 from ggml_cffi.models.weights import Weights
 
@@ -151,15 +153,20 @@ def test_graphs_are_kept_and_others_may_use_the_scheduler_between(tmp_path, rng)
             model.embed(texts)
 
 
-def test_models_that_generate_text_embed_too(tmp_path, rng):
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [(Llama, {}), (Gemma3, {".attention.sliding_window": 4, ".attention.sliding_window_pattern": 2})],
+    ids=["llama", "gemma3 with a window"],
+)
+def test_models_that_generate_text_embed_too(tmp_path, rng, architecture, changes):
     """Logits of the last token come from its vector: those of the reference, for each of several texts in one run."""
-    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, name=architecture.name, **changes)
     texts = random_texts(rng, (9, 1, 21, 30))
     reference = llama_float64.Reference(path)
     want = np.array([reference.forward(tokens)[-1] for tokens in texts])
-    with embedder(path, n_ctx=64, n_batch=64, architecture=Llama) as model:
+    with embedder(path, n_ctx=64, n_batch=64, architecture=architecture) as model:
         vectors = model.embed(texts, pooling="last", normalize=False)
-        assert relative_error(vectors @ reference.w["output.weight"].T, want) < 1e-2
+        assert relative_error(vectors @ reference.w["output.weight"].T, want) < 1e-3
         assert model.embed(texts).shape == (4, 64)
         cut = model.embed([texts[0] * 8], pooling="last")
         np.testing.assert_array_equal(cut, model.embed([(texts[0] * 8)[:64]], pooling="last"))
@@ -292,3 +299,50 @@ def test_all_minilm_embeds_as_sentence_transformers_does(devices, minilm, dtype)
         assert model.architecture.pooling == "mean"
         got = model.embed(tokens)
         assert (got * want).sum(1).min() >= 0.9999
+
+
+def test_all_minilm_from_texts(minilm):
+    cases = GOLDEN["cases"]
+    texts = [case["text"] for case in cases]
+    with models.load(minilm("f16"), ["CPU"], n_threads=1) as model:
+        assert [model.tokenize(text) for text in texts] == [case["tokens"] for case in cases]
+        got = model.embed(texts)
+        assert (got * [case["embedding"] for case in cases]).sum(1).min() >= 0.9999
+        np.testing.assert_array_equal(model.embed([case["tokens"] for case in cases]), got)
+        assert model.embed([""]).shape == (1, 384)  # it has a beginning and an end
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_line_for_each_text(minilm, capsys, monkeypatch):
+    arguments = ["embed", str(minilm("f16")), "--devices", "CPU", "--threads", "1"]
+    texts = [case["text"] for case in GOLDEN["cases"][:3]]
+    want = np.array([case["embedding"] for case in GOLDEN["cases"][:3]])
+    assert cli.main([*arguments, "--text", *texts[:2], "-t", texts[2]]) == 0
+    got = np.array([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert (got * want).sum(1).min() >= 0.9999
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\r\n" for text in texts)))
+    assert cli.main([*arguments, "--raw", "--pooling", "mean"]) == 0
+    raw = np.array([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert ((raw * want).sum(1) / np.linalg.norm(raw, axis=1)).min() >= 0.9999
+    assert np.linalg.norm(raw, axis=1).min() > 1.1
+
+
+def test_the_command_writes_an_array(minilm, tmp_path, capsys):
+    path = tmp_path / "vectors"
+    assert cli.main(["embed", str(minilm("f16")), "-t", "Hello", "--devices", "CPU", "-o", str(path)]) == 0
+    assert np.load(path) @ np.array(GOLDEN["cases"][0]["embedding"]) >= 0.9999
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_refuses_in_one_line(tmp_path, rng, capsys):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    for arguments, message in (
+        (["-t", "x", "--devices", "CPU"], "tokenizer 'no_vocab'"),
+        (["-t", "x", "--devices", "Vulkan99"], "no device 'Vulkan99'"),
+    ):
+        assert cli.main(["embed", str(path), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -72,7 +72,7 @@ class Bert(Architecture):
         x = ops.add(x, ops.get_rows(weights["token_types.weight"], first))
         x = self._norm("token_embd_norm", x, weights)
         for i in range(self.n_layers):
-            h = self._attention(i, x, weights, inputs)
+            h = self._attention(i, x, weights, inputs.at(i).mask)
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 h, x = ops.get_rows(h, inputs.wanted), ops.get_rows(x, inputs.wanted)
             x = self._norm(f"blk.{i}.attn_output_norm", ops.add(x, h), weights)
@@ -85,13 +85,13 @@ class Bert(Architecture):
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         raise GgmlError(f"{self.file.path}: an encoder has no logits and generates no text; it is for embeddings")
 
-    def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         n, size = x.shape[0], self.n_embd // self.n_heads
         q, k, v = (
             ops.permute(ops.reshape(_linear(f"blk.{i}.attn_{part}", x, weights), (n, self.n_heads, size)), (1, 0, 2))
             for part in "qkv"
         )
-        out = ops.flash_attn_ext(q, k, v, inputs.mask, scale=1.0 / sqrt(size))
+        out = ops.flash_attn_ext(q, k, v, mask, scale=1.0 / sqrt(size))
         return _linear(f"blk.{i}.attn_output", ops.reshape(out, (n, self.n_embd)), weights)
 
     def _norm(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

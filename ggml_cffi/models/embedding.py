@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,9 @@ from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.graph import Graph
-from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
+from ggml_cffi.models.architecture import Architecture, LayerCache
+from ggml_cffi.models.feed import Feed
+from ggml_cffi.models.tokenizer import check_tokens
 from ggml_cffi.models.weights import Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
@@ -33,7 +34,7 @@ class _Run(Closing):
     """A graph for so many tokens of so many texts."""
 
     context: Context
-    inputs: Inputs
+    feed: Feed
     pool: Tensor
     """Each text's weights for the tokens, F32 ``(n_texts, n)``."""
     graph: Graph
@@ -77,7 +78,7 @@ class Embedder(Closing):
         self._closed = False
 
     def embed(
-        self, texts: Sequence[Sequence[int]], *, pooling: str | None = None, normalize: bool = True
+        self, texts: Iterable[Iterable[int]], *, pooling: str | None = None, normalize: bool = True
     ) -> npt.NDArray[np.float32]:
         """One vector for each text.
 
@@ -98,8 +99,8 @@ class Embedder(Closing):
 
         Raises
         ------
-        ValueError
-            If a text has no tokens or one that is not in the vocabulary, or there is no such pooling.
+        ValueError, TypeError
+            If a text has no tokens or what is no token of the vocabulary, or there is no such pooling.
         ClosedError
             If this is closed.
         """
@@ -130,13 +131,14 @@ class Embedder(Closing):
         with self.scheduler.lock, self._build(self._capacity, 1) as run:
             return self.scheduler.reserve(run.graph)
 
-    def _cut(self, ids: Sequence[int], i: int) -> list[int]:
-        if not len(ids):
+    def _cut(self, tokens: Iterable[int], i: int) -> list[int]:
+        ids = check_tokens(tokens, self.architecture.n_vocab)
+        if not ids:
             raise ValueError(f"text {i} has no tokens: there is nothing to embed")
         if len(ids) <= self.max_tokens:
-            return list(ids)
+            return ids
         if self.architecture.causal:
-            return list(ids[: self.max_tokens])
+            return ids[: self.max_tokens]
         return [*ids[: self.max_tokens - 1], ids[-1]]
 
     def _compute(self, texts: Sequence[list[int]], pooling: str) -> npt.NDArray[np.float32]:
@@ -154,7 +156,7 @@ class Embedder(Closing):
         return vectors
 
     def _set(self, run: _Run, texts: Sequence[list[int]], pooling: str) -> None:
-        inputs, (n_slots, n), n_texts = run.inputs, run.pool.shape, len(texts)
+        (n_slots, n), n_texts = run.pool.shape, len(texts)
         lengths = np.array([len(ids) for ids in texts])
         ends = lengths.cumsum()
         starts, total = ends - lengths, int(ends[-1])
@@ -169,19 +171,17 @@ class Embedder(Closing):
             weight[owner[:total], order[:total]] = 1 / lengths[owner[:total]]
         else:
             weight[np.arange(n_texts), starts if pooling == "cls" else ends - 1] = 1
-        values: dict[Tensor, npt.NDArray[Any]] = {
-            inputs.tokens: np.concatenate([*texts, np.zeros(n - total, np.int32)]).astype(np.int32),
-            inputs.positions: np.where(order < total, order - np.append(starts, 0)[owner], 0).astype(np.int32),
-            inputs.rows: order,
-            inputs.wanted: order.astype(np.int32),
-            inputs.mask: _mask(seen),
-            run.pool: weight,
+        values = {
+            "tokens": np.concatenate([*texts, np.zeros(n - total, np.int32)]),
+            "positions": np.where(order < total, order - np.append(starts, 0)[owner], 0),
+            "rows": order,
+            "wanted": order,
+            "mask": _mask(seen),
         }
-        if inputs.near is not None:
-            values[inputs.near] = _mask(seen & (order > order[:, None] - self.architecture.window))
-        for tensor, array in values.items():
-            if tensor.is_allocated:  # what the graph does not use has no memory
-                tensor.set(array)
+        if self.architecture.window:
+            values["near"] = _mask(seen & (order > order[:, None] - self.architecture.window))
+        run.feed.set(values)
+        run.pool.set(weight)
 
     def _prepared(self, n: int, n_slots: int) -> _Run:
         """The graph for so many tokens and texts, allocated; the last few are kept."""
@@ -190,30 +190,22 @@ class Embedder(Closing):
         if len(self._runs) > _KEPT:
             self._drop(next(iter(self._runs)))
         if self.scheduler.graph is not run.graph:
-            # Token ids go where the embeddings are.
-            self.scheduler.unplace()
-            self.scheduler.place(run.inputs.tokens, self.scheduler.backends[-1])
             self.scheduler.alloc(run.graph)
         return run
 
     def _build(self, n: int, n_slots: int) -> _Run:
         if self.architecture.causal:
             self._make_cache(n)
-        context = Context()
+        weights, backends, context = self.weights, self.scheduler.backends, Context()
         try:
-            inputs = Inputs(
-                tokens=context.new_tensor(Type.I32, (n,), name="tokens"),
-                positions=context.new_tensor(Type.I32, (n,), name="positions"),
-                rows=context.new_tensor(Type.I64, (n,), name="rows"),
-                mask=context.new_tensor(Type.F16, (n, n), name="mask"),
-                wanted=context.new_tensor(Type.I32, (n,), name="wanted"),
-                near=context.new_tensor(Type.F16, (n, n), name="near") if self.architecture.window else None,
-            )
-            hidden = self.architecture.hidden(self.weights.tensors, self._cache, inputs)
+            windowed = self.architecture.window > 0
+            feed = Feed(context, backends, weights.where, weights.first, n, n, n, window=windowed)
+            hidden = self.architecture.hidden(weights.tensors, self._cache, feed.inputs)
             pool = context.new_tensor(Type.F32, (n_slots, n), name="pool")
+            context.alloc(backends[weights.where[-1]].buffer_type, [pool])
             vectors = ops.mul_mat(ops.cont(ops.transpose(hidden)), pool)
             vectors.name = "embeddings"
-            return _Run(context, inputs, pool, Graph(vectors), vectors)
+            return _Run(context, feed, pool, Graph(vectors), vectors)
         except BaseException:
             context.close()
             raise

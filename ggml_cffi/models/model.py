@@ -379,8 +379,7 @@ class Model(Closing):
         """
         if isinstance(texts, str):
             raise TypeError("texts is a sequence: put the one text in a list")
-        n_vocab = self.architecture.n_vocab
-        ids = [self.tokenize(text) if isinstance(text, str) else check_tokens(text, n_vocab) for text in texts]
+        ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
         return self._embedder.embed(ids, pooling=pooling, normalize=normalize)
 
     def _reserve(self) -> None:
