@@ -12,7 +12,7 @@ the cache; a product with one row and the additions after it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, sqrt
 from typing import ClassVar
 
@@ -49,29 +49,33 @@ class Rope:
         FormatError
             If the numbers are impossible, or the scaling is of an unknown kind.
         """
-        path = meta.file.path
-        n_dims = meta.positive("rope.dimension_count", head_size)
-        base = meta.at_least_0("rope.freq_base", 10000.0)
-        if n_dims % 2 or n_dims > head_size or not base:
-            raise FormatError(f"{path}: impossible rotary parameters: {n_dims} of {head_size} elements, base {base}")
         scaling = meta.get("rope.scaling.type", str, "linear")
-        factor = 0.0 if scaling == "none" else meta.at_least_0("rope.scaling.factor", 0.0)
-        scale = 1.0 / factor if factor else 1.0
-        if scaling in ("none", "linear"):
-            return cls(mode, n_dims, base, scale)
-        if scaling != "yarn":
-            raise FormatError(f"{path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
-        return cls(
+        if scaling not in ("none", "linear", "yarn"):
+            raise FormatError(f"{meta.file.path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
+        factor = meta.at_least_0("rope.scaling.factor", 0.0) if scaling != "none" else 0.0
+        rope = cls(
             mode,
-            n_dims,
-            base,
-            scale,
-            n_ctx_orig=meta.positive("rope.scaling.original_context_length", meta.positive("context_length")),
-            ext_factor=meta.at_least_0("rope.scaling.yarn_ext_factor", 1.0),
-            attn_factor=meta.at_least_0("rope.scaling.attn_factor", 1.0),
-            beta_fast=meta.at_least_0("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=meta.at_least_0("rope.scaling.yarn_beta_slow", 1.0),
+            n_dims=meta.positive("rope.dimension_count", head_size),
+            freq_base=meta.at_least_0("rope.freq_base", 10000.0),
+            freq_scale=1.0 / factor if factor else 1.0,
         )
+        if scaling == "yarn":
+            rope = replace(
+                rope,
+                n_ctx_orig=meta.positive("rope.scaling.original_context_length", meta.positive("context_length")),
+                ext_factor=meta.at_least_0("rope.scaling.yarn_ext_factor", 1.0),
+                attn_factor=meta.at_least_0("rope.scaling.attn_factor", 1.0),
+                beta_fast=meta.at_least_0("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=meta.at_least_0("rope.scaling.yarn_beta_slow", 1.0),
+            )
+        if (
+            rope.n_dims % 2
+            or rope.n_dims > head_size
+            or not rope.freq_base
+            or (rope.ext_factor and not (rope.freq_base != 1 and rope.beta_fast and rope.beta_slow))
+        ):
+            raise FormatError(f"{meta.file.path}: impossible rotary parameters: {rope} for heads of {head_size}")
+        return rope
 
     def __call__(self, x: Tensor, positions: Tensor, freq_factors: Tensor | None) -> Tensor:
         """``x`` ``(n, heads, head_size)``, each token rotated by its position."""
