@@ -38,7 +38,9 @@ suppress_warnings = ["config.cache"]
 
 _NAPOLEON = Config(napoleon_use_rtype=False)
 #: Modules whose names are part of the reference as they are; all others' are given as ``ggml_cffi.name``.
-_OWN_PAGES = tuple(f"ggml_cffi.{name}" for name in ("enums", "gguf", "flat", "draw", "profile", "models"))
+_OWN_PAGES = tuple(
+    f"ggml_cffi.{name}" for name in ("enums", "gguf", "flat", "draw", "profile", "models", "isolate", "parallel")
+)
 
 
 def _complete(_app: Any, docname: str, source: list[str]) -> None:
@@ -166,7 +168,7 @@ def _foreign(target: str) -> bool:
         "ndarray",
     )
     types = ("ArrayLike", "DTypeLike", "NDArray", "IntEnum", "Self")
-    inner = ("Head", "Architecture", "Stream")  # ours, but of no use to a caller
+    inner = ("Head", "Architecture", "Stream", "Process")  # ours, but of no use to a caller
     return root in known or target.split(".")[-1] in inner or target in (*names, *types) or hasattr(builtins, root)
 
 

@@ -15,12 +15,14 @@ from ggml_cffi.enums import GGUFType, Op, OpPool, Prec, ScaleFlag, ScaleMode, So
 from ggml_cffi.errors import (
     AbortedError,
     BackendCrashedError,
+    BackendTimeoutError,
     ClosedError,
     FormatError,
     GgmlError,
     LibraryMismatchError,
     LibraryNotFoundError,
     OutOfMemoryError,
+    RemoteError,
     UnsupportedOpError,
 )
 from ggml_cffi.gguf import GGUFFile, GGUFTensor, GGUFValue
@@ -70,6 +72,7 @@ __all__ = [
     "AdamW",
     "Backend",
     "BackendCrashedError",
+    "BackendTimeoutError",
     "Buffer",
     "BufferType",
     "Capabilities",
@@ -97,6 +100,7 @@ __all__ = [
     "Prec",
     "Program",
     "RawTensor",
+    "RemoteError",
     "SGD",
     "SafetensorsFile",
     "ScaleMode",

@@ -6,6 +6,8 @@ failure, or what would make it fail, raises one of these.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class GgmlError(Exception):
     """Something in ggml failed."""
@@ -40,4 +42,27 @@ class FormatError(GgmlError, ValueError):
 
 
 class BackendCrashedError(GgmlError):
-    """A worker process died inside the C library or a driver."""
+    """A worker process died (in the C library, in a driver, or killed), or the server of a remote device was lost.
+
+    Parameters
+    ----------
+    message
+        What happened, with the last lines that the process wrote.
+    exitcode
+        The process's exit status; minus the number of the signal that killed it.
+    log
+        The last lines that it logged or wrote to stderr, more of them than the message has.
+    """
+
+    def __init__(self, message: str = "", *, exitcode: int | None = None, log: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode
+        self.log = tuple(log)
+
+
+class BackendTimeoutError(BackendCrashedError, TimeoutError):
+    """A worker process gave no answer in time, and was killed."""
+
+
+class RemoteError(GgmlError, ConnectionError):
+    """The server of a remote device cannot be reached, or is none that can be used."""

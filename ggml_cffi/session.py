@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ggml_cffi import c, dtypes
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
 from ggml_cffi.device import Device, devices
 from ggml_cffi.dtypes import as_array, as_type
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 from_buffer = c.ffi.from_buffer
+_ALIGNMENT = 32  # of memory that a buffer can be over
 
 
 class Session(Closing):
@@ -110,6 +112,7 @@ class Session(Closing):
         on: Device | str | None = None,
         dtype: Type | str | npt.DTypeLike | None = None,
         name: str = "",
+        copy: bool = True,
     ) -> Tensor:
         """A tensor of the session with these values. Operations with it run where it is.
 
@@ -122,6 +125,10 @@ class Session(Closing):
             One of the session's devices; default the first.
         dtype
             Type to store it in: cast or quantized on the way. Default the type it has; F32 for ``float64``.
+        copy
+            False to use the values where they are, if the device is the CPU, the type stays, and they begin at a
+            multiple of 32 bytes: tensors of GGUF files do, and arrays of ``numpy.load(path, mmap_mode="r")``. Sessions
+            then share one copy. The array must not change; where it is read-only, the tensor is.
 
         Raises
         ------
@@ -132,6 +139,9 @@ class Session(Closing):
         """
         source = readable(values)
         kind = as_type(dtype) if dtype is not None else stored_type(source)
+        memory = None if copy else _in_place(source, kind)
+        if memory is not None and self._backend(on).device.is_cpu:
+            return self._over(memory, kind, source.shape, name)
         t = self._placed(kind, source.shape, on, name, Usage.WEIGHTS)
         if t.size and isinstance(source, StoredTensor) and source.dtype is kind:
             t.set_bytes(source.raw())
@@ -157,12 +167,19 @@ class Session(Closing):
             self._weights.alloc(backend.buffer_type, [t], usage=usage)
         return t
 
+    def _over(self, memory: npt.NDArray[np.uint8], kind: Type, shape: Sequence[int], name: str) -> Tensor:
+        """A tensor in memory that Python owns."""
+        t = self._weights.new_tensor(kind, shape, name=name)
+        buffer = Buffer.over(memory, usage=Usage.WEIGHTS)
+        self._weights.put(t, buffer, buffer.base)
+        return t
+
     def _backend(self, on: Device | str | None) -> Backend:
         backends = self.backends
         if on is None:
             return backends[0]
         for b in backends:
-            if on == b.device or (isinstance(on, str) and on.lower() == b.name.lower()):
+            if on == b.device or (isinstance(on, str) and b.device.is_called(on)):
                 return b
         raise ValueError(f"{on!r} is not one of this session's devices: {', '.join(b.name for b in backends)}")
 
@@ -224,6 +241,19 @@ class Session(Closing):
 
 def _gpus() -> list[Device]:
     return [d for d in devices() if not d.is_cpu]
+
+
+def _in_place(source: StoredTensor | npt.NDArray[Any], kind: Type) -> npt.NDArray[np.uint8] | None:
+    """The bytes of ``source`` where they are, None if ggml cannot read them there as ``kind``."""
+    if stored_type(source) is not kind:
+        return None
+    if isinstance(source, StoredTensor):
+        raw = source.raw()
+    elif source.dtype == dtypes.numpy_dtype(kind) and source.flags.c_contiguous:
+        raw = source.reshape(-1).view(np.uint8)
+    else:
+        return None
+    return raw if raw.size and raw.ctypes.data % _ALIGNMENT == 0 else None
 
 
 def _input_type(dtype: np.dtype[Any]) -> Type:

@@ -113,5 +113,5 @@ def test_buffer_over_python_memory():
         for where, message in ((4096, "does not fit"), (4064, "does not fit"), (1, "not at a multiple")):
             with pytest.raises(ValueError, match=message):
                 ctx.put(ctx.new_tensor(ggml.F32, (4, 4)), buffer, buffer.base + where)
-    with pytest.raises(ValueError, match="multiple of 64"):
+    with pytest.raises(ValueError, match="multiple of 32"):
         ggml.Buffer.over(raw[start + 1 : start + 100])

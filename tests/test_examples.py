@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT, need, run_python
@@ -12,6 +13,9 @@ EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "
 GUIDE = [name for name in EXAMPLES if name.startswith("guide/")]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
 
 
 def run(name, **env):
@@ -24,7 +28,10 @@ def run(name, **env):
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "demo.py" and name not in GUIDE])
 def test_example(name):
-    assert run(name)
+    package = NEEDS.get(name)
+    if package and not find_spec(package):
+        pytest.skip(f"needs {package}: pip install ggml-cffi[cluster]")
+    assert run(name, RAY_USAGE_STATS_ENABLED="0")
 
 
 @pytest.mark.parametrize("name", GUIDE)

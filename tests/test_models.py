@@ -267,7 +267,7 @@ def test_progress_is_told(tmp_path, rng):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; llama is"),
+        ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; .*llama.* are"),
         ({"general.architecture": 7}, "architecture 7 is not supported"),
         ({"llama.block_count": 4}, "no tensor 'blk.3"),
         ({"llama.block_count": 0}, "block_count is 0, not a positive number"),
@@ -275,9 +275,9 @@ def test_progress_is_told(tmp_path, rng):
         ({"llama.embedding_length": 32}, "shape"),
         ({"llama.attention.head_count_kv": 3}, "4 heads are no multiple of 3 KV heads"),
         ({"llama.rope.dimension_count": 7}, "impossible rotary"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
-        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "impossible"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "epsilon is -1.0, not a number of 0 or more"),
     ],
 )
 def test_files_that_are_no_model(tmp_path, rng, change, message):
@@ -388,8 +388,3 @@ def test_layer_numbers():
     assert layer_of("blk.12.attn_q.weight") == 12
     assert layer_of("token_embd.weight") is None
     assert layer_of("blk.x.weight") is None
-
-
-def test_fetch():
-    with pytest.raises(ValueError, match="no model 'gpt5' to fetch; there are smollm2"):
-        models.fetch("gpt5")

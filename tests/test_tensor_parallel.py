@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
+from ggml_cffi.cut import pieces, rule_for
 from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, share_out
 from ggml_cffi.parallel._barrier import Barrier
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import levels
-from ggml_cffi.parallel.cut import pieces, rule_for
 
 DIM, FF, LAYERS = 64, 96, 3
 

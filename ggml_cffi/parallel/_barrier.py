@@ -11,21 +11,24 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from cffi import FFI  # type: ignore[import-untyped]
+from ggml_cffi import c
 
-_ffi = FFI()
-_ffi.cdef("""
+_DECLARATIONS = """
     int pthread_spin_init(void *lock, int pshared);
     int pthread_spin_lock(void *lock);
     int pthread_spin_unlock(void *lock);
-""")
+"""
 
 
 @cache
 def _library() -> Any:
     """The C library, None where it has no spin locks (macOS, Windows)."""
     try:
-        library = _ffi.dlopen(None)
+        from cffi import FFI  # type: ignore[import-untyped]
+
+        ffi = FFI()
+        ffi.cdef(_DECLARATIONS)
+        library = ffi.dlopen(None)
         library.pthread_spin_init  # noqa: B018 - raises where it is missing
     except (OSError, AttributeError):
         return None
@@ -59,7 +62,7 @@ class Barrier:
             lock = threading.Lock()
             lock.acquire()
             return lock.acquire, lock.release
-        memory = _ffi.new("int[16]")  # a cache line of its own
+        memory = c.ffi.new("int[16]")  # a cache line of its own
         self._kept.append(memory)
         library.pthread_spin_init(memory, 0)
         library.pthread_spin_lock(memory)

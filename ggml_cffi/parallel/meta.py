@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ggml_cffi import c, dtypes, ops
 from ggml_cffi._handle import Closing, Handle
 from ggml_cffi.context import Context
+from ggml_cffi.cut import Cut, rule_for
 from ggml_cffi.device import Device, check_process, device_lock, registry_lock
 from ggml_cffi.device import device as find_device
 from ggml_cffi.dtypes import as_array, as_type
@@ -27,7 +28,6 @@ from ggml_cffi.enums import BackendMetaSplitAxis as Axis
 from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import ClosedError, GgmlError, OutOfMemoryError, UnsupportedOpError
 from ggml_cffi.graph import Graph
-from ggml_cffi.parallel.cut import Cut, rule_for
 from ggml_cffi.tensor import Tensor
 
 _SAME = frozenset({Op.UNARY, Op.SCALE, Op.SQR, Op.SQRT, Op.SIN, Op.COS, Op.LOG, Op.CLAMP})

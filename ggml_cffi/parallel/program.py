@@ -182,7 +182,7 @@ class Program(Closing):
             for p in graph.node_pointers():
                 if p.view_src and not p.buffer:
                     c.ggml_backend_view_init(p)
-            check_ops(graph, [backend], {}, set())
+            check_ops(graph, [backend], {}, {})
             unable = for_the_cpu(graph, [backend])
             if graph.calls() or unable:
                 p = next(iter(unable), graph.node_pointers()[-1])

@@ -20,6 +20,7 @@ from ggml_cffi import dtypes
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
+from ggml_cffi.cut import MIRROR, Cut, pieces, rule_for
 from ggml_cffi.device import Device
 from ggml_cffi.device import devices as all_devices
 from ggml_cffi.dtypes import as_array, as_type
@@ -28,7 +29,6 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.gguf import GGUFTensor
 from ggml_cffi.parallel._drive import Driver
-from ggml_cffi.parallel.cut import MIRROR, Cut, pieces, rule_for
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.tensor import Tensor

@@ -117,9 +117,10 @@ class TensorRunner(Closing):
     def _trace(self, rank: Rank, *inputs: Tensor) -> Gathered:
         weights = {name: parts[rank] for name, parts in self.weights.items()}
         cache = [LayerCache(k[rank], v[rank], self._across) for k, v in self._cache]
-        names = ("tokens", "positions", "rows", "mask", "wanted", "near")
+        tokens, positions, rows, mask, wanted, *windowed = inputs
+        near = windowed[0] if windowed else None
         sums = dict.fromkeys(self.shares.summed, rank.sum)
-        given = Inputs(**dict(zip(names, inputs, strict=False)), sums=sums)
+        given = Inputs(tokens, positions, rows, mask, wanted, near, sums=sums)
         return rank.gather(self.architecture.logits(weights, self.architecture.hidden(weights, cache, given)))
 
     @property

@@ -1,0 +1,222 @@
+"""The replicas of one process, and how they get into other processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from ggml_cffi._handle import Closing
+from ggml_cffi._made import opened
+from ggml_cffi.device import devices as all_devices
+from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
+
+_logger = logging.getLogger("ggml_cffi.parallel")
+
+
+class Replica(Closing):
+    """What ``make`` returned for one device, and how it has done."""
+
+    def __init__(self, make: Callable[[str], Any], device: str) -> None:
+        self.device = device
+        """The device's name."""
+        self.calls = 0
+        """How many calls it has taken."""
+        self.error: BaseException | None = None
+        """Why it takes no more calls, None while it does."""
+        self._make = make
+        self._function: Callable[..., Any] | None = None
+        self._stack = ExitStack()
+
+    @property
+    def made(self) -> bool:
+        """Whether ``make`` has been called."""
+        return self._function is not None
+
+    def open(self) -> None:
+        """Call ``make``, once."""
+        if self._function is not None:
+            return
+        function = opened(self._make(self.device), self._stack)
+        if not callable(function):
+            kind = type(function).__name__
+            raise TypeError(f"make returned a {kind}, which cannot be called: return a function that uses it")
+        self._function = function
+
+    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call what ``make`` returned."""
+        assert self._function is not None
+        self.calls += 1
+        try:
+            return self._function(*args, **kwargs)
+        except BackendCrashedError as error:
+            if not getattr(self._function, "alive", False):  # a worker with restarts goes on
+                self.drop(error)
+            raise
+
+    def drop(self, error: BaseException) -> None:
+        """Take no more calls."""
+        self.error = error
+        _logger.warning("the replica on %s is dropped: %s: %s", self.device, type(error).__name__, error)
+        try:
+            self.close()
+        except Exception:
+            _logger.exception("the replica on %s could not be closed", self.device)
+
+    def close(self) -> None:
+        """Close what ``make`` returned."""
+        self._function = None
+        self._stack.close()
+
+    def __repr__(self) -> str:
+        state = f"{self.calls} calls" if self.error is None else f"dropped: {type(self.error).__name__}"
+        return f"<Replica on {self.device}, {state}>"
+
+
+class Replicas(Closing):
+    """Replicas that share the calls of any number of threads: each goes to one that is free."""
+
+    def __init__(self, make: Callable[[str], Any], devices: Iterable[str] | None) -> None:
+        names = default_devices() if devices is None else list(devices)
+        self.all = tuple(Replica(make, name) for name in names)
+        self._free = deque(self.all)  # the one that has been free for longest is first
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a replica as soon as one is free. It is made if it has not been."""
+        replica = self._take()
+        try:
+            return replica.call(args, kwargs)
+        finally:
+            self._give(replica)
+
+    def prepare(self, replica: Replica) -> None:
+        """Make a replica that nobody uses yet, or drop it."""
+        try:
+            replica.open()
+        except Exception as error:
+            replica.drop(error)
+            with self._changed:
+                self._free.remove(replica)
+
+    def _take(self) -> Replica:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._free or self._closed or self._none_left)
+                if self._closed:
+                    raise ClosedError("this DataParallel is closed")
+                if not self._free:
+                    reasons = "; ".join(f"{r.device}: {type(r.error).__name__}: {r.error}" for r in self.all)
+                    raise GgmlError(f"no replica is left: {reasons}") from self.all[-1].error
+                replica = next((r for r in self._free if r.made), self._free[0])
+                self._free.remove(replica)
+            try:
+                replica.open()
+                return replica
+            except Exception as error:
+                replica.drop(error)
+                self._give(replica)
+            except BaseException:
+                self._give(replica)
+                raise
+
+    @property
+    def _none_left(self) -> bool:
+        return all(replica.error is not None for replica in self.all)
+
+    def _give(self, replica: Replica) -> None:
+        with self._changed:
+            if replica.error is None:
+                self._free.append(replica)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish what runs, and close all replicas."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: len(self._free) == sum(r.error is None for r in self.all))
+        with ExitStack() as stack:  # closes all, whatever one of them raises
+            for replica in self.all:
+                stack.callback(replica.close)
+
+
+def default_devices() -> list[str]:
+    """Names of all GPUs; where there is none, of the CPU."""
+    found = [device.name for device in all_devices()]
+    return found[:-1] or found
+
+
+# ---------------------------------------------------------------------- in other processes
+
+
+class Task:
+    """The replicas of whichever process this is called in. It can be pickled."""
+
+    def __init__(self, make: Callable[[str], Any], devices: Sequence[str] | None, key: str | None = None) -> None:
+        self.key = key or uuid.uuid4().hex
+        self._make, self._devices, self._pid = make, devices, os.getpid()
+        self._lock = threading.Lock()
+        self._replicas: Replicas | None = None
+        self._packed: bytes | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a replica that is free."""
+        return self.replicas(args, kwargs)
+
+    @property
+    def replicas(self) -> Replicas:
+        """Those of this process."""
+        with self._lock:
+            if self._replicas is None:
+                self._replicas = Replicas(self._make, self._devices)
+            return self._replicas
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import cloudpickle
+
+        with self._lock:
+            if self._packed is None:
+                self._packed = cloudpickle.dumps((self._make, self._devices))
+                _tasks[self.key] = self  # an executor of this very process may unpickle it
+        return _unpacked, (self.key, self._packed)
+
+    def close(self) -> None:
+        """Close this process's replicas, if there are any."""
+        _tasks.pop(self.key, None)
+        with self._lock:
+            replicas, self._replicas = self._replicas, None
+        if replicas is not None and self._pid == os.getpid():
+            replicas.close()
+
+
+_tasks: dict[str, Task] = {}
+_guard = threading.Lock()
+
+
+def _unpacked(key: str, packed: bytes) -> Task:
+    """The task of this process, the same one each time that it is unpickled."""
+    import cloudpickle
+
+    with _guard:
+        found = _tasks.get(key)
+        if found is None or found._pid != os.getpid():
+            make, devices = cloudpickle.loads(packed)
+            found = _tasks[key] = Task(make, devices, key)
+        return found
+
+
+def release() -> None:
+    """Close all replicas that tasks of executors have made in this process.
+
+    An executor's processes keep theirs until they end. To free them before, run this in each of them; with Dask,
+    ``client.run(release)``.
+    """
+    for task in list(_tasks.values()):
+        task.close()
