@@ -161,6 +161,18 @@ def test_what_earlier_steps_computed_stays(rng):
         np.testing.assert_array_equal(first, partials[:8])
 
 
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_last_step_that_only_the_first_rank_has(threads, rng):
+    x = rng.standard_normal((2, 4)).astype(np.float32)
+    with Ranks(3, threads=threads) as group:
+        f = group.compile(lambda rank, x: rank.sum(ops.scale(x, 2.0)))
+        for _ in range(3):
+            np.testing.assert_allclose(f(x), 6 * x, rtol=1e-6)
+        assert group.driver.computed == [6, 3, 3]
+        alone = group.compile(lambda rank, x: ops.scale(x, 2.0))
+        np.testing.assert_array_equal(alone(x), 2 * x)
+
+
 def test_caches_constants_and_row_numbers():
     with Ranks() as group:
         cache = group.zeros([(10, 4), (10, 2)], "f16")

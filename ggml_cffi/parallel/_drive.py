@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi import c
@@ -44,6 +45,8 @@ class Driver(Closing):
     def run(self, graphs: Sequence[Sequence[Any]]) -> int:
         """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, ``k`` after ``k - 1`` of all. 0, or ggml's status.
 
+        Some backends may have no graph for the last step.
+
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_synchronize``.
         """
         with ExitStack() as stack:
@@ -58,10 +61,11 @@ class Driver(Closing):
         compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
         pointers = [b.ptr for b in self.backends]
         status = 0
-        for step in zip(*graphs, strict=True):
+        for step in zip_longest(*graphs):
             try:
                 for pointer, graph in zip(pointers, step, strict=True):
-                    status = compute(pointer, graph) or status
+                    if graph is not None:
+                        status = compute(pointer, graph) or status
             finally:
                 for pointer in pointers:
                     synchronize(pointer)
@@ -73,7 +77,8 @@ class Driver(Closing):
 
             self._pool = ThreadPoolExecutor(len(self.backends), thread_name_prefix="ggml_cffi device")
         # None of them is this thread: an exception of a signal would leave the others waiting.
-        going = [self._pool.submit(self._follow, r, b.ptr, graphs[r]) for r, b in enumerate(self.backends)]
+        steps = max(map(len, graphs))
+        going = [self._pool.submit(self._follow, r, b.ptr, graphs[r], steps) for r, b in enumerate(self.backends)]
         try:
             found = [future.result() for future in going]
         except BaseException:
@@ -82,9 +87,9 @@ class Driver(Closing):
             raise
         return next((status for status in found if status), 0)
 
-    def _follow(self, r: int, pointer: Any, graphs: Sequence[Any]) -> int:
+    def _follow(self, r: int, pointer: Any, graphs: Sequence[Any], steps: int) -> int:
         compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, self._barrier.wait
-        status, last = 0, len(graphs) - 1
+        status, last = 0, steps - 1
         for k, graph in enumerate(graphs):
             status = compute(pointer, graph) or status
             synchronize(pointer)

@@ -56,7 +56,7 @@ class Plan:
         self.placed: dict[Any, Tensor] = {}
         """Results that are computed straight into shared memory, each with the tensor there whose place it takes."""
         self.graphs: list[Graph] = []
-        """One for each step."""
+        """One for each step; none for the last where that gives nothing here."""
         self._step = self._steps()
         wanted = [s.partial for s in rank.sums] + [t for t, _ in results]
         nodes = self._needed(wanted)
@@ -72,7 +72,7 @@ class Plan:
             ends[self._step[p]].append(self._wrap(p))
         try:
             with _leaves() as freeze:
-                for tensors in ends:
+                for tensors in ends if ends[-1] else ends[:-1]:
                     graph = Graph(*dict.fromkeys(tensors))
                     self.graphs.append(graph)
                     if in_levels:
