@@ -127,7 +127,12 @@ class Link:
     @property
     def usable(self) -> bool:
         """Whether the server is there, as far as is known without asking."""
-        return not (self._state[0] or self._closed or self._pid != os.getpid())
+        return not (self._state[0] or self._closed or self._pid != os.getpid() or self.broken)
+
+    @property
+    def broken(self) -> bool:
+        """Whether somebody ended the relay: any call would end this process then."""
+        return self._relay.poll() not in (None, 0)
 
     def check(self) -> None:
         """Raise if the server is lost.
@@ -145,8 +150,8 @@ class Link:
             raise GgmlError(f"{self.name} was connected before this process was forked: connect again in this one")
         if self._closed:
             raise ClosedError(f"{self.name} was disconnected")
-        if self._state[0]:
-            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace")
+        if self._state[0] or self.broken:
+            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace") or "lost its relay, which was ended"
             raise BackendCrashedError(
                 f"{self.name}: the server {reason}. What it held is gone: close what used it, start it again (its "
                 f"output may say what happened), and open ggml_cffi.device({self.name!r}) anew"
@@ -196,7 +201,8 @@ def free(links: Sequence[Link], function: Callable[[Any], None], keep: Sequence[
                 break
             held.append(link)
         else:
-            function(pointer)
+            if not any(link.broken for link in links):  # C would end the process: better never freed
+                function(pointer)
     finally:
         for taken in reversed(held):
             taken.release()

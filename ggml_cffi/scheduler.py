@@ -64,7 +64,8 @@ class _Locks:
         self.links = [lock for lock in self._locks if isinstance(lock, _remote.Link)]
 
     def __enter__(self) -> None:
-        self.acquire()
+        for lock in self._locks:
+            lock.acquire()
         if self.links:
             try:
                 self._check()
@@ -73,9 +74,12 @@ class _Locks:
                 raise
 
     def __exit__(self, *_error: object) -> None:
+        if not self.links:
+            for lock in self._locks:
+                lock.release()
+            return
         try:
-            if self.links:
-                self._check()
+            self._check()
         finally:
             self.release()
 
@@ -89,11 +93,7 @@ class _Locks:
             lock.acquire()
 
     def release(self) -> None:
-        """Unlock."""
-        if not self.links:
-            for lock in self._locks:
-                lock.release()
-            return
+        """Unlock, all of them whatever comes in between."""
         raised = None
         for lock in reversed(self._locks):
             try:

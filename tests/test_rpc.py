@@ -12,7 +12,7 @@ import time
 import llama_float64
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import need, run_python
 from fake_rpc import Peer, Pretender, Talker
 
 import ggml_cffi as ggml
@@ -255,6 +255,32 @@ def test_a_session_over_two_servers(servers, rng):
         assert [b.name for _, b in scheduler.assignment()] == [servers[0], servers[1], servers[1]]
         assert servers[1] in str(scheduler.report())
         assert {row.backend for row in scheduler.profile(runs=1).nodes} == set(servers)
+
+
+def test_a_local_gpu_beside_a_remote_device(servers, rng):
+    need(("Vulkan0",))
+    W, X = w_and_x(rng)
+    with ggml.Session(["Vulkan0", servers[0]]) as s:
+        w, v = s.weight(W), s.weight(W, on=servers[0])
+        f = s.compile(lambda x: ggml.linear(ggml.linear(x, w), v))
+        np.testing.assert_allclose(f(X[:1]), X[:1] @ W.T @ W.T, rtol=1e-2, atol=1e-2)
+        assert [split.backend.name for split in f.trace(X[:1]).scheduler.splits] == ["Vulkan0", servers[0]]
+        t = s.zeros(X.shape)
+        ggml.transfer(s.weight(X, on=servers[0]), t)
+        assert (t.numpy() == X).all()
+
+
+def test_a_server_that_offers_two_gpus(rng, two_gpus):
+    W, X = w_and_x(rng)
+    with rpc.Server(two_gpus) as server:
+        first, second = rpc.connect(server.endpoint)
+        assert second.name == f"{first.name}/1"
+        assert ggml.device(f"{server.endpoint}/1") == second
+        with ggml.Session([first, second]) as s:
+            w, v = s.weight(W, on=first), s.weight(W, on=second.name)
+            f = s.compile(lambda x: ggml.linear(ggml.linear(x, w), v))
+            np.testing.assert_allclose(f(X[:1]), X[:1] @ W.T @ W.T, rtol=1e-2, atol=1e-2)
+            assert [split.backend.device for split in f.trace(X[:1]).scheduler.splits] == [first, second]
 
 
 def test_placing_by_hand(servers, rng):
@@ -644,6 +670,21 @@ def test_a_server_that_dies_of_what_it_computes(victim):
                 scheduler.compute(graph)
     while victim.alive:
         time.sleep(0.001)
+
+
+def test_a_relay_that_is_ended(servers, rng):
+    W, X = w_and_x(rng)
+    with ggml.Session(servers) as s:
+        w = s.weight(W, on=servers[0])
+        f = s.compile(lambda x: ggml.linear(x, w))
+        f(X)
+        relay = next(iter(rpc._links.values()))._relay
+        relay.kill()
+        relay.wait()
+        with pytest.raises(ggml.BackendCrashedError, match="the server lost its relay, which was ended"):
+            f(X)
+    gc.collect()
+    assert ggml.device(servers[0]).memory().total
 
 
 def test_disconnecting(servers, rng):
