@@ -22,6 +22,7 @@ from ggml_cffi.errors import (
     LibraryMismatchError,
     LibraryNotFoundError,
     OutOfMemoryError,
+    RemoteError,
     UnsupportedOpError,
 )
 from ggml_cffi.gguf import GGUFFile, GGUFTensor, GGUFValue
@@ -99,6 +100,7 @@ __all__ = [
     "Prec",
     "Program",
     "RawTensor",
+    "RemoteError",
     "SGD",
     "SafetensorsFile",
     "ScaleMode",

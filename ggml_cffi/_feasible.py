@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi._remote import fits
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import BufferType, read_only
 from ggml_cffi.enums import Op
@@ -23,16 +24,33 @@ _START_ANYWHERE = frozenset(
 )
 
 
-def for_the_cpu(graph: Graph, backends: Sequence[Backend]) -> set[Any]:
-    """Nodes that GPUs cannot compute, though they say so: views that start where the kernel cannot."""
+#: What only this process can call.
+_IN_PYTHON = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
+
+
+def for_the_cpu(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
+    """Nodes that others cannot compute, though they say so, each with what is in the way."""
     alignment = max((b.buffer_type.alignment for b in backends if not b.device.is_cpu), default=1)
-    return {
-        p
+    found = {
+        p: "reads or writes a view that starts where GPUs cannot: use cont, or the CPU"
         for p in graph.node_pointers()
         if p.op not in _START_ANYWHERE
         and p.op not in VIEWS
         and any(t and t.view_src and t.view_offs % alignment for t in (p, *p.src))
     }
+    if any(b.device.is_remote for b in backends):
+        cpu = backends[-1].device.ptr
+        for p in graph.node_pointers():
+            if p.op in _IN_PYTHON:
+                found[p] = "is computed by this process, which cannot write to a server's memory: use the CPU's"
+            elif p.op not in VIEWS and not _can_be_sent(p, cpu):
+                found[p] = "cannot be computed by a server, nor sent to one with sizes of 2**32 and more: use the CPU"
+    return found
+
+
+def _can_be_sent(p: Any, cpu: Any) -> bool:
+    """Whether a server can compute a node. It claims to compute all; this machine's CPU is asked in its place."""
+    return all(fits(t) for t in (p, *p.src) if t) and bool(c.ggml_backend_dev_supports_op(cpu, p))
 
 
 def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend]) -> dict[Any, list[Any]]:
@@ -62,7 +80,9 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
     return where
 
 
-def check_ops(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend], moved: set[Any]) -> None:
+def check_ops(
+    graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend], moved: Mapping[Any, str]
+) -> None:
     """Every node can be computed where it was placed, or where its memory is, or somewhere; ``moved`` on the CPU.
 
     Raises
@@ -85,9 +105,7 @@ def check_ops(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Ba
         if p in moved:
             candidates = [d for d in candidates if d == devices[-1][1]]
             if not candidates:
-                raise UnsupportedOpError(
-                    f"{graph.wrap(p)!r} reads or writes a view that starts where GPUs cannot: use cont, or the CPU"
-                )
+                raise UnsupportedOpError(f"{graph.wrap(p)!r} {moved[p]}")
         if not any(supports(d, p) for d in candidates):
             names = ", ".join(b.name for b, d in devices if d in candidates) or "no backend of this scheduler"
             raise UnsupportedOpError(

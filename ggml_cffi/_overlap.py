@@ -23,7 +23,7 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
     """
     stage: dict[Any, int] = {}
     stages: dict[int, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for p, before in zip(nodes, _dependencies(nodes), strict=True):
+    for p, before in zip(nodes, dependencies(nodes), strict=True):
         here = backend_of[p]
         stage[p] = max((stage[q] + (backend_of[q] != here) for q in before), default=0)
         stages[stage[p]][here].append(p)
@@ -42,7 +42,7 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
     return ordered
 
 
-def _dependencies(nodes: Sequence[Any]) -> list[list[Any]]:
+def dependencies(nodes: Sequence[Any]) -> list[list[Any]]:
     """What each node must come after: what it is made from, and what else touches memory that one of them writes."""
     known = set(nodes)
     touched: dict[Any, list[Any]] = defaultdict(list)  # by owner of the memory: whoever used it since it was written

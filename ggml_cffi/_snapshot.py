@@ -110,9 +110,7 @@ class Snapshot:
         for t in (*self.leaves, *self.nodes):
             kind = t.buffer_type
             if kind is not None:
-                device = c.ggml_backend_buft_get_device(kind.ptr)
-                # ggml's CPU memory names no device.
-                last = c.ffi.string(c.ggml_backend_dev_name(device)).decode() if device else "CPU"
+                last = kind.device.name
             if last:
                 self.where[t.ptr] = last
         self.backends = sorted(set(self.where.values()), key=lambda name: (name == "CPU", len(name), name))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi._handle import Handle
+from ggml_cffi._remote import Link
 from ggml_cffi.buffer import BufferType
-from ggml_cffi.device import Device, check_process, device_lock, registry_lock
+from ggml_cffi.device import Device, check_process, device_lock
 from ggml_cffi.device import device as find_device
 from ggml_cffi.errors import GgmlError
 
@@ -51,9 +53,9 @@ class Backend(Handle):
         if n_threads is not None and not self.device.is_cpu:
             raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
         if n_threads is not None:
-            _check_threads(n_threads)
+            check_threads(n_threads)
         check_process(self.device)
-        with registry_lock:
+        with self.device.guard():
             pointer = c.ggml_backend_dev_init(self.device.ptr, c.NULL)
         if not pointer:
             raise GgmlError(f"the driver refused to open {self.device.name} ({self.device.description})")
@@ -85,7 +87,7 @@ class Backend(Handle):
     def n_threads(self, n: int) -> None:
         if not self.device.is_cpu:
             raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
-        _check_threads(n)
+        check_threads(n)
         params = c.ffi.new("struct ggml_threadpool_params *")
         c.ggml_threadpool_params_init(params, n)
         with self.lock:
@@ -130,6 +132,8 @@ class Backend(Handle):
         keep = self.owner  # another thread may close the backend meanwhile
         with self.lock:
             c.ggml_backend_synchronize(keep.cell[0])
+            if isinstance(self.lock, Link):
+                self.lock.wait()
             self._kept.clear()
 
     def keep(self, what: list[Any]) -> None:
@@ -140,16 +144,19 @@ class Backend(Handle):
         """Wait for the work given to the backend, and close it."""
         # No lock but where there is work to wait for: the garbage collector closes what was forgotten, in any thread.
         if not self.closed and self._kept:
-            self.synchronize()
+            with suppress(GgmlError):  # nothing is left to wait for
+                self.synchronize()
         super().close()
 
     def __repr__(self) -> str:
         return f"<Backend {self.name}{' closed' if self.closed else ''}>"
 
 
-def _check_threads(n: int) -> None:
+def check_threads(n: int) -> int:
+    """``n``, if it is a number of threads that a CPU backend can have."""
     if not isinstance(n, int) or not 1 <= n <= c.GGML_MAX_N_THREADS:
         raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")
+    return n
 
 
 def _free(pool: list[Any], _going: Any, pointer: Any) -> None:

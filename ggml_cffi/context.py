@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ggml_cffi import c, dtypes
 from ggml_cffi._handle import Handle, Owner
+from ggml_cffi._remote import fits
 from ggml_cffi.buffer import Buffer, BufferType
-from ggml_cffi.device import Device
+from ggml_cffi.device import Device, device_lock
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
@@ -235,11 +236,14 @@ class Context(Handle):
         chosen = self._unallocated() if tensors is None else list(tensors)
         for t in chosen:
             self._check_allocatable(t)
+            _check_fits(t, kind)
         if len(set(chosen)) < len(chosen):
             raise ValueError("a tensor is listed twice")
         made: list[Buffer] = []
         try:
-            for group, size in _pack(chosen, kind):
+            with nullcontext() if kind.is_host else device_lock(kind.device.ptr):
+                groups = _pack(chosen, kind)
+            for group, size in groups:
                 buffer = Buffer(kind, size, usage=usage)
                 made.append(buffer)
                 address = c.ggml_backend_buffer_get_base(buffer.ptr)
@@ -267,14 +271,16 @@ class Context(Handle):
         C: ``ggml_backend_tensor_alloc``.
         """
         self._check_allocatable(tensor)
+        _check_fits(tensor, buffer.buffer_type)
         start = int(c.ffi.cast("uintptr_t", address))
-        size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
-        alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
-        if start < buffer.base or start + size > buffer.base + buffer.size:
-            raise ValueError(f"{tensor!r} does not fit the buffer at that address")
-        if start % alignment:
-            raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
-        c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
+        with buffer.guard:
+            size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
+            alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
+            if start < buffer.base or start + size > buffer.base + buffer.size:
+                raise ValueError(f"{tensor!r} does not fit the buffer at that address")
+            if start % alignment:
+                raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
+            c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
         self.adopt(buffer)
         if tensor.ptr in self.limits:
             try:
@@ -358,6 +364,11 @@ def _chunk(n: int) -> Any:
 def _free_chunks(chunks: list[Any], _current: Any) -> None:
     for chunk in chunks:
         c.ggml_free(chunk)
+
+
+def _check_fits(t: Tensor, kind: BufferType) -> None:
+    if kind.device.is_remote and not fits(t.ptr):
+        raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
 
 
 def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:

@@ -8,10 +8,12 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ggml_cffi import _lib, c
+from ggml_cffi._remote import Link
 from ggml_cffi.enums import BackendDevType
 from ggml_cffi.errors import GgmlError
 
@@ -20,13 +22,23 @@ DeviceType = BackendDevType
 #: ggml's registry and its Vulkan device table have no locks of their own.
 registry_lock = threading.RLock()
 
-_transfer_locks: dict[Any, threading.RLock] = {}
+_transfer_locks: dict[Any, threading.RLock | Link] = {}
 
 
-def device_lock(pointer: Any) -> threading.RLock:
+class _Remote(NamedTuple):
+    name: str
+    description: str
+    link: Link
+
+
+_remote: dict[Any, _Remote] = {}  # by C pointer, those whose server is lost included: C keeps them too
+
+
+def device_lock(pointer: Any) -> threading.RLock | Link:
     """One lock for each device, by its C pointer.
 
-    Backends of one GPU share a staging buffer for transfers, which ggml does not guard.
+    Backends of one GPU share a staging buffer for transfers, which ggml does not guard. Remote devices of one server
+    share its link, which raises if the server is lost.
     """
     lock = _transfer_locks.get(pointer)
     if lock is None:
@@ -69,18 +81,21 @@ class Device:
     def __init__(self, pointer: Any) -> None:
         self.ptr = pointer
         """The C pointer (``ggml_backend_dev_t``)."""
-        self.name: str = c.ffi.string(c.ggml_backend_dev_name(pointer)).decode()
-        """ggml's name, such as ``"Vulkan0"`` or ``"CPU"``."""
+        remote = _remote.get(pointer)
+        self.name: str = remote.name if remote else c.ffi.string(c.ggml_backend_dev_name(pointer)).decode()
+        """ggml's name, such as ``"Vulkan0"`` or ``"CPU"``; a remote device's is ``"rpc://host:port"``."""
 
     @property
     def description(self) -> str:
-        """The hardware's name. C: ``ggml_backend_dev_description``."""
+        """The hardware's name, which is not known of a remote device. C: ``ggml_backend_dev_description``."""
+        if self.is_remote:
+            return _remote[self.ptr].description
         text: bytes = c.ffi.string(c.ggml_backend_dev_description(self.ptr))
         return text.decode("utf-8", "replace").strip()
 
     @property
     def type(self) -> DeviceType:
-        """What kind of device this is. C: ``ggml_backend_dev_type``."""
+        """What kind of device this is; a remote one is called a GPU, whatever it is. C: ``ggml_backend_dev_type``."""
         return DeviceType(c.ggml_backend_dev_type(self.ptr))
 
     @property
@@ -88,13 +103,22 @@ class Device:
         """Whether this is the processor."""
         return self.type is DeviceType.CPU
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server computes; see :mod:`ggml_cffi.rpc`."""
+        return self.ptr in _remote
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` is its name, in any case, and for a remote device with ``rpc://`` or without."""
+        return self.name.lower() in (name.lower(), f"rpc://{name.lower()}")
+
     def memory(self) -> Memory:
         """Free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
 
         C: ``ggml_backend_dev_memory``.
         """
         free, total = c.ffi.new("size_t *"), c.ffi.new("size_t *")
-        with registry_lock:
+        with self.guard():
             c.ggml_backend_dev_memory(self.ptr, free, total)
         return Memory(min(free[0], total[0]), total[0])  # some drivers report more free than there is
 
@@ -113,9 +137,13 @@ class Device:
 
     def _props(self) -> c.CData:
         props = c.ffi.new("struct ggml_backend_dev_props *")
-        with registry_lock:
+        with self.guard():
             c.ggml_backend_dev_get_props(self.ptr, props)
         return props
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """To be held around calls to the driver: its tables have no locks. A remote device's is its server's alone."""
+        return _remote[self.ptr].link if self.is_remote else registry_lock
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and bool(self.ptr == other.ptr)
@@ -128,8 +156,10 @@ class Device:
 
 
 def check_process(found: Device) -> None:
-    """Raise ``GgmlError`` if the driver of ``found`` was opened before this process was forked."""
-    if not found.is_cpu and _lib.inherited("vulkan"):
+    """Raise ``GgmlError`` if ``found`` is lost, or its driver was opened before this process was forked."""
+    if found.is_remote:
+        _remote[found.ptr].link.check()
+    elif not found.is_cpu and _lib.inherited("vulkan"):
         raise GgmlError(
             f"{found.name} cannot be used in a forked process whose parent used the driver: "
             'start processes with multiprocessing.get_context("spawn")'
@@ -137,26 +167,49 @@ def check_process(found: Device) -> None:
 
 
 def devices() -> list[Device]:
-    """All devices: GPUs first in the driver's order, the CPU last.
+    """All devices: GPUs first in the driver's order, remote devices that were connected after them, the CPU last.
 
     The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
     """
     with registry_lock:
         _lib.available("vulkan")
         found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
+        found += [Device(pointer) for pointer, remote in _remote.items() if remote.link.usable]
     return sorted(found, key=lambda d: _ORDER[d.type])
+
+
+def add_remote(pointer: Any, name: str, description: str, link: Link) -> None:
+    """List a device of a server, for as long as that is there."""
+    with registry_lock:
+        _remote[pointer] = _Remote(name, description, link)
+        _transfer_locks[pointer] = link
+
+
+def devices_of(link: Link) -> list[Device]:
+    """The devices of one server, in its order."""
+    with registry_lock:
+        return [Device(pointer) for pointer, remote in _remote.items() if remote.link is link]
 
 
 def device(which: str | Device | int) -> Device:
     """The device of a name (any case), or at a position of :func:`devices`.
 
+    A name ``rpc://host:port`` (or ``host:port``) is the first device of a server there, and ``rpc://host:port/1`` its
+    second: it is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`.
+
     Raises
     ------
     ValueError
         If there is no such device; the message lists those there are.
+    RemoteError
+        If there is no server, or none that can be used.
     """
     if isinstance(which, Device):
         return which
+    if isinstance(which, str) and ":" in which:
+        from ggml_cffi import rpc  # above this module
+
+        return rpc.device(which)
     # The CPU is there without asking a GPU driver.
     if isinstance(which, str) and which.upper() == "CPU":
         with registry_lock:

@@ -42,7 +42,7 @@ class FormatError(GgmlError, ValueError):
 
 
 class BackendCrashedError(GgmlError):
-    """A worker process died: in the C library, in a driver, or because somebody ended it.
+    """A worker process died (in the C library, in a driver, or killed), or the server of a remote device was lost.
 
     Parameters
     ----------
@@ -62,3 +62,7 @@ class BackendCrashedError(GgmlError):
 
 class BackendTimeoutError(BackendCrashedError, TimeoutError):
     """A worker process gave no answer in time, and was killed."""
+
+
+class RemoteError(GgmlError, ConnectionError):
+    """The server of a remote device cannot be reached, or is none that can be used."""

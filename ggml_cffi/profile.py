@@ -253,8 +253,8 @@ def _check_runs(n: int, what: str, least: int) -> None:
 class _Clock:
     """Notes when ggml asks about each node, and when those wanted are done."""
 
-    def __init__(self, wanted: Collection[Any]) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: Collection[Any], wait: Callable[[], None]) -> None:
+        self.wanted, self.wait = wanted, wait
         self.asked: dict[Any, int] = {}
         self.done: dict[Any, int] = {}
         self.error: BaseException | None = None
@@ -266,6 +266,7 @@ class _Clock:
             return ask  # stops at the first node of this part and of each to come
         try:
             if not ask:
+                self.wait()
                 self.done[p] = perf_counter_ns()
                 return True
             found = p in self.wanted
@@ -277,7 +278,7 @@ class _Clock:
 
 
 def _watch(scheduler: Scheduler, wanted: Collection[Any]) -> _Clock:
-    clock = _Clock(wanted)
+    clock = _Clock(wanted, scheduler.wait_for_servers)
     c.ggml_backend_sched_set_eval_callback(scheduler.ptr, clock.callback, c.NULL)
     try:
         clock.start = perf_counter_ns()

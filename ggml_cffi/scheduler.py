@@ -14,11 +14,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from os import PathLike
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ggml_cffi import _interrupt, c
+from ggml_cffi import _interrupt, _remote, c
 from ggml_cffi._feasible import VIEWS, check_in_place, check_ops, for_the_cpu
 from ggml_cffi._handle import Handle, Owner
 from ggml_cffi._observe import Observer
@@ -54,25 +55,63 @@ _abandoned: list[Owner] = []
 Transfer = tuple[Any, Any, int, int]
 
 
-def _locks(backends: Iterable[Backend]) -> AbstractContextManager[Any]:
-    """The locks of several backends as one; made once, since runs are short."""
-    unique = {id(b.lock): b.lock for b in backends}
-    return next(iter(unique.values())) if len(unique) == 1 else _Locks([unique[key] for key in sorted(unique)])
-
-
 class _Locks:
-    """Several locks, taken always in the same order."""
+    """Several locks as one; made once, since runs are short. Those of remote devices raise if their server is lost."""
 
-    def __init__(self, locks: list[threading.RLock]) -> None:
-        self._locks = locks
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        unique = {id(b.lock): b.lock for b in backends}
+        self._locks = [unique[key] for key in sorted(unique)]
+        self.links = [lock for lock in self._locks if isinstance(lock, _remote.Link)]
+
+    @property
+    def plain(self) -> AbstractContextManager[Any]:
+        """The one lock, where there is one and it is no server's: quicker than this object."""
+        return self if self.links or len(self._locks) > 1 else self._locks[0]
 
     def __enter__(self) -> None:
+        self.acquire()
+        if self.links:
+            try:
+                self._check()
+            except BaseException:
+                self.release()
+                raise
+
+    def __exit__(self, *_error: object) -> None:
+        try:
+            if self.links:
+                self._check()
+        finally:
+            self.release()
+
+    def _check(self) -> None:
+        for link in self.links:
+            link.check()
+
+    def acquire(self) -> None:
+        """Lock, whatever became of the servers."""
         for lock in self._locks:
             lock.acquire()
 
-    def __exit__(self, *_error: object) -> None:
-        for lock in self._locks:
-            lock.release()
+    def release(self) -> None:
+        """Unlock."""
+        if not self.links:
+            for lock in self._locks:
+                lock.release()
+            return
+        raised = None
+        for lock in reversed(self._locks):
+            try:
+                lock.release()
+            except BaseException as error:  # of a signal that a link had kept away
+                raised = error
+        if raised is not None:
+            raise raised
+
+    def wait(self) -> None:
+        """Until the servers have done what they were given: ggml does not wait for them."""
+        for link in self.links:
+            link.wait()
 
 
 class Scheduler(Handle):
@@ -137,13 +176,13 @@ class Scheduler(Handle):
             raise ValueError(f"graph_size must be 1 to {_MAX_SIZE}, not {graph_size}")
         self.parallel, self.op_offload, self.overlap = parallel, op_offload, overlap
         self._pinned: dict[Any, Backend] = {}
-        self._moved: set[Any] = set()
+        self._moved: dict[Any, str] = {}
         self._opened: list[Backend] = []
         try:
             self.backends = self._open(backends)
             """The backends in order of preference, the CPU last."""
             self._capacity = graph_size
-            self._locks = _locks(self.backends)
+            self._locks = _Locks(self.backends)
             self._open_sched()
         except BaseException:
             self._close_opened()
@@ -188,8 +227,10 @@ class Scheduler(Handle):
         pointer = c.ggml_backend_sched_new(
             pointers, c.NULL, len(self.backends), 2 * self._capacity, self.parallel, self.op_offload
         )
-        super().__init__(pointer, c.ggml_backend_sched_free, self.backends, fork_safe=False)
-        del keep
+        free: Callable[[Any], None] = c.ggml_backend_sched_free
+        if self._locks.links:
+            free = partial(_remote.free, self._locks.links, free, keep)
+        super().__init__(pointer, free, self.backends, fork_safe=False)
 
     # ------------------------------------------------------------------ placing
 
@@ -382,7 +423,7 @@ class Scheduler(Handle):
             self._open_sched()
         self._alloc_inputs(graph)
         keep += _buffers(graph)
-        self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else set()
+        self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else {}
         check_ops(graph, self.backends, {p: b for p, (_, b) in self._placed.items()}, self._moved)
         graph.save()
         return keep
@@ -438,7 +479,12 @@ class Scheduler(Handle):
         with self.lock:
             graph, self._graph, pins, self._pins = self._graph, None, self._pins, []
             if graph is not None:
-                self.synchronize()
+                self._locks.acquire()  # a lost server is no reason not to
+                try:
+                    c.ggml_backend_sched_synchronize(self.ptr)
+                    self._pending = False
+                finally:
+                    self._locks.release()
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
             del pins
@@ -476,13 +522,13 @@ class Scheduler(Handle):
         C: ``ggml_backend_sched_graph_compute``, ``ggml_backend_sched_set_eval_callback``.
         """
         if observe is None:
-            self._run(graph, c.ggml_backend_sched_graph_compute)
+            self._run(graph, c.ggml_backend_sched_graph_compute, wait=True)
             return
         with self.lock:
             observer = Observer(self._ready(graph), observe, only)
             c.ggml_backend_sched_set_eval_callback(self.ptr, observer.callback, c.NULL)
             try:
-                self._run(graph, c.ggml_backend_sched_graph_compute)
+                self._run(graph, c.ggml_backend_sched_graph_compute, wait=True)
             finally:
                 c.ggml_backend_sched_set_eval_callback(self.ptr, c.NULL, c.NULL)
                 if observer.error is not None:
@@ -494,13 +540,15 @@ class Scheduler(Handle):
         C: ``ggml_backend_sched_graph_compute_async``.
         """
         self._pending = True
-        self._run(graph, c.ggml_backend_sched_graph_compute_async)
+        self._run(graph, c.ggml_backend_sched_graph_compute_async, wait=False)
 
-    def _run(self, graph: Graph | None, function: Callable[[Any, Any], int]) -> None:
+    def _run(self, graph: Graph | None, function: Callable[[Any, Any], int], *, wait: bool) -> None:
         with self.lock:
             self._ready(graph)
             with self._locks:
                 self.compute_held(function)
+                if wait:
+                    self._locks.wait()
 
     def replay(self, inputs: Iterable[Transfer], outputs: Iterable[Transfer]) -> None:
         """Set inputs, compute the graph held, and get outputs, all in one go: for callers that have checked them.
@@ -547,7 +595,12 @@ class Scheduler(Handle):
         """Wait for everything that was started. C: ``ggml_backend_sched_synchronize``."""
         with self.lock, self.exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
+            self._locks.wait()
             self._pending = False
+
+    def wait_for_servers(self) -> None:
+        """Within a run, wait for remote devices: ggml takes no notice of what they still compute."""
+        self._locks.wait()
 
     def _ready(self, graph: Graph | None) -> Graph:
         if self._graph is None:
@@ -564,7 +617,7 @@ class Scheduler(Handle):
 
     def exclusive(self) -> AbstractContextManager[Any]:
         """Holds every backend, always in the same order: a backend takes work from one thread at a time."""
-        return self._locks
+        return self._locks.plain
 
     # ------------------------------------------------------------------ looking
 
@@ -650,7 +703,7 @@ class Scheduler(Handle):
     def _find(self, backend: Any) -> Backend:
         """The backend of this scheduler that ``backend`` is: itself, its name or its C pointer."""
         for b in self.backends:
-            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.name.lower() == backend.lower()):
+            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.device.is_called(backend)):
                 return b
         raise ValueError(f"{backend!r} is not one of this scheduler's: {', '.join(b.name for b in self.backends)}")
 

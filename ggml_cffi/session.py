@@ -179,7 +179,7 @@ class Session(Closing):
         if on is None:
             return backends[0]
         for b in backends:
-            if on == b.device or (isinstance(on, str) and on.lower() == b.name.lower()):
+            if on == b.device or (isinstance(on, str) and b.device.is_called(on)):
                 return b
         raise ValueError(f"{on!r} is not one of this session's devices: {', '.join(b.name for b in backends)}")
 

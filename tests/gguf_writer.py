@@ -74,7 +74,7 @@ def write(
     for key, item in metadata.items():
         kind, plain = guess(item)
         head += [string(key), struct.pack("<I", kind), value(kind, plain)]
-    data = b""
+    data = bytearray()
     for name, (dtype, values) in tensors.items():
         shape = values.shape[::-1]
         head += [string(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, dtype, len(data))]

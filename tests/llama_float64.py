@@ -26,8 +26,11 @@ class Reference:
         self.eps = get("attention.layer_norm_rms_epsilon")
         self.n_rot = get("rope.dimension_count", self.head)
         self.base, self.near_base = get("rope.freq_base", 10000.0), get("rope.freq_base_swa", 10000.0)
-        self.factor = get("rope.scaling.factor", 1.0)
-        self.yarn_ctx = get("rope.scaling.original_context_length") if get("rope.scaling.type") == "yarn" else None
+        scaling = get("rope.scaling.type")
+        self.factor = 1.0 if scaling == "none" else get("rope.scaling.factor", 1.0)
+        self.yarn_ctx = get("rope.scaling.original_context_length") if scaling == "yarn" else None
+        self.yarn_turns = get("rope.scaling.yarn_beta_fast", 32.0), get("rope.scaling.yarn_beta_slow", 1.0)
+        self.yarn_size = (1 + 0.1 * np.log(self.factor)) * get("rope.scaling.attn_factor", 1.0)
         self.root = self.n_embd // self.n_heads if (self.name, self.n_layers) == ("gemma3", 62) else self.head
         self.scale = get("attention.scale", 1 / np.sqrt(self.root))
         self.window, self.period = get("attention.sliding_window", 0), get("attention.sliding_window_pattern", 6)
@@ -49,14 +52,15 @@ class Reference:
             return np.arange(n)[:, None] * turn, 1.0
         if self.yarn_ctx is None:
             return np.arange(n)[:, None] * turn / self.factor, 1.0
-        # YaRN: pairs that turn often keep their speed, those that turn less than once are slowed down.
+        # YaRN: pairs that turn often in the text keep their speed, those that turn seldom are slowed down.
         low, high = (
-            self.n_rot * np.log(self.yarn_ctx / (turns * 2 * np.pi)) / (2 * np.log(self.base)) for turns in (32, 1)
+            self.n_rot * np.log(self.yarn_ctx / (turns * 2 * np.pi)) / (2 * np.log(self.base))
+            for turns in self.yarn_turns
         )
         low, high = max(np.floor(low), 0), min(np.ceil(high), self.n_rot - 1)
         slow = np.clip((pair - low) / max(high - low, 1e-3), 0, 1)
         turn = turn * (1 - slow) + turn / self.factor * slow
-        return np.arange(n)[:, None] * turn, 1 + 0.1 * np.log(self.factor)
+        return np.arange(n)[:, None] * turn, self.yarn_size
 
     def rope(self, x, local=False):
         angle, size = self.angles(len(x), local)
@@ -123,14 +127,28 @@ class Reference:
         return chosen, margins
 
 
-def random_model(path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=False, n_layers=3, **changes):
-    """A small model with random weights, grouped-query attention; ``changes`` are of its metadata.
+def random_model(
+    path,
+    rng,
+    *,
+    name="llama",
+    dtype=ggml.F32,
+    tied=False,
+    biases=False,
+    n_layers=3,
+    n_heads=4,
+    n_kv=2,
+    more=None,
+    **changes,
+):
+    """A small model with random weights, grouped-query attention.
 
-    Keys of ``changes`` that begin with a dot are of the architecture.
+    ``more`` are tensors that it has beside those that it needs, ``changes`` are of its metadata. Keys that begin with a
+    dot are the architecture's.
     """
     import gguf_writer
 
-    n_embd, n_heads, n_kv, n_ff, n_vocab = 64, 4, 2, 96, 50
+    n_embd, n_ff, n_vocab = 64, 96, 50
     meta = {
         "general.architecture": name,
         f"{name}.block_count": n_layers,
@@ -170,4 +188,5 @@ def random_model(path, rng, *, name="llama", dtype=ggml.F32, tied=False, biases=
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(HEAD) for part in ("attn_q", "attn_k")}
         if name == "gemma3":
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
+    tensors |= {name: (ggml.F32, np.asarray(value)) for name, value in (more or {}).items()}
     return gguf_writer.write(path, meta, tensors)

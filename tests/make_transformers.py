@@ -19,7 +19,7 @@ TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 8, 9]
 _YARN = {
     ".rope.scaling.type": "yarn",
     ".rope.scaling.factor": 4.0,
-    ".rope.scaling.original_context_length": 16,
+    ".rope.scaling.original_context_length": 256,
     ".rope.freq_base": 100.0,
 }
 _GEMMA = {

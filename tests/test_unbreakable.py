@@ -405,6 +405,11 @@ def test_gpu_tensors_in_a_forked_child():
 
 # ---------------------------------------------------------------------- files
 
+SMALL = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [chr(97 + i) for i in range(20)],
+    "tokenizer.ggml.merges": ["a b"],
+}
 BROKEN = {
     "tokenizer.ggml.token_type": 5,
     "tokenizer.ggml.pre": [1],
@@ -415,15 +420,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("key", BROKEN)
 def test_broken_vocabularies(tmp_path, rng, key):
-    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [chr(97 + i) for i in range(20)]}
-    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(vocabulary | {key: BROKEN[key]}))
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(SMALL | {key: BROKEN[key]}))
     with models.load(path, ["CPU"]) as model, pytest.raises(ggml.FormatError):
         model.tokenize("abc")
 
 
 def test_a_vocabulary_shorter_than_the_embeddings(tmp_path, rng):
-    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [chr(97 + i) for i in range(20)]}
-    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **vocabulary)
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **SMALL)
     with models.load(path, ["CPU"]) as model:
         assert isinstance("".join(model.generate("abc", 30, temperature=2.0, seed=1)), str)
 

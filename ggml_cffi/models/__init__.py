@@ -6,6 +6,7 @@
 ...         print(piece, end="", flush=True)
 """
 
+from ggml_cffi.models.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation import Timings
 from ggml_cffi.models.model import ARCHITECTURES, Model, load
@@ -13,4 +14,4 @@ from ggml_cffi.models.perplexity import Perplexity
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.tokenizer import Tokenizer
 
-__all__ = ["ARCHITECTURES", "Model", "Perplexity", "Sampler", "Timings", "Tokenizer", "fetch", "load"]
+__all__ = ["ARCHITECTURES", "Model", "Perplexity", "Sampler", "Timings", "Tokenizer", "convert", "fetch", "load"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar
 
 from ggml_cffi import ops
+from ggml_cffi.cut import Cut
 from ggml_cffi.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile, TensorInfo
 from ggml_cffi.tensor import Tensor
 
+#: ``pooling_type``. 0 leaves the choice to the user, for which the mean is the usual one.
+_POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
 _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
 
@@ -35,6 +38,18 @@ class Inputs:
     leaves it out of its graph."""
     near: Tensor | None = None
     """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
+    layers: Sequence[Inputs] = ()
+    """For each layer the inputs where it is computed, if each device has its own."""
+    sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Where several devices share the layers: what adds up their contributions to ``attention``, ``feed_forward``."""
+
+    def at(self, layer: int) -> Inputs:
+        """The inputs for a layer: positions, rows and masks."""
+        return self.layers[layer] if self.layers else self
+
+    def added(self, part: str, contribution: Tensor) -> Tensor:
+        """What a part of a layer adds to the tokens, over all devices."""
+        return self.sums[part](contribution) if part in self.sums else contribution
 
 
 @dataclass(frozen=True)
@@ -82,6 +97,16 @@ class Metadata:
         return value
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How several devices share the layers of a model."""
+
+    cuts: Mapping[str, Cut]
+    """How weights are cut, by pattern of their names."""
+    summed: frozenset[str]
+    """The parts of a layer whose contributions are added up: ``attention``, ``feed_forward``."""
+
+
 class Architecture(ABC):
     """A family of models. One subclass, in one file, for each.
 
@@ -110,12 +135,19 @@ class Architecture(ABC):
     causal: ClassVar[bool] = True
     """Whether tokens look at those before them, through a cache. An encoder's look at their whole text instead: it
     has no cache, and its mask is ``(n, n)``."""
-    pooling: str = "mean"
+    pooling: str
     """How a text's embedding comes from its tokens': ``mean``, ``cls`` (the first) or ``last``."""
+    longest_text: int = 0
+    """Most tokens of a text for its embedding to be as in training; 0 where that is all that fit the context."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
-        self.read(Metadata(file, self.name))
+        meta = Metadata(file, self.name)
+        pooling = meta.get("pooling_type", int, 0)
+        if pooling not in _POOLINGS:
+            raise FormatError(f"{file.path}: pooling type {pooling} is not supported; {sorted(_POOLINGS)} are")
+        self.pooling = _POOLINGS[pooling]
+        self.read(meta)
         if self.n_layers > len(file.tensors):  # before a list is made of that many
             raise FormatError(f"{file.path}: {self.n_layers} layers, but only {len(file.tensors)} tensors")
         self.shapes = dict(self.expected_tensors())
@@ -148,6 +180,16 @@ class Architecture(ABC):
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
+
+    def shares(self, n: int) -> Shares:
+        """How ``n`` devices share the layers.
+
+        Raises
+        ------
+        ValueError
+            If they cannot, or the model is too small.
+        """
+        raise ValueError(f"models of architecture {self.name!r} cannot be shared by several devices, layer by layer")
 
     @property
     def output_tensor(self) -> str:

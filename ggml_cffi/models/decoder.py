@@ -12,14 +12,16 @@ the cache; a product with one row and the additions after it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import lcm, sqrt
 from typing import ClassVar
 
 from ggml_cffi import dtypes, ops
+from ggml_cffi.cut import COLUMNS, ROWS, Cut, share_out
+from ggml_cffi.dtypes import block_size
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
-from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache, Metadata
+from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache, Metadata, Shares
 from ggml_cffi.ops import RopeMode
 from ggml_cffi.tensor import Tensor
 
@@ -47,29 +49,33 @@ class Rope:
         FormatError
             If the numbers are impossible, or the scaling is of an unknown kind.
         """
-        path = meta.file.path
-        n_dims = meta.positive("rope.dimension_count", head_size)
-        base = meta.at_least_0("rope.freq_base", 10000.0)
-        if n_dims % 2 or n_dims > head_size or not base:
-            raise FormatError(f"{path}: impossible rotary parameters: {n_dims} of {head_size} elements, base {base}")
         scaling = meta.get("rope.scaling.type", str, "linear")
-        factor = 0.0 if scaling == "none" else meta.at_least_0("rope.scaling.factor", 0.0)
-        scale = 1.0 / factor if factor else 1.0
-        if scaling in ("none", "linear"):
-            return cls(mode, n_dims, base, scale)
-        if scaling != "yarn":
-            raise FormatError(f"{path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
-        return cls(
+        if scaling not in ("none", "linear", "yarn"):
+            raise FormatError(f"{meta.file.path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
+        factor = meta.at_least_0("rope.scaling.factor", 0.0) if scaling != "none" else 0.0
+        rope = cls(
             mode,
-            n_dims,
-            base,
-            scale,
-            n_ctx_orig=meta.positive("rope.scaling.original_context_length", meta.positive("context_length")),
-            ext_factor=meta.at_least_0("rope.scaling.yarn_ext_factor", 1.0),
-            attn_factor=meta.at_least_0("rope.scaling.attn_factor", 1.0),
-            beta_fast=meta.at_least_0("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=meta.at_least_0("rope.scaling.yarn_beta_slow", 1.0),
+            n_dims=meta.positive("rope.dimension_count", head_size),
+            freq_base=meta.at_least_0("rope.freq_base", 10000.0),
+            freq_scale=1.0 / factor if factor else 1.0,
         )
+        if scaling == "yarn":
+            rope = replace(
+                rope,
+                n_ctx_orig=meta.positive("rope.scaling.original_context_length", meta.positive("context_length")),
+                ext_factor=meta.at_least_0("rope.scaling.yarn_ext_factor", 1.0),
+                attn_factor=meta.at_least_0("rope.scaling.attn_factor", 1.0),
+                beta_fast=meta.at_least_0("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=meta.at_least_0("rope.scaling.yarn_beta_slow", 1.0),
+            )
+        if (
+            rope.n_dims % 2
+            or rope.n_dims > head_size
+            or not rope.freq_base
+            or (rope.ext_factor and not (rope.freq_base != 1 and rope.beta_fast and rope.beta_slow))
+        ):
+            raise FormatError(f"{meta.file.path}: impossible rotary parameters: {rope} for heads of {head_size}")
+        return rope
 
     def __call__(self, x: Tensor, positions: Tensor, freq_factors: Tensor | None) -> Tensor:
         """``x`` ``(n, heads, head_size)``, each token rotated by its position."""
@@ -162,15 +168,38 @@ class Decoder(Architecture):
     def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
         x = self.embed(weights, inputs)
         for i in range(self.n_layers):
-            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs)
+            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 # The rest only for the tokens whose results are wanted.
                 part, x = ops.get_rows(part, inputs.wanted), ops.get_rows(x, inputs.wanted)
-            x = self.add(f"blk.{i}.post_attention_norm", x, part, weights)
+            x = self.add(f"blk.{i}.post_attention_norm", x, inputs.added("attention", part), weights)
             part = self.feed_forward(i, self.norm(f"blk.{i}.ffn_norm", x, weights), weights)
-            x = self.add(f"blk.{i}.post_ffw_norm", x, part, weights)
+            x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.added("feed_forward", part), weights)
             x.name = f"layer {i}"
         return self.norm("output_norm", x, weights)
+
+    def shares(self, n: int) -> Shares:
+        """Each device has some KV heads with their query heads, and columns of the feed-forward part.
+
+        Where there are fewer KV heads than devices, attention is computed by all of them.
+        """
+        cuts: dict[str, Cut] = {"output.weight": ROWS}
+        columns = self.n_heads // self.n_kv_heads * self.v_size  # of attn_output, to a KV head
+        whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that make whole blocks
+        heads: tuple[int, ...] = ()
+        if -(-self.n_kv_heads // whole) >= n:
+            heads = share_out(self.n_kv_heads, n, whole=whole)
+            cuts |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
+            cuts["*.attn_output.weight"] = COLUMNS.of(*heads)
+        what = f"{self.file.path}: the feed-forward part"
+        parts = share_out(self.n_ff // self._block("ffn_down"), n, what)
+        cuts |= {"*.ffn_gate.weight": ROWS.of(*parts), "*.ffn_up.weight": ROWS.of(*parts)}
+        cuts["*.ffn_down.weight"] = COLUMNS.of(*parts)
+        return Shares(cuts, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
+
+    def _block(self, name: str) -> int:
+        """Columns of a weight that stay together, in all layers."""
+        return lcm(*(block_size(self.info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """What goes into the first layer, ``(n, n_embd)``."""

@@ -41,7 +41,8 @@ class Gemma3(Decoder):
             raise FormatError(f"{self.file.path}: a sliding window of {self.window} tokens cannot be")
         self._read_pattern(meta)
         # Windows are short: their positions need no scaling.
-        self.local_rope = Rope(self.rope_mode, self.rope.n_dims, meta.at_least_0("rope.freq_base_swa", 10000.0))
+        base = meta.at_least_0("rope.freq_base_swa", 0.0) or 10000.0
+        self.local_rope = Rope(self.rope_mode, self.rope.n_dims, base)
 
     def _read_pattern(self, meta: Metadata) -> None:
         key = "attention.sliding_window_pattern"

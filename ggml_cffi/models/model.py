@@ -19,7 +19,9 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
+from ggml_cffi.models.bert import Bert
 from ggml_cffi.models.chat import Message, render
+from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.gemma3 import Gemma3
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
 from ggml_cffi.models.llama import Llama
@@ -34,7 +36,7 @@ from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
 
 #: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Gemma3, Llama, Qwen2, Qwen3)}
+ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Bert, Gemma3, Llama, Qwen2, Qwen3)}
 
 #: Messages of one chat.
 Chat = Sequence[Message]
@@ -86,6 +88,9 @@ class Model(Closing):
         self._runner = Runner(architecture, backends, n_ctx, self.n_batch, kv_dtype, progress)
         software = any("llvmpipe" in b.device.description for b in backends)
         self._generator = Generator(self._runner, n_ctx, one_by_one=software)
+        self._embedder = Embedder(architecture, self._runner.weights, self._runner.scheduler, n_ctx, n_batch)
+        if not architecture.causal:
+            self._reserve()
 
     # ------------------------------------------------------------------ text
 
@@ -333,6 +338,59 @@ class Model(Closing):
             self._generator.settle()
             self._generator.drop_all()
 
+    # ------------------------------------------------------------------ embeddings
+
+    def embed(
+        self, texts: Iterable[str | Iterable[int]], *, pooling: str | None = None, normalize: bool = True
+    ) -> npt.NDArray[np.float32]:
+        """A vector for each text: texts of like meaning have vectors of like direction.
+
+        Models that were trained for it give the best ones, such as all-MiniLM; any other gives some. Texts longer than
+        what the model was trained for, or than ``n_ctx``, are cut there, as sentence-transformers does.
+
+        Parameters
+        ----------
+        texts
+            Texts, or token ids of texts.
+        pooling
+            How a text's vector comes from its tokens': their ``mean``, the first one's (``cls``) or the ``last``
+            one's. Default what the model was trained with.
+        normalize
+            Whether the vectors get length 1, so that their dot products are cosines.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32, ``(n_texts, n_embd)``, in the order of the texts.
+
+        Raises
+        ------
+        ValueError
+            If a text has no tokens or ids out of range, or there is no such pooling.
+        FormatError
+            If a text is given as such and the model has no vocabulary.
+        ClosedError
+            If the model is closed.
+
+        Examples
+        --------
+        >>> a, b = model.embed(["How old are you?", "What is your age?"])  # doctest: +SKIP
+        >>> float(a @ b)  # doctest: +SKIP
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is a sequence: put the one text in a list")
+        ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
+        return self._embedder.embed(ids, pooling=pooling, normalize=normalize)
+
+    def _reserve(self) -> None:
+        try:
+            sizes = self._embedder.reserve()
+        except BaseException:
+            self._generator.close()
+            raise
+        for share in self.shares:
+            share.compute_bytes = sizes[share.backend]
+
     # ------------------------------------------------------------------ the rest
 
     @property
@@ -365,7 +423,7 @@ class Model(Closing):
 
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        for part in (self._generator, *self._backends, self._file):
+        for part in (self._embedder, self._generator, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +11,16 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError
+from ggml_cffi.errors import ClosedError, GgmlError
 from ggml_cffi.graph import Graph
-from ggml_cffi.models.architecture import Architecture, Inputs
+from ggml_cffi.models.architecture import Architecture
+from ggml_cffi.models.feed import Feed
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
+from ggml_cffi.transfer import pinned
 
+_PINNED = 16 << 20  # bytes of a result that are read through pinned memory
 KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
 
 
@@ -40,15 +42,33 @@ class Batch:
     """As ``mask``, for layers with a sliding window."""
 
 
-@dataclass
 class _Run(Closing):
     """A graph that is allocated in the scheduler, and replayed for as long as its sizes fit."""
 
-    key: tuple[int, int, int]
-    context: Context
-    inputs: Inputs
-    graph: Graph
-    result: Tensor
+    def __init__(self, key: tuple[int, int, int], context: Context, feed: Feed, result: Tensor) -> None:
+        self.key, self.context, self.feed, self.result = key, context, feed, result
+        self.graph = Graph(result)
+        self._out: npt.NDArray[np.float32] | None = None
+        self._backend: Backend | None = None
+
+    def attach(self, scheduler: Scheduler) -> None:
+        """Make ready to read the result: few rows come through memory that a GPU writes by itself."""
+        backend = scheduler.backend_of(self.result)
+        if not backend.device.is_cpu and self.result.nbytes <= _PINNED:
+            self._backend = backend
+            self._out = pinned(self.result.shape, device=backend.device)
+
+    def read(self, scheduler: Scheduler) -> npt.NDArray[np.float32]:
+        """Compute, and the result."""
+        if self._out is None or self._backend is None:
+            scheduler.compute(self.graph)
+            result: npt.NDArray[np.float32] = self.result.numpy()
+            return result
+        scheduler.compute_async(self.graph)
+        self.result.get_async(self._out, self._backend)
+        self._backend.synchronize()
+        scheduler.synchronize()
+        return self._out.copy()
 
     def close(self) -> None:
         self.graph.close()
@@ -91,7 +111,8 @@ class Runner(Closing):
         self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress)
         try:
             self._scheduler = Scheduler(backends)
-            self._reserve()
+            if architecture.causal:
+                self._reserve()
         except BaseException:
             self.close()
             raise
@@ -114,29 +135,27 @@ class Runner(Closing):
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted."""
+        if not self.architecture.causal:
+            raise GgmlError("this model is an encoder: it has no logits and generates no text; embed() is for it")
+        with self.scheduler.lock:  # embeddings are computed with the same scheduler
+            return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> npt.NDArray[np.float32]:
         run = self._prepared((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
-        inputs = run.inputs
-        inputs.tokens.set(batch.tokens)
-        inputs.positions.set(batch.positions)
-        inputs.rows.set(batch.rows)
-        inputs.mask.set(batch.mask)
-        if inputs.wanted.is_allocated:  # it is no part of a graph in which all are wanted
-            inputs.wanted.set(batch.wanted)
-        if inputs.near is not None:
-            inputs.near.set(batch.near if batch.near is not None else batch.mask)
-        self.scheduler.compute(run.graph)
-        result: npt.NDArray[np.float32] = run.result.numpy()
-        return result
+        values = vars(batch)
+        run.feed.set(values if batch.near is not None else values | {"near": batch.mask})
+        return run.read(self.scheduler)
 
     def _prepared(self, key: tuple[int, int, int]) -> _Run:
         """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
         scheduler = self.scheduler
-        if self._run is not None and self._run.key == key:
+        if self._run is not None and self._run.key == key and scheduler.graph is self._run.graph:
             return self._run
         self._drop_run()
         run = self._build(key)
         try:
             scheduler.alloc(run.graph)
+            run.attach(scheduler)
         except BaseException:
             run.close()
             raise
@@ -145,26 +164,25 @@ class Runner(Closing):
 
     def _build(self, key: tuple[int, int, int]) -> _Run:
         n, n_kv, n_out = key
-        architecture, context = self.architecture, Context()
-
-        def given(kind: Type, shape: tuple[int, ...], name: str) -> Any:
-            return context.new_tensor(kind, shape, name=name)
-
-        inputs = Inputs(
-            tokens=given(Type.I32, (n,), "tokens"),
-            positions=given(Type.I32, (n,), "positions"),
-            rows=given(Type.I64, (n,), "rows"),
-            mask=given(Type.F16, (n, n_kv), "mask"),
-            wanted=given(Type.I32, (n_out,), "wanted"),
-            near=given(Type.F16, (n, n_kv), "near") if architecture.window else None,
-        )
-        hidden = architecture.hidden(self.weights.tensors, self.weights.cache, inputs)
-        result = architecture.logits(self.weights.tensors, hidden)
-        result.name = "logits"
-        # Token ids go where the embeddings are.
-        self.scheduler.unplace()
-        self.scheduler.place(inputs.tokens, self.scheduler.backends[-1])
-        return _Run(key, context, inputs, Graph(result), result)
+        architecture, weights, context = self.architecture, self.weights, Context()
+        try:
+            feed = Feed(
+                context,
+                self.scheduler.backends,
+                weights.where,
+                weights.first,
+                n,
+                n_kv,
+                n_out,
+                window=architecture.window > 0,
+            )
+            hidden = architecture.hidden(weights.tensors, weights.cache, feed.inputs)
+            result = architecture.logits(weights.tensors, hidden)
+            result.name = "logits"
+            return _Run(key, context, feed, result)
+        except BaseException:
+            context.close()
+            raise
 
     def _reserve(self) -> None:
         """Make room for the largest prompt batch now, so that too little memory is found while loading."""

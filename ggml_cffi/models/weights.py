@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ggml_cffi import c, ops
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
@@ -33,12 +34,13 @@ class Share:
     cache_bytes: int = 0
     compute_bytes: int = 0
     has_output: bool = False
+    has_embeddings: bool = False
 
 
 def split_layers(architecture: Architecture, backends: Sequence[Backend], layer_cache: int) -> list[int]:
     """For each layer, the index of its backend: GPUs in proportion to their free memory, the CPU for what is left.
 
-    Layers that no GPU has room for are the first ones, next to the embeddings, which the CPU holds anyway.
+    Layers that no GPU has room for are the first ones, next to the embeddings, which the CPU then holds too.
     """
     gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
     cpu = len(backends) - 1
@@ -51,6 +53,7 @@ def split_layers(architecture: Architecture, backends: Sequence[Backend], layer_
             sizes[layer] += info.nbytes
     room = {i: int(backends[i].device.memory().free * _USABLE) for i in gpus}
     room[gpus[-1]] -= architecture.info(architecture.output_tensor).nbytes
+    room[gpus[0]] -= architecture.info("token_embd.weight").nbytes
     total, wanted = max(sum(room.values()), 1), sum(sizes)
     # From the last layer down: each GPU takes its share, the last GPU the layers next to the output.
     where = [cpu] * architecture.n_layers
@@ -107,29 +110,37 @@ class Weights:
         per_layer = sum(n_ctx * row_size(kind, size) for size in architecture.kv_sizes)
         self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
         last = len(self.shares) - 1
-        # The head follows the last layers, onto a GPU where there is one; the embeddings stay with the CPU.
-        head = self.where[-1]
+        # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
+        # encoder adds to the embeddings goes with them.
+        self.first = self.where[0]
+        head = self.where[-1] if architecture.causal else self.first
+        if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight").dtype):
+            self.first = last
         self._pending: list[tuple[Tensor, TensorInfo, int]] = []
         for name in architecture.shapes:
             layer = layer_of(name)
-            target = self.where[layer] if layer is not None else last if name == "token_embd.weight" else head
+            target = self.where[layer] if layer is not None else self.first if name == "token_embd.weight" else head
             self._add(name, architecture.info(name), target)
-        self.shares[head].has_output = True
-        if "output.weight" not in self.tensors:
-            if head == last:
+        self.shares[head].has_output = architecture.causal
+        self.shares[self.first].has_embeddings = True
+        if architecture.causal and "output.weight" not in self.tensors:
+            if head == self.first:
                 self.tensors["output.weight"] = self.tensors["token_embd.weight"]
             else:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
+        size_k, size_v = architecture.kv_sizes
         for layer, target in enumerate(self.where):
-            size_k, size_v = architecture.kv_sizes
-            across = is_across(self.shares[target].backend, kind)
-            k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
-            v = self.context.new_tensor(kind, (size_v, n_ctx) if across else (n_ctx, size_v), name=f"cache_v.{layer}")
-            self.cache.append(LayerCache(k, v, across))
             self.shares[target].layers.append(layer)
-            self.shares[target].cache_bytes += k.nbytes + v.nbytes
+            if architecture.causal:
+                across = is_across(self.shares[target].backend, kind)
+                shape = (size_v, n_ctx) if across else (n_ctx, size_v)
+                k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
+                v = self.context.new_tensor(kind, shape, name=f"cache_v.{layer}")
+                self.cache.append(LayerCache(k, v, across))
+                self.shares[target].cache_bytes += k.nbytes + v.nbytes
         for i, share in enumerate(self.shares):
-            caches = [t for layer in share.layers for t in (self.cache[layer].k, self.cache[layer].v)]
+            kept = [self.cache[layer] for layer in share.layers if self.cache]
+            caches = [t for cache in kept for t in (cache.k, cache.v)]
             streamed = [t for t, info, target in self._pending if target == i and not self._mapped(share, info)]
             if caches:
                 self.context.alloc(share.backend.buffer_type, caches)
@@ -168,6 +179,13 @@ class Weights:
         self.tensors.clear()
         self.cache.clear()
         self.context.close()
+
+
+def _can_look_up(backend: Backend, kind: Type) -> bool:
+    """Whether a backend can look up rows of that type."""
+    with Context() as context:
+        table, numbers = context.new_tensor(kind, (1, max(block_size(kind), 32))), context.new_tensor(Type.I32, (1,))
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, ops.get_rows(table, numbers).ptr))
 
 
 def is_across(backend: Backend, kind: Type) -> bool:

@@ -1,6 +1,25 @@
-"""Several devices at work: a replica on each."""
+"""Several devices at work: a replica on each (data parallelism), or a part of every layer (tensor parallelism)."""
 
+from ggml_cffi.cut import COLUMNS, MIRROR, ROWS, Cut, share_out
 from ggml_cffi.parallel.data import DataParallel, Executor
+from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.parallel.replicas import Replica, release
+from ggml_cffi.parallel.tensor import ParallelFunction, TensorParallel
 
-__all__ = ["DataParallel", "Executor", "Replica", "release"]
+__all__ = [
+    "COLUMNS",
+    "MIRROR",
+    "ROWS",
+    "Cut",
+    "DataParallel",
+    "Executor",
+    "Gathered",
+    "ParallelFunction",
+    "Program",
+    "Rank",
+    "Replica",
+    "TensorParallel",
+    "release",
+    "share_out",
+]

@@ -1,0 +1,43 @@
+"""What the commands that load a model share: its arguments, loading with a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ggml_cffi.models import Model
+
+
+def add_model(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that say which model is loaded, and where. ``several`` allows ``--devices`` to be repeated."""
+    command.add_argument("model", help="a GGUF file")
+    what = "names, separated by commas (default: every GPU, then the CPU)"
+    if several:
+        command.add_argument("--devices", action="append", help=f"{what}; may be repeated")
+    else:
+        command.add_argument("--devices", help=what)
+    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
+
+
+def device_names(text: str | None) -> list[str] | None:
+    """A list of devices as an argument gives it."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
+    """The model that the arguments name."""
+    from ggml_cffi import models
+    from ggml_cffi.cli import progress_bar
+
+    with progress_bar("loading") as progress:
+        return models.load(
+            args.model,
+            device_names(devices),
+            n_ctx=n_ctx,
+            n_threads=args.threads,
+            kv_dtype=args.kv_type,
+            progress=progress,
+            **options,
+        )

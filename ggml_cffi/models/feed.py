@@ -1,0 +1,126 @@
+"""The inputs of a model's graph: one piece of memory on each device, written at once.
+
+A transfer to a GPU takes tens of microseconds however little it moves, and a copy from one GPU to another more: so each
+device has positions, rows and masks of its own, all in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import dtypes
+from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import BufferType
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.models.architecture import Inputs
+from ggml_cffi.tensor import Tensor
+
+_TYPES = {
+    "tokens": Type.I32,
+    "positions": Type.I32,
+    "rows": Type.I64,
+    "wanted": Type.I32,
+    "mask": Type.F16,
+    "near": Type.F16,
+}
+
+
+class Place:
+    """Some inputs on one device.
+
+    Parameters
+    ----------
+    context
+        Where the tensors belong.
+    buffer_type
+        The device's memory.
+    shapes
+        Name of each input, and its shape.
+    """
+
+    def __init__(self, context: Context, buffer_type: BufferType, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        """The inputs by name."""
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+        alignment = max(buffer_type.alignment, 32)
+        offsets, size = {}, 0
+        for name, shape in shapes.items():
+            offsets[name] = size
+            nbytes = prod(shape) * dtypes.type_size(_TYPES[name])
+            size += -(-nbytes // alignment) * alignment
+        self._whole = context.new_tensor(Type.I8, (size,), name="inputs")
+        (buffer,) = context.alloc(buffer_type, [self._whole])
+        self._staging = np.zeros(size, np.uint8)
+        for name, shape in shapes.items():
+            tensor = context.new_tensor(_TYPES[name], shape, name=name)
+            context.put(tensor, buffer, buffer.base + offsets[name])
+            raw = self._staging[offsets[name] : offsets[name] + tensor.nbytes]
+            self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(shape)
+            self.tensors[name] = tensor
+
+    def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
+        """Write those of the values that are inputs here."""
+        for name, array in self._arrays.items():
+            array[...] = values[name]
+        self._whole.set_bytes(self._staging)
+
+
+class Feed:
+    """The inputs of one graph.
+
+    Parameters
+    ----------
+    context
+        Where the tensors belong.
+    backends
+        The devices.
+    where
+        For each layer the index of its backend.
+    first
+        The index of the backend that holds the embeddings.
+    n, n_kv, n_out
+        Tokens, cache rows that they look at, tokens whose results are wanted.
+    window
+        Whether there are layers with a sliding window.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        backends: Sequence[Backend],
+        where: Sequence[int],
+        first: int,
+        n: int,
+        n_kv: int,
+        n_out: int,
+        *,
+        window: bool,
+    ) -> None:
+        each: dict[str, tuple[int, ...]] = {"positions": (n,), "rows": (n,), "mask": (n, n_kv)}
+        if window:
+            each["near"] = (n, n_kv)
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {i: dict(each) for i in dict.fromkeys(where)}
+        shapes.setdefault(first, {})["tokens"] = (n,)
+        shapes[where[-1]]["wanted"] = (n_out,)
+        self._places = {i: Place(context, backends[i].buffer_type, found) for i, found in shapes.items()}
+        ends = self._places[first].tensors["tokens"], self._places[where[-1]].tensors["wanted"]
+        own = {i: _inputs(self._places[i], *ends) for i in dict.fromkeys(where)}
+        self.inputs = replace(own[where[0]], layers=tuple(own[i] for i in where))
+        """What the architecture builds its graph from."""
+
+    def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
+        """Write the inputs, on every device."""
+        for place in self._places.values():
+            place.set(values)
+
+
+def _inputs(place: Place, tokens: Tensor, wanted: Tensor) -> Inputs:
+    t = place.tensors
+    return Inputs(tokens, t["positions"], t["rows"], t["mask"], wanted, t.get("near"))

@@ -1,0 +1,104 @@
+"""Runs the steps of several devices: step ``k`` on all of them, then step ``k + 1``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from ggml_cffi import c
+from ggml_cffi._handle import Closing
+from ggml_cffi.backend import Backend, default_threads
+from ggml_cffi.parallel._barrier import Barrier
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+_SPARE = 2  # processors for each device from which on each has a thread that spins
+
+
+class Driver(Closing):
+    """Runs graphs on several backends in step.
+
+    Parameters
+    ----------
+    backends
+        One for each device.
+    threads
+        Whether each device has a thread of its own, which hands it the nodes of its graphs while others do so for
+        theirs. Default where there are processors enough; else one thread hands out all, one device after the other.
+    """
+
+    def __init__(self, backends: Sequence[Backend], *, threads: bool | None = None) -> None:
+        self.backends = tuple(backends)
+        n = len(self.backends)
+        spare = default_threads() >= _SPARE * n + 1
+        self.threads = n > 1 and (spare if threads is None else threads)
+        """Whether each device has a thread of its own."""
+        self.computed = [0] * n
+        """Graphs that each device has computed."""
+        self._locks = list({id(b.lock): b.lock for b in sorted(self.backends, key=lambda b: id(b.lock))}.values())
+        self._barrier = Barrier(n, spin=spare)
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, graphs: Sequence[Sequence[Any]]) -> int:
+        """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, ``k`` after ``k - 1`` of all. 0, or ggml's status.
+
+        Some backends may have no graph for the last step.
+
+        C: ``ggml_backend_graph_compute_async``, ``ggml_backend_synchronize``.
+        """
+        with ExitStack() as stack:
+            for lock in self._locks:
+                stack.enter_context(lock)
+            status = self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
+        for r, own in enumerate(graphs):
+            self.computed[r] += len(own)
+        return status
+
+    def _run_in_turns(self, graphs: Sequence[Sequence[Any]]) -> int:
+        compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
+        pointers = [b.ptr for b in self.backends]
+        status = 0
+        for step in zip_longest(*graphs):
+            try:
+                for pointer, graph in zip(pointers, step, strict=True):
+                    if graph is not None:
+                        status = compute(pointer, graph) or status
+            finally:
+                for pointer in pointers:
+                    synchronize(pointer)
+        return status
+
+    def _run_threads(self, graphs: Sequence[Sequence[Any]]) -> int:
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+            self._pool = ThreadPoolExecutor(len(self.backends), thread_name_prefix="ggml_cffi device")
+        # None of them is this thread: an exception of a signal would leave the others waiting.
+        steps = max(map(len, graphs))
+        going = [self._pool.submit(self._follow, r, b.ptr, graphs[r], steps) for r, b in enumerate(self.backends)]
+        try:
+            found = [future.result() for future in going]
+        except BaseException:
+            for future in going:
+                future.exception()
+            raise
+        return next((status for status in found if status), 0)
+
+    def _follow(self, r: int, pointer: Any, graphs: Sequence[Any], steps: int) -> int:
+        compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, self._barrier.wait
+        status, last = 0, steps - 1
+        for k, graph in enumerate(graphs):
+            status = compute(pointer, graph) or status
+            synchronize(pointer)
+            if k < last:
+                wait(r, k)
+        return status
+
+    def close(self) -> None:
+        """End the threads."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()

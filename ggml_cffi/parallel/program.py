@@ -1,0 +1,251 @@
+"""A function traced for several devices, with memory, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c, dtypes
+from ggml_cffi._feasible import check_ops, for_the_cpu
+from ggml_cffi._handle import Closing, Owner
+from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import Buffer
+from ggml_cffi.enums import Status, Type
+from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
+from ggml_cffi.parallel._drive import Driver
+from ggml_cffi.parallel._memory import arrange
+from ggml_cffi.parallel._plan import Plan
+from ggml_cffi.parallel.rank import Gathered, Rank
+from ggml_cffi.tensor import Tensor
+from ggml_cffi.transfer import HostBlock
+
+_ALIGN = 256  # of what devices share; no device asks for more
+
+
+class Program(Closing):
+    """One signature of a parallel function: a graph for each step of each device, and what they share.
+
+    Parameters
+    ----------
+    driver
+        Runs the devices in step.
+    block
+        Gives host memory that the devices share, of at least so many bytes.
+    ranks
+        One for each of the driver's backends.
+    function
+        What to trace.
+    inputs
+        Shape and type of each array.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        block: Callable[[int], HostBlock],
+        ranks: Sequence[Rank],
+        function: Callable[..., Any],
+        inputs: Sequence[tuple[tuple[int, ...], Type]],
+    ) -> None:
+        self.driver = driver
+        self.ranks = list(ranks)
+        """What was traced, for each device."""
+        self.plans: list[Plan] = []
+        """The graphs of each device."""
+        self._buffers: list[Buffer] = []
+        self._kept: list[Owner] = []
+        try:
+            self._layout = _Layout(inputs)
+            self.inputs = [self._new_inputs(rank, inputs) for rank in self.ranks]
+            self._results(function)
+            self._memory(block)
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------ tracing
+
+    def _new_inputs(self, rank: Rank, inputs: Sequence[tuple[tuple[int, ...], Type]]) -> list[Tensor]:
+        return [rank.context.new_tensor(kind, shape, name=f"input {i}") for i, (shape, kind) in enumerate(inputs)]
+
+    def _results(self, function: Callable[..., Any]) -> None:
+        """Trace; have each rank write its results to host memory, and make the graphs."""
+        found = [function(rank, *own) for rank, own in zip(self.ranks, self.inputs, strict=True)]
+        self._single = not isinstance(found[0], tuple)
+        results = [list(r) if isinstance(r, tuple) else [r] for r in found]
+        self._check(results)
+        self._axes = [r.axis if isinstance(r, Gathered) else None for r in results[0]]
+        self._outputs: list[list[tuple[Tensor, Tensor]]] = []  # of each rank, with where they go
+        for rank, own in zip(self.ranks, results, strict=True):
+            # What all have is taken from the first.
+            parts = [r.part if isinstance(r, Gathered) else r for r in own if rank.index == 0 or _is_part(r)]
+            self._outputs.append([(t, rank.context.new_tensor(t.dtype, t.shape, name="result")) for t in parts])
+        self._blobs: list[tuple[Tensor, Tensor]] = []
+        in_levels = not self.driver.backends[0].device.is_cpu
+        for rank, outputs in zip(self.ranks, self._outputs, strict=True):
+            first = []
+            if self._layout.size:
+                # All inputs in one copy, from host memory to the device's.
+                source, target = (rank.context.new_tensor(Type.I32, (self._layout.size // 4,)) for _ in range(2))
+                self._blobs.append((source, target))
+                first.append(rank.context.build(c.ggml_cpy, 1, source.ptr, target.ptr))
+            self.plans.append(Plan(rank, first, outputs, in_levels=in_levels))
+
+    def _check(self, results: Sequence[Sequence[Any]]) -> None:
+        for rank, own in zip(self.ranks, results, strict=True):
+            for r in own:
+                if not isinstance(r, Tensor | Gathered):
+                    raise TypeError(f"the function returned {r!r}: tensors are needed, or rank.gather(tensor)")
+                t = r.part if isinstance(r, Gathered) else r
+                if not dtypes.has_numpy(t.dtype) or not t.size or rank.context not in t.context.reachable():
+                    raise ValueError(f"{t!r} is no result that rank {rank.index} could give: cast it, or compute it")
+            mine = [s.partial.shape for s in rank.sums], [type(r) for r in own]
+            first = [s.partial.shape for s in self.ranks[0].sums], [type(r) for r in results[0]]
+            if mine != first:
+                raise ValueError(
+                    f"rank {rank.index} adds up {mine[0]} and returns {len(mine[1])} results, rank 0 {first[0]} and "
+                    f"{len(first[1])}: all ranks must do the same"
+                )
+
+    # ------------------------------------------------------------------ memory
+
+    def _memory(self, block: Callable[[int], HostBlock]) -> None:
+        layout = self._layout
+        n, sums = len(self.ranks), self.ranks[0].sums
+        slot = max((_aligned(s.slots[0].nbytes) for s in sums), default=0)
+        start = layout.size + 2 * n * slot  # two sets of slots: one is read while the other is written
+        ends, at = [], start
+        for outputs in self._outputs:
+            ends.append(at)
+            at += sum(_aligned(target.nbytes) for _, target in outputs)
+        shared = block(max(at, 1))
+        for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.driver.backends, strict=True)):
+            host = shared.buffers[backend.device]
+            self._kept.append(host.owner)
+            for k, s in enumerate(rank.sums):
+                for j, t in enumerate(s.slots):
+                    _place(t.ptr, host, layout.size + (k % 2 * n + j) * slot)
+            at = ends[r]
+            for _, target in self._outputs[r]:
+                _place(target.ptr, host, at)
+                at += _aligned(target.nbytes)
+            self._alloc(plan, backend, host, r)
+        memory = shared.memory
+        self._puts = [
+            np.ndarray(t.shape, dtypes.numpy_dtype(t.dtype), memory, offset)
+            for t, offset in zip(self.inputs[0], layout.offsets, strict=True)
+        ]
+        self._takes = self._views(memory, ends)
+        self.graphs = [[g.ptr for g in plan.graphs] for plan in self.plans]
+        """C pointers of the graphs of each device, one for each step."""
+
+    def _views(self, memory: Any, ends: Sequence[int]) -> list[list[npt.NDArray[Any]]]:
+        """For each result, the parts of it in host memory."""
+        found: list[list[npt.NDArray[Any]]] = [[] for _ in self._axes]
+        for r, outputs in enumerate(self._outputs):
+            at = ends[r]
+            which = [i for i, axis in enumerate(self._axes) if r == 0 or axis is not None]
+            for i, (_, target) in zip(which, outputs, strict=True):
+                found[i].append(np.ndarray(target.shape, dtypes.numpy_dtype(target.dtype), memory, at))
+                at += _aligned(target.nbytes)
+        return found
+
+    def _alloc(self, plan: Plan, backend: Backend, host: Buffer, r: int) -> None:
+        """Give every tensor of one rank memory, and check what its device is to do."""
+        layout, kind = self._layout, backend.buffer_type
+        spans = plan.spans()
+        alignment = max(kind.alignment, _ALIGN)
+        sizes = [_aligned(c.ggml_backend_buft_get_alloc_size(kind.ptr, p), alignment) for p in spans]
+        offsets, total = arrange(sizes, list(spans.values()))
+        buffer = Buffer(kind, max(layout.size + total, alignment))
+        self._buffers.append(buffer)
+        for p, target in plan.placed.items():
+            _place(p, host, int(c.ffi.cast("uintptr_t", target.ptr.data)) - host.base)
+        if self._blobs:
+            source, target = self._blobs[r]
+            _place(source.ptr, host, 0)
+            _place(target.ptr, buffer, 0)
+        for t, offset in zip(self.inputs[r], layout.offsets, strict=True):
+            if t.size:
+                _place(t.ptr, buffer, offset)
+        for p, offset in zip(spans, offsets, strict=True):
+            _place(p, buffer, layout.size + offset)
+        for graph in plan.graphs:
+            for context in graph.contexts:
+                loose = [t for t in graph.unallocated_leaves() if t.context is context]
+                if loose:
+                    context.alloc(kind, loose)
+            self._kept += [b.owner for context in graph.contexts for b in context.buffers]
+            for p in graph.node_pointers():
+                if p.view_src and not p.buffer:
+                    c.ggml_backend_view_init(p)
+            check_ops(graph, [backend], {}, {})
+            unable = for_the_cpu(graph, [backend])
+            if graph.calls() or unable:
+                p = next(iter(unable), graph.node_pointers()[-1])
+                raise UnsupportedOpError(
+                    f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: operations "
+                    "written in Python, and views that start where GPUs cannot, are for the CPU (use cont)"
+                )
+
+    # ------------------------------------------------------------------ running
+
+    def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
+        """Set the inputs, compute, and read the results; errors as :class:`ParallelFunction`."""
+        for i, (array, put) in enumerate(zip(arrays, self._puts, strict=True)):
+            if put.dtype.kind == "i":
+                raw = np.ascontiguousarray(array, put.dtype).reshape(-1).view(np.uint8)
+                for own in self.inputs:
+                    own[i].check_limit(raw)
+            put[...] = array
+        status = self.driver.run(self.graphs)
+        if status:
+            error = AbortedError if status == Status.ABORTED else GgmlError
+            raise error(f"the computation failed: {Status(status).name.lower()}")
+        found = [
+            parts[0].copy() if axis is None else np.concatenate(parts, axis)
+            for parts, axis in zip(self._takes, self._axes, strict=True)
+        ]
+        return found[0] if self._single else tuple(found)
+
+    def close(self) -> None:
+        """Give the program up."""
+        for plan in self.plans:
+            plan.close()
+        for rank in self.ranks:
+            rank.context.close()
+        for buffer in self._buffers:
+            buffer.close()
+        self._kept.clear()
+
+    def __repr__(self) -> str:
+        nodes = [sum(len(g) for g in plan.graphs) for plan in self.plans]
+        return f"<Program of {len(self.plans[0].graphs)} steps on {len(self.plans)} devices, {nodes} nodes>"
+
+
+class _Layout:
+    """Where the inputs lie, in host memory and on each device alike."""
+
+    def __init__(self, inputs: Sequence[tuple[tuple[int, ...], Type]]) -> None:
+        self.offsets: list[int] = []
+        self.size = 0
+        for shape, kind in inputs:
+            self.offsets.append(self.size)
+            self.size += _aligned(int(np.prod(shape, dtype=np.int64)) * dtypes.type_size(kind))
+
+
+def _aligned(size: int, alignment: int = _ALIGN) -> int:
+    return -(-size // alignment) * alignment
+
+
+def _place(p: Any, buffer: Buffer, offset: int) -> None:
+    if p.buffer:
+        raise ValueError("a tensor that the program would place has memory already")
+    c.ggml_backend_tensor_alloc(buffer.ptr, p, c.ffi.cast("void *", buffer.base + offset))
+
+
+def _is_part(result: Any) -> bool:
+    return isinstance(result, Gathered)

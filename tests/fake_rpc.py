@@ -1,0 +1,88 @@
+"""Peers that are no good RPC servers: none of them computes anything."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+
+from ggml_cffi._relay import ANSWERS, PROTOCOL, Command, pretend
+
+
+class Peer:
+    """Listens on the loopback, and answers each client in a thread until the ``with`` ends."""
+
+    def __enter__(self):
+        self.clients = []
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen()
+        self.endpoint = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+        return self
+
+    def run(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            self.clients.append(client)
+            with client, contextlib.suppress(OSError, struct.error):  # when it has gone
+                self.serve(client)
+
+    def serve(self, client):
+        """Silence."""
+        client.recv(1 << 20)
+        while client.recv(1 << 20):
+            pass
+
+    def __exit__(self, *_):
+        for s in (self.listener, *self.clients):
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join()
+
+
+class Talker(Peer):
+    """Says the same to everybody, and closes."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def serve(self, client):
+        client.recv(1 << 10)
+        client.sendall(self.text)
+
+
+class Pretender(Peer):
+    """Speaks the protocol: memory is granted, tensors read as zeros.
+
+    ``answers`` has bytes for commands that are answered otherwise, whole with their length, or None for silence.
+    """
+
+    def __init__(self, **answers):
+        self.answers = {Command[name]: answer for name, answer in answers.items()}
+        self.asked = []
+
+    def serve(self, client):
+        while head := client.recv(9, socket.MSG_WAITALL):
+            command, size = struct.unpack("<BQ", head)
+            command = Command(command)
+            body = client.recv(size, socket.MSG_WAITALL) if size else b""
+            self.asked.append(command)
+            if command in self.answers:
+                if self.answers[command] is not None:
+                    client.sendall(self.answers[command])
+                continue
+            n = struct.unpack("<Q", body[-8:])[0] if command is Command.GET_TENSOR else ANSWERS.get(command)
+            if n is not None:
+                client.sendall(struct.pack("<Q", n) + self.answer(command, body, n))
+
+    def answer(self, command, body, n):
+        if command is Command.HELLO:
+            return bytes(PROTOCOL).ljust(n, b"\0")
+        return pretend(command, body, n)

