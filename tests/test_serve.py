@@ -16,11 +16,9 @@ from conftest import ROOT
 
 from ggml_cffi import models
 
-for package in ("fastapi", "uvicorn", "httpx"):
-    pytest.importorskip(package, reason="pip install ggml-cffi[serve]")
-
-import httpx
-import uvicorn
+_WHY = "needs pip install ggml-cffi[serve]"
+pytest.importorskip("fastapi", reason=_WHY)
+httpx, uvicorn = (pytest.importorskip(name, reason=_WHY) for name in ("httpx", "uvicorn"))
 
 PROMPTS = ["The capital of France is", "Water boils at", "Once upon a time"]
 N = 6
