@@ -15,6 +15,7 @@ import uvicorn
 from asyncio_chat import stream
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
@@ -92,6 +93,11 @@ def application(model: models.Model) -> FastAPI:
                 if await request.is_disconnected():
                     break
         return JSONResponse({"text": text, **event})
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(_: Request, error: RequestValidationError) -> Response:  # FastAPI's own fails to echo a NaN
+        reasons = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        return JSONResponse({"detail": "; ".join(reasons)}, status_code=422)
 
     @app.exception_handler(GgmlError)
     async def failed(_: Request, error: GgmlError) -> Response:

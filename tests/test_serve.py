@@ -155,14 +155,15 @@ def test_a_client_that_leaves_ends_its_text(client, model, streaming):
         ({"prompt": ""}, 400, "there are no tokens: the prompt is empty"),
         ({"prompt": "a " * 600}, 400, "tokens do not fit the context of 512"),
         ({"messages": [{"content": "a"}]}, 400, "a message is a dict with 'role' and 'content'"),
-        ({"prompt": 1}, 422, "Input should be a valid string"),
-        ({"prompt": "a", "temprature": 1}, 422, "temprature"),
+        ({"prompt": 1}, 422, "prompt: Input should be a valid string"),
+        ({"prompt": "a", "temprature": 1}, 422, "temprature: Extra inputs are not permitted"),
+        ({"prompt": "a", "temprature": float("nan")}, 422, "temprature: Extra inputs are not permitted"),
     ],
 )
 def test_wrong_requests(client, model, request_, status, message):
-    response = client.post("/generate", json=request_)
+    response = client.post("/generate", content=json.dumps(request_), headers={"Content-Type": "application/json"})
     assert response.status_code == status
-    assert message in str(response.json()["detail"])
+    assert message in response.json()["detail"]
     assert not growing(model)
 
 
