@@ -18,7 +18,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "--balance",
         default="memory",
-        help="memory, speed, or numbers such as 3,1: one for each device (default: memory)",
+        help="memory, speed, or a number for each device, such as 3,1 (default: memory)",
     )
     command.add_argument("--json", action="store_true", help="as JSON")
     command.set_defaults(run=_plan)

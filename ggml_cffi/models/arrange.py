@@ -20,6 +20,7 @@ from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.runner import logits, n_rows
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
+from ggml_cffi.ops._args import GROUPS
 from ggml_cffi.scheduler import Scheduler
 
 #: How layers are shared out: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
@@ -107,7 +108,8 @@ def measure(
         with Scheduler(backends, op_offload=op_offload) as scheduler:
             if architecture.causal:
                 with sketch() as context:
-                    _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), rows, 1)
+                    n = min(wish.n_batch, wish.n_ctx, GROUPS)  # no operation takes more
+                    _inputs, result = logits(context, weights, n, rows, 1)
                     with Graph(result) as graph:
                         sizes = scheduler.reserve_size(graph)
             else:

@@ -157,9 +157,7 @@ class Planner:
         )
         proposals = "; ".join(self.proposals(found))
         name = os.path.basename(self.architecture.file.path)
-        raise OutOfMemoryError(
-            f"{name} does not fit, and nothing was allocated: {lacking}. These would fit: {proposals}"
-        )
+        raise OutOfMemoryError(f"{name} does not fit: {lacking}. Nothing was allocated. These would fit: {proposals}")
 
     def plan(self, found: Arrangement) -> Plan:
         """All that there is to say about an arrangement."""
@@ -247,7 +245,8 @@ class Planner:
         """Everything small, where one change is not enough."""
         kind = next(reversed(self._smaller_caches()), self.wish.kv_dtype)
         wish = Wish(self.wish.n_ctx, min(self.wish.n_batch, _SMALLEST_BATCH), kind)
-        n_ctx = _largest(2 * wish.n_ctx, _SMALLEST_CTX, lambda n: good(self.arrange(replace(wish, n_ctx=n))))
+        fits = lambda n: good(self.arrange(replace(wish, n_ctx=n)))  # noqa: E731
+        n_ctx = wish.n_ctx if fits(wish.n_ctx) else _largest(wish.n_ctx, _SMALLEST_CTX, fits)
         return [f"n_ctx={n_ctx}, kv_dtype={kind.name.lower()!r}, n_batch={wish.n_batch}"] if n_ctx else []
 
     def _smaller_caches(self) -> list[Type]:
@@ -280,8 +279,8 @@ class Planner:
 
 
 def _largest(n: int, smallest: int, good: Callable[[int], bool]) -> int | None:
-    """The first of ``n / 2``, ``n / 4``, ... that is good, as powers of two; None if none is."""
-    tried = 1 << max(n - 1, 0).bit_length() - 1 if n > 1 else 0
+    """The largest power of two below ``n``, and not below ``smallest``, that is good; None if none is."""
+    tried = 1 << (n - 1).bit_length() >> 1
     while tried >= smallest:
         if good(tried):
             return tried
