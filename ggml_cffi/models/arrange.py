@@ -5,12 +5,14 @@ Loading and planning both ask :func:`arrange`, so that they cannot disagree.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
 from ggml_cffi import _text
 from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import BufferType
 from ggml_cffi.device import Device
 from ggml_cffi.enums import Type
 from ggml_cffi.graph import Graph
@@ -20,7 +22,6 @@ from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.runner import logits, n_rows
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
-from ggml_cffi.ops._args import GROUPS
 from ggml_cffi.scheduler import Scheduler
 
 #: How layers are shared out: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
@@ -96,7 +97,10 @@ class Arrangement:
 def measure(
     architecture: Architecture, backends: Sequence[Backend], where: Sequence[int], wish: Wish, *, op_offload: bool
 ) -> list[DeviceShare]:
-    """What each device would hold, by the scheduler's own count for the largest batch. Nothing is allocated."""
+    """What each device would hold, by the scheduler's own count for the largest batch. Nothing is allocated.
+
+    Where the CPU has no room for its caches, there is nothing more to count: a run then takes 0 bytes here.
+    """
     rows, sketches = n_rows(wish.n_ctx), list[Sketch]()
 
     def sketch() -> Sketch:
@@ -104,12 +108,14 @@ def measure(
         return sketches[-1]
 
     weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=Sketch())
+    sizes = dict.fromkeys(backends, 0)
     try:
         with Scheduler(backends, op_offload=op_offload) as scheduler:
-            if architecture.causal:
+            if weights.shares[-1].cache_bytes > backends[-1].device.memory().free:
+                pass  # hopeless, and the graph may be larger than operations can be
+            elif architecture.causal:
                 with sketch() as context:
-                    n = min(wish.n_batch, wish.n_ctx, GROUPS)  # no operation takes more
-                    _inputs, result = logits(context, weights, n, rows, 1)
+                    _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), rows, 1)
                     with Graph(result) as graph:
                         sizes = scheduler.reserve_size(graph)
             else:
@@ -117,7 +123,7 @@ def measure(
                     sizes = embedder.reserve_size()
     finally:
         weights.close()
-    inputs = sum((s.taken for s in sketches), start=sketches[0].taken.__class__())
+    inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
     return [
         DeviceShare(
             device=share.backend.name,
@@ -163,7 +169,7 @@ def arrange(
         full = [i for i in over if shares[i].layers and not strict]
         if full:
             for i in full:  # at least one layer less, until there is none
-                room[i] = sum(sizes[layer] for layer in shares[i].layers) - shares[i].missing
+                room[i] = max(sum(sizes[layer] for layer in shares[i].layers) - shares[i].missing, 0)
         elif over and op_offload:
             op_offload = False  # a GPU that holds no layers need not take part
         else:

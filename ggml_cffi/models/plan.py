@@ -191,6 +191,8 @@ class Planner:
                 yield f"The output is on {share.device}, where the last layer is."
         if not found.op_offload:
             yield "GPUs do not compute with weights of the CPU: one has no room for copies of them."
+        if not any(share.compute_bytes for share in found.shares):
+            yield "What a run takes was not counted: weights and caches alone are too large."
         if cpu.total > cpu.free and cpu.fits:
             yield f"{cpu.device} reads its weights from the file again and again: they are larger than its memory."
 
@@ -214,38 +216,45 @@ class Planner:
         if found.fits and (not gpus or not cpu.layers or asked):
             return []
 
-        def good(other: Arrangement) -> bool:
+        def good(wish: Wish) -> bool:
+            try:
+                other = self.arrange(wish)
+            except ValueError:  # larger than operations can be
+                return False
             return other.fits and (not found.fits or not other.shares[-1].layers)
 
         proposals = []
         if self._given:
             by_memory = arrange(self.architecture, self.backends, self.wish)
-            if good(by_memory):
+            if by_memory.fits:
                 proposals.append(f"balance='memory': {self._layers(by_memory)}")
         alone = [*self._changes(self.wish, good)]
         proposals += alone or self._together(good)
         proposals += self._more(found)
         return proposals
 
-    def _changes(self, wish: Wish, good: Callable[[Arrangement], bool]) -> Iterator[str]:
+    def _changes(self, wish: Wish, good: Callable[[Wish], bool]) -> Iterator[str]:
         """One thing changed: a smaller context, a quantized cache, smaller batches."""
-        n_ctx = _largest(wish.n_ctx, _SMALLEST_CTX, lambda n: good(self.arrange(replace(wish, n_ctx=n))))
+        n_ctx = _largest(wish.n_ctx, _SMALLEST_CTX, lambda n: good(replace(wish, n_ctx=n)))
         if n_ctx:
             yield f"n_ctx={n_ctx}"
         for kind in self._smaller_caches():
-            if good(self.arrange(replace(wish, kv_dtype=kind))):
+            if good(replace(wish, kv_dtype=kind)):
                 yield f"kv_dtype={kind.name.lower()!r}"
                 break
         batch = min(wish.n_batch, wish.n_ctx)
-        n_batch = _largest(batch, _SMALLEST_BATCH, lambda n: good(self.arrange(replace(wish, n_batch=n))))
+        n_batch = _largest(batch, _SMALLEST_BATCH, lambda n: good(replace(wish, n_batch=n)))
         if n_batch:
             yield f"n_batch={n_batch}"
 
-    def _together(self, good: Callable[[Arrangement], bool]) -> list[str]:
+    def _together(self, good: Callable[[Wish], bool]) -> list[str]:
         """Everything small, where one change is not enough."""
         kind = next(reversed(self._smaller_caches()), self.wish.kv_dtype)
         wish = Wish(self.wish.n_ctx, min(self.wish.n_batch, _SMALLEST_BATCH), kind)
-        fits = lambda n: good(self.arrange(replace(wish, n_ctx=n)))  # noqa: E731
+
+        def fits(n: int) -> bool:
+            return good(replace(wish, n_ctx=n))
+
         n_ctx = wish.n_ctx if fits(wish.n_ctx) else _largest(wish.n_ctx, _SMALLEST_CTX, fits)
         return [f"n_ctx={n_ctx}, kv_dtype={kind.name.lower()!r}, n_batch={wish.n_batch}"] if n_ctx else []
 
