@@ -31,7 +31,8 @@ def counted(monkeypatch):
     def init(self, kind, size, **options):
         plain(self, kind, size, **options)
         name = self.buffer_type.device.name
-        made[name] = made.get(name, 0) + size
+        if name == "CPU" or not self.is_host:  # a GPU's pinned memory is the host's
+            made[name] = made.get(name, 0) + size
 
     monkeypatch.setattr(Buffer, "__init__", init)
     return made
