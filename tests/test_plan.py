@@ -2,6 +2,7 @@
 
 import json
 
+import bert_float64
 import llama_float64
 import numpy as np
 import pytest
@@ -99,6 +100,18 @@ def test_smollm2_takes_what_was_planned(smollm2, counted):
     assert share.mapped_bytes == share.weight_bytes > 80 * 2**20
 
 
+def test_encoders_take_what_was_planned(tmp_path, rng, counted):
+    path = bert_float64.random_model(tmp_path / "m.gguf", rng)
+    plan = models.plan(path, ["CPU"], n_batch=48)
+    assert not counted
+    with models.load(path, ["CPU"], n_batch=48) as model:
+        (planned,), (share,) = plan.shares, model.shares
+        assert close(planned.compute_bytes, share.compute_bytes)
+        assert close(planned.input_bytes + planned.weight_bytes - planned.mapped_bytes, sum(counted.values()))
+    assert (planned.cache_bytes, planned.has_output, planned.has_embeddings) == (0, False, True)
+    assert len(planned.layers) == model.architecture.n_layers
+
+
 def test_two_gpus_take_what_was_planned(two_gpus, path, counted):
     plan = check(path, two_gpus, counted, n_batch=16)
     first, second, cpu = plan.shares
@@ -109,15 +122,15 @@ def test_two_gpus_take_what_was_planned(two_gpus, path, counted):
     assert first.compute_bytes > 0 < second.compute_bytes
 
 
-def test_two_unequal_gpus_and_the_cpu_take_what_was_planned(two_gpus, path, counted):
-    for balance, layers in (
-        ([2, 1], [(0, 1), (2,), ()]),
-        ([1, 1, 1], [(1,), (2,), (0,)]),
-        ([0, 1], [(), (0, 1, 2), ()]),
-    ):
-        counted.clear()
-        plan = check(path, two_gpus, counted, n_batch=16, balance=balance)
-        assert [share.layers for share in plan.shares] == layers
+@pytest.mark.parametrize(
+    ("balance", "layers"),
+    [([2, 1], [(0, 1), (2,), ()]), ([1, 1, 1], [(1,), (2,), (0,)]), ([0, 1], [(), (0, 1, 2), ()])],
+    ids=str,
+)
+def test_two_unequal_gpus_and_the_cpu_take_what_was_planned(two_gpus, path, counted, balance, layers):
+    """In batches of 64 the first GPU computes with copies of the CPU's weights: they are counted too."""
+    plan = check(path, two_gpus, counted, n_batch=64, balance=balance)
+    assert [share.layers for share in plan.shares] == layers
 
 
 # ---------------------------------------------------------------------- what does not fit
