@@ -81,7 +81,7 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
             # For such a leaf ggml's scheduler ends the process.
             kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
             raise UnsupportedOpError(
-                f"{graph.wrap(p)!r} of {c.ggml_nbytes(p):,} bytes is in {kind.name}, which cannot use so large a tensor: "
+                f"{graph.wrap(p)!r} of {c.ggml_nbytes(p):,} bytes is too large for {kind.name}, where it is: "
                 "divide it, or keep it on the CPU"
             )
         if buffer and p in placed and placed[p].device.ptr not in where[buffer]:

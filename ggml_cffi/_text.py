@@ -52,3 +52,22 @@ def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
             cells.append(space + cell if i in right else cell + space)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, neighbours as ranges: ``0-3, 7``."""
+    found: list[list[int]] = []
+    for n in numbers:
+        if found and n == found[-1][-1] + 1:
+            found[-1][1:] = [n]
+        else:
+            found.append([n])
+    return ", ".join("-".join(map(str, pair)) for pair in found)
+
+
+def size(n: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n / 2**10:.1f} KiB"

@@ -153,6 +153,20 @@ class Buffer(Handle):
         return self
 
     @classmethod
+    def empty(cls, which: BufferType | Device | str, *, usage: Usage = Usage.ANY) -> Buffer:
+        """A buffer of no bytes: it names a device's memory without taking any.
+
+        C: ``ggml_backend_buft_alloc_buffer``.
+        """
+        kind = BufferType.of(which)
+        check_process(kind.device)
+        with kind.device.guard():
+            pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, 0)
+        self = cls.__new__(cls)
+        self._adopt(pointer, c.ggml_backend_buffer_free, (), usage)
+        return self
+
+    @classmethod
     def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
         """Host memory as a device's own, which it reads and writes through its link; None if it cannot.
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import ggml_cffi
-from ggml_cffi import cli_bench, cli_convert, cli_embed, cli_gguf, cli_rpc, cli_run
+from ggml_cffi import cli_bench, cli_convert, cli_embed, cli_gguf, cli_plan, cli_rpc, cli_run
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", nargs="?", default="smollm2", help="which (default: %(default)s)")
     command.set_defaults(run=_fetch)
 
-    for module in (cli_run, cli_bench, cli_convert, cli_embed, cli_gguf, cli_rpc):
+    for module in (cli_run, cli_bench, cli_convert, cli_embed, cli_gguf, cli_plan, cli_rpc):
         module.register(commands)
     return parser
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,8 @@ class Context(Handle):
     )
 
     _serial = 0
+    readable: ClassVar[bool] = True
+    """Whether tensors that have a buffer have values, too."""
 
     def __init__(self) -> None:
         self._chunks = [_chunk(_FIRST_CHUNK)]
@@ -243,7 +245,7 @@ class Context(Handle):
         made: list[Buffer] = []
         try:
             with nullcontext() if kind.is_host else device_lock(kind.device.ptr):
-                groups = _pack(chosen, kind)
+                groups = pack(chosen, kind)
             for group, size in groups:
                 buffer = Buffer(kind, size, usage=usage)
                 made.append(buffer)
@@ -374,7 +376,7 @@ def _check_fits(tensors: Iterable[Tensor]) -> None:
             raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
 
 
-def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:
+def pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:
     """Offsets of the tensors in as few buffers as the largest allowed size permits."""
     groups: list[tuple[list[tuple[Tensor, int]], int]] = []
     group: list[tuple[Tensor, int]] = []

@@ -6,12 +6,28 @@
 ...         print(piece, end="", flush=True)
 """
 
+from ggml_cffi.models.arrange import DeviceShare
 from ggml_cffi.models.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation import Timings
-from ggml_cffi.models.model import ARCHITECTURES, Model, load
+from ggml_cffi.models.model import Model, load
+from ggml_cffi.models.opening import ARCHITECTURES
 from ggml_cffi.models.perplexity import Perplexity
+from ggml_cffi.models.plan import Plan, plan
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.tokenizer import Tokenizer
 
-__all__ = ["ARCHITECTURES", "Model", "Perplexity", "Sampler", "Timings", "Tokenizer", "convert", "fetch", "load"]
+__all__ = [
+    "ARCHITECTURES",
+    "DeviceShare",
+    "Model",
+    "Perplexity",
+    "Plan",
+    "Sampler",
+    "Timings",
+    "Tokenizer",
+    "convert",
+    "fetch",
+    "load",
+    "plan",
+]

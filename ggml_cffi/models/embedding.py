@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,14 +63,24 @@ class Embedder(Closing):
         :attr:`~Architecture.longest_text`.
     n_batch
         Most tokens computed at once; a text is never divided, so that there may be up to ``n_ctx``.
+    context
+        Makes the contexts of graphs.
     """
 
     def __init__(
-        self, architecture: Architecture, weights: Weights, scheduler: Scheduler, n_ctx: int, n_batch: int
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        scheduler: Scheduler,
+        n_ctx: int,
+        n_batch: int,
+        *,
+        context: Callable[[], Context] = Context,
     ) -> None:
         self.architecture, self.weights, self.scheduler = architecture, weights, scheduler
         self.max_tokens = min(n_ctx, architecture.longest_text or n_ctx)
         """Tokens after which a text is cut."""
+        self._new_context = context
         self._capacity = max(n_batch, self.max_tokens)
         self._runs: dict[tuple[int, int], _Run] = {}
         self._cache: list[LayerCache] = []
@@ -130,6 +140,11 @@ class Embedder(Closing):
         """
         with self.scheduler.lock, self._build(self._capacity, 1) as run:
             return self.scheduler.reserve(run.graph)
+
+    def reserve_size(self) -> dict[Backend, int]:
+        """What :meth:`reserve` would return, without taking it."""
+        with self.scheduler.lock, self._build(self._capacity, 1) as run:
+            return self.scheduler.reserve_size(run.graph)
 
     def _cut(self, tokens: Iterable[int], i: int) -> list[int]:
         ids = check_tokens(tokens, self.architecture.n_vocab)
@@ -196,7 +211,7 @@ class Embedder(Closing):
     def _build(self, n: int, n_slots: int) -> _Run:
         if self.architecture.causal:
             self._make_cache(n)
-        weights, backends, context = self.weights, self.scheduler.backends, Context()
+        weights, backends, context = self.weights, self.scheduler.backends, self._new_context()
         try:
             windowed = self.architecture.window > 0
             feed = Feed(context, backends, weights.where, weights.first, n, n, n, window=windowed)

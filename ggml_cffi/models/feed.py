@@ -50,23 +50,31 @@ class Place:
         """The inputs by name."""
         self._arrays: dict[str, npt.NDArray[Any]] = {}
         alignment = max(buffer_type.alignment, 32)
-        offsets, size = {}, 0
+        offsets: dict[str, int] = {}
+        size = 0
         for name, shape in shapes.items():
             offsets[name] = size
             nbytes = prod(shape) * dtypes.type_size(_TYPES[name])
             size += -(-nbytes // alignment) * alignment
         self._whole = context.new_tensor(Type.I8, (size,), name="inputs")
         (buffer,) = context.alloc(buffer_type, [self._whole])
-        self._staging = np.zeros(size, np.uint8)
+        self._offsets, self._staging = offsets, np.empty(0, np.uint8)
         for name, shape in shapes.items():
             tensor = context.new_tensor(_TYPES[name], shape, name=name)
             context.put(tensor, buffer, buffer.base + offsets[name])
-            raw = self._staging[offsets[name] : offsets[name] + tensor.nbytes]
-            self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(shape)
             self.tensors[name] = tensor
+
+    def _stage(self) -> None:
+        """Host memory for all inputs: made when it is first written, since graphs are measured too."""
+        self._staging = np.zeros(self._whole.nbytes, np.uint8)
+        for name, tensor in self.tensors.items():
+            raw = self._staging[self._offsets[name] : self._offsets[name] + tensor.nbytes]
+            self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(tensor.shape)
 
     def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
         """Write those of the values that are inputs here."""
+        if not self._arrays:
+            self._stage()
         for name, array in self._arrays.items():
             array[...] = values[name]
         self._whole.set_bytes(self._staging)

@@ -5,29 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TypedDict, Unpack, overload
+from typing import TypedDict, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
-from ggml_cffi.device import Device, devices
+from ggml_cffi.device import Device
 from ggml_cffi.dtypes import as_type
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.bert import Bert
+from ggml_cffi.models.arrange import Arrangement, Balance, Wish
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.embedding import Embedder
-from ggml_cffi.models.gemma3 import Gemma3
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
-from ggml_cffi.models.llama import Llama
+from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.perplexity import Perplexity, perplexity
-from ggml_cffi.models.qwen2 import Qwen2
-from ggml_cffi.models.qwen3 import Qwen3
+from ggml_cffi.models.plan import Planner
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.text import Pieces, pieces, stop_strings
@@ -35,13 +33,8 @@ from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
 
-#: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Bert, Gemma3, Llama, Qwen2, Qwen3)}
-
 #: Messages of one chat.
 Chat = Sequence[Message]
-
-_DEFAULT_CTX = 4096
 
 
 class Options(TypedDict, total=False):
@@ -74,6 +67,7 @@ class Model(Closing):
         n_batch: int,
         kv_dtype: Type,
         progress: Progress | None,
+        arrangement: Arrangement,
     ) -> None:
         self._file, self._backends = file, backends
         self.architecture = architecture
@@ -85,7 +79,16 @@ class Model(Closing):
         self.timings = Timings()
         """Of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
-        self._runner = Runner(architecture, backends, n_ctx, self.n_batch, kv_dtype, progress)
+        self._runner = Runner(
+            architecture,
+            backends,
+            n_ctx,
+            self.n_batch,
+            kv_dtype,
+            progress,
+            where=arrangement.where,
+            op_offload=arrangement.op_offload,
+        )
         software = any("llvmpipe" in b.device.description for b in backends)
         self._generator = Generator(self._runner, n_ctx, one_by_one=software)
         self._embedder = Embedder(architecture, self._runner.weights, self._runner.scheduler, n_ctx, n_batch)
@@ -459,6 +462,7 @@ def load(
     kv_dtype: Type | str = Type.F16,
     n_threads: int | None = None,
     progress: Progress | None = None,
+    balance: Balance = "memory",
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -470,7 +474,7 @@ def load(
         Devices or names; default every GPU. The CPU is added last: it holds the embeddings, and the layers that the
         GPUs have no room for.
     split
-        ``"layer"``: whole layers, in proportion to free memory.
+        ``"layer"``: whole layers.
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch
@@ -481,6 +485,10 @@ def load(
         Threads of the CPU; default all that this process may use.
     progress
         Called with bytes done and bytes in all.
+    balance
+        How the layers are shared out. ``"memory"``: in proportion to free memory. ``"speed"``: to how fast the devices
+        multiply, measured the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or
+        numbers, one for each GPU, and one for the CPU if that is to have a part: they are kept to, or refused.
 
     Raises
     ------
@@ -491,7 +499,8 @@ def load(
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
-        If the devices have not enough memory.
+        If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
+        and the message says what would fit.
     """
     if split != "layer":
         raise ValueError(f"split {split!r} is not known; 'layer' is")
@@ -501,45 +510,13 @@ def load(
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:
-        architecture = _architecture(file)
-        limit = architecture.n_ctx_train
-        if n_ctx is not None and not 1 <= n_ctx <= limit:
-            raise ValueError(f"n_ctx must be 1 to {limit}, the context that the model was trained for, not {n_ctx}")
-        backends = _backends(devices, n_threads)
-        return Model(file, architecture, backends, n_ctx or min(limit, _DEFAULT_CTX), n_batch, kind, progress)
+        architecture = architecture_of(file)
+        wish = Wish(context_of(architecture, n_ctx), n_batch, kind)
+        backends = open_backends(devices, n_threads)
+        arrangement = Planner(architecture, backends, wish, balance, devices).arrange_or_raise()
+        return Model(file, architecture, backends, wish.n_ctx, n_batch, kind, progress, arrangement)
     except BaseException:
         for backend in backends:
             backend.close()
         file.close()
         raise
-
-
-def _architecture(file: GGUFFile) -> Architecture:
-    name: Any = file.metadata.get("general.architecture")
-    cls = ARCHITECTURES.get(name) if isinstance(name, str) else None
-    if cls is None:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise FormatError(f"{file.path}: architecture {name!r} is not supported; {known} are")
-    return cls(file)
-
-
-def _backends(chosen: Sequence[Device | str] | None, n_threads: int | None) -> list[Backend]:
-    if isinstance(chosen, str | Device):
-        raise TypeError("devices is a sequence: put the one device in a list")
-    names = [d for d in devices() if d.type.name in ("GPU", "IGPU")] if chosen is None else list(chosen)
-    opened: list[Backend] = []
-    try:
-        for which in names:
-            backend = Backend(which)
-            opened.append(backend)
-        if any(b.device.is_cpu for b in opened[:-1]):
-            raise ValueError("the CPU comes last: it takes what no device before it has room for")
-        if not opened or not opened[-1].device.is_cpu:
-            opened.append(Backend("CPU"))
-        if n_threads is not None:
-            opened[-1].n_threads = n_threads
-    except BaseException:
-        for backend in opened:
-            backend.close()
-        raise
-    return opened

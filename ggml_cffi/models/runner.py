@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,22 @@ class _Run(Closing):
         self.context.close()
 
 
+def logits(context: Context, weights: Weights, n: int, n_kv: int, n_out: int) -> tuple[Feed, Tensor]:
+    """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results: its inputs, and the logits."""
+    architecture, backends = weights.architecture, [share.backend for share in weights.shares]
+    window = architecture.window > 0
+    feed = Feed(context, backends, weights.where, weights.first, n, n_kv, n_out, window=window)
+    hidden = architecture.hidden(weights.tensors, weights.cache, feed.inputs)
+    result = architecture.logits(weights.tensors, hidden)
+    result.name = "logits"
+    return feed, result
+
+
+def n_rows(n_ctx: int) -> int:
+    """Rows of the cache for a context: a multiple of :data:`KV_STEP`."""
+    return -(-n_ctx // KV_STEP) * KV_STEP
+
+
 class Runner(Closing):
     """Weights, cache and scheduler of one model, and the graph that was run last.
 
@@ -86,31 +103,38 @@ class Runner(Closing):
         The model.
     backends
         The preferred first, the CPU last.
-    n_rows
-        Rows of the KV cache.
+    n_ctx
+        Rows of the KV cache, which are rounded up.
     n_batch
         Most tokens of one run.
     kv_dtype
         Type of keys and values in the cache.
+    where
+        For each layer the index of its backend; default :func:`~ggml_cffi.models.weights.split_layers`.
+    op_offload
+        Let GPUs compute large batches with weights that are in host memory.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         backends: list[Backend],
-        n_rows: int,
+        n_ctx: int,
         n_batch: int,
         kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
+        *,
+        where: Sequence[int] | None = None,
+        op_offload: bool = True,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch
-        self.n_rows = -(-n_rows // KV_STEP) * KV_STEP
+        self.n_rows = n_rows(n_ctx)
         """Rows of the cache: a multiple of :data:`KV_STEP`."""
         self._run: _Run | None = None
         self._scheduler: Scheduler | None = None
-        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress)
+        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
         try:
-            self._scheduler = Scheduler(backends)
+            self._scheduler = Scheduler(backends, op_offload=op_offload)
             if architecture.causal:
                 self._reserve()
         except BaseException:
@@ -163,23 +187,9 @@ class Runner(Closing):
         return run
 
     def _build(self, key: tuple[int, int, int]) -> _Run:
-        n, n_kv, n_out = key
-        architecture, weights, context = self.architecture, self.weights, Context()
+        context = Context()
         try:
-            feed = Feed(
-                context,
-                self.scheduler.backends,
-                weights.where,
-                weights.first,
-                n,
-                n_kv,
-                n_out,
-                window=architecture.window > 0,
-            )
-            hidden = architecture.hidden(weights.tensors, weights.cache, feed.inputs)
-            result = architecture.logits(weights.tensors, hidden)
-            result.name = "logits"
-            return _Run(key, context, feed, result)
+            return _Run(key, context, *logits(context, self.weights, *key))
         except BaseException:
             context.close()
             raise

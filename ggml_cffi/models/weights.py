@@ -14,6 +14,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFFile, TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
+from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.tensor import Tensor
 
 #: Called with bytes done and bytes in all while weights are loaded.
@@ -33,42 +34,81 @@ class Share:
     weight_bytes: int = 0
     cache_bytes: int = 0
     compute_bytes: int = 0
+    mapped_bytes: int = 0
+    """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
     has_output: bool = False
     has_embeddings: bool = False
 
 
-def split_layers(architecture: Architecture, backends: Sequence[Backend], layer_cache: int) -> list[int]:
+def room_for_layers(architecture: Architecture, backends: Sequence[Backend]) -> list[int]:
+    """For each backend the bytes of layers, with their caches, that it has room for; the CPU, the last, for none.
+
+    The first GPU keeps room for the embeddings, the last one for the output.
+    """
+    room = [0 if b.device.is_cpu else int(b.device.memory().free * _USABLE) for b in backends]
+    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
+    if gpus:
+        room[gpus[-1]] -= architecture.info(architecture.output_tensor).nbytes
+        room[gpus[0]] -= architecture.info("token_embd.weight").nbytes
+    return [max(n, 0) for n in room]
+
+
+def split_layers(
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    layer_cache: int,
+    *,
+    parts: Sequence[float] | None = None,
+    room: Sequence[float] | None = None,
+) -> list[int]:
     """For each layer, the index of its backend: GPUs in proportion to their free memory, the CPU for what is left.
 
     Layers that no GPU has room for are the first ones, next to the embeddings, which the CPU then holds too.
+
+    Parameters
+    ----------
+    layer_cache
+        Bytes of one layer's cache.
+    parts
+        How much of the layers each backend is to have, in proportion; default its room.
+    room
+        Bytes of layers that each backend may hold; the last one takes what is left, whatever it says there. Default
+        :func:`room_for_layers`.
     """
-    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
-    cpu = len(backends) - 1
-    if not gpus:
-        return [cpu] * architecture.n_layers
+    if room is None:
+        room = room_for_layers(architecture, backends)
+    if parts is None:
+        parts = room
+    sizes = layer_bytes(architecture, layer_cache)
+    left, total = float(sum(sizes)), float(sum(parts))
+    # From the last layer down: each GPU takes its part of what is left, the last GPU the layers next to the output.
+    where = [len(backends) - 1] * architecture.n_layers
+    layer = architecture.n_layers - 1
+    for gpu in reversed(range(len(backends) - 1)):
+        share = left * parts[gpu] / total if total > 0 else 0.0
+        taken = 0
+        # Until half of the next layer is over its part.
+        while layer >= 0 and taken + sizes[layer] <= room[gpu] and taken + sizes[layer] / 2 <= share:
+            taken += sizes[layer]
+            where[layer] = gpu
+            layer -= 1
+        left, total = left - taken, total - parts[gpu]
+    return where
+
+
+def layer_bytes(architecture: Architecture, layer_cache: int) -> list[int]:
+    """Bytes of each layer: weights, and a cache of ``layer_cache`` bytes."""
     sizes = [layer_cache] * architecture.n_layers
     for name, info in architecture.file.tensors.items():
         layer = layer_of(name)
         if layer is not None and layer < len(sizes):
             sizes[layer] += info.nbytes
-    room = {i: int(backends[i].device.memory().free * _USABLE) for i in gpus}
-    room[gpus[-1]] -= architecture.info(architecture.output_tensor).nbytes
-    room[gpus[0]] -= architecture.info("token_embd.weight").nbytes
-    total, wanted = max(sum(room.values()), 1), sum(sizes)
-    # From the last layer down: each GPU takes its share, the last GPU the layers next to the output.
-    where = [cpu] * architecture.n_layers
-    layer = architecture.n_layers - 1
-    for order, gpu in enumerate(reversed(gpus)):
-        share = wanted * room[gpu] / total
-        taken = 0
-        while layer >= 0 and taken + sizes[layer] <= room[gpu]:
-            # The last GPU asked takes all that fits; the others stop when half of the next layer is over their share.
-            if order < len(gpus) - 1 and taken + sizes[layer] / 2 > share:
-                break
-            taken += sizes[layer]
-            where[layer] = gpu
-            layer -= 1
-    return where
+    return sizes
+
+
+def cache_bytes(architecture: Architecture, kind: Type, n_rows: int) -> int:
+    """Bytes of one layer's keys and values; 0 for an encoder, which keeps none."""
+    return sum(n_rows * row_size(kind, size) for size in architecture.kv_sizes) if architecture.causal else 0
 
 
 def layer_of(name: str) -> int | None:
@@ -81,6 +121,23 @@ class Weights:
     """The weights and caches of a model on their devices.
 
     On the CPU, weights are the file's own pages; for other devices they are streamed from the mapping.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    backends
+        The preferred first, the CPU last.
+    n_ctx
+        Rows of the caches.
+    kv_dtype
+        Their type.
+    progress
+        Called while weights are loaded.
+    where
+        For each layer the index of its backend; default :func:`split_layers`.
+    context
+        What is to hold the tensors. With a :class:`~ggml_cffi.models.sketch.Sketch` nothing is loaded.
     """
 
     def __init__(
@@ -90,25 +147,36 @@ class Weights:
         n_ctx: int,
         kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
+        *,
+        where: Sequence[int] | None = None,
+        context: Context | None = None,
     ) -> None:
         self.architecture = architecture
         self.tensors: dict[str, Tensor] = {}
         """Name to weight. ``output.weight`` is there even where it is tied to the embeddings."""
         self.cache: list[LayerCache] = []
         self.shares = [Share(b) for b in backends]
-        self.context = Context()
+        self.context = Context() if context is None else context
         try:
-            self._place(n_ctx, kv_dtype)
-            self._load(progress)
+            self._place(n_ctx, kv_dtype, where)
+            if not self._sketched:
+                self._load(progress)
         except BaseException:
             self.context.close()
             raise
 
-    def _place(self, n_ctx: int, kind: Type) -> None:
+    @property
+    def _sketched(self) -> bool:
+        return isinstance(self.context, Sketch)
+
+    def _place(self, n_ctx: int, kind: Type, where: Sequence[int] | None) -> None:
         architecture = self.architecture
-        _check_cache(kind, architecture.kv_sizes)
-        per_layer = sum(n_ctx * row_size(kind, size) for size in architecture.kv_sizes)
-        self.where = split_layers(architecture, [s.backend for s in self.shares], per_layer)
+        check_cache(kind, architecture.kv_sizes)
+        if where is None:
+            backends = [share.backend for share in self.shares]
+            where = split_layers(architecture, backends, cache_bytes(architecture, kind, n_ctx))
+        self.where = list(where)
+        """For each layer the index of its share."""
         last = len(self.shares) - 1
         # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
         # encoder adds to the embeddings goes with them.
@@ -145,7 +213,11 @@ class Weights:
         for i, share in enumerate(self.shares):
             kept = [self.cache[layer] for layer in share.layers if self.cache]
             caches = [t for cache in kept for t in (cache.k, cache.v)]
-            streamed = [t for t, info, target in self._pending if target == i and not self._mapped(share, info)]
+            streamed = [
+                t
+                for t, info, target in self._pending
+                if target == i and (self._sketched or not self._mapped(share, info))
+            ]
             if caches:
                 self.context.alloc(share.backend.buffer_type, caches)
             if streamed:
@@ -156,6 +228,8 @@ class Weights:
         self.tensors[name] = tensor
         self._pending.append((tensor, info, target))
         self.shares[target].weight_bytes += info.nbytes
+        if self._mapped(self.shares[target], info):
+            self.shares[target].mapped_bytes += info.nbytes
 
     def _mapped(self, share: Share, info: TensorInfo) -> bool:
         return share.backend.device.is_cpu and info.offset % 32 == 0
@@ -209,7 +283,8 @@ def is_across(backend: Backend, kind: Type) -> bool:
     return backend.device.is_cpu and block_size(kind) == 1
 
 
-def _check_cache(kind: Type, sizes: tuple[int, int]) -> None:
+def check_cache(kind: Type, sizes: tuple[int, int]) -> None:
+    """Raise ``ValueError`` if keys and values of so many elements cannot be kept as ``kind``."""
     if kind in _NO_CACHE:
         raise ValueError(f"kv_dtype {kind.name} cannot hold keys and values; F16, F32, BF16 and quantized types can")
     block = block_size(kind)

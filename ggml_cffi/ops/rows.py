@@ -57,7 +57,7 @@ def _limit(op: str, rows: Tensor, n: int, what: str = "rows") -> None:
     # the input remembers: in one that lives longer, another tensor could come to lie at the same address.
     owner = next(ctx for ctx in rows.context.reachable() if ctx.holds(root))
     owner.limits[root] = min(n, owner.limits.get(root, n))
-    if rows.is_allocated:
+    if rows.is_allocated and owner.readable:
         whole = Tensor(rows.context, root, 4)
         whole.check_limit(np.ascontiguousarray(whole.numpy()).reshape(-1).view(np.uint8))
 

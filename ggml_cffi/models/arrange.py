@@ -1,0 +1,219 @@
+"""Which device holds which layers, and what each of them then takes: measured, without taking it.
+
+Loading and planning both ask :func:`arrange`, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+
+from ggml_cffi import _text
+from ggml_cffi.backend import Backend
+from ggml_cffi.buffer import BufferType
+from ggml_cffi.device import Device
+from ggml_cffi.enums import Type
+from ggml_cffi.graph import Graph
+from ggml_cffi.models import calibrate
+from ggml_cffi.models.architecture import Architecture
+from ggml_cffi.models.embedding import Embedder
+from ggml_cffi.models.runner import logits, n_rows
+from ggml_cffi.models.sketch import Sketch
+from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
+from ggml_cffi.scheduler import Scheduler
+
+#: How layers are shared out: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
+Balance = str | Sequence[float]
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """What one device is to hold, in bytes."""
+
+    device: str
+    layers: tuple[int, ...]
+    weight_bytes: int
+    mapped_bytes: int
+    """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
+    cache_bytes: int
+    compute_bytes: int
+    """Of intermediate results: what the scheduler's own reserve says, its copies included."""
+    input_bytes: int
+    free: int
+    """What the device says that it has free."""
+    has_output: bool
+    has_embeddings: bool
+
+    @property
+    def total(self) -> int:
+        """All that is on the device."""
+        return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the device has too few; mapped weights need none."""
+        return max(self.total - self.mapped_bytes - self.free, 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has room for it."""
+        return not self.missing
+
+    @property
+    def what(self) -> str:
+        """Layers and ends of the model that are here, ``-`` for nothing."""
+        parts = [_text.ranges(self.layers)] if self.layers else []
+        return " + ".join([*parts, *["output"] * self.has_output, *["embeddings"] * self.has_embeddings]) or "-"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a model."""
+
+    n_ctx: int
+    n_batch: int
+    kv_dtype: Type
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Layers on devices."""
+
+    where: list[int]
+    """For each layer the index of its backend."""
+    op_offload: bool
+    """Whether GPUs compute large batches with weights of the CPU."""
+    shares: list[DeviceShare]
+    """The devices in order, the CPU last."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room."""
+        return all(share.fits for share in self.shares)
+
+
+def measure(
+    architecture: Architecture, backends: Sequence[Backend], where: Sequence[int], wish: Wish, *, op_offload: bool
+) -> list[DeviceShare]:
+    """What each device would hold, by the scheduler's own count for the largest batch. Nothing is allocated.
+
+    Where the CPU has no room for its caches, there is nothing more to count: a run then takes 0 bytes here.
+    """
+    rows, sketches = n_rows(wish.n_ctx), list[Sketch]()
+
+    def sketch() -> Sketch:
+        sketches.append(Sketch())
+        return sketches[-1]
+
+    weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=Sketch())
+    sizes = dict.fromkeys(backends, 0)
+    try:
+        with Scheduler(backends, op_offload=op_offload) as scheduler:
+            if weights.shares[-1].cache_bytes > backends[-1].device.memory().free:
+                pass  # hopeless, and the graph may be larger than operations can be
+            elif architecture.causal:
+                with sketch() as context:
+                    _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), rows, 1)
+                    with Graph(result) as graph:
+                        sizes = scheduler.reserve_size(graph)
+            else:
+                with Embedder(architecture, weights, scheduler, wish.n_ctx, wish.n_batch, context=sketch) as embedder:
+                    sizes = embedder.reserve_size()
+    finally:
+        weights.close()
+    inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
+    return [
+        DeviceShare(
+            device=share.backend.name,
+            layers=tuple(share.layers),
+            weight_bytes=share.weight_bytes,
+            mapped_bytes=share.mapped_bytes,
+            cache_bytes=share.cache_bytes,
+            compute_bytes=sizes[share.backend],
+            input_bytes=inputs.pop(share.backend.buffer_type, 0),
+            free=share.backend.device.memory().free,
+            has_output=share.has_output,
+            has_embeddings=share.has_embeddings,
+        )
+        for share in weights.shares
+    ]
+
+
+def arrange(
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    wish: Wish,
+    parts: Sequence[float] | None = None,
+    *,
+    strict: bool = False,
+) -> Arrangement:
+    """Share the layers out: as many on GPUs as fit beside what they compute with, the rest on the CPU.
+
+    Parameters
+    ----------
+    parts
+        Proportions, one for each backend; default by free memory.
+    strict
+        Keep to ``parts`` where they do not fit.
+    """
+    per_layer = cache_bytes(architecture, wish.kv_dtype, n_rows(wish.n_ctx))
+    sizes = layer_bytes(architecture, per_layer)
+    room: list[float] = [inf] * len(backends) if strict else [*room_for_layers(architecture, backends)]
+    parts, op_offload = room if parts is None else parts, True
+    while True:
+        where = split_layers(architecture, backends, per_layer, parts=parts, room=room)
+        shares = measure(architecture, backends, where, wish, op_offload=op_offload)
+        over = [i for i, share in enumerate(shares[:-1]) if not share.fits]
+        full = [i for i in over if shares[i].layers and not strict]
+        if full:
+            for i in full:  # at least one layer less, until there is none
+                room[i] = max(sum(sizes[layer] for layer in shares[i].layers) - shares[i].missing, 0)
+        elif over and op_offload:
+            op_offload = False  # a GPU that holds no layers need not take part
+        else:
+            return Arrangement(where, op_offload, shares)
+
+
+def main_dtype(architecture: Architecture) -> Type:
+    """The type that most bytes of the layers' weights have."""
+    total: dict[Type, int] = {}
+    for name in architecture.shapes:
+        info = architecture.info(name)
+        if layer_of(name) is not None:
+            total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
+    return max(total, key=lambda kind: total[kind])
+
+
+def parts_of(
+    balance: Balance,
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    chosen: Sequence[Device | str] | None,
+) -> tuple[list[float] | None, bool]:
+    """The proportions that a balance means, None for free memory, and whether they were given.
+
+    The CPU takes part where it is among the devices that were ``chosen``, or has a number of its own.
+
+    Raises
+    ------
+    ValueError
+        If there is no such balance, or the numbers are not one for each device.
+    """
+    if isinstance(balance, str):
+        if balance == "memory":
+            return None, False
+        if balance != "speed":
+            raise ValueError(f"balance {balance!r} is not known; 'memory', 'speed' and a sequence of numbers are")
+        kind = main_dtype(architecture)
+        named = len(backends) == (0 if chosen is None else len(chosen))
+        timed = [b for b in backends if named or not b.device.is_cpu]
+        return [1 / calibrate.seconds(b, kind) if b in timed else 0.0 for b in backends], False
+    parts = [float(part) for part in balance]
+    if len(parts) == len(backends) - 1:
+        parts.append(0.0)
+    if len(parts) != len(backends) or not all(isfinite(part) and part >= 0 for part in parts) or not sum(parts):
+        names = ", ".join(b.name for b in backends)
+        raise ValueError(f"balance {list(balance)} is not one number of 0 or more for each of {names}, not all 0")
+    return parts, True
