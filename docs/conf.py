@@ -149,11 +149,13 @@ def _foreign(target: str) -> bool:
         "collections",
         "concurrent",
         "asyncio",
+        "contextlib",
         "logging",
         "mmap",
         "enum",
         "typing",
         "pathlib",
+        "threading",
     )
     names = (
         "Any",
@@ -168,8 +170,9 @@ def _foreign(target: str) -> bool:
         "ndarray",
     )
     types = ("ArrayLike", "DTypeLike", "NDArray", "IntEnum", "Self")
-    inner = ("Head", "Architecture", "Stream", "Process")  # ours, but of no use to a caller
-    return root in known or target.split(".")[-1] in inner or target in (*names, *types) or hasattr(builtins, root)
+    inner = ("Head", "Architecture", "Stream", "Process", "Options", "Sum")  # ours, but of no use to a caller
+    private = "._" in target or target.split(".")[-1] in inner
+    return root in known or private or target in (*names, *types) or hasattr(builtins, root)
 
 
 def setup(app: Any) -> None:

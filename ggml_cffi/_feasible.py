@@ -60,6 +60,8 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
     ------
     ValueError
         If none can, or a tensor was placed where its memory is not.
+    UnsupportedOpError
+        If a tensor is too large for the device that it is on.
     """
     where: dict[Any, list[Any]] = {}
     for p in graph.members:
@@ -75,6 +77,13 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
                     f"{graph.wrap(p)!r} is in {kind.name}, which none of {names} can read: "
                     "add that device to the scheduler"
                 )
+        if buffer and p.op == Op.NONE and not any(c.ggml_backend_dev_supports_op(d, p) for d in where[buffer]):
+            # For such a leaf ggml's scheduler ends the process.
+            kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
+            raise UnsupportedOpError(
+                f"{graph.wrap(p)!r} of {c.ggml_nbytes(p):,} bytes is in {kind.name}, which cannot use so large a tensor: "
+                "divide it, or keep it on the CPU"
+            )
         if buffer and p in placed and placed[p].device.ptr not in where[buffer]:
             raise ValueError(f"{graph.wrap(p)!r} was placed on {placed[p].name}, but has memory elsewhere")
     return where

@@ -131,10 +131,12 @@ class Relay:
                 self._serve(client)
 
     def _serve(self, client: socket.socket) -> None:
-        while self._idle(client) and (head := client.recv(_HEAD.size, socket.MSG_WAITALL)):
+        while self._idle(client) and len(head := client.recv(_HEAD.size, socket.MSG_WAITALL)) == _HEAD.size:
             command, size = _HEAD.unpack(head)
             first = min(size, _FIRST)
             body = client.recv(first, socket.MSG_WAITALL) if first else b""
+            if len(body) < first:
+                return
             if command == Command.HELLO:  # the server was greeted when this process was started
                 client.sendall(_SIZE.pack(ANSWERS[command]) + bytes(PROTOCOL).ljust(ANSWERS[command], b"\0"))
                 continue

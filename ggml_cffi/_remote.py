@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import weakref
-from _signal import pthread_sigmask  # type: ignore[import-not-found]  # signal's takes ten times as long
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -28,10 +27,8 @@ if TYPE_CHECKING:
     import subprocess
 
 # Those that come from outside, and for which somebody may have a handler: the call that they interrupt fails.
-_SIGNALS = frozenset(
-    {signal.SIGALRM, signal.SIGCHLD, signal.SIGCONT, signal.SIGHUP, signal.SIGINT, signal.SIGIO, signal.SIGPROF}
-    | {signal.SIGTERM, signal.SIGURG, signal.SIGUSR1, signal.SIGUSR2, signal.SIGVTALRM, signal.SIGWINCH}
-)
+_NAMES = "ALRM", "CHLD", "CONT", "HUP", "INT", "IO", "PROF", "TERM", "URG", "USR1", "USR2", "VTALRM", "WINCH"
+_SIGNALS = frozenset(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}"))
 
 
 class Link:
@@ -50,12 +47,17 @@ class Link:
     """
 
     def __init__(self, name: str, server: socket.socket, patience: float) -> None:
-        # What takes long to import is imported when there is a server: _relay imports socket.
+        if not hasattr(os, "splice"):
+            raise GgmlError("remote devices need Linux")
+        # What takes long to import, or is only there, is imported when there is a server: _relay imports socket.
         import socket
         import subprocess
         import tempfile
+        from _signal import pthread_sigmask  # type: ignore[import-not-found]  # signal's takes ten times as long
 
         from ggml_cffi import _relay
+
+        self._set_mask: Callable[[int, Any], set[int]] = pthread_sigmask
 
         self.name = name
         self.wait: Callable[[], object] = lambda: None
@@ -93,7 +95,7 @@ class Link:
             return False
         self._depth += 1
         if self._depth == 1:
-            self._mask = pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            self._mask = self._set_mask(signal.SIG_BLOCK, _SIGNALS)
         return True
 
     def release(self) -> None:
@@ -105,7 +107,7 @@ class Link:
         outermost = not self._depth
         self._lock.release()
         if outermost:
-            pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._set_mask(signal.SIG_SETMASK, mask)
             self._settle()
 
     def __enter__(self) -> None:
@@ -127,7 +129,12 @@ class Link:
     @property
     def usable(self) -> bool:
         """Whether the server is there, as far as is known without asking."""
-        return not (self._state[0] or self._closed or self._pid != os.getpid())
+        return not (self._state[0] or self._closed or self._pid != os.getpid() or self.broken)
+
+    @property
+    def broken(self) -> bool:
+        """Whether somebody ended the relay: any call would end this process then."""
+        return self._relay.poll() not in (None, 0)
 
     def check(self) -> None:
         """Raise if the server is lost.
@@ -145,8 +152,8 @@ class Link:
             raise GgmlError(f"{self.name} was connected before this process was forked: connect again in this one")
         if self._closed:
             raise ClosedError(f"{self.name} was disconnected")
-        if self._state[0]:
-            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace")
+        if self._state[0] or self.broken:
+            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace") or "lost its relay, which was ended"
             raise BackendCrashedError(
                 f"{self.name}: the server {reason}. What it held is gone: close what used it, start it again (its "
                 f"output may say what happened), and open ggml_cffi.device({self.name!r}) anew"
@@ -196,7 +203,8 @@ def free(links: Sequence[Link], function: Callable[[Any], None], keep: Sequence[
                 break
             held.append(link)
         else:
-            function(pointer)
+            if not any(link.broken for link in links):  # C would end the process: better never freed
+                function(pointer)
     finally:
         for taken in reversed(held):
             taken.release()

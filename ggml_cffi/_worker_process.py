@@ -204,6 +204,7 @@ class _Listener(threading.Thread):
         self._worker, self._errors, self._records = name, errors, records
         self._rest = b""
         os.set_blocking(errors.fileno(), False)
+        records.setblocking(False)
 
     def run(self) -> None:
         poll = select.poll()
@@ -211,15 +212,16 @@ class _Listener(threading.Thread):
             poll.register(source, select.POLLIN)
         # Only the process itself has the other end of ``records``: when that closes, the process is gone. What it
         # started may still hold its stderr open.
-        listening = True
-        while listening:
-            for fd, _ in poll.poll():
-                if fd == self._records.fileno():
-                    listening = self._read_record()
-                elif not self._read_errors():
-                    poll.unregister(fd)
-        while self._read_errors():
-            pass
+        running = True
+        while running:
+            ready = [fd for fd, _ in poll.poll()]
+            written = self._read_errors()
+            running = self._pass_records()  # what was logged before that was written comes before it
+            self._split(written)
+            if not written and self._errors.fileno() in ready:  # closed
+                poll.unregister(self._errors)
+        while written := self._read_errors():
+            self._split(written)
         self._line(self._rest)
         self._errors.close()
         self._records.close()
@@ -229,13 +231,20 @@ class _Listener(threading.Thread):
         if threading.current_thread() is not self:
             self.join()
 
-    def _read_record(self) -> bool:
-        try:
-            data = self._records.recv(1 << 18)
-        except ConnectionError:
-            return False
-        if not data:
-            return False
+    def _pass_records(self) -> bool:
+        """Pass on all log records that there are. False when there will be no more."""
+        while True:
+            try:
+                data = self._records.recv(1 << 18)
+            except BlockingIOError:
+                return True
+            except ConnectionError:
+                return False
+            if not data:
+                return False
+            self._pass(data)
+
+    def _pass(self, data: bytes) -> None:
         try:
             record = logging.makeLogRecord(pickle.loads(data))
             record.processName = self._worker
@@ -245,20 +254,21 @@ class _Listener(threading.Thread):
                 logger.handle(record)
         except Exception as error:  # of what came with the record, or of a filter: the next one may do
             self.lines.append(f"a log record could not be passed on: {type(error).__name__}: {error}")
-        return True
 
-    def _read_errors(self) -> bool:
+    def _read_errors(self) -> bytes:
+        """What was written to stderr and not read yet."""
         try:
-            data = os.read(self._errors.fileno(), 1 << 16)
+            return os.read(self._errors.fileno(), 1 << 16)
         except BlockingIOError:
-            return False
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
+            return b""
+
+    def _split(self, written: bytes) -> None:
+        *lines, self._rest = (self._rest + written).replace(b"\r", b"\n").split(b"\n")
         for line in lines:
             self._line(line)
         if len(self._rest) > _LONGEST_LINE:
             self._line(self._rest)
             self._rest = b""
-        return bool(data)
 
     def _line(self, raw: bytes) -> None:
         text = raw.decode("utf-8", "replace").rstrip()

@@ -236,7 +236,8 @@ class Context(Handle):
         chosen = self._unallocated() if tensors is None else list(tensors)
         for t in chosen:
             self._check_allocatable(t)
-            _check_fits(t, kind)
+        if not kind.is_host and kind.device.is_remote:
+            _check_fits(chosen)
         if len(set(chosen)) < len(chosen):
             raise ValueError("a tensor is listed twice")
         made: list[Buffer] = []
@@ -271,7 +272,8 @@ class Context(Handle):
         C: ``ggml_backend_tensor_alloc``.
         """
         self._check_allocatable(tensor)
-        _check_fits(tensor, buffer.buffer_type)
+        if not buffer.is_host and buffer.buffer_type.device.is_remote:
+            _check_fits([tensor])
         start = int(c.ffi.cast("uintptr_t", address))
         with buffer.guard:
             size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
@@ -366,9 +368,10 @@ def _free_chunks(chunks: list[Any], _current: Any) -> None:
         c.ggml_free(chunk)
 
 
-def _check_fits(t: Tensor, kind: BufferType) -> None:
-    if kind.device.is_remote and not fits(t.ptr):
-        raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
+def _check_fits(tensors: Iterable[Tensor]) -> None:
+    for t in tensors:
+        if not fits(t.ptr):
+            raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
 
 
 def _pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:

@@ -69,7 +69,8 @@ class _Locks:
         return self if self.links or len(self._locks) > 1 else self._locks[0]
 
     def __enter__(self) -> None:
-        self.acquire()
+        for lock in self._locks:
+            lock.acquire()
         if self.links:
             try:
                 self._check()
@@ -78,9 +79,12 @@ class _Locks:
                 raise
 
     def __exit__(self, *_error: object) -> None:
+        if not self.links:
+            for lock in self._locks:
+                lock.release()
+            return
         try:
-            if self.links:
-                self._check()
+            self._check()
         finally:
             self.release()
 
@@ -94,11 +98,7 @@ class _Locks:
             lock.acquire()
 
     def release(self) -> None:
-        """Unlock."""
-        if not self.links:
-            for lock in self._locks:
-                lock.release()
-            return
+        """Unlock, all of them whatever comes in between."""
         raised = None
         for lock in reversed(self._locks):
             try:

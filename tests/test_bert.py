@@ -64,7 +64,7 @@ def random_texts(rng, lengths):
     [
         {},
         {"dtype": ggml.F16},
-        {"n_embd": 96, "n_heads": 3, "n_ff": 200, "n_layers": 2, "n_types": 1},
+        {"n_embd": 96, "n_heads": 3, "n_ff": 160, "n_layers": 2, "n_types": 1},
         {"bert.pooling_type": 2},
         {"bert.pooling_type": 3, "n_layers": 1},
     ],

@@ -11,7 +11,7 @@ from conftest import ROOT, need, run_python
 from markdown_it import MarkdownIt
 
 import ggml_cffi
-from ggml_cffi import flat
+from ggml_cffi import flat, models
 
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -88,7 +88,8 @@ def documented(site):
 
 def test_reference_has_all_public_names(site):
     names = documented(site)
-    want = {f"ggml_cffi.{name}" for name in ggml_cffi.__all__} | {f"ggml_cffi.flat.{name}" for name in flat.__all__}
+    modules = {"ggml_cffi": ggml_cffi, "ggml_cffi.flat": flat, "ggml_cffi.models": models}
+    want = {f"{where}.{name}" for where, module in modules.items() for name in module.__all__}
     assert sorted(want - names) == []
 
 

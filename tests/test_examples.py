@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, need, run_python
 
 EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
+APART = ["demo.py", "serve.py"]  # have tests of their own
 GUIDE = [name for name in EXAMPLES if name.startswith("guide/")]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -26,7 +27,7 @@ def run(name, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "demo.py" and name not in GUIDE])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*APART, *GUIDE)])
 def test_example(name):
     package = NEEDS.get(name)
     if package and not find_spec(package):

@@ -166,6 +166,16 @@ def test_a_long_prompt_in_batches(smollm2, on_cpu):
         assert len(made) == 320 - 300 + 1  # the last token needs no place in the context
 
 
+@pytest.mark.parametrize(("name", "want"), [("smollm2", 14.371341), ("gemma3", 18.211288)])
+def test_perplexity_is_llama_cpps(name, want):
+    """``want`` is by llama-cpp-python 0.3.36 on the CPU: windows of 256 tokens of tests/data/prose.txt."""
+    text = (DATA / "prose.txt").read_text(encoding="utf-8")
+    with models.load(models.fetch(name), ["CPU"], n_ctx=256, n_threads=2) as model:
+        found = model.perplexity(text, n_ctx=256)
+    assert found.n_tokens == 635
+    assert abs(found.value / want - 1) < 0.01
+
+
 # ---------------------------------------------------------------------- small models
 
 

@@ -169,7 +169,26 @@ class Model(Closing):
     def perplexity(
         self, text: str | Iterable[int], *, n_ctx: int = 512, progress: Progress | None = None
     ) -> Perplexity:
-        """How well the model foretells a text: see :func:`~ggml_cffi.models.perplexity.perplexity`."""
+        """How well the model foretells a text, as llama.cpp's ``perplexity`` counts it.
+
+        The text is cut into windows of ``n_ctx`` tokens; what is left at the end is not used. In each window, whose
+        first token is replaced by the beginning token where the model has one, the tokens of the second half are
+        scored, each from all before it.
+
+        Parameters
+        ----------
+        text
+            Text, or token ids.
+        n_ctx
+            Tokens of a window, at least 2; no more than the context of the model.
+        progress
+            Called with tokens done and tokens in all.
+
+        Raises
+        ------
+        ValueError
+            If ``n_ctx`` is below 2, the text is shorter than one window, or an id is out of range.
+        """
         ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
         return perplexity(self._generator, ids, min(n_ctx, self.n_ctx), self._bos(), progress)
 

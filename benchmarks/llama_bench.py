@@ -1,0 +1,71 @@
+"""One measurement of llama.cpp through the C API that llama-cpp-python wraps, as its own llama-bench does it.
+
+    python benchmarks/llama_bench.py MODEL.gguf [--prompt 512] [--decode 128] [--ctx 1024]
+
+Which GPUs it uses is said by GGML_VK_VISIBLE_DEVICES. Prints JSON: the best of three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+
+def best(run: Callable[[], None], rounds: int = 3) -> float:
+    run()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def main() -> int:
+    import llama_cpp as lib
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=128)
+    parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--gpu-layers", type=int, default=999)
+    args = parser.parse_args()
+    lib.llama_backend_init()
+    start = time.perf_counter()
+    model_params = lib.llama_model_default_params()
+    model_params.n_gpu_layers = args.gpu_layers
+    model = lib.llama_model_load_from_file(args.model.encode(), model_params)
+    params = lib.llama_context_default_params()
+    params.n_ctx = args.ctx
+    params.n_batch = max(args.prompt, 512)
+    params.n_ubatch = 512
+    params.flash_attn_type = 1
+    ctx = lib.llama_init_from_model(model, params)
+    load = time.perf_counter() - start
+    memory = lib.llama_get_memory(ctx)
+    prompt, one = (lib.llama_token * args.prompt)(*[100] * args.prompt), (lib.llama_token * 1)(100)
+
+    def compute(tokens: object, n: int) -> None:
+        if lib.llama_decode(ctx, lib.llama_batch_get_one(tokens, n)):
+            raise RuntimeError("llama_decode failed")
+        lib.llama_synchronize(ctx)
+
+    def read() -> None:
+        lib.llama_memory_clear(memory, True)
+        compute(prompt, args.prompt)
+
+    def decode() -> None:
+        lib.llama_memory_clear(memory, True)
+        for _ in range(args.decode):
+            compute(one, 1)
+
+    found = {"load_s": load, "prompt": args.prompt / best(read), "decode": args.decode / best(decode)}
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
