@@ -22,7 +22,7 @@ from ggml_cffi.enums import Type
 
 @dataclass(frozen=True)
 class Cut:
-    """How one weight is cut: :data:`MIRROR`, :data:`ROWS`, :data:`COLUMNS`, or one of them with shares.
+    """How one weight is cut: ``MIRROR``, ``ROWS``, ``COLUMNS``, or one of them with shares.
 
     Parameters
     ----------

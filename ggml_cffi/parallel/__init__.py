@@ -2,6 +2,7 @@
 
 from ggml_cffi.cut import COLUMNS, MIRROR, ROWS, Cut, share_out
 from ggml_cffi.parallel.data import DataParallel, Executor
+from ggml_cffi.parallel.driver import Driver
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.parallel.replicas import Replica, release
@@ -13,6 +14,7 @@ __all__ = [
     "ROWS",
     "Cut",
     "DataParallel",
+    "Driver",
     "Executor",
     "Gathered",
     "ParallelFunction",

@@ -15,9 +15,9 @@ from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.enums import Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
-from ggml_cffi.parallel._drive import Driver
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import Plan
+from ggml_cffi.parallel.driver import Driver
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.transfer import HostBlock
@@ -53,8 +53,7 @@ class Program(Closing):
         self.driver = driver
         self.ranks = list(ranks)
         """What was traced, for each device."""
-        self.plans: list[Plan] = []
-        """The graphs of each device."""
+        self.plans: list[Plan] = []  # the graphs of each device
         self._buffers: list[Buffer] = []
         self._kept: list[Owner] = []
         try:

@@ -46,8 +46,7 @@ class Rank:
         """Number of devices."""
         self.context = Context()
         """Holds what is traced."""
-        self.sums: list[Sum] = []
-        """In order, the sums over devices."""
+        self.sums: list[Sum] = []  # over devices, in order
         self._half_above = half_above
 
     def __index__(self) -> int:

@@ -28,7 +28,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.gguf import GGUFTensor
-from ggml_cffi.parallel._drive import Driver
+from ggml_cffi.parallel.driver import Driver
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.tensor import Tensor
@@ -80,7 +80,7 @@ class TensorParallel(Closing):
         if isinstance(devices, str | Device):
             raise TypeError("devices is a sequence: put the one device in a list")
         self.half_above = half_above
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held by every run
         self._compiled: list[ParallelFunction] = []
         self._contexts: list[Context] = []
         self._backends: list[Backend] = []
@@ -260,14 +260,14 @@ class TensorParallel(Closing):
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):
             raise TypeError(f"compile takes a function, not {type(function).__name__}")
-        made = ParallelFunction(self, function, self._lock)
-        with self._lock:
+        made = ParallelFunction(self, function)
+        with self.lock:
             self._compiled.append(made)
         return made
 
     def close(self) -> None:
         """Give everything up: functions, weights, devices."""
-        with self._lock:
+        with self.lock:
             compiled, self._compiled = self._compiled, []
             for made in compiled:
                 made.clear()
@@ -322,10 +322,10 @@ class ParallelFunction:
     ``float64`` arrays are computed in F32; others keep their type: F32, F16, I32 and I64.
     """
 
-    def __init__(self, group: TensorParallel, function: Callable[..., Any], lock: threading.RLock) -> None:
+    def __init__(self, group: TensorParallel, function: Callable[..., Any]) -> None:
         self.group, self.function = group, function
         self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._lock = lock
+        self._lock = group.lock
 
     def __call__(self, *arrays: npt.ArrayLike) -> Any:
         """Run, and wait for the result: an array for each tensor returned.
