@@ -114,8 +114,12 @@ class Weights:
         # encoder adds to the embeddings goes with them.
         self.first = self.where[0]
         head = self.where[-1] if architecture.causal else self.first
-        if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight").dtype):
+        if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight")):
             self.first = last
+        if architecture.causal and not _can_multiply(
+            self.shares[head].backend, architecture.info(architecture.output_tensor)
+        ):
+            head = last
         self._pending: list[tuple[Tensor, TensorInfo, int]] = []
         for name in architecture.shapes:
             layer = layer_of(name)
@@ -181,11 +185,19 @@ class Weights:
         self.context.close()
 
 
-def _can_look_up(backend: Backend, kind: Type) -> bool:
-    """Whether a backend can look up rows of that type."""
+def _can_look_up(backend: Backend, table: TensorInfo) -> bool:
+    """Whether a backend can look up rows of a tensor: of its type, and of its size."""
     with Context() as context:
-        table, numbers = context.new_tensor(kind, (1, max(block_size(kind), 32))), context.new_tensor(Type.I32, (1,))
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, ops.get_rows(table, numbers).ptr))
+        rows = ops.get_rows(context.new_tensor(table.dtype, table.shape), context.new_tensor(Type.I32, (1,)))
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, rows.ptr))
+
+
+def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
+    """Whether a backend can multiply by a tensor."""
+    with Context() as context:
+        x = context.new_tensor(Type.F32, (1, weight.shape[-1]))
+        product = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
 
 
 def is_across(backend: Backend, kind: Type) -> bool:
