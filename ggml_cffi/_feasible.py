@@ -24,6 +24,10 @@ _START_ANYWHERE = frozenset(
 )
 
 
+#: Bytes that a kernel of any GPU can read of one tensor, by Vulkan's specification; with some it is no more.
+_READ_ANYWHERE = 2**27
+
+
 #: What only this process can call.
 _IN_PYTHON = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
 
@@ -61,7 +65,7 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
     ValueError
         If none can, or a tensor was placed where its memory is not.
     UnsupportedOpError
-        If a tensor is too large for the device that it is on.
+        If a tensor is larger than its device's kernels can read.
     """
     where: dict[Any, list[Any]] = {}
     for p in graph.members:
@@ -77,13 +81,13 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
                     f"{graph.wrap(p)!r} is in {kind.name}, which none of {names} can read: "
                     "add that device to the scheduler"
                 )
-        if buffer and p.op == Op.NONE and not any(c.ggml_backend_dev_supports_op(d, p) for d in where[buffer]):
-            # For such a leaf ggml's scheduler ends the process.
-            kind = BufferType(c.ggml_backend_buffer_get_type(buffer))
-            raise UnsupportedOpError(
-                f"{graph.wrap(p)!r} of {c.ggml_nbytes(p):,} bytes is too large for {kind.name}, where it is: "
-                "divide it, or keep it on the CPU"
-            )
+        if (
+            buffer
+            and p.op == Op.NONE
+            and c.ggml_nbytes(p) > _READ_ANYWHERE
+            and not any(c.ggml_backend_dev_supports_op(d, p) for d in where[buffer])
+        ):
+            raise UnsupportedOpError(f"{graph.wrap(p)!r} is larger than what its device can read of one tensor")
         if buffer and p in placed and placed[p].device.ptr not in where[buffer]:
             raise ValueError(f"{graph.wrap(p)!r} was placed on {placed[p].name}, but has memory elsewhere")
     return where

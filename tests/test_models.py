@@ -219,6 +219,20 @@ def test_layers_go_to_the_cpu_where_gpus_are_full(two_gpus, tmp_path, rng, monke
         assert {model.layer_backend(i).name for i in range(3)} == {"CPU"}
 
 
+def test_what_a_gpu_cannot_read_stays_with_the_cpu(two_gpus, tmp_path, rng, monkeypatch):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    for name in ("_can_look_up", "_can_multiply"):
+        monkeypatch.setattr(f"ggml_cffi.models.weights.{name}", lambda backend, _: backend.device.is_cpu)
+    with models.load(path, two_gpus) as model:
+        model.forward([1, 2, 3] * 4)
+        computed = {t.name: backend.name for t, backend in model.scheduler.assignment()}
+        assert computed["logits"] == "CPU"
+        assert computed["layer 2"] == "Vulkan1"
+        assert model.shares[-1].has_output
+        assert model.shares[-1].has_embeddings
+        assert not any(share.has_output or share.has_embeddings for share in model.shares[:2])
+
+
 def test_closed_models(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
     with models.load(path, ["CPU"]) as model:

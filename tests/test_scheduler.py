@@ -314,6 +314,22 @@ def test_what_nothing_can_compute(two_gpus, x):
             s.alloc(graph)
 
 
+def test_tensors_larger_than_a_device_reads(two_gpus):
+    """Some GPUs read 128 MiB of a tensor at most; plain ggml ends the process."""
+    with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
+        table = ctx.new_tensor("q8_0", (262144, 544))  # 144 MiB
+        ctx.alloc(s.backends[0].buffer_type, [table])
+        rows = ctx.new_tensor("i32", (1,))
+        y = ggml.get_rows(table, rows)
+        reads = c.ggml_backend_dev_supports_op(s.backends[0].device.ptr, y.ptr)
+        with ggml.Graph(y) as graph:
+            if reads:
+                s.alloc(graph)
+            else:
+                with pytest.raises(ggml.UnsupportedOpError, match="is larger than what its device can read"):
+                    s.alloc(graph)
+
+
 def test_in_place_elsewhere_is_refused(two_gpus, x):
     """Plain ggml has the CPU write to the GPU's memory, and crashes."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:

@@ -314,6 +314,6 @@ def _cached_across(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mas
     (n, size), (_, n_ctx) = new.shape, cache.shape
     # Each element is a row of its own, and each of `size` blocks of rows takes its elements at the same row numbers.
     elements = ops.view(new, (size, n, 1), strides=(new.nb[0], new.nb[1], new.nb[0]))
-    written = ops.set_rows(ops.reshape(cache, (size, n_ctx, 1)), elements, rows)
+    written = ops.set_rows(ops.reshape(cache, (size, n_ctx, 1), ctx=new.context), elements, rows)
     strides = (head_size * cache.nb[1], cache.nb[1], cache.nb[0])
     return ops.view(written, (size // head_size, head_size, mask.shape[1]), strides=strides)

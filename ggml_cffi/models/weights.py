@@ -260,19 +260,18 @@ class Weights:
 
 
 def _can_look_up(backend: Backend, table: TensorInfo) -> bool:
-    """Whether a backend can look up rows of that tensor: its type, and its size."""
+    """Whether a backend can look up rows of a tensor: of its type, and of its size."""
     with Context() as context:
-        numbers = context.new_tensor(Type.I32, (1,))
-        node = ops.get_rows(context.new_tensor(table.dtype, table.shape), numbers)
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, node.ptr))
+        rows = ops.get_rows(context.new_tensor(table.dtype, table.shape), context.new_tensor(Type.I32, (1,)))
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, rows.ptr))
 
 
 def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
-    """Whether a backend can multiply with that tensor: its type, and its size."""
+    """Whether a backend can multiply by a tensor."""
     with Context() as context:
         x = context.new_tensor(Type.F32, (1, weight.shape[-1]))
-        node = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, node.ptr))
+        product = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
 
 
 def is_across(backend: Backend, kind: Type) -> bool:
