@@ -26,25 +26,23 @@ class Cells:
         """For each row the position of its token in that sequence."""
         self.n_free = n_rows
         """Rows that hold nothing."""
+        self.end = 0
+        """The row after the last one in use."""
 
     def __len__(self) -> int:
         return len(self.sequence)
-
-    @property
-    def end(self) -> int:
-        """The row after the last one in use."""
-        used = np.flatnonzero(self.sequence != _FREE)
-        return int(used[-1]) + 1 if used.size else 0
 
     def take(self, sequence: int, start: int, n: int) -> npt.NDArray[np.int64]:
         """The first free rows, for the tokens of ``sequence`` at positions from ``start``: their numbers.
 
         The caller has seen to it that ``n`` are free.
         """
-        rows = np.flatnonzero(self.sequence == _FREE)[:n]
+        # The least value is the mark of free rows: for one row, as each token needs, this is the quickest way to it.
+        rows = np.atleast_1d(self.sequence.argmin()) if n == 1 else np.flatnonzero(self.sequence == _FREE)[:n]
         self.sequence[rows] = sequence
         self.position[rows] = np.arange(start, start + n)
         self.n_free -= n
+        self.end = max(self.end, int(rows[-1]) + 1)
         return rows.astype(np.int64, copy=False)
 
     def drop(self, sequence: int, start: int = 0) -> None:
@@ -52,6 +50,8 @@ class Cells:
         rows = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
         self.sequence[rows] = _FREE
         self.n_free += len(rows)
+        used = np.flatnonzero(self.sequence != _FREE)
+        self.end = int(used[-1]) + 1 if used.size else 0
 
     def rows(self, sequence: int) -> npt.NDArray[np.int64]:
         """The rows of a sequence in the order of its positions."""

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi import dtypes
+from ggml_cffi import c, dtypes
 from ggml_cffi.backend import Backend
-from ggml_cffi.buffer import BufferType
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Inputs
 from ggml_cffi.tensor import Tensor
+from ggml_cffi.transfer import pinned
 
 _TYPES = {
     "tokens": Type.I32,
@@ -39,13 +39,14 @@ class Place:
     ----------
     context
         Where the tensors belong.
-    buffer_type
-        The device's memory.
+    backend
+        The device, which computes with them.
     shapes
         Name of each input, and its shape.
     """
 
-    def __init__(self, context: Context, buffer_type: BufferType, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, context: Context, backend: Backend, shapes: dict[str, tuple[int, ...]]) -> None:
+        buffer_type, self._backend = backend.buffer_type, backend
         self.tensors: dict[str, Tensor] = {}
         """The inputs by name."""
         self._arrays: dict[str, npt.NDArray[Any]] = {}
@@ -59,14 +60,18 @@ class Place:
         self._whole = context.new_tensor(Type.I8, (size,), name="inputs")
         (buffer,) = context.alloc(buffer_type, [self._whole])
         self._offsets, self._staging = offsets, np.empty(0, np.uint8)
+        self._put: tuple[Any, ...] = ()
         for name, shape in shapes.items():
             tensor = context.new_tensor(_TYPES[name], shape, name=name)
             context.put(tensor, buffer, buffer.base + offsets[name])
             self.tensors[name] = tensor
 
     def _stage(self) -> None:
-        """Host memory for all inputs: made when it is first written, since graphs are measured too."""
-        self._staging = np.zeros(self._whole.nbytes, np.uint8)
+        """Host memory for all inputs, which a GPU reads by itself: made when it is first written, since graphs are
+        measured too.
+        """
+        self._staging = pinned((self._whole.nbytes,), np.uint8, device=self._backend.device)
+        self._put = (self._backend.ptr, self._whole.ptr, c.ffi.from_buffer(self._staging), 0, self._whole.nbytes)
         for name, tensor in self.tensors.items():
             raw = self._staging[self._offsets[name] : self._offsets[name] + tensor.nbytes]
             self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(tensor.shape)
@@ -77,7 +82,9 @@ class Place:
             self._stage()
         for name, array in self._arrays.items():
             array[...] = values[name]
-        self._whole.set_bytes(self._staging)
+        # As Tensor.set_async, without its checks: nobody else writes these. The run comes after it in the same queue.
+        with self._backend.lock:
+            c.ggml_backend_tensor_set_async(*self._put)
 
 
 class Feed:
@@ -117,7 +124,7 @@ class Feed:
         shapes: dict[int, dict[str, tuple[int, ...]]] = {i: dict(each) for i in dict.fromkeys(where)}
         shapes.setdefault(first, {})["tokens"] = (n,)
         shapes[where[-1]]["wanted"] = (n_out,)
-        self._places = {i: Place(context, backends[i].buffer_type, found) for i, found in shapes.items()}
+        self._places = {i: Place(context, backends[i], found) for i, found in shapes.items()}
         ends = self._places[first].tensors["tokens"], self._places[where[-1]].tensors["wanted"]
         own = {i: _inputs(self._places[i], *ends) for i in dict.fromkeys(where)}
         self.inputs = replace(own[where[0]], layers=tuple(own[i] for i in where))
