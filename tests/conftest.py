@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
     done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True)
     if int(done.stdout) < 2:
         os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
+
+# A shell that starts the tests in the background has them ignore Ctrl-C; some are about it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICE_SETS = [("CPU",), ("Vulkan0",), ("Vulkan0", "Vulkan1")]
 
