@@ -101,15 +101,16 @@ def test_both_gpus_computed_layers(on_two_gpus):
     assert abs(len(first.layers) - len(second.layers)) <= n // 2
     assert second.has_output
     assert computed["logits"] == "Vulkan1"
+    assert first.has_embeddings
     assert not cpu.layers
-    assert cpu.weight_bytes == model.architecture.info("token_embd.weight").nbytes
+    assert not cpu.weight_bytes
     assert all(share.cache_bytes > 0 and share.compute_bytes > 0 for share in (first, second))
 
 
 def test_two_gpus_answer_as_one(smollm2, on_two_gpus):
     tokens = GOLDEN[1]["tokens"]
     with models.load(smollm2, ["Vulkan0"], n_ctx=512) as one:
-        np.testing.assert_allclose(one.forward(tokens), on_two_gpus.forward(tokens), rtol=1e-4, atol=1e-3)
+        assert relative_error(one.forward(tokens), on_two_gpus.forward(tokens)) < 1e-3
         assert one.scheduler.n_splits <= 2  # the embeddings on the CPU, the rest on the GPU
 
 
