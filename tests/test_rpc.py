@@ -346,7 +346,8 @@ def test_a_model_over_two_servers(servers, rng, tmp_path):
         logits = local.forward(prompt)
     with models.load(path, servers, n_ctx=64, n_threads=1) as remote:
         assert list(remote.generate_tokens(prompt, 12, stop_at_end=False)) == want
-        np.testing.assert_allclose(remote.forward(prompt), logits, rtol=1e-3, atol=1e-4)
+        # Servers compute flash attention, the CPU here two products.
+        assert relative_error(remote.forward(prompt), logits) < 1e-2
         layers = [remote.layer_backend(i).name for i in range(3)]
         assert set(layers) == set(servers)
         assert {share.backend.name for share in remote.shares if share.layers} == set(servers)
