@@ -12,7 +12,7 @@ import time
 import llama_float64
 import numpy as np
 import pytest
-from conftest import need, run_python
+from conftest import need, relative_error, run_python
 from fake_rpc import Peer, Pretender, Talker
 
 import ggml_cffi as ggml
