@@ -209,3 +209,22 @@ def test_types_know_their_blocks():
     assert not dtypes.is_quantized(ggml.BF16)
     assert dtypes.as_type("Q4_K") is dtypes.as_type(c.GGML_TYPE_Q4_K) is ggml.Q4_K
     assert dtypes.as_type(np.float16) is dtypes.as_type(">f2") is ggml.F16
+
+
+@pytest.mark.parametrize("dtype", ["f32", "q8_0"])
+def test_some_of_the_bytes(devices, dtype):
+    with ggml.Context() as ctx:
+        t = ctx.new_tensor(dtype, (4, 64))
+        ctx.alloc(devices[-1])
+        n = t.nbytes // 4
+        row = np.arange(n, dtype=np.uint8)
+        t.set_bytes(row, 2 * n)
+        want = np.zeros((4, n), np.uint8)
+        want[2] = row
+        np.testing.assert_array_equal(t.get_bytes().reshape(4, n), want)
+        np.testing.assert_array_equal(t.get_bytes(2 * n, n), row)
+        for wrong in (-1, 3 * n + 1):
+            with pytest.raises(ValueError, match="from byte"):
+                t.set_bytes(row, wrong)
+            with pytest.raises(ValueError, match="from byte"):
+                t.get_bytes(wrong, n)

@@ -471,8 +471,8 @@ def load(
     path
         The file.
     devices
-        Devices or names; default every GPU. The CPU is added last: it holds the embeddings, and the layers that the
-        GPUs have no room for.
+        Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have
+        no room for, and embeddings or a head that a GPU cannot use.
     split
         ``"layer"``: whole layers.
     n_ctx
