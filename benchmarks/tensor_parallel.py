@@ -141,22 +141,12 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
     compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
     found: dict[str, float] = {"steps": steps}
 
-    def hand_out(r: int) -> float:
-        start = time.perf_counter()
-        for graph in graphs[r]:
-            compute(driver.backends[r].ptr, graph)
-        taken = time.perf_counter() - start
-        synchronize(driver.backends[r].ptr)
-        return taken
-
     def in_steps(r: int) -> None:
         for graph in graphs[r]:
             compute(driver.backends[r].ptr, graph)
             synchronize(driver.backends[r].ptr)
 
     for r in range(n):
-        found[f"device {r} alone, without waiting"] = best(lambda r=r: hand_out(r), rounds)
-        found[f"device {r} alone, handing out"] = 1e6 * min(hand_out(r) for _ in range(rounds))
         found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
     for name, on, spin in MODES if n > 1 else MODES[:1]:
         with mode(model, on, spin):

@@ -31,7 +31,7 @@ class Ranks(parallel.TensorParallel):
         super().__init__(["CPU"] * n, n_threads=1, **options)
 
     def _check(self):
-        self.block(1)
+        pass
 
 
 class Blocks:
@@ -247,7 +247,7 @@ def test_wrong_functions():
         f = group.compile(lambda rank, x: ops.scale(x, 2.0))
         assert f(x).tolist() == (2 * x).tolist()
     for call in (lambda: f(x), lambda: group.compile(len), lambda: group.weight(x), lambda: group.devices):
-        with pytest.raises(ggml.ClosedError, match="this TensorParallel is closed"):
+        with pytest.raises(ggml.ClosedError, match="is closed"):
             call()
     assert repr(group) == "<TensorParallel closed>"
     group.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar
@@ -173,9 +173,31 @@ class Architecture(ABC):
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor that the graph uses, with the shape that it must have."""
 
-    @abstractmethod
-    def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
+    def hidden(self, weights: Mapping[str, Tensor], cache: Sequence[LayerCache], inputs: Inputs) -> Tensor:
         """The graph from ``inputs`` to the normalized results of the last layer ``(n_out, n_embd)``."""
+        x = self.through(range(self.n_layers), self.embed(weights, inputs), weights, cache, inputs)
+        return self.finish(weights, x)
+
+    @abstractmethod
+    def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """The graph from ``inputs`` to what goes into the first layer, ``(n, n_embd)``."""
+
+    @abstractmethod
+    def through(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        cache: Sequence[LayerCache],
+        inputs: Inputs,
+    ) -> Tensor:
+        """The graph through some layers, one after another: F32 ``(n, n_embd)`` in and out, ``(n_out, n_embd)`` after
+        the last layer of all.
+        """
+
+    def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The graph from the last layer to normalized results, both ``(n_out, n_embd)``."""
+        return x
 
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""

@@ -5,7 +5,7 @@ Source: Devlin et al., BERT, 2018; pooled as in Reimers and Gurevych, Sentence-B
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import sqrt
 
 from ggml_cffi import ops
@@ -64,14 +64,23 @@ class Bert(Architecture):
             yield from pair(f"blk.{i}.ffn_down", embd, self.n_ff)
             yield from pair(f"blk.{i}.layer_output_norm", embd)
 
-    def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
+    def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         # Every token is of type 0: pairs of texts, where the second would be of type 1, are for other tasks.
         first = inputs.tokens.context.constant([0], "i32")
         x = ops.get_rows(weights["token_embd.weight"], inputs.tokens)
         x = ops.add(x, ops.get_rows(weights["position_embd.weight"], inputs.positions))
         x = ops.add(x, ops.get_rows(weights["token_types.weight"], first))
-        x = self._norm("token_embd_norm", x, weights)
-        for i in range(self.n_layers):
+        return self._norm("token_embd_norm", x, weights)
+
+    def through(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        cache: Sequence[LayerCache],
+        inputs: Inputs,
+    ) -> Tensor:
+        for i in layers:
             h = self._attention(i, x, weights, inputs.at(i).mask)
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 h, x = ops.get_rows(h, inputs.wanted), ops.get_rows(x, inputs.wanted)

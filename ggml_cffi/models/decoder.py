@@ -11,7 +11,7 @@ the cache; a product with one row and the additions after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm, sqrt
 from typing import ClassVar
@@ -165,9 +165,15 @@ class Decoder(Architecture):
         yield "output_norm.weight", (embd,)
         yield self.output_tensor, (self.n_vocab, embd)
 
-    def hidden(self, weights: Mapping[str, Tensor], cache: list[LayerCache], inputs: Inputs) -> Tensor:
-        x = self.embed(weights, inputs)
-        for i in range(self.n_layers):
+    def through(
+        self,
+        layers: Iterable[int],
+        x: Tensor,
+        weights: Mapping[str, Tensor],
+        cache: Sequence[LayerCache],
+        inputs: Inputs,
+    ) -> Tensor:
+        for i in layers:
             part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
             if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
                 # The rest only for the tokens whose results are wanted.
@@ -176,6 +182,9 @@ class Decoder(Architecture):
             part = self.feed_forward(i, self.norm(f"blk.{i}.ffn_norm", x, weights), weights)
             x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.added("feed_forward", part), weights)
             x.name = f"layer {i}"
+        return x
+
+    def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return self.norm("output_norm", x, weights)
 
     def shares(self, n: int) -> Shares:
@@ -202,7 +211,6 @@ class Decoder(Architecture):
         return lcm(*(block_size(self.info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        """What goes into the first layer, ``(n, n_embd)``."""
         return ops.get_rows(weights["token_embd.weight"], inputs.tokens)
 
     def norm(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -3,10 +3,12 @@
 from ggml_cffi.cut import COLUMNS, MIRROR, ROWS, Cut, share_out
 from ggml_cffi.parallel.data import DataParallel, Executor
 from ggml_cffi.parallel.driver import Driver
+from ggml_cffi.parallel.function import ParallelFunction
+from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.parallel.replicas import Replica, release
-from ggml_cffi.parallel.tensor import ParallelFunction, TensorParallel
+from ggml_cffi.parallel.tensor import TensorParallel
 
 __all__ = [
     "COLUMNS",
@@ -17,6 +19,7 @@ __all__ = [
     "Driver",
     "Executor",
     "Gathered",
+    "Group",
     "ParallelFunction",
     "Program",
     "Rank",

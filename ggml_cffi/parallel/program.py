@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,25 +17,24 @@ from ggml_cffi.enums import Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import Plan
-from ggml_cffi.parallel.driver import Driver
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.tensor import Tensor
-from ggml_cffi.transfer import HostBlock
+
+if TYPE_CHECKING:
+    from ggml_cffi.parallel.group import Group
 
 _ALIGN = 256  # of what devices share; no device asks for more
 
 
-class Program(Closing):
-    """One signature of a parallel function: a graph for each step of each device, and what they share.
+class Traced(Closing):
+    """One signature of a parallel function: a graph for each step of each device, and what memory that takes.
 
     Parameters
     ----------
-    driver
-        Runs the devices in step.
-    block
-        Gives host memory that the devices share, of at least so many bytes.
+    backends
+        One for each rank.
     ranks
-        One for each of the driver's backends.
+        As many.
     function
         What to trace.
     inputs
@@ -44,23 +43,20 @@ class Program(Closing):
 
     def __init__(
         self,
-        driver: Driver,
-        block: Callable[[int], HostBlock],
+        backends: Sequence[Backend],
         ranks: Sequence[Rank],
         function: Callable[..., Any],
         inputs: Sequence[tuple[tuple[int, ...], Type]],
     ) -> None:
-        self.driver = driver
+        self.backends = tuple(backends)
         self.ranks = list(ranks)
         """What was traced, for each device."""
         self.plans: list[Plan] = []  # the graphs of each device
-        self._buffers: list[Buffer] = []
-        self._kept: list[Owner] = []
         try:
             self._layout = _Layout(inputs)
             self.inputs = [self._new_inputs(rank, inputs) for rank in self.ranks]
             self._results(function)
-            self._memory(block)
+            self._measure()
         except BaseException:
             self.close()
             raise
@@ -83,7 +79,7 @@ class Program(Closing):
             parts = [r.part if isinstance(r, Gathered) else r for r in own if rank.index == 0 or _is_part(r)]
             self._outputs.append([(t, rank.context.new_tensor(t.dtype, t.shape, name="result")) for t in parts])
         self._blobs: list[tuple[Tensor, Tensor]] = []
-        in_levels = not self.driver.backends[0].device.is_cpu
+        in_levels = not self.backends[0].device.is_cpu
         for rank, outputs in zip(self.ranks, self._outputs, strict=True):
             first = []
             if self._layout.size:
@@ -111,33 +107,85 @@ class Program(Closing):
 
     # ------------------------------------------------------------------ memory
 
-    def _memory(self, block: Callable[[int], HostBlock]) -> None:
-        layout = self._layout
-        n, sums = len(self.ranks), self.ranks[0].sums
-        slot = max((_aligned(s.slots[0].nbytes) for s in sums), default=0)
-        start = layout.size + 2 * n * slot  # two sets of slots: one is read while the other is written
-        ends, at = [], start
+    def _measure(self) -> None:
+        layout, sums = self._layout, self.ranks[0].sums
+        self._slot = max((_aligned(s.slots[0].nbytes) for s in sums), default=0)
+        at = layout.size + 2 * len(self.ranks) * self._slot  # two sets of slots: one is read, the other written
+        self._ends: list[int] = []  # where each rank's results are
         for outputs in self._outputs:
-            ends.append(at)
+            self._ends.append(at)
             at += sum(_aligned(target.nbytes) for _, target in outputs)
-        shared = block(max(at, 1))
-        for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.driver.backends, strict=True)):
+        self.block_size = max(at, 1)
+        """Bytes of host memory that all devices share."""
+        self.arena_sizes: list[int] = []
+        """Bytes of each device's memory for inputs and intermediate results."""
+        self._offsets: list[list[int]] = []
+        for plan, backend in zip(self.plans, self.backends, strict=True):
+            kind = backend.buffer_type
+            spans = plan.spans()
+            alignment = max(kind.alignment, _ALIGN)
+            sizes = [_aligned(c.ggml_backend_buft_get_alloc_size(kind.ptr, p), alignment) for p in spans]
+            offsets, total = arrange(sizes, list(spans.values()))
+            self._offsets.append(offsets)
+            self.arena_sizes.append(max(layout.size + total, alignment))
+
+    def close(self) -> None:
+        """Give the graphs up."""
+        for plan in self.plans:
+            plan.close()
+        for rank in self.ranks:
+            rank.context.close()
+
+
+class Program(Traced):
+    """A function traced, with memory, ready to run. The programs of one group take turns: they use the same memory.
+
+    Parameters
+    ----------
+    group
+        The devices, and their memory.
+    ranks, function, inputs
+        As for :class:`Traced`.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        ranks: Sequence[Rank],
+        function: Callable[..., Any],
+        inputs: Sequence[tuple[tuple[int, ...], Type]],
+    ) -> None:
+        self.driver = group.driver
+        self._kept: list[Owner] = []
+        super().__init__(group.backends, ranks, function, inputs)
+        try:
+            self._memory(group)
+        except BaseException:
+            self.close()
+            raise
+
+    def _memory(self, group: Group) -> None:
+        layout, n = self._layout, len(self.ranks)
+        shared = group.block(self.block_size)
+        for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.backends, strict=True)):
             host = shared.buffers[backend.device]
             self._kept.append(host.owner)
             for k, s in enumerate(rank.sums):
                 for j, t in enumerate(s.slots):
-                    _place(t.ptr, host, layout.size + (k % 2 * n + j) * slot)
-            at = ends[r]
+                    _place(t.ptr, host, layout.size + (k % 2 * n + j) * self._slot)
+            at = self._ends[r]
             for _, target in self._outputs[r]:
                 _place(target.ptr, host, at)
                 at += _aligned(target.nbytes)
-            self._alloc(plan, backend, host, r)
+            self._alloc(plan, backend, host, group.arena(r, self.arena_sizes[r]), r)
         memory = shared.memory
-        self._puts = [
+        self.puts = [
             np.ndarray(t.shape, dtypes.numpy_dtype(t.dtype), memory, offset)
             for t, offset in zip(self.inputs[0], layout.offsets, strict=True)
         ]
-        self._takes = self._views(memory, ends)
+        """For each input, the array that a run reads: for callers that have checked what they write there."""
+        self.takes = self._views(memory, self._ends)
+        """For each result, its parts, until the next run of any program of the group."""
         self.graphs = [[g.ptr for g in plan.graphs] for plan in self.plans]
         """C pointers of the graphs of each device, one for each step."""
 
@@ -152,15 +200,10 @@ class Program(Closing):
                 at += _aligned(target.nbytes)
         return found
 
-    def _alloc(self, plan: Plan, backend: Backend, host: Buffer, r: int) -> None:
+    def _alloc(self, plan: Plan, backend: Backend, host: Buffer, buffer: Buffer, r: int) -> None:
         """Give every tensor of one rank memory, and check what its device is to do."""
         layout, kind = self._layout, backend.buffer_type
-        spans = plan.spans()
-        alignment = max(kind.alignment, _ALIGN)
-        sizes = [_aligned(c.ggml_backend_buft_get_alloc_size(kind.ptr, p), alignment) for p in spans]
-        offsets, total = arrange(sizes, list(spans.values()))
-        buffer = Buffer(kind, max(layout.size + total, alignment))
-        self._buffers.append(buffer)
+        self._kept.append(buffer.owner)
         for p, target in plan.placed.items():
             _place(p, host, int(c.ffi.cast("uintptr_t", target.ptr.data)) - host.base)
         if self._blobs:
@@ -170,7 +213,7 @@ class Program(Closing):
         for t, offset in zip(self.inputs[r], layout.offsets, strict=True):
             if t.size:
                 _place(t.ptr, buffer, offset)
-        for p, offset in zip(spans, offsets, strict=True):
+        for p, offset in zip(plan.spans(), self._offsets[r], strict=True):
             _place(p, buffer, layout.size + offset)
         for graph in plan.graphs:
             for context in graph.contexts:
@@ -194,30 +237,35 @@ class Program(Closing):
 
     def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
         """Set the inputs, compute, and read the results; errors as :class:`ParallelFunction`."""
-        for i, (array, put) in enumerate(zip(arrays, self._puts, strict=True)):
+        for i, (array, put) in enumerate(zip(arrays, self.puts, strict=True)):
             if put.dtype.kind == "i":
                 raw = np.ascontiguousarray(array, put.dtype).reshape(-1).view(np.uint8)
                 for own in self.inputs:
                     own[i].check_limit(raw)
             put[...] = array
+        self.compute()
+        found = [
+            parts[0].copy() if axis is None else np.concatenate(parts, axis)
+            for parts, axis in zip(self.takes, self._axes, strict=True)
+        ]
+        return found[0] if self._single else tuple(found)
+
+    def compute(self) -> None:
+        """Compute with what is in :attr:`puts`, and wait; the results are in :attr:`takes`.
+
+        Raises
+        ------
+        AbortedError, GgmlError
+            If a device reports failure.
+        """
         status = self.driver.run(self.graphs)
         if status:
             error = AbortedError if status == Status.ABORTED else GgmlError
             raise error(f"the computation failed: {Status(status).name.lower()}")
-        found = [
-            parts[0].copy() if axis is None else np.concatenate(parts, axis)
-            for parts, axis in zip(self._takes, self._axes, strict=True)
-        ]
-        return found[0] if self._single else tuple(found)
 
     def close(self) -> None:
         """Give the program up."""
-        for plan in self.plans:
-            plan.close()
-        for rank in self.ranks:
-            rank.context.close()
-        for buffer in self._buffers:
-            buffer.close()
+        super().close()
         self._kept.clear()
 
     def __repr__(self) -> str:

@@ -1,0 +1,82 @@
+"""Functions of arrays that several devices compute."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.dtypes import as_array, as_type
+from ggml_cffi.enums import Type
+from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.rank import Rank
+
+if TYPE_CHECKING:
+    from ggml_cffi.parallel.group import Group
+
+_PROGRAMS = 16
+
+
+class ParallelFunction:
+    """A function of arrays that several devices compute, made by :meth:`~ggml_cffi.parallel.TensorParallel.compile`.
+
+    ``float64`` arrays are computed in F32; others keep their type: F32, F16, I32 and I64.
+    """
+
+    def __init__(self, group: Group, function: Callable[..., Any]) -> None:
+        self.group, self.function = group, function
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._lock = group.lock
+
+    def __call__(self, *arrays: npt.ArrayLike) -> Any:
+        """Run, and wait for the result: an array for each tensor returned.
+
+        Raises
+        ------
+        ClosedError
+            If the group is closed.
+        ValueError
+            If the ranks' functions differ, or row numbers are out of range.
+        UnsupportedOpError
+            If a device cannot compute a node.
+        GgmlError
+            If a device reports failure.
+        """
+        given = [as_array(a) for a in arrays]
+        with self._lock:
+            return self._find(given).run(given)
+
+    def trace(self, *arrays: npt.ArrayLike) -> Program:
+        """The program for arrays of such shapes and types, traced but not run."""
+        with self._lock:
+            return self._find([as_array(a) for a in arrays])
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """What was traced, the last used last."""
+        return tuple(self._programs.values())
+
+    def clear(self) -> None:
+        """Give up all that was traced."""
+        with self._lock:
+            for program in self._programs.values():
+                program.close()
+            self._programs.clear()
+
+    def _find(self, arrays: Sequence[npt.NDArray[Any]]) -> Program:
+        backends = self.group.backends
+        key = tuple((a.shape, Type.F32 if a.dtype == np.float64 else as_type(a.dtype)) for a in arrays)
+        program = self._programs.get(key)
+        if program is None:
+            ranks = [Rank(r, len(backends), self.group.half_above) for r in range(len(backends))]
+            program = Program(self.group, ranks, self.function, key)
+            self._programs[key] = program
+            if len(self._programs) > _PROGRAMS:
+                _, oldest = self._programs.popitem(last=False)
+                oldest.close()
+        else:
+            self._programs.move_to_end(key)
+        return program
