@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import ggml_cffi
 from ggml_cffi import cli, models
@@ -43,9 +44,9 @@ def main() -> None:
         print(f"\n> {PROMPT}\n")
         for piece in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):
             print(piece, end="", flush=True)
-        used = sorted({backend.name for _, backend in model.scheduler.assignment()})
+        computed = Counter(backend.name for _, backend in model.assignment())
         print(f"\n\n{cli.speed(model)}")
-        print(f"The scheduler computed on {', '.join(used)}, in {model.scheduler.n_splits} parts.")
+        print("The last token was computed on " + ", ".join(f"{name} ({n} nodes)" for name, n in computed.items()))
 
 
 if __name__ == "__main__":

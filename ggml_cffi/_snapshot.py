@@ -56,7 +56,7 @@ class Snapshot:
     def __init__(self, graph: Graph, scheduler: Scheduler | None = None) -> None:
         self.graph = graph
         self.nodes = graph.nodes
-        held = {g: None for ctx in graph.contexts for g in ctx.held}
+        held = {g: None for ctx in graph.contexts for g in ctx.held.copy()}
         # A scheduler puts copies in the place of operands, also for other graphs with the same nodes.
         before = {p: sources for g in held for p, sources in g.saved_sources()}
         self.sources: dict[Any, list[Any]] = {t.ptr: [s for s in before.get(t.ptr, t.ptr.src) if s] for t in self.nodes}

@@ -131,7 +131,8 @@ class Device:
     @property
     def capabilities(self) -> Capabilities:
         """What the device can do besides computing."""
-        caps = self._props().caps
+        props = self._props()  # whose memory caps is in
+        caps = props.caps
         names = ("async", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")
         return Capabilities(*(bool(getattr(caps, name)) for name in names))
 

@@ -270,7 +270,7 @@ def ggml_set_input(tensor: Tensor) -> None:
 def ggml_set_output(tensor: Tensor) -> None:
     """Have a tensor keep its memory during a run, so that it can be read; before it is allocated."""
     for ctx in _need(tensor, Tensor).context.reachable():
-        if any(tensor.ptr in nodes for nodes in ctx.held.values()):
+        if any(tensor.ptr in nodes for nodes in ctx.held.copy().values()):
             raise ValueError(f"{tensor!r} is allocated already: mark outputs before, or reset the scheduler first")
     c.ggml_set_output(tensor.ptr)
 

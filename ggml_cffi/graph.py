@@ -99,7 +99,7 @@ class Graph(Handle):
         It has replaced their operands by copies, so that nothing else can be computed from them.
         """
         for ctx in self.contexts:
-            for other, nodes in ctx.held.items():
+            for other, nodes in ctx.held.copy().items():  # other threads' schedulers come and go
                 if not nodes.isdisjoint(self._nodes):
                     raise ValueError(f"a scheduler holds {other!r} with some of these tensors: call its reset() first")
 

@@ -80,7 +80,7 @@ def check_against_float64(path, devices, rng):
         assert relative_error(model.forward(tokens), want) < 1e-2
         assert relative_error(model.forward(tokens, last=True), want[-1]) < 1e-2
         assert list(model.generate_tokens(tokens, len(follows), stop_at_end=False)) == follows
-        used = {backend.name for _, backend in model.scheduler.assignment()}
+        used = {backend.name for _, backend in model.assignment()}
         assert set(devices) <= used
 
 
@@ -135,7 +135,7 @@ def test_gemma3_on_two_gpus_continues_as_exact_arithmetic_does(gemma3):
         for case in EXACT:
             want = decided(case, 0.1)[:8]
             assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
-        used = {backend.name for _, backend in model.scheduler.assignment()}
+        used = {backend.name for _, backend in model.assignment()}
         assert {"Vulkan0", "Vulkan1"} <= used
 
 

@@ -296,7 +296,7 @@ def test_types_of_the_cache(path, rng, kind, tolerance):
     want = llama_float64.Reference(path).forward(ids)
     with models.load(path, ["CPU"], kv_dtype=kind, n_batch=16) as model:
         assert relative_error(model.forward(ids), want) < tolerance
-        assert model._runner.weights.cache[0].k.dtype is ggml.dtypes.as_type(kind)
+        assert model._runner.caches[0][0].k.dtype is ggml.dtypes.as_type(kind)
 
 
 def test_impossible_types_of_the_cache(path):

@@ -88,9 +88,7 @@ def test_both_gpus_computed_layers(on_two_gpus):
     """By the scheduler's own word."""
     model = on_two_gpus
     list(model.generate_tokens([1, 2, 3], 1, stop_at_end=False))
-    scheduler = model.scheduler
-    assert scheduler.n_splits >= 2
-    computed = {t.name: backend.name for t, backend in scheduler.assignment()}
+    computed = {t.name: backend.name for t, backend in model.assignment()}
     n = model.architecture.n_layers
     planned = {f"layer {i}": model.layer_backend(i).name for i in range(n)}
     assert {name: computed[name] for name in planned} == planned
@@ -201,7 +199,7 @@ def test_random_models_against_float64(devices, tmp_path, rng, variant):
         assert model.n_ctx == 512
         made = list(model.generate_tokens(tokens[:5], 3, stop_at_end=False))
         assert made[0] == model.forward(tokens[:5])[-1].argmax()
-        used = {backend.name for _, backend in model.scheduler.assignment()}
+        used = {backend.name for _, backend in model.assignment()}
         assert set(devices) <= used
 
 
@@ -226,7 +224,7 @@ def test_what_a_gpu_cannot_read_stays_with_the_cpu(two_gpus, tmp_path, rng, monk
         monkeypatch.setattr(f"ggml_cffi.models.weights.{name}", lambda backend, _: backend.device.is_cpu)
     with models.load(path, two_gpus) as model:
         model.forward([1, 2, 3] * 4)
-        computed = {t.name: backend.name for t, backend in model.scheduler.assignment()}
+        computed = {t.name: backend.name for t, backend in model.assignment()}
         assert computed["logits"] == "CPU"
         assert computed["layer 2"] == "Vulkan1"
         assert model.shares[-1].has_output

@@ -6,7 +6,7 @@ Loading and planning both ask :func:`arrange`, so that they cannot disagree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
@@ -19,13 +19,18 @@ from ggml_cffi.graph import Graph
 from ggml_cffi.models import calibrate
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.embedding import Embedder
-from ggml_cffi.models.runner import logits, n_rows
+from ggml_cffi.models.runner import n_rows
+from ggml_cffi.models.scheduled import logits
 from ggml_cffi.models.sketch import Sketch
+from ggml_cffi.models.staged import layers_of, stages_of
 from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
 from ggml_cffi.scheduler import Scheduler
 
 #: How layers are shared out: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
 Balance = str | Sequence[float]
+
+#: How a model is split over devices.
+SPLITS = ("layer", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class DeviceShare:
     """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
     cache_bytes: int
     compute_bytes: int
-    """Of intermediate results: what the scheduler's own reserve says, its copies included."""
+    """Of intermediate results: what the scheduler's own reserve says, its copies included; in stages also of inputs."""
     input_bytes: int
     free: int
     """What the device says that it has free."""
@@ -87,6 +92,9 @@ class Arrangement:
     """Whether GPUs compute large batches with weights of the CPU."""
     shares: list[DeviceShare]
     """The devices in order, the CPU last."""
+    staged: bool = False
+    """Whether the model is on GPUs whole, each of which computes its layers without a scheduler."""
+    split: str = "layer"
 
     @property
     def fits(self) -> bool:
@@ -96,8 +104,9 @@ class Arrangement:
 
 def measure(
     architecture: Architecture, backends: Sequence[Backend], where: Sequence[int], wish: Wish, *, op_offload: bool
-) -> list[DeviceShare]:
-    """What each device would hold, by the scheduler's own count for the largest batch. Nothing is allocated.
+) -> tuple[list[DeviceShare], bool]:
+    """What each device would hold, counted for the largest batch, and whether GPUs compute in stages. Nothing is
+    allocated.
 
     Where the CPU has no room for its caches, there is nothing more to count: a run then takes 0 bytes here.
     """
@@ -109,22 +118,21 @@ def measure(
 
     weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=Sketch())
     sizes = dict.fromkeys(backends, 0)
+    batch = min(wish.n_batch, wish.n_ctx)
     try:
-        with Scheduler(backends, op_offload=op_offload) as scheduler:
-            if weights.shares[-1].cache_bytes > backends[-1].device.memory().free:
-                pass  # hopeless, and the graph may be larger than operations can be
-            elif architecture.causal:
-                with sketch() as context:
-                    _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), rows, 1)
-                    with Graph(result) as graph:
-                        sizes = scheduler.reserve_size(graph)
-            else:
-                with Embedder(architecture, weights, scheduler, wish.n_ctx, wish.n_batch, context=sketch) as embedder:
-                    sizes = embedder.reserve_size()
+        stages = stages_of(weights)
+        if stages:
+            for i, layers in stages:
+                with layers_of(weights, layers).measure([backends[i]], (batch, rows, 1)) as traced:
+                    (sizes[backends[i]],) = traced.arena_sizes
+        elif weights.shares[-1].cache_bytes <= backends[-1].device.memory().free:
+            # Else it is hopeless, and the graph may be larger than operations can be.
+            with Scheduler(backends, op_offload=op_offload) as scheduler:
+                sizes = _scheduled(architecture, weights, scheduler, wish, sketch)
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
-    return [
+    shares = [
         DeviceShare(
             device=share.backend.name,
             layers=tuple(share.layers),
@@ -139,6 +147,20 @@ def measure(
         )
         for share in weights.shares
     ]
+    return shares, bool(stages)
+
+
+def _scheduled(
+    architecture: Architecture, weights: Weights, scheduler: Scheduler, wish: Wish, sketch: Callable[[], Sketch]
+) -> dict[Backend, int]:
+    """Bytes of intermediate results, by the scheduler's own count."""
+    if not architecture.causal:
+        with Embedder(architecture, weights, scheduler, wish.n_ctx, wish.n_batch, context=sketch) as embedder:
+            return embedder.reserve_size()
+    with sketch() as context:
+        _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), n_rows(wish.n_ctx), 1)
+        with Graph(result) as graph:
+            return scheduler.reserve_size(graph)
 
 
 def arrange(
@@ -164,7 +186,7 @@ def arrange(
     parts, op_offload = room if parts is None else parts, True
     while True:
         where = split_layers(architecture, backends, per_layer, parts=parts, room=room)
-        shares = measure(architecture, backends, where, wish, op_offload=op_offload)
+        shares, staged = measure(architecture, backends, where, wish, op_offload=op_offload)
         over = [i for i, share in enumerate(shares[:-1]) if not share.fits]
         full = [i for i in over if shares[i].layers and not strict]
         if full:
@@ -173,7 +195,7 @@ def arrange(
         elif over and op_offload:
             op_offload = False  # a GPU that holds no layers need not take part
         else:
-            return Arrangement(where, op_offload, shares)
+            return Arrangement(where, op_offload, shares, staged)
 
 
 def main_dtype(architecture: Architecture) -> Type:

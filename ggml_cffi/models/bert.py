@@ -82,7 +82,7 @@ class Bert(Architecture):
     ) -> Tensor:
         for i in layers:
             h = self._attention(i, x, weights, inputs.at(i).mask)
-            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
+            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.positions.shape:
                 h, x = ops.get_rows(h, inputs.wanted), ops.get_rows(x, inputs.wanted)
             x = self._norm(f"blk.{i}.attn_output_norm", ops.add(x, h), weights)
             h = ops.gelu_erf(_linear(f"blk.{i}.ffn_up", x, weights))

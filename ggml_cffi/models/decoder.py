@@ -175,7 +175,7 @@ class Decoder(Architecture):
     ) -> Tensor:
         for i in layers:
             part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
-            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.tokens.shape:
+            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.positions.shape:
                 # The rest only for the tokens whose results are wanted.
                 part, x = ops.get_rows(part, inputs.wanted), ops.get_rows(x, inputs.wanted)
             x = self.add(f"blk.{i}.post_attention_norm", x, inputs.added("attention", part), weights)

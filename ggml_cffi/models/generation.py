@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from collections.abc import Generator as IteratorGenerator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -160,7 +160,7 @@ class Generator(Closing):
         text = Growing(list(ids), sampler, len(ids), n_taken=len(ids), timings=timings or Timings())
         text.timings.prompt_tokens += len(ids)
         with self.lock:
-            self.runner.scheduler  # noqa: B018 - raises when closed
+            self.runner.check_open()
             self.settle()
             if reuse:
                 self._take_over(text)
@@ -210,30 +210,34 @@ class Generator(Closing):
         ``progress`` is called with the tokens computed after each run.
         """
         found: list[Logits] = []
-        first = len(ids) - n_out
         with self.lock:
             sequence = self.free_rows(len(ids))
+            ranges = self._ranges(0, len(ids))
+            batches = (self._part(sequence, ids, start, end, len(ids) - n_out) for start, end in ranges)
             try:
-                for start, end in self._ranges(len(ids)):
-                    found.append(self._range(sequence, ids, start, end, max(first - start, 0)))
+                for (start, end), logits in zip(ranges, self.runner.run_all(batches), strict=True):
+                    wanted = end - max(start, len(ids) - n_out)
+                    found.append(logits[: max(wanted, 0)])
                     if progress is not None:
                         progress(end)
             finally:
                 self.cells.drop(sequence)
         return np.concatenate([part for part in found if len(part)])
 
-    def _range(self, sequence: int, ids: list[int], start: int, end: int, first: int) -> Logits:
-        n = end - start
+    def _part(self, sequence: int, ids: list[int], start: int, end: int, first: int) -> Batch:
+        """A batch of some of a text's tokens, of which the results from number ``first`` on are wanted; at least one
+        is, since a graph needs a result.
+        """
+        rows = self.cells.take(sequence, start, end - start)
         positions = np.arange(start, end, dtype=np.int32)
-        rows = self.cells.take(sequence, start, n)
-        wanted = np.arange(first, n, dtype=np.int32) if first < n else np.array([n - 1], np.int32)
-        logits = self.runner.run(self.batch(ids[start:end], np.full(n, sequence, np.int32), positions, rows, wanted))
-        return logits if first < n else logits[:0]
+        wanted = np.arange(min(max(first - start, 0), end - start - 1), end - start, dtype=np.int32)
+        return self.batch(ids[start:end], np.full(end - start, sequence, np.int32), positions, rows, wanted)
 
-    def _ranges(self, n: int) -> Iterator[tuple[int, int]]:
-        """``n`` tokens in parts of about equal size."""
+    def _ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Tokens of a text in parts of about equal size."""
+        n = end - start
         parts = n if n <= self._few else -(-n // self.runner.n_batch)
-        return pairwise([n * i // parts for i in range(parts + 1)])
+        return [*pairwise([start + n * i // parts for i in range(parts + 1)])]
 
     # ------------------------------------------------------------------ steps
 
@@ -261,8 +265,9 @@ class Generator(Closing):
     def _plan(self) -> list[tuple[Growing, int]]:
         """Who takes part in the next run, and with how many tokens."""
         parts: list[tuple[Growing, int]] = []
-        room = self.runner.n_batch
         chosen = [t for t in self._growing if t.wanting and not t.ready and (t.behind is None or t.behind.stands_aside)]
+        # A text alone has several batches at once computed, if that is quicker.
+        room = self.runner.n_batch * (self.runner.n_at_once if len(chosen) == 1 else 1)
         for text in sorted(chosen, key=lambda t: t.pending):  # those that need one token first: they are many and quick
             n = self._portion(text, room)
             if n and self._make_room(text, n, parts):
@@ -273,15 +278,42 @@ class Generator(Closing):
 
     def _portion(self, text: Growing, room: int) -> int:
         """How many of its pending tokens are computed now: equal parts of a long prompt."""
-        pending = text.pending
+        pending, n_batch = text.pending, max(room, self.runner.n_batch)
         if pending <= self._few:
             return min(1, room)
-        parts = -(-pending // self.runner.n_batch)
+        parts = -(-pending // n_batch)
         n = -(-pending // parts)
-        return n if n <= room else 0 if room < self.runner.n_batch else room
+        return n if n <= room else 0 if room < n_batch else room
 
     def _run(self, parts: list[tuple[Growing, int]]) -> Logits:
         """The logits of the last token of each part."""
+        try:
+            (text, n), *others = parts
+            if n > self.runner.n_batch:  # alone, in several batches
+                ranges, last = self._ranges(text.n_cached, text.n_cached + n), text.n_cached + n - 1
+                batches = (self._part(text.sequence, text.ids, start, end, last) for start, end in ranges)
+                return [*self.runner.run_all(batches)][-1]
+            if n == 1 and all(n == 1 for _, n in others):
+                return self.runner.run(self._next_tokens([text for text, _ in parts]))
+            return self.runner.run(self._joined(parts))
+        except BaseException:  # stopped or failed: what the rows hold is not known
+            for text, _ in parts:
+                self.cells.drop(text.sequence, text.n_cached)
+            raise
+
+    def _next_tokens(self, texts: list[Growing]) -> Batch:
+        """A batch of one token of each text. Between two runs the devices wait: this is to be quick."""
+        rows = [self.cells.take_one(text.sequence, text.n_cached) for text in texts]
+        return self.batch(
+            [text.ids[text.n_cached] for text in texts],
+            np.array([text.sequence for text in texts], np.int32),
+            np.array([text.n_cached for text in texts], np.int32),
+            np.array(rows, np.int64),
+            np.arange(len(texts), dtype=np.int32),
+        )
+
+    def _joined(self, parts: list[tuple[Growing, int]]) -> Batch:
+        """A batch of the next tokens of several texts."""
         tokens: list[int] = []
         sizes = [n for _, n in parts]
         rows = []
@@ -290,14 +322,8 @@ class Generator(Closing):
             rows.append(self.cells.take(text.sequence, text.n_cached, n))
         positions = np.concatenate([np.arange(t.n_cached, t.n_cached + n, dtype=np.int32) for t, n in parts])
         sequences = np.repeat(np.array([t.sequence for t, _ in parts], np.int32), sizes)
-        try:
-            return self.runner.run(
-                self.batch(tokens, sequences, positions, np.concatenate(rows), np.cumsum(sizes, dtype=np.int32) - 1)
-            )
-        except BaseException:  # stopped or failed: what the rows hold is not known
-            for text, _ in parts:
-                self.cells.drop(text.sequence, text.n_cached)
-            raise
+        ends = np.cumsum(sizes, dtype=np.int32)
+        return self.batch(tokens, sequences, positions, np.concatenate(rows), ends - 1)
 
     def batch(
         self,

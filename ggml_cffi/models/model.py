@@ -19,7 +19,7 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import Arrangement, Balance, Wish
+from ggml_cffi.models.arrange import SPLITS, Arrangement, Balance, Wish
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
@@ -28,10 +28,13 @@ from ggml_cffi.models.perplexity import Perplexity, perplexity
 from ggml_cffi.models.plan import Planner
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
+from ggml_cffi.models.scheduled import ScheduledRunner
+from ggml_cffi.models.staged import StagedRunner
 from ggml_cffi.models.text import Pieces, pieces, stop_strings
 from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.models.weights import Progress, Share
 from ggml_cffi.scheduler import Scheduler
+from ggml_cffi.tensor import Tensor
 
 #: Messages of one chat.
 Chat = Sequence[Message]
@@ -79,21 +82,20 @@ class Model(Closing):
         self.timings = Timings()
         """Of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
-        self._runner = Runner(
-            architecture,
-            backends,
-            n_ctx,
-            self.n_batch,
-            kv_dtype,
-            progress,
-            where=arrangement.where,
-            op_offload=arrangement.op_offload,
-        )
+        self._runner = self._open_runner(kv_dtype, progress, arrangement)
         software = any("llvmpipe" in b.device.description for b in backends)
         self._generator = Generator(self._runner, n_ctx, one_by_one=software)
-        self._embedder = Embedder(architecture, self._runner.weights, self._runner.scheduler, n_ctx, n_batch)
-        if not architecture.causal:
-            self._reserve()
+        self._embedder: Embedder | None = None
+        if self._runner.placed is not None:
+            self._embedder = Embedder(architecture, self._runner.placed, self._runner.scheduler, n_ctx, n_batch)
+            if not architecture.causal:
+                self._reserve(self._embedder)
+
+    def _open_runner(self, kv_dtype: Type, progress: Progress | None, found: Arrangement) -> Runner:
+        given = self.architecture, self._backends, self.n_ctx, self.n_batch, kv_dtype, progress
+        if found.staged:
+            return StagedRunner(*given, where=found.where, in_flight=found.split == "pipeline")
+        return ScheduledRunner(*given, where=found.where, op_offload=found.op_offload)
 
     # ------------------------------------------------------------------ text
 
@@ -402,11 +404,13 @@ class Model(Closing):
         if isinstance(texts, str):
             raise TypeError("texts is a sequence: put the one text in a list")
         ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
+        if self._embedder is None:
+            raise ValueError("embed needs layers that are whole on a device: load the model with split='layer'")
         return self._embedder.embed(ids, pooling=pooling, normalize=normalize)
 
-    def _reserve(self) -> None:
+    def _reserve(self, embedder: Embedder) -> None:
         try:
-            sizes = self._embedder.reserve()
+            sizes = embedder.reserve()
         except BaseException:
             self._generator.close()
             raise
@@ -418,22 +422,34 @@ class Model(Closing):
     @property
     def shares(self) -> list[Share]:
         """What each device holds: layers, bytes of weights, caches and intermediate results."""
-        return self._runner.weights.shares
+        return self._runner.shares
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler; it holds the graph of the last run.
+        """The scheduler over all devices. It computes embeddings; and texts, unless the model is on GPUs whole.
+
+        Raises
+        ------
+        ClosedError
+            If the model is closed.
+        ValueError
+            If several devices compute every layer together: there is none then.
+        """
+        return self._runner.scheduler
+
+    def assignment(self) -> list[tuple[Tensor, Backend]]:
+        """What the last run computed for texts, in order, and on which backend each.
 
         Raises
         ------
         ClosedError
             If the model is closed.
         """
-        return self._runner.scheduler
+        return self._runner.assignment()
 
     def layer_backend(self, layer: int) -> Backend:
-        """The backend where a layer's weights are."""
-        return self._backends[self._runner.weights.where[layer]]
+        """The backend where a layer's weights are; the first, where several have parts of it."""
+        return next(share.backend for share in self.shares if layer in share.layers)
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         ids = check_tokens(tokens, self.architecture.n_vocab)
@@ -445,7 +461,9 @@ class Model(Closing):
 
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        for part in (self._embedder, self._generator, *self._backends, self._file):
+        if self._embedder is not None:
+            self._embedder.close()
+        for part in (self._generator, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:
@@ -474,7 +492,8 @@ def load(
         Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have
         no room for, and embeddings or a head that a GPU cannot use.
     split
-        ``"layer"``: whole layers.
+        ``"layer"``: each device has some layers. ``"pipeline"``: so too, and GPUs that have them all compute the
+        batches of a long prompt at the same time, each its layers of another batch.
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch
@@ -502,8 +521,8 @@ def load(
         If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
         and the message says what would fit.
     """
-    if split != "layer":
-        raise ValueError(f"split {split!r} is not known; 'layer' is")
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not known; {', '.join(map(repr, SPLITS))} are")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
     kind = as_type(kv_dtype)
@@ -513,7 +532,7 @@ def load(
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, kind)
         backends = open_backends(devices, n_threads)
-        arrangement = Planner(architecture, backends, wish, balance, devices).arrange_or_raise()
+        arrangement = Planner(architecture, backends, wish, balance, devices, split).arrange_or_raise()
         return Model(file, architecture, backends, wish.n_ctx, n_batch, kind, progress, arrangement)
     except BaseException:
         for backend in backends:

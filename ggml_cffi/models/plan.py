@@ -130,14 +130,17 @@ class Planner:
         wish: Wish,
         balance: Balance = "memory",
         chosen: Sequence[Device | str] | None = None,
+        split: str = "layer",
     ) -> None:
         check_cache(wish.kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.wish, self.balance = architecture, backends, wish, balance
+        self.split = split
         self._parts, self._given = parts_of(balance, architecture, backends, chosen)
 
     def arrange(self, wish: Wish | None = None) -> Arrangement:
         """Share the layers out."""
-        return arrange(self.architecture, self.backends, wish or self.wish, self._parts, strict=self._given)
+        found = arrange(self.architecture, self.backends, wish or self.wish, self._parts, strict=self._given)
+        return replace(found, split=self.split)
 
     def arrange_or_raise(self) -> Arrangement:
         """As :meth:`arrange`.

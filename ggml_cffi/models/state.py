@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.dtypes import type_size
+from ggml_cffi.dtypes import row_size, type_size
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.gguf_write import write_gguf
@@ -59,8 +59,8 @@ def load(generator: Generator, path: str | os.PathLike[str]) -> int:
             sequence = generator.free_rows(len(ids))
             rows = generator.cells.take(sequence, 0, len(ids))
             try:
-                for name, cache, part in _parts(generator, i):
-                    _scatter(cache, part, rows, _stored(file, name, len(ids)))
+                for name, caches, part in _parts(generator, i):
+                    _spread(caches, part, rows, _stored(file, name, len(ids)))
             except BaseException:
                 generator.cells.drop(sequence)
                 raise
@@ -70,13 +70,13 @@ def load(generator: Generator, path: str | os.PathLike[str]) -> int:
 
 def _description(generator: Generator) -> dict[str, Any]:
     """What must be the same for a cache to make sense."""
-    architecture, cache = generator.runner.architecture, generator.runner.weights.cache
+    architecture, cache = generator.runner.architecture, generator.runner.caches[0][0]
     return {
         "general.architecture": architecture.name,
         f"{_KIND}.version": 1,
         f"{_KIND}.layers": architecture.n_layers,
-        f"{_KIND}.key_type": cache[0].k.dtype.name,
-        f"{_KIND}.value_type": cache[0].v.dtype.name,
+        f"{_KIND}.key_type": cache.k.dtype.name,
+        f"{_KIND}.value_type": cache.v.dtype.name,
         f"{_KIND}.key_size": architecture.kv_sizes[0],
         f"{_KIND}.value_size": architecture.kv_sizes[1],
         f"{_KIND}.vocabulary": architecture.n_vocab,
@@ -108,10 +108,19 @@ def _stored(file: GGUFFile, name: str, n: int) -> Bytes:
     return file.raw(name).reshape(n, -1)
 
 
-def _parts(generator: Generator, i: int) -> Iterator[tuple[str, LayerCache, str]]:
-    for layer, cache in enumerate(generator.runner.weights.cache):
-        for part in "kv":
-            yield f"{i}.{part}.{layer}", cache, part
+def _parts(generator: Generator, i: int) -> Iterator[tuple[str, list[Sequence[LayerCache]], str]]:
+    """Keys and values of each layer: the name in the file, and the caches that hold them, those together that hold
+    the same heads. Of several devices each has some heads, or has all where there are fewer heads than devices.
+    """
+    for layer, caches in enumerate(generator.runner.caches):
+        for part, size in zip("kv", generator.runner.architecture.kv_sizes, strict=True):
+            cut = sum(_width(cache, part) for cache in caches) == size
+            yield f"{i}.{part}.{layer}", [[cache] for cache in caches] if cut else [caches], part
+
+
+def _width(cache: LayerCache, part: str) -> int:
+    """Elements of a token's keys or values."""
+    return cache.k.shape[1] if part == "k" else cache.v.shape[0 if cache.across else 1]
 
 
 def _contents(
@@ -119,8 +128,9 @@ def _contents(
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     for i, (rows, ids) in enumerate(texts):
         yield f"{i}.tokens", np.asarray(ids, np.int32)
-        for name, cache, part in _parts(generator, i):
-            yield name, _gather(cache, part, rows).view(np.int8)
+        for name, caches, part in _parts(generator, i):
+            each = [_gather(cache, part, rows) for cache, *_ in caches]
+            yield name, np.concatenate(each, axis=1).view(np.int8)
 
 
 def _gather(cache: LayerCache, part: str, rows: npt.NDArray[np.int64]) -> Bytes:
@@ -132,19 +142,23 @@ def _gather(cache: LayerCache, part: str, rows: npt.NDArray[np.int64]) -> Bytes:
     return tensor.get_bytes(0, end * tensor.nb[1]).reshape(end, -1)[rows]
 
 
+def _spread(caches: list[Sequence[LayerCache]], part: str, rows: npt.NDArray[np.int64], stored: Bytes) -> None:
+    """Undo :func:`_gather`, for all caches."""
+    sizes = [row_size((cache.k if part == "k" else cache.v).dtype, _width(cache, part)) for cache, *_ in caches]
+    if stored.shape[1] != sum(sizes):
+        raise FormatError(f"a token's keys or values take {sum(sizes)} bytes, not {stored.shape[1]}")
+    for same, end, size in zip(caches, accumulate(sizes), sizes, strict=True):
+        for cache in same:
+            _scatter(cache, part, rows, stored[:, end - size : end])
+
+
 def _scatter(cache: LayerCache, part: str, rows: npt.NDArray[np.int64], stored: Bytes) -> None:
-    """Undo :func:`_gather`."""
     tensor = cache.k if part == "k" else cache.v
     if part == "v" and cache.across:
         whole = _elements(tensor)
-        size = whole.shape[2]
-        if stored.shape[1] != whole.shape[0] * size:
-            raise FormatError(f"a token's values take {whole.shape[0] * size} bytes, not {stored.shape[1]}")
-        whole[:, rows] = stored.reshape(len(rows), -1, size).swapaxes(0, 1)
+        whole[:, rows] = stored.reshape(len(rows), -1, whole.shape[2]).swapaxes(0, 1)
         tensor.set_bytes(whole)
         return
-    if stored.shape[1] != tensor.nb[1]:
-        raise FormatError(f"a token's keys or values take {tensor.nb[1]} bytes, not {stored.shape[1]}")
     for first, last in _runs(rows):
         start = int(rows[first]) * tensor.nb[1]
         tensor.set_bytes(np.ascontiguousarray(stored[first:last]), start)

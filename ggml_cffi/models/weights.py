@@ -181,6 +181,7 @@ class Weights:
         # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
         # encoder adds to the embeddings goes with them.
         self.first = self.where[0]
+        """The index of the share that has the embeddings."""
         head = self.where[-1] if architecture.causal else self.first
         if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight")):
             self.first = last
@@ -188,6 +189,8 @@ class Weights:
             self.shares[head].backend, architecture.info(architecture.output_tensor)
         ):
             head = last
+        self.head = head
+        """The index of the share that has the output head."""
         self._pending: list[tuple[Tensor, TensorInfo, int]] = []
         for name in architecture.shapes:
             layer = layer_of(name)

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi._handle import Closing
+from ggml_cffi._feasible import VIEWS
+from ggml_cffi.backend import Backend
 from ggml_cffi.device import Device
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFTensor
-from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
-from ggml_cffi.models.runner import KV_STEP, Batch
-from ggml_cffi.models.weights import Progress, is_across
+from ggml_cffi.models.architecture import Architecture, LayerCache
+from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.stage import Layers, Stage
+from ggml_cffi.models.weights import Progress, Share, is_across
 from ggml_cffi.parallel.program import Program
-from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.parallel.tensor import TensorParallel
+from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
 
-class TensorRunner(Closing):
-    """Weights and cache of one model, on several devices; runs as :class:`~ggml_cffi.models.runner.Runner` does.
+class TensorRunner(Runner):
+    """Weights and cache of one model, on several devices that compute every layer together.
 
     Each device has some heads and some of the feed-forward part of every layer, with its part of the cache, and some
     rows of the output head; norms and embeddings are on all.
@@ -33,8 +34,8 @@ class TensorRunner(Closing):
         The model.
     devices
         GPUs, or the CPU alone; default all GPUs.
-    n_rows
-        Rows of the KV cache.
+    n_ctx
+        Rows of the KV cache, which are rounded up.
     n_batch
         Most tokens of one run.
     kv_dtype
@@ -58,7 +59,7 @@ class TensorRunner(Closing):
         self,
         architecture: Architecture,
         devices: Iterable[Device | str] | None = None,
-        n_rows: int = 4096,
+        n_ctx: int = 4096,
         n_batch: int = 512,
         kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
@@ -69,36 +70,49 @@ class TensorRunner(Closing):
         weights: Mapping[str, npt.ArrayLike | GGUFTensor] | None = None,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch
-        self.n_rows = -(-n_rows // KV_STEP) * KV_STEP
-        """Rows of the cache: a multiple of :data:`KV_STEP`."""
+        self.n_rows = n_rows(n_ctx)
         self.group = TensorParallel(devices, half_above=half_above, threads=threads, n_threads=n_threads)
         """The devices."""
         try:
-            self.shares = architecture.shares(len(self.group.devices))
-            """How weights are cut, and what is added up."""
+            backends = self.group.backends
+            self.cuts = architecture.shares(len(backends)).cuts
+            """How weights are cut."""
             source = _named(architecture) if weights is None else weights
-            self.weights = self.group.weights(source, self.shares.cuts, progress=progress)
+            self.weights = self.group.weights(source, self.cuts, progress=progress)
             """By name, the part of each device."""
             # The CPU's flash attention sums in F16: see is_across.
-            self._across = is_across(self.group.backends[0], kv_dtype)
-            self._cache = [self._new_cache(i, kv_dtype) for i in range(architecture.n_layers)]
-            self._compute = self.group.compile(self._trace)
+            self._across = is_across(backends[0], kv_dtype)
+            self.caches = [self._new_cache(i, kv_dtype) for i in range(architecture.n_layers)]
+            parts = [{name: t[r] for name, t in self.weights.items()} for r in range(len(backends))]
+            caches = [[layer[r] for layer in self.caches] for r in range(len(backends))]
+            self.stage = Stage(Layers(architecture, range(architecture.n_layers), parts, caches), self.group)
+            """What computes."""
+            sizes = self.stage.reserve(n_batch, self.n_rows)
+            self.shares = [self._share(r, parts[r], caches[r], sizes[r]) for r in range(len(backends))]
         except BaseException:
             self.close()
             raise
 
-    def _new_cache(self, i: int, dtype: Type) -> tuple[list[Tensor], list[Tensor]]:
+    def _new_cache(self, i: int, dtype: Type) -> list[LayerCache]:
         """Keys and values of layer ``i``: for each device rows for as many heads as its projections have."""
         k, v = ([(self.n_rows, w.shape[0]) for w in self.weights[f"blk.{i}.attn_{x}.weight"]] for x in "kv")
         if self._across:
             v = [shape[::-1] for shape in v]
-        return self.group.zeros(k, dtype, name=f"cache_k.{i}"), self.group.zeros(v, dtype, name=f"cache_v.{i}")
+        keys, values = self.group.zeros(k, dtype, name=f"cache_k.{i}"), self.group.zeros(v, dtype, name=f"cache_v.{i}")
+        return [LayerCache(*pair, self._across) for pair in zip(keys, values, strict=True)]
 
-    def n_kv(self, end: int) -> int:
-        """How many cache rows a run looks at whose last row in use is before ``end``."""
-        return min(-(-max(end, 1) // KV_STEP) * KV_STEP, self.n_rows)
+    def _share(self, r: int, weights: Mapping[str, Tensor], caches: Iterable[LayerCache], compute: int) -> Share:
+        return Share(
+            self.group.backends[r],
+            [*range(self.architecture.n_layers)],
+            sum(t.nbytes for t in weights.values()),
+            sum(c.k.nbytes + c.v.nbytes for c in caches),
+            compute,
+            has_output=True,
+            has_embeddings=True,
+        )
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+    def run(self, batch: Batch) -> Logits:
         """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted.
 
         Raises
@@ -108,25 +122,25 @@ class TensorRunner(Closing):
         ClosedError
             If the model is closed.
         """
-        given: list[npt.NDArray[Any]] = [batch.tokens, batch.positions, batch.rows, batch.mask, batch.wanted]
-        if self.architecture.window:
-            given.append(batch.near if batch.near is not None else batch.mask)
-        out: npt.NDArray[np.float32] = self._compute(*given)
-        return out
+        self.check_open()
+        batch.check(self.architecture.n_vocab, self.n_rows)
+        return self.stage.run(batch).copy()
 
-    def _trace(self, rank: Rank, *inputs: Tensor) -> Gathered:
-        weights = {name: parts[rank] for name, parts in self.weights.items()}
-        cache = [LayerCache(k[rank], v[rank], self._across) for k, v in self._cache]
-        tokens, positions, rows, mask, wanted, *windowed = inputs
-        near = windowed[0] if windowed else None
-        sums = dict.fromkeys(self.shares.summed, rank.sum)
-        given = Inputs(tokens, positions, rows, mask, wanted, near, sums=sums)
-        return rank.gather(self.architecture.logits(weights, self.architecture.hidden(weights, cache, given)))
+    def assignment(self) -> list[tuple[Tensor, Backend]]:
+        """What the last run computed, in order, one device after the other."""
+        self.check_open()
+        return [(t, backend) for t, backend in self.stage.assignment() if t.op not in VIEWS]
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """The graphs that are kept, the last used last."""
-        return self._compute.programs
+        return self.stage.programs
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """There is none: ValueError."""
+        self.check_open()
+        raise ValueError("devices that share every layer have no scheduler: load the model with split='layer' for it")
 
     @property
     def closed(self) -> bool:
@@ -135,6 +149,8 @@ class TensorRunner(Closing):
 
     def close(self) -> None:
         """Free weights, cache and devices."""
+        if hasattr(self, "stage"):
+            self.stage.close()
         self.group.close()
 
 

@@ -1,0 +1,197 @@
+"""A runner that leaves to a scheduler what runs where: for layers on the CPU, on remote devices, on any mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c
+from ggml_cffi._handle import Closing
+from ggml_cffi.backend import Backend
+from ggml_cffi.context import Context
+from ggml_cffi.enums import Type
+from ggml_cffi.errors import ClosedError, GgmlError
+from ggml_cffi.graph import Graph
+from ggml_cffi.models.architecture import Architecture
+from ggml_cffi.models.feed import Feed
+from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.weights import Progress, Weights
+from ggml_cffi.scheduler import Scheduler
+from ggml_cffi.tensor import Tensor
+from ggml_cffi.transfer import pinned
+
+_PINNED = 16 << 20  # bytes of a result that are read through pinned memory
+
+
+class _Run(Closing):
+    """A graph that is allocated in the scheduler, and replayed for as long as its sizes fit."""
+
+    def __init__(self, key: tuple[int, int, int], context: Context, feed: Feed, result: Tensor) -> None:
+        self.key, self.context, self.feed, self.result = key, context, feed, result
+        self.graph = Graph(result)
+        self._out: npt.NDArray[np.float32] | None = None
+        self._backend: Backend | None = None
+        self._get: tuple[Any, ...] = ()
+
+    def attach(self, scheduler: Scheduler) -> None:
+        """Make ready to read the result: few rows come through memory that a GPU writes by itself."""
+        backend = scheduler.backend_of(self.result)
+        if not backend.device.is_cpu and self.result.nbytes <= _PINNED:
+            self._backend = backend
+            self._out = pinned(self.result.shape, device=backend.device)
+            self._get = (backend.ptr, self.result.ptr, c.ffi.from_buffer(self._out), 0, self.result.nbytes)
+
+    def read(self, scheduler: Scheduler) -> npt.NDArray[np.float32]:
+        """Compute, and the result."""
+        if self._out is None or self._backend is None:
+            scheduler.compute(self.graph)
+            result: npt.NDArray[np.float32] = self.result.numpy()
+            return result
+        scheduler.compute_async(self.graph)
+        # As Tensor.get_async, without what it checks each time: what was checked when the graph was allocated.
+        with self._backend.lock:
+            c.ggml_backend_tensor_get_async(*self._get)
+        scheduler.synchronize()
+        return self._out.copy()
+
+    def close(self) -> None:
+        self.graph.close()
+        self.context.close()
+
+
+def logits(context: Context, weights: Weights, n: int, n_kv: int, n_out: int) -> tuple[Feed, Tensor]:
+    """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results: its inputs, and the logits."""
+    architecture, backends = weights.architecture, [share.backend for share in weights.shares]
+    window = architecture.window > 0
+    feed = Feed(context, backends, weights.where, weights.first, n, n_kv, n_out, window=window)
+    hidden = architecture.hidden(weights.tensors, weights.cache, feed.inputs)
+    result = architecture.logits(weights.tensors, hidden)
+    result.name = "logits"
+    return feed, result
+
+
+class ScheduledRunner(Runner):
+    """Weights, cache and scheduler of one model, and the graph that was run last.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    backends
+        The preferred first, the CPU last.
+    n_ctx
+        Rows of the KV cache, which are rounded up.
+    n_batch
+        Most tokens of one run.
+    kv_dtype
+        Type of keys and values in the cache.
+    where
+        For each layer the index of its backend; default :func:`~ggml_cffi.models.weights.split_layers`.
+    op_offload
+        Let GPUs compute large batches with weights that are in host memory.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        backends: list[Backend],
+        n_ctx: int,
+        n_batch: int,
+        kv_dtype: Type = Type.F16,
+        progress: Progress | None = None,
+        *,
+        where: Sequence[int] | None = None,
+        op_offload: bool = True,
+    ) -> None:
+        self.architecture, self.n_batch = architecture, n_batch
+        self.n_rows = n_rows(n_ctx)
+        self._run: _Run | None = None
+        self._scheduler: Scheduler | None = None
+        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
+        self.placed, self.shares, self.caches = (
+            self.weights,
+            self.weights.shares,
+            [[cache] for cache in self.weights.cache],
+        )
+        try:
+            self._scheduler = Scheduler(backends, op_offload=op_offload)
+            if architecture.causal:
+                self._reserve()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model is closed."""
+        return self._scheduler is None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler; it holds the graph of the last run."""
+        if self._scheduler is None:
+            raise ClosedError("this model is closed")
+        return self._scheduler
+
+    def assignment(self) -> list[tuple[Tensor, Backend]]:
+        return self.scheduler.assignment()
+
+    def run(self, batch: Batch) -> Logits:
+        if not self.architecture.causal:
+            raise GgmlError("this model is an encoder: it has no logits and generates no text; embed() is for it")
+        with self.scheduler.lock:  # embeddings are computed with the same scheduler
+            return self._compute(batch)
+
+    def _compute(self, batch: Batch) -> Logits:
+        run = self._prepared((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
+        values = vars(batch)
+        run.feed.set(values if batch.near is not None else values | {"near": batch.mask})
+        return run.read(self.scheduler)
+
+    def _prepared(self, key: tuple[int, int, int]) -> _Run:
+        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
+        scheduler = self.scheduler
+        if self._run is not None and self._run.key == key and scheduler.graph is self._run.graph:
+            return self._run
+        self._drop_run()
+        run = self._build(key)
+        try:
+            scheduler.alloc(run.graph)
+            run.attach(scheduler)
+        except BaseException:
+            run.close()
+            raise
+        self._run = run
+        return run
+
+    def _build(self, key: tuple[int, int, int]) -> _Run:
+        context = Context()
+        try:
+            return _Run(key, context, *logits(context, self.weights, *key))
+        except BaseException:
+            context.close()
+            raise
+
+    def _reserve(self) -> None:
+        """Make room for the largest prompt batch now, so that too little memory is found while loading."""
+        with self._build((self.n_batch, self.n_rows, 1)) as run:
+            sizes = self.scheduler.reserve(run.graph)
+        for share in self.weights.shares:
+            share.compute_bytes = sizes[share.backend]
+
+    def _drop_run(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            self.scheduler.reset()
+            run.close()
+
+    def close(self) -> None:
+        """Free weights, caches and scheduler."""
+        if self._scheduler is not None:
+            self._drop_run()
+            self._scheduler.close()
+            self._scheduler = None
+        self.weights.close()

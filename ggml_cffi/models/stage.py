@@ -1,0 +1,177 @@
+"""Some layers of a model on some devices of their own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi._handle import Closing
+from ggml_cffi.backend import Backend
+from ggml_cffi.enums import Type
+from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
+from ggml_cffi.models.runner import Batch
+from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.program import Program, Traced
+from ggml_cffi.parallel.rank import Gathered, Rank
+from ggml_cffi.tensor import Tensor
+
+_PROGRAMS = 32  # graphs that are kept
+
+#: Tokens, cache rows that they look at, tokens whose results are wanted.
+Key = tuple[int, int, int]
+
+
+class Layers:
+    """The graph of some neighbouring layers, with what comes before the first and after the last of all.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    layers
+        Numbers of the layers.
+    weights
+        For each device its weights by name.
+    caches
+        For each device the caches of all layers.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: range,
+        weights: Sequence[Mapping[str, Tensor]],
+        caches: Sequence[Sequence[LayerCache]],
+    ) -> None:
+        self.architecture, self.layers, self.weights, self.caches = architecture, layers, weights, caches
+        self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.n_layers
+        self._summed = architecture.shares(len(weights)).summed if len(weights) > 1 else frozenset()
+
+    def inputs(self, n: int, n_kv: int, n_out: int) -> list[tuple[tuple[int, ...], Type]]:
+        """Shape and type of each input."""
+        start = ((n,), Type.I32) if self.is_first else ((n, self.architecture.n_embd), Type.F32)
+        found: list[tuple[tuple[int, ...], Type]] = [start, ((n,), Type.I32), ((n,), Type.I64), ((n, n_kv), Type.F16)]
+        if self.architecture.window:
+            found.append(((n, n_kv), Type.F16))
+        if self.is_last:
+            found.append(((n_out,), Type.I32))
+        return found
+
+    def values(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> list[npt.NDArray[Any]]:
+        """What :meth:`inputs` are for a batch, and what came out of the layers before."""
+        found = [batch.tokens if x is None else x, batch.positions, batch.rows, batch.mask]
+        if self.architecture.window:
+            found.append(batch.mask if batch.near is None else batch.near)
+        if self.is_last:
+            found.append(batch.wanted)
+        return found
+
+    def trace(self, rank: Rank, *inputs: Tensor) -> Tensor | Gathered:
+        """The graph of one device: logits ``(n_out, n_vocab)``, or what goes into the next layer ``(n, n_embd)``."""
+        architecture, weights, cache = self.architecture, self.weights[rank.index], self.caches[rank.index]
+        start, positions, rows, mask, *more = inputs
+        near = more.pop(0) if architecture.window else None
+        wanted = more.pop() if self.is_last else positions  # which is not looked at before the last layer
+        sums = dict.fromkeys(self._summed, rank.sum)
+        given = Inputs(start, positions, rows, mask, wanted, near, sums=sums)
+        x = architecture.embed(weights, given) if self.is_first else start
+        x = architecture.through(self.layers, x, weights, cache, given)
+        if not self.is_last:
+            return x
+        logits = architecture.logits(weights, architecture.finish(weights, x))
+        logits.name = "logits"
+        return rank.gather(logits)
+
+    def measure(self, backends: Sequence[Backend], key: Key) -> Traced:
+        """The graph without memory, which says how much it would take."""
+        n = len(backends)
+        return Traced(backends, [Rank(r, n) for r in range(n)], self.trace, self.inputs(*key))
+
+
+class Stage(Closing):
+    """Layers with devices to compute them.
+
+    Parameters
+    ----------
+    layers
+        What to compute.
+    group
+        The devices; closed with this.
+    """
+
+    def __init__(self, layers: Layers, group: Group) -> None:
+        self.layers, self.group = layers, group
+        self._programs: OrderedDict[Key, Program] = OrderedDict()
+
+    def reserve(self, n_batch: int, n_rows: int) -> list[int]:
+        """Make room for the largest batch now, so that too little memory is found while loading.
+
+        Returns
+        -------
+        list
+            Bytes of intermediate results, with the inputs, on each device.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If a device has not enough.
+        """
+        self._made((n_batch, n_rows, 1)).close()
+        return self.group.arena_sizes()
+
+    def run(self, batch: Batch, x: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Compute a batch. The result lies where the next run writes its own.
+
+        Parameters
+        ----------
+        x
+            What came out of the layers before, if there are any.
+        """
+        program = self.program((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
+        for put, value in zip(program.puts, self.layers.values(batch, x), strict=True):
+            put[...] = value
+        program.compute()
+        (parts,) = program.takes
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+    def program(self, key: Key) -> Program:
+        """The graph for batches of a size; the last few are kept."""
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = self._made(key)
+            if len(self._programs) > _PROGRAMS:
+                _, oldest = self._programs.popitem(last=False)
+                oldest.close()
+        else:
+            self._programs.move_to_end(key)
+        return found
+
+    def _made(self, key: Key) -> Program:
+        group = self.group
+        n = len(group.backends)
+        ranks = [Rank(r, n, group.half_above) for r in range(n)]
+        return Program(group, ranks, self.layers.trace, self.layers.inputs(*key))
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The graphs that are kept, the last used last."""
+        return tuple(self._programs.values())
+
+    def assignment(self) -> list[tuple[Tensor, Backend]]:
+        """What the last run computed, and where."""
+        if not self._programs:
+            return []
+        plans = self.programs[-1].plans
+        each = zip(plans, self.group.backends, strict=True)
+        return [(t, backend) for plan, backend in each for graph in plan.graphs for t in graph.nodes]
+
+    def close(self) -> None:
+        """Free graphs and memory."""
+        for program in self._programs.values():
+            program.close()
+        self._programs.clear()
+        self.group.close()
