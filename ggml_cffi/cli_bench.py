@@ -52,16 +52,24 @@ def _bench(args: argparse.Namespace) -> int:
                 if n:
                     rates = measure(model, n, args.rounds)
                     spread = statistics.stdev(rates) if len(rates) > 1 else 0.0
-                    found.append({"model": Path(args.model).name, "size": size, "devices": where, "test": f"{test}{n}"})
+                    found.append(
+                        {
+                            "model": Path(args.model).name,
+                            "size": size,
+                            "devices": where,
+                            "split": args.split,
+                            "test": f"{test}{n}",
+                        }
+                    )
                     found[-1] |= {"tokens_per_second": round(statistics.mean(rates), 2), "stdev": round(spread, 2)}
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
-    rows = [("model", "size", "devices", "test", "tokens/s")]
+    rows = [("model", "size", "devices", "split", "test", "tokens/s")]
     for f in found:
         rate = f"{f['tokens_per_second']:.2f} ± {f['stdev']:.2f}"
-        rows.append((f["model"], gib(f["size"]), f["devices"], f["test"], rate))
-    print(table(rows, right=(1, 4)))
+        rows.append((f["model"], gib(f["size"]), f["devices"], f["split"], f["test"], rate))
+    print(table(rows, right=(1, 5)))
     return 0
 
 

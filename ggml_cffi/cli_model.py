@@ -11,14 +11,36 @@ if TYPE_CHECKING:
 
 def add_model(command: argparse.ArgumentParser, *, several: bool = False) -> None:
     """The arguments that say which model is loaded, and where. ``several`` allows ``--devices`` to be repeated."""
+    add_place(command, several=several)
+    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+
+
+def add_place(command: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that say what goes where."""
     command.add_argument("model", help="a GGUF file")
     what = "names, separated by commas (default: every GPU, then the CPU)"
     if several:
         command.add_argument("--devices", action="append", help=f"{what}; may be repeated")
     else:
         command.add_argument("--devices", help=what)
-    command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    command.add_argument(
+        "--split", default="layer", help="how devices share the model: layer, pipeline (default: %(default)s)"
+    )
+    command.add_argument(
+        "--balance",
+        type=balance_of,
+        default="memory",
+        help="how layers are shared out: memory, speed, or a number a device, such as 3,1 (default: %(default)s)",
+    )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
+
+
+def balance_of(text: str) -> str | list[float]:
+    """``"memory"`` and ``"speed"`` as they are, ``"3,1"`` as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
 
 
 def device_names(text: str | None) -> list[str] | None:
@@ -35,7 +57,9 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
         return models.load(
             args.model,
             device_names(devices),
-            n_ctx=n_ctx,
+            args.split,
+            n_ctx,
+            balance=args.balance,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
             progress=progress,

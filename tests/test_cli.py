@@ -168,8 +168,8 @@ def test_conversations_that_outgrow_the_context(smollm2):
 def test_bench(smollm2):
     done = run("bench", smollm2, "--devices", "CPU", "-p", 16, "-n", 4, "-r", 2, "--threads", 2)
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["model", "size", "devices", "test", "tokens/s"]
-    assert [line.split()[4] for line in lines[1:]] == ["pp16", "tg4"]
+    assert lines[0].split() == ["model", "size", "devices", "split", "test", "tokens/s"]
+    assert [line.split()[5] for line in lines[1:]] == ["pp16", "tg4"]
     found = json.loads(run("bench", smollm2, "--devices", "CPU", "-p", 0, "-n", 4, "-r", 1, "--json").stdout)
     assert [(f["test"], f["devices"]) for f in found] == [("tg4", "CPU")]
     assert found[0]["tokens_per_second"] > 0

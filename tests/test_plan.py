@@ -11,7 +11,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import _text, cli, models
 from ggml_cffi.buffer import Buffer
-from ggml_cffi.cli_plan import balance_of
+from ggml_cffi.cli_model import balance_of
 from ggml_cffi.context import Context
 from ggml_cffi.models import arrange, calibrate
 from ggml_cffi.models.staged import StagedRunner
@@ -345,7 +345,7 @@ def test_a_sketch_takes_no_memory(counted):
 
 
 def test_plans_as_text_and_json(path, capsys):
-    plan = models.plan(path, ["CPU"], 256, n_batch=64)
+    plan = models.plan(path, ["CPU"], n_ctx=256, n_batch=64)
     text = str(plan)
     assert text.startswith("m.gguf: context 256, batch 64, cache F16: fits\n")
     assert "0-2 + output + embeddings" in text

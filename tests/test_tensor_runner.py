@@ -27,7 +27,7 @@ def run(model, ids, at, n_out=1):
         np.where((back >= 0) & (back < window), np.float16(0), np.float16(-np.inf)) for window in (256, WINDOW)
     )
     wanted = np.arange(n - n_out, n, dtype=np.int32)
-    return model.run(Batch(np.asarray(ids, np.int32), positions.astype(np.int32), positions, mask, wanted, near))
+    return model.run(Batch(np.asarray(ids, np.int32), positions.astype(np.int32), positions, mask, wanted, near)).copy()
 
 
 def check(path, devices, rng, kind=Llama, most=1e-2, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 _FREE = -1
+_YES, _NO = np.float16(0), np.float16(-np.inf)
 
 
 class Cells:
@@ -28,6 +29,7 @@ class Cells:
         """Rows that hold nothing."""
         self.end = 0
         """The row after the last one in use."""
+        self._seen: dict[int, npt.NDArray[np.float16]] = {}  # of texts that grow, kept up to date
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -40,6 +42,8 @@ class Cells:
         rows = np.flatnonzero(self.sequence == _FREE)[:n]
         self.sequence[rows] = sequence
         self.position[rows] = np.arange(start, start + n)
+        if sequence in self._seen:
+            self._seen[sequence][rows] = _YES
         self.n_free -= n
         self.end = max(self.end, int(rows[-1]) + 1)
         return rows.astype(np.int64, copy=False)
@@ -48,6 +52,8 @@ class Cells:
         """As :meth:`take` for one token, in a tenth of the time."""
         row = int(self.sequence.argmin())  # the least value is the mark of free rows
         self.sequence[row], self.position[row] = sequence, position
+        if sequence in self._seen:
+            self._seen[sequence][row] = _YES
         self.n_free -= 1
         if row >= self.end:
             self.end = row + 1
@@ -57,6 +63,7 @@ class Cells:
         """Forget the tokens of ``sequence`` from position ``start`` on."""
         rows = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
         self.sequence[rows] = _FREE
+        self._seen.pop(sequence, None)
         self.n_free += len(rows)
         used = np.flatnonzero(self.sequence != _FREE)
         self.end = int(used[-1]) + 1 if used.size else 0
@@ -65,6 +72,13 @@ class Cells:
         """The rows of a sequence in the order of its positions."""
         rows = np.flatnonzero(self.sequence == sequence)
         return rows[np.argsort(self.position[rows])]
+
+    def seen(self, sequence: int, n_kv: int) -> npt.NDArray[np.float16]:
+        """As :meth:`mask` for the last token of a sequence, which sees all of it: ``(n_kv,)``, to be read only."""
+        found = self._seen.get(sequence)
+        if found is None:
+            found = self._seen[sequence] = np.where(self.sequence == sequence, _YES, _NO)
+        return found[:n_kv]
 
     def mask(
         self, sequences: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], n_kv: int, window: int = 0
@@ -87,4 +101,4 @@ class Cells:
         allowed = (self.sequence[:n_kv] == sequences[:, None]) & (seen <= positions[:, None])
         if window:
             allowed &= seen > positions[:, None] - window
-        return np.where(allowed, np.float16(0), np.float16(-np.inf))
+        return np.where(allowed, _YES, _NO)

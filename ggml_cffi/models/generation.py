@@ -217,12 +217,13 @@ class Generator(Closing):
             try:
                 for (start, end), logits in zip(ranges, self.runner.run_all(batches), strict=True):
                     wanted = end - max(start, len(ids) - n_out)
-                    found.append(logits[: max(wanted, 0)])
+                    if wanted > 0:
+                        found.append(logits.copy())
                     if progress is not None:
                         progress(end)
             finally:
                 self.cells.drop(sequence)
-        return np.concatenate([part for part in found if len(part)])
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def _part(self, sequence: int, ids: list[int], start: int, end: int, first: int) -> Batch:
         """A batch of some of a text's tokens, of which the results from number ``first`` on are wanted; at least one
@@ -304,12 +305,20 @@ class Generator(Closing):
     def _next_tokens(self, texts: list[Growing]) -> Batch:
         """A batch of one token of each text. Between two runs the devices wait: this is to be quick."""
         rows = [self.cells.take_one(text.sequence, text.n_cached) for text in texts]
-        return self.batch(
-            [text.ids[text.n_cached] for text in texts],
-            np.array([text.sequence for text in texts], np.int32),
-            np.array([text.n_cached for text in texts], np.int32),
+        n_kv = self.runner.n_kv(self.cells.end)
+        masks = [self.cells.seen(text.sequence, n_kv) for text in texts]
+        positions = np.array([text.n_cached for text in texts], np.int32)
+        window, near = self.runner.architecture.window, None
+        if window:
+            sequences = np.array([text.sequence for text in texts], np.int32)
+            near = self.cells.mask(sequences, positions, n_kv, window)
+        return Batch(
+            np.array([text.ids[text.n_cached] for text in texts], np.int32),
+            positions,
             np.array(rows, np.int64),
+            masks[0][None] if len(masks) == 1 else np.stack(masks),
             np.arange(len(texts), dtype=np.int32),
+            near,
         )
 
     def _joined(self, parts: list[tuple[Growing, int]]) -> Batch:

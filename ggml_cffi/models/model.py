@@ -19,13 +19,13 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import SPLITS, Arrangement, Balance, Wish
+from ggml_cffi.models.arrange import Arrangement, Balance, Wish
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.perplexity import Perplexity, perplexity
-from ggml_cffi.models.plan import Planner
+from ggml_cffi.models.plan import Planner, check_options
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.sampling import Sampler
 from ggml_cffi.models.scheduled import ScheduledRunner
@@ -521,10 +521,7 @@ def load(
         If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
         and the message says what would fit.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not known; {', '.join(map(repr, SPLITS))} are")
-    if n_batch < 1:
-        raise ValueError(f"n_batch must be at least 1, not {n_batch}")
+    check_options(split, n_batch)
     kind = as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []

@@ -15,7 +15,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import Arrangement, Balance, DeviceShare, Wish, arrange, parts_of
+from ggml_cffi.models.arrange import SPLITS, Arrangement, Balance, DeviceShare, Wish, arrange, parts_of
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.weights import check_cache
 
@@ -72,6 +72,7 @@ class Plan:
 def plan(
     path: str | os.PathLike[str],
     devices: Sequence[Device | str] | None = None,
+    split: str = "layer",
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
@@ -84,7 +85,7 @@ def plan(
     ----------
     path
         A GGUF file.
-    devices, n_ctx, n_batch, kv_dtype, balance
+    devices, split, n_ctx, n_batch, kv_dtype, balance
         As for :func:`~ggml_cffi.models.load`.
 
     Raises
@@ -100,18 +101,25 @@ def plan(
     --------
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
-    if n_batch < 1:
-        raise ValueError(f"n_batch must be at least 1, not {n_batch}")
+    check_options(split, n_batch)
     with GGUFFile(path) as file:
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype))
         backends = open_backends(devices)
         try:
-            planner = Planner(architecture, backends, wish, balance, devices)
+            planner = Planner(architecture, backends, wish, balance, devices, split)
             return planner.plan(planner.arrange())
         finally:
             for backend in backends:
                 backend.close()
+
+
+def check_options(split: str, n_batch: int) -> None:
+    """Raise ValueError if a model cannot be loaded so."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not known; {', '.join(map(repr, SPLITS))} are")
+    if n_batch < 1:
+        raise ValueError(f"n_batch must be at least 1, not {n_batch}")
 
 
 class Planner:

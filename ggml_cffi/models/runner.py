@@ -40,7 +40,7 @@ class Batch:
     """As ``mask``, for layers with a sliding window."""
 
     def check(self, n_vocab: int, n_rows: int) -> None:
-        """Raise ValueError if ids, rows or wanted tokens are out of range: ggml would end the process, or write there."""
+        """Raise ValueError if ids, rows or wanted tokens are out of range: ggml would end the process, or worse."""
         for name, values, end in (
             ("token ids", self.tokens, n_vocab),
             ("cache rows", self.rows, n_rows),
@@ -76,7 +76,7 @@ class Runner(Closing, ABC):
 
     @abstractmethod
     def run(self, batch: Batch) -> Logits:
-        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted.
+        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted, until the next run.
 
         Raises
         ------
@@ -85,9 +85,10 @@ class Runner(Closing, ABC):
         """
 
     def run_all(self, batches: Iterable[Batch]) -> Iterator[Logits]:
-        """The logits of batches, in their order; each may look at what those before it have written to the cache.
+        """The logits of batches, in their order, each until the next is asked for.
 
-        A batch is asked for when it can begin: its keys and values need rows of the cache from then on.
+        Each batch may look at what those before it have written to the cache. It is asked for when it can begin:
+        its keys and values need rows of the cache from then on.
         """
         return map(self.run, batches)
 

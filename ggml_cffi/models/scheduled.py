@@ -55,7 +55,7 @@ class _Run(Closing):
         with self._backend.lock:
             c.ggml_backend_tensor_get_async(*self._get)
         scheduler.synchronize()
-        return self._out.copy()
+        return self._out
 
     def close(self) -> None:
         self.graph.close()

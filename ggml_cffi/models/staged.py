@@ -147,7 +147,7 @@ class StagedRunner(Runner):
         for stage in self.stages:
             x = stage.run(batch, x)
         assert x is not None
-        return x.copy()
+        return x
 
     def run_all(self, batches: Iterable[Batch]) -> Iterator[Logits]:
         if not self._pools:

@@ -49,12 +49,27 @@ class Driver(Closing):
 
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_synchronize``.
         """
-        with ExitStack() as stack:
-            for lock in self._locks:
-                stack.enter_context(lock)
-            status = self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
+        if len(self.backends) == 1:
+            status = self._run_one(graphs[0])
+        else:
+            with ExitStack() as stack:
+                for lock in self._locks:
+                    stack.enter_context(lock)
+                status = self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
         for r, own in enumerate(graphs):
             self.computed[r] += len(own)
+        return status
+
+    def _run_one(self, graphs: Sequence[Any]) -> int:
+        """All graphs of the only backend, without waiting in between."""
+        (backend,), status = self.backends, 0
+        pointer = backend.ptr
+        with self._locks[0]:
+            try:
+                for graph in graphs:
+                    status = c.ggml_backend_graph_compute_async(pointer, graph) or status
+            finally:
+                c.ggml_backend_synchronize(pointer)
         return status
 
     def _run_in_turns(self, graphs: Sequence[Sequence[Any]]) -> int:

@@ -113,7 +113,7 @@ class TensorRunner(Runner):
         )
 
     def run(self, batch: Batch) -> Logits:
-        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted.
+        """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted, until the next run.
 
         Raises
         ------
@@ -124,7 +124,7 @@ class TensorRunner(Runner):
         """
         self.check_open()
         batch.check(self.architecture.n_vocab, self.n_rows)
-        return self.stage.run(batch).copy()
+        return self.stage.run(batch)
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """What the last run computed, in order, one device after the other."""
