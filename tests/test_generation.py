@@ -78,10 +78,11 @@ def test_texts_at_once_are_each_as_alone(devices, path, rng):
 
 
 def several(model, ids, n, at_once):
-    from ggml_cffi.models.generation import Request, Timings, follow_many
+    from ggml_cffi.models.following import Request, follow_many
+    from ggml_cffi.models.generation import Timings
 
     requests = [Request(one, Sampler(), n, frozenset()) for one in ids]
-    for number, token in follow_many(model._generator, requests, at_once, Timings()):
+    for number, token in follow_many(model._generators[0], iter([*enumerate(requests)]), at_once, Timings()):
         if token is not None:
             yield number, token
 
@@ -135,7 +136,7 @@ def test_threads_share_runs(path, rng):
             job.start()
         for job in jobs:
             job.join()
-        assert not model._generator._growing
+        assert not model._generators[0]._growing
     assert len(wrong) <= 2  # where two tokens were about equal
 
 
@@ -159,7 +160,7 @@ def test_a_beginning_is_taken_from_the_cache(path, rng):
         assert len(model.cached) == 2
         model.clear_cache()
         assert model.cached == []
-        assert model._generator.cells.n_free == 256
+        assert model._generators[0].cells.n_free == 256
 
 
 def test_what_is_kept_goes_when_room_is_needed(path, rng):
@@ -206,11 +207,11 @@ def test_left_iterations_free_what_they_held(path):
                 text.close()
             del text
             gc.collect()
-            assert not model._generator._growing
+            assert not model._generators[0]._growing
         never_begun = model.generate_tokens([1, 2], stop_at_end=False)
         del never_begun
         model.clear_cache()
-        assert model._generator.cells.n_free == len(model._generator.cells)
+        assert model._generators[0].cells.n_free == len(model._generators[0].cells)
 
 
 def test_a_failed_run_leaves_the_cache_whole(path, monkeypatch):
@@ -218,16 +219,16 @@ def test_a_failed_run_leaves_the_cache_whole(path, monkeypatch):
         want = alone(model, [1, 2, 3], 6)
         text = model.generate_tokens([1, 2, 3], 6, stop_at_end=False, reuse=False)
         got = [next(text), next(text)]
-        run = model._runner.run
+        run = model._runners[0].run
 
         def fail(batch):
             raise ggml.AbortedError("the run was stopped")
 
-        monkeypatch.setattr(model._runner, "run", fail)
+        monkeypatch.setattr(model._runners[0], "run", fail)
         other = model.generate_tokens([4], 1, stop_at_end=False)
         with pytest.raises(ggml.AbortedError):
             next(other)
-        monkeypatch.setattr(model._runner, "run", run)
+        monkeypatch.setattr(model._runners[0], "run", run)
         assert got + list(text) == want
 
 
@@ -261,7 +262,7 @@ def test_a_cache_to_a_file_and_back(devices, path, rng, tmp_path, kind):
         got = list(model.generate_tokens(one + first, 1, stop_at_end=False))
         assert model.timings.reused_tokens == 42
         assert got == [want.argmax()]
-        assert model._generator.cells.n_free == 256 - 43 - 27
+        assert model._generators[0].cells.n_free == 256 - 43 - 27
 
 
 def test_caches_of_others(path, rng, tmp_path):
@@ -279,7 +280,7 @@ def test_caches_of_others(path, rng, tmp_path):
             with suppress(ggml.FormatError, ValueError):
                 model.load_cache(other)
             model.clear_cache()
-        assert model._generator.cells.n_free == 256
+        assert model._generators[0].cells.n_free == 256
     with (
         models.load(path, ["CPU"], kv_dtype="f32") as model,
         pytest.raises(ggml.FormatError, match="key_type is 'F16', not 'F32'"),
@@ -296,7 +297,7 @@ def test_types_of_the_cache(path, rng, kind, tolerance):
     want = llama_float64.Reference(path).forward(ids)
     with models.load(path, ["CPU"], kv_dtype=kind, n_batch=16) as model:
         assert relative_error(model.forward(ids), want) < tolerance
-        assert model._runner.caches[0][0].k.dtype is ggml.dtypes.as_type(kind)
+        assert model._runners[0].caches[0][0].k.dtype is ggml.dtypes.as_type(kind)
 
 
 def test_impossible_types_of_the_cache(path):
@@ -393,4 +394,4 @@ def test_stopping_a_model(smollm2):
         assert "".join(model.generate("The capital of France is", 12, stop="\n")) == whole.split("\n")[0]
         found = list(model.generate(["The capital of France is"], 12, stop=["\n"]))
         assert "".join(piece for _, piece in found) == whole.split("\n")[0]
-        assert not model._generator._growing
+        assert not model._generators[0]._growing

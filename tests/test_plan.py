@@ -62,7 +62,7 @@ def check(path, devices, counted, **options):
     assert plan.fits
     with models.load(path, devices, **options) as model:
         loaded = dict(counted)
-        runner = model._runner
+        runner = model._runners[0]
         staged = isinstance(runner, StagedRunner)
         if staged:
             model.forward([1] * plan.n_batch, last=True)
@@ -347,7 +347,7 @@ def test_a_sketch_takes_no_memory(counted):
 def test_plans_as_text_and_json(path, capsys):
     plan = models.plan(path, ["CPU"], n_ctx=256, n_batch=64)
     text = str(plan)
-    assert text.startswith("m.gguf: context 256, batch 64, cache F16: fits\n")
+    assert text.startswith("m.gguf: context 256, batch 64, cache F16, split layer: fits\n")
     assert "0-2 + output + embeddings" in text
     assert "CPU has all 3 layers: it is the only device." in text
     assert cli.main(["plan", str(path), "--devices", "CPU", "--ctx", "256", "--batch", "64"]) == 0

@@ -88,9 +88,9 @@ def ask(client, **what):
 
 def growing(model):
     """Texts that are not done."""
-    with model._generator.lock:
-        model._generator.settle()
-        return list(model._generator._growing)
+    with model._generators[0].lock:
+        model._generators[0].settle()
+        return list(model._generators[0]._growing)
 
 
 def test_clients_at_once_get_what_they_get_alone(client, model):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 from ggml_cffi import _text
@@ -24,13 +24,14 @@ from ggml_cffi.models.scheduled import logits
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.staged import layers_of, stages_of
 from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
+from ggml_cffi.parallel import tensor_runner
 from ggml_cffi.scheduler import Scheduler
 
 #: How layers are shared out: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
 Balance = str | Sequence[float]
 
 #: How a model is split over devices.
-SPLITS = ("layer", "pipeline")
+SPLITS = ("layer", "pipeline", "data", "tensor")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Arrangement:
     staged: bool = False
     """Whether the model is on GPUs whole, each of which computes its layers without a scheduler."""
     split: str = "layer"
+    members: tuple[int, ...] = ()
+    """The backends that take part, by number."""
+    replicas: tuple[Arrangement, ...] = ()
+    """Of each replica, where several devices have the whole model each."""
 
     @property
     def fits(self) -> bool:
@@ -195,7 +200,51 @@ def arrange(
         elif over and op_offload:
             op_offload = False  # a GPU that holds no layers need not take part
         else:
-            return Arrangement(where, op_offload, shares, staged)
+            return Arrangement(where, op_offload, shares, staged, members=tuple(range(len(backends))))
+
+
+def arrange_replicas(architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> Arrangement:
+    """The whole model on every GPU; on the CPU where there is none."""
+    cpu = len(backends) - 1
+    found = []
+    for i in range(cpu) or [cpu]:
+        members = (i, cpu) if i != cpu else (cpu,)
+        own = [backends[k] for k in members]
+        replica = arrange(architecture, own, wish, [1.0, 0.0][: len(own)], strict=True)
+        found.append(replace(replica, members=members))
+    first = found[0]
+    shares = [replica.shares[0] for replica in found]
+    if cpu:
+        shares.append(first.shares[-1])
+    return Arrangement(first.where, first.op_offload, shares, first.staged, "data", (), tuple(found))
+
+
+def arrange_parts(architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> Arrangement:
+    """A part of every layer on each GPU.
+
+    Raises
+    ------
+    ValueError
+        If the devices cannot share layers, or the model is too small for so many.
+    """
+    members = tuple(range(len(backends) - 1)) or (0,)
+    own = [backends[i] for i in members]
+    shares = [
+        DeviceShare(
+            device=share.backend.name,
+            layers=tuple(share.layers),
+            weight_bytes=share.weight_bytes,
+            mapped_bytes=0,
+            cache_bytes=share.cache_bytes,
+            compute_bytes=share.compute_bytes,
+            input_bytes=0,
+            free=share.backend.device.memory().free,
+            has_output=True,
+            has_embeddings=True,
+        )
+        for share in tensor_runner.measure(architecture, own, wish.n_ctx, min(wish.n_batch, wish.n_ctx), wish.kv_dtype)
+    ]
+    return Arrangement([], False, shares, split="tensor", members=members)
 
 
 def main_dtype(architecture: Architecture) -> Type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -258,6 +259,24 @@ class Embedder(Closing):
         with self.scheduler.lock:
             self._closed = True
             self._drop_all()
+
+
+def embed_everywhere(
+    embedders: Sequence[Embedder], texts: Sequence[Iterable[int]], *, pooling: str | None, normalize: bool
+) -> npt.NDArray[np.float32]:
+    """As :meth:`Embedder.embed`, by several devices at the same time: each has a part of the texts."""
+    n = len(embedders)
+    if n == 1 or len(texts) < 2:
+        return embedders[0].embed(texts, pooling=pooling, normalize=normalize)
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+    starts = [len(texts) * i // n for i in range(n + 1)]
+    with ThreadPoolExecutor(n) as pool:
+        going = [
+            pool.submit(embedder.embed, texts[start:end], pooling=pooling, normalize=normalize)
+            for embedder, (start, end) in zip(embedders, pairwise(starts), strict=True)
+        ]
+        return np.concatenate([future.result() for future in going])
 
 
 def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from collections.abc import Generator as IteratorGenerator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
 from threading import Lock, get_ident
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +21,6 @@ from ggml_cffi.errors import ClosedError
 from ggml_cffi.models.cells import Cells
 from ggml_cffi.models.runner import Batch, Runner
 from ggml_cffi.models.sampling import Sampler
-
-_T = TypeVar("_T")
-Stream = IteratorGenerator[_T, None, None]
 
 Logits = npt.NDArray[np.float32]
 
@@ -48,13 +43,22 @@ class Timings:
     decoded_tokens: int = 0
     decode_seconds: float = 0.0
 
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+
     def add(self, n: int, seconds: float, *, decoded: bool) -> None:
         """Count a run of ``n`` tokens."""
-        if decoded:
-            self.decode_seconds += seconds
-            self.decoded_tokens += n
-        else:
-            self.prompt_seconds += seconds
+        with self._lock:
+            if decoded:
+                self.decode_seconds += seconds
+                self.decoded_tokens += n
+            else:
+                self.prompt_seconds += seconds
+
+    def begin(self, n: int, reused: int) -> None:
+        """Count a prompt of ``n`` tokens, of which ``reused`` were in the cache."""
+        with self._lock:
+            self.prompt_tokens += n
+            self.reused_tokens += reused
 
     @property
     def prompt_rate(self) -> float:
@@ -153,18 +157,28 @@ class Generator(Closing):
         self._finished: deque[Growing] = deque()
         self._last_sequence = 0
 
+    @property
+    def load(self) -> int:
+        """Texts that grow, and one more while a run is under way: for choosing among several generators."""
+        return len(self._growing) + self.lock.locked()
+
+    def in_common(self, ids: list[int]) -> int:
+        """Tokens at the beginning of ``ids`` that a kept text has too."""
+        with self.lock:
+            return max((common_length(kept, ids) for kept in self.kept.values()), default=0)
+
     # ------------------------------------------------------------------ one text
 
     def grow(self, ids: list[int], sampler: Sampler, *, reuse: bool = True, timings: Timings | None = None) -> Growing:
         """Begin a text. ``reuse`` takes what an earlier text with the same beginning has left in the cache."""
         text = Growing(list(ids), sampler, len(ids), n_taken=len(ids), timings=timings or Timings())
-        text.timings.prompt_tokens += len(ids)
         with self.lock:
             self.runner.check_open()
             self.settle()
             if reuse:
                 self._take_over(text)
             self._growing.append(text)
+            text.timings.begin(len(ids), text.n_cached)
         return text
 
     def next(self, text: Growing) -> int:
@@ -372,7 +386,6 @@ class Generator(Closing):
             del self.kept[best]
             self.cells.drop(best, common)
             text.sequence, text.n_cached = best, common
-            text.timings.reused_tokens += common
 
     def _make_room(self, text: Growing, n: int, parts: list[tuple[Growing, int]]) -> bool:
         """Free rows for ``n`` more tokens of ``text``, by taking them from texts that are done, pause, or came later.
@@ -428,85 +441,6 @@ class Generator(Closing):
             self._growing.clear()
             self.kept.clear()
             self.runner.close()
-
-
-@dataclass
-class Request:
-    """A text to continue."""
-
-    ids: list[int]
-    """Its tokens, at least one."""
-    sampler: Sampler
-    most: int
-    """Most tokens to add."""
-    ends: frozenset[int]
-    """Tokens that end it."""
-    reuse: bool = True
-    """Whether to take what the cache has of its beginning."""
-
-    def end(self) -> None:
-        """Have no more tokens made."""
-        self.most = 0
-
-
-def follow(generator: Generator, request: Request, timings: Timings) -> Stream[int]:
-    """The tokens that continue one text, as they come. The text ends when the iterator does."""
-    if not request.most:
-        return
-    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
-    try:
-        while True:
-            token = generator.next(text)
-            if token in request.ends:
-                return
-            yield token
-            if is_full(generator, text, request):
-                return
-    finally:
-        generator.finish(text)
-
-
-def follow_many(
-    generator: Generator, requests: Iterable[Request], at_once: int, timings: Timings
-) -> Stream[tuple[int, int | None]]:
-    """Continue several texts, ``at_once`` of them in each run: a later one begins as soon as one ends.
-
-    Yields pairs of a text's number and its next token, None where it has ended.
-    """
-    waiting = enumerate(requests)
-    growing: dict[int, tuple[Growing, Request]] = {}
-    try:
-        while True:
-            for number, request in islice(waiting, at_once - len(growing)):
-                if request.most:
-                    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
-                    growing[number] = text, request
-                else:
-                    yield number, None
-            if not growing:
-                return
-            for text, _ in growing.values():
-                text.ask()
-            generator.step(next(iter(growing.values()))[0])
-            for number, (text, request) in list(growing.items()):
-                if not text.ready:
-                    continue
-                token = text.take()
-                ended = token in request.ends
-                if not ended:
-                    yield number, token
-                if ended or is_full(generator, text, request):
-                    del growing[number]
-                    generator.finish(text)
-                    yield number, None
-    finally:
-        for text, _ in growing.values():
-            generator.finish(text)
-
-
-def is_full(generator: Generator, text: Growing, request: Request) -> bool:
-    """Whether no token may follow."""
-    return text.n_taken - text.n_prompt >= request.most or len(text.ids) > generator.n_ctx
 
 
 def common_length(a: list[int], b: list[int]) -> int:

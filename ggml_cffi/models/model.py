@@ -21,15 +21,15 @@ from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.arrange import Arrangement, Balance, Wish
 from ggml_cffi.models.chat import Message, render
-from ggml_cffi.models.embedding import Embedder
-from ggml_cffi.models.generation import Generator, Request, Stream, Timings, follow, follow_many
+from ggml_cffi.models.embedding import Embedder, embed_everywhere
+from ggml_cffi.models.following import Request, Stream, follow, follow_everywhere
+from ggml_cffi.models.generation import Generator, Timings
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.perplexity import Perplexity, perplexity
 from ggml_cffi.models.plan import Planner, check_options
 from ggml_cffi.models.runner import Runner
+from ggml_cffi.models.runners import open_runners
 from ggml_cffi.models.sampling import Sampler
-from ggml_cffi.models.scheduled import ScheduledRunner
-from ggml_cffi.models.staged import StagedRunner
 from ggml_cffi.models.text import Pieces, pieces, stop_strings
 from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.models.weights import Progress, Share
@@ -82,20 +82,22 @@ class Model(Closing):
         self.timings = Timings()
         """Of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
-        self._runner = self._open_runner(kv_dtype, progress, arrangement)
+        self._runners: list[Runner] = []
+        self._generators: list[Generator] = []
+        self._embedders: list[Embedder] = []
         software = any("llvmpipe" in b.device.description for b in backends)
-        self._generator = Generator(self._runner, n_ctx, one_by_one=software)
-        self._embedder: Embedder | None = None
-        if self._runner.placed is not None:
-            self._embedder = Embedder(architecture, self._runner.placed, self._runner.scheduler, n_ctx, n_batch)
-            if not architecture.causal:
-                self._reserve(self._embedder)
-
-    def _open_runner(self, kv_dtype: Type, progress: Progress | None, found: Arrangement) -> Runner:
-        given = self.architecture, self._backends, self.n_ctx, self.n_batch, kv_dtype, progress
-        if found.staged:
-            return StagedRunner(*given, where=found.where, in_flight=found.split == "pipeline")
-        return ScheduledRunner(*given, where=found.where, op_offload=found.op_offload)
+        try:
+            for runner in open_runners(architecture, backends, n_ctx, self.n_batch, kv_dtype, progress, arrangement):
+                self._runners.append(runner)
+                self._generators.append(Generator(runner, n_ctx, one_by_one=software))
+                if runner.placed is not None:
+                    self._embedders.append(Embedder(architecture, runner.placed, runner.scheduler, n_ctx, n_batch))
+                    if not architecture.causal:
+                        self._reserve(self._embedders[-1])
+        except BaseException:
+            for generator in self._generators:
+                generator.close()
+            raise
 
     # ------------------------------------------------------------------ text
 
@@ -166,10 +168,11 @@ class Model(Closing):
             If there are no tokens, more than fit the context, or ids out of range.
         """
         ids = self._checked(tokens)
+        generator = self._choose()
         if last:
-            last_row: npt.NDArray[np.float32] = self._generator.logits(ids, 1)[0]
+            last_row: npt.NDArray[np.float32] = generator.logits(ids, 1)[0]
             return last_row
-        return self._generator.logits(ids, len(ids))
+        return generator.logits(ids, len(ids))
 
     def perplexity(
         self, text: str | Iterable[int], *, n_ctx: int = 512, progress: Progress | None = None
@@ -195,7 +198,7 @@ class Model(Closing):
             If ``n_ctx`` is below 2, the text is shorter than one window, or an id is out of range.
         """
         ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
-        return perplexity(self._generator, ids, min(n_ctx, self.n_ctx), self._bos(), progress)
+        return perplexity(self._choose(), ids, min(n_ctx, self.n_ctx), self._bos(), progress)
 
     def _bos(self) -> int | None:
         kind = self._file.metadata.get("tokenizer.ggml.model", "no_vocab")
@@ -304,12 +307,12 @@ class Model(Closing):
 
     def _follow(self, request: Request) -> Stream[int]:
         self.timings = timings = Timings()
-        yield from follow(self._generator, request, timings)
+        yield from follow(self._choose(request), request, timings)
 
     def _several(self, requests: list[Request], at_once: int, stops: tuple[str, ...]) -> Iterator[tuple[int, str]]:
         texts = [Pieces(self.tokenizer, stops) for _ in requests]
         self.timings = timings = Timings()
-        with closing(follow_many(self._generator, requests, at_once, timings)) as tokens:
+        with closing(follow_everywhere(self._generators, requests, at_once, timings)) as tokens:
             for number, token in tokens:
                 text = texts[number]
                 piece = text.finish() if token is None else text.push(token)
@@ -317,6 +320,14 @@ class Model(Closing):
                     yield number, piece
                 if text.stopped:
                     requests[number].end()
+
+    def _choose(self, request: Request | None = None) -> Generator:
+        """The replica that has least to do; of several, the one whose cache has most of the request's beginning."""
+        if len(self._generators) == 1:
+            return self._generators[0]
+        least = min(generator.load for generator in self._generators)
+        idle = [generator for generator in self._generators if generator.load <= least] or self._generators
+        return idle[0] if request is None else max(idle, key=lambda g: g.in_common(request.ids))
 
     def _most(self, max_tokens: int | None) -> int:
         if max_tokens is None:
@@ -333,16 +344,19 @@ class Model(Closing):
 
         A later text that begins with the same tokens takes them over.
         """
-        with self._generator.lock:
-            self._generator.settle()
-            return [list(ids) for ids in self._generator.kept.values()]
+        found = []
+        for generator in self._generators:
+            with generator.lock:
+                generator.settle()
+                found += [list(ids) for ids in generator.kept.values()]
+        return found
 
     def save_cache(self, path: str | os.PathLike[str]) -> int:
         """Write what :attr:`cached` lists, with its keys and values, to a file; the number of tokens.
 
         The file is GGUF. Errors as writing any file.
         """
-        return state.save(self._generator, path)
+        return state.save(self._generators, path)
 
     def load_cache(self, path: str | os.PathLike[str]) -> int:
         """Put what :meth:`save_cache` wrote into the cache; the number of tokens.
@@ -354,13 +368,14 @@ class Model(Closing):
         ValueError
             If the cache is too small for it.
         """
-        return state.load(self._generator, path)
+        return state.load(self._choose(), path)
 
     def clear_cache(self) -> None:
         """Forget what :attr:`cached` lists."""
-        with self._generator.lock:
-            self._generator.settle()
-            self._generator.drop_all()
+        for generator in self._generators:
+            with generator.lock:
+                generator.settle()
+                generator.drop_all()
 
     # ------------------------------------------------------------------ embeddings
 
@@ -404,17 +419,13 @@ class Model(Closing):
         if isinstance(texts, str):
             raise TypeError("texts is a sequence: put the one text in a list")
         ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
-        if self._embedder is None:
+        if not self._embedders:
             raise ValueError("embed needs layers that are whole on a device: load the model with split='layer'")
-        return self._embedder.embed(ids, pooling=pooling, normalize=normalize)
+        return embed_everywhere(self._embedders, ids, pooling=pooling, normalize=normalize)
 
     def _reserve(self, embedder: Embedder) -> None:
-        try:
-            sizes = embedder.reserve()
-        except BaseException:
-            self._generator.close()
-            raise
-        for share in self.shares:
+        sizes = embedder.reserve()
+        for share in self._runners[-1].shares:
             share.compute_bytes = sizes[share.backend]
 
     # ------------------------------------------------------------------ the rest
@@ -422,7 +433,9 @@ class Model(Closing):
     @property
     def shares(self) -> list[Share]:
         """What each device holds: layers, bytes of weights, caches and intermediate results."""
-        return self._runner.shares
+        found = [share for runner in self._runners for share in runner.shares if not share.backend.device.is_cpu]
+        # The CPU is every replica's.
+        return found + [share for share in self._runners[0].shares if share.backend.device.is_cpu]
 
     @property
     def scheduler(self) -> Scheduler:
@@ -435,7 +448,7 @@ class Model(Closing):
         ValueError
             If several devices compute every layer together: there is none then.
         """
-        return self._runner.scheduler
+        return self._runners[0].scheduler
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """What the last run computed for texts, in order, and on which backend each.
@@ -445,7 +458,7 @@ class Model(Closing):
         ClosedError
             If the model is closed.
         """
-        return self._runner.assignment()
+        return [entry for runner in self._runners for entry in runner.assignment()]
 
     def layer_backend(self, layer: int) -> Backend:
         """The backend where a layer's weights are; the first, where several have parts of it."""
@@ -461,13 +474,11 @@ class Model(Closing):
 
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        if self._embedder is not None:
-            self._embedder.close()
-        for part in (self._generator, *self._backends, self._file):
+        for part in (*self._embedders, *self._generators, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:
-        return f"<Model {os.path.basename(self._file.path)}{' closed' if self._runner.closed else ''}>"
+        return f"<Model {os.path.basename(self._file.path)}{' closed' if self._runners[0].closed else ''}>"
 
 
 def load(
@@ -493,7 +504,9 @@ def load(
         no room for, and embeddings or a head that a GPU cannot use.
     split
         ``"layer"``: each device has some layers. ``"pipeline"``: so too, and GPUs that have them all compute the
-        batches of a long prompt at the same time, each its layers of another batch.
+        batches of a long prompt at the same time, each its layers of another batch. ``"data"``: each GPU has the whole
+        model; several texts are dealt to them. ``"tensor"``: each GPU has a part of every layer, whole heads; they
+        compute each token together.
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch

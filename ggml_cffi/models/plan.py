@@ -15,7 +15,17 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import SPLITS, Arrangement, Balance, DeviceShare, Wish, arrange, parts_of
+from ggml_cffi.models.arrange import (
+    SPLITS,
+    Arrangement,
+    Balance,
+    DeviceShare,
+    Wish,
+    arrange,
+    arrange_parts,
+    arrange_replicas,
+    parts_of,
+)
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.weights import check_cache
 
@@ -31,6 +41,7 @@ class Plan:
     n_ctx: int
     n_batch: int
     kv_dtype: str
+    split: str
     shares: tuple[DeviceShare, ...]
     """The devices in order, the CPU last."""
     reasons: tuple[str, ...]
@@ -61,7 +72,7 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        head = f"{os.path.basename(self.path)}: context {self.n_ctx:,}, batch {self.n_batch:,}, cache {self.kv_dtype}"
+        head = f"{os.path.basename(self.path)}: context {self.n_ctx:,}, batch {self.n_batch:,}, cache {self.kv_dtype}, split {self.split}"
         parts = [f"{head}: {'fits' if self.fits else 'does not fit'}", self.table(), "\n".join(self.reasons)]
         if self.proposals:
             title = "Every layer would be on a GPU with:" if self.fits else "These would fit:"
@@ -143,12 +154,18 @@ class Planner:
         check_cache(wish.kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.wish, self.balance = architecture, backends, wish, balance
         self.split = split
+        if split in ("data", "tensor") and balance != "memory":
+            raise ValueError(f"split {split!r} gives every device the same: balance is for layers")
         self._parts, self._given = parts_of(balance, architecture, backends, chosen)
 
     def arrange(self, wish: Wish | None = None) -> Arrangement:
         """Share the layers out."""
-        found = arrange(self.architecture, self.backends, wish or self.wish, self._parts, strict=self._given)
-        return replace(found, split=self.split)
+        given = self.architecture, self.backends, wish or self.wish
+        if self.split == "tensor":
+            return arrange_parts(*given)
+        if self.split == "data":
+            return arrange_replicas(*given)
+        return replace(arrange(*given, self._parts, strict=self._given), split=self.split)
 
     def arrange_or_raise(self) -> Arrangement:
         """As :meth:`arrange`.
@@ -177,6 +194,7 @@ class Planner:
             n_ctx=self.wish.n_ctx,
             n_batch=min(self.wish.n_batch, self.wish.n_ctx),
             kv_dtype=self.wish.kv_dtype.name,
+            split=found.split,
             shares=tuple(found.shares),
             reasons=tuple(self.reasons(found)),
             proposals=tuple(self.proposals(found)),
@@ -186,6 +204,10 @@ class Planner:
 
     def reasons(self, found: Arrangement) -> Iterator[str]:
         """A sentence for each decision."""
+        if found.split in ("data", "tensor"):
+            what = "has the whole model" if found.split == "data" else "has some heads and columns of every layer"
+            yield f"Each of {', '.join(s.device for s in found.shares if s.layers)} {what}."
+            return
         *gpus, cpu = found.shares
         n = self.architecture.n_layers
         for share, backend in zip(found.shares, self.backends, strict=True):
@@ -222,6 +244,8 @@ class Planner:
 
     def proposals(self, found: Arrangement) -> list[str]:
         """What would fit, each tried; see :attr:`Plan.proposals`."""
+        if found.fits and found.split in ("data", "tensor"):
+            return []
         *gpus, cpu = found.shares
         asked = bool(self._parts and self._parts[-1])  # for layers on the CPU
         if found.fits and (not gpus or not cpu.layers or asked):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,19 +22,25 @@ from ggml_cffi.tensor import Tensor
 _KIND = "ggml_cffi.kv_cache"
 Bytes = npt.NDArray[np.uint8]
 
+#: Where a text is: the generator that keeps it, the rows of its cache, the tokens.
+_Text = tuple[Generator, npt.NDArray[np.int64], list[int]]
 
-def save(generator: Generator, path: str | os.PathLike[str]) -> int:
-    """Write the texts that are kept in the cache, the latest last; the number of their tokens.
+
+def save(generators: Sequence[Generator], path: str | os.PathLike[str]) -> int:
+    """Write the texts that are kept in the caches of a model's replicas, the latest last; the number of their tokens.
 
     A GGUF file: for text ``i`` its tokens ``i.tokens`` ``(n,)``, and for each layer the stored bytes of its keys and
     values, ``i.k.LAYER`` and ``i.v.LAYER``, as I8 ``(n, bytes of a token)``.
     """
-    with generator.lock:
-        generator.settle()
-        texts = [(generator.cells.rows(sequence), ids) for sequence, ids in generator.kept.items()]
-        metadata = _description(generator) | {f"{_KIND}.texts": len(texts)}
-        write_gguf(path, metadata, _contents(generator, texts))
-    return sum(len(ids) for _, ids in texts)
+    texts: list[_Text] = []
+    with ExitStack() as stack:
+        for generator in generators:
+            stack.enter_context(generator.lock)
+            generator.settle()
+            texts += [(generator, generator.cells.rows(sequence), ids) for sequence, ids in generator.kept.items()]
+        metadata = _description(generators[0]) | {f"{_KIND}.texts": len(texts)}
+        write_gguf(path, metadata, _contents(texts))
+    return sum(len(ids) for *_, ids in texts)
 
 
 def load(generator: Generator, path: str | os.PathLike[str]) -> int:
@@ -123,10 +130,8 @@ def _width(cache: LayerCache, part: str) -> int:
     return cache.k.shape[1] if part == "k" else cache.v.shape[0 if cache.across else 1]
 
 
-def _contents(
-    generator: Generator, texts: list[tuple[npt.NDArray[np.int64], list[int]]]
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    for i, (rows, ids) in enumerate(texts):
+def _contents(texts: list[_Text]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    for i, (generator, rows, ids) in enumerate(texts):
         yield f"{i}.tokens", np.asarray(ids, np.int32)
         for name, caches, part in _parts(generator, i):
             each = [_gather(cache, part, rows) for cache, *_ in caches]

@@ -33,7 +33,8 @@ class TensorParallel(Group):
     Parameters
     ----------
     devices
-        GPUs or their names; default all. Or the CPU alone, which then has everything.
+        GPUs, their names, or backends, which stay the caller's; default all. Or the CPU alone, which then has
+        everything.
     half_above
         Bytes beyond which partial sums travel as F16, which takes half the time. Default never: a partial sum beyond
         65504 would be infinite.
@@ -61,7 +62,7 @@ class TensorParallel(Group):
 
     def __init__(
         self,
-        devices: Iterable[Device | str] | None = None,
+        devices: Iterable[Backend | Device | str] | None = None,
         *,
         half_above: int | None = None,
         threads: bool | None = None,
@@ -72,28 +73,19 @@ class TensorParallel(Group):
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
         try:
-            given = [d for d in all_devices() if not d.is_cpu] if devices is None else devices
-            for which in given:
-                self._opened.append(Backend(which, n_threads=n_threads))
-            self._check()
-            super().__init__(self._opened, half_above=half_above, threads=threads)
-            self._contexts = [Context() for _ in self._opened]
+            chosen: list[Backend] = []
+            for which in [d for d in all_devices() if not d.is_cpu] if devices is None else devices:
+                if not isinstance(which, Backend):
+                    which = Backend(which, n_threads=n_threads)
+                    self._opened.append(which)
+                chosen.append(which)
+            check_devices([b.device for b in chosen])
+            super().__init__(chosen, half_above=half_above, threads=threads)
+            self._contexts = [Context() for _ in chosen]
         except BaseException:
             for backend in self._opened:
                 backend.close()
             raise
-
-    def _check(self) -> None:
-        devices = [b.device for b in self._opened]
-        if not devices:
-            raise ValueError("tensor parallelism needs a device: there is no GPU; ['CPU'] works too, alone")
-        if len(set(devices)) < len(devices):
-            raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
-        if len(devices) > 1 and any(d.is_cpu for d in devices):
-            raise ValueError(
-                "the CPU cannot share layers with others: its parts would take as long as all of a GPU's; name GPUs "
-                "only, or the CPU alone"
-            )
 
     # ------------------------------------------------------------------ data on devices
 
@@ -193,6 +185,19 @@ class TensorParallel(Group):
     def __repr__(self) -> str:
         names = "closed" if self.closed else ", ".join(b.name for b in self._backends)
         return f"<TensorParallel {names}>"
+
+
+def check_devices(devices: Sequence[Device]) -> None:
+    """Raise ValueError if such devices cannot share layers."""
+    if not devices:
+        raise ValueError("tensor parallelism needs a device: there is no GPU; ['CPU'] works too, alone")
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
+    if len(devices) > 1 and any(d.is_cpu for d in devices):
+        raise ValueError(
+            "the CPU cannot share layers with others: its parts would take as long as all of a GPU's; name GPUs "
+            "only, or the CPU alone"
+        )
 
 
 class _Source:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy.typing as npt
 
 from ggml_cffi._feasible import VIEWS
 from ggml_cffi.backend import Backend
+from ggml_cffi.cut import rule_for
 from ggml_cffi.device import Device
+from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.gguf import GGUFTensor
+from ggml_cffi.gguf import GGUFTensor, TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
 from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.stage import Layers, Stage
 from ggml_cffi.models.weights import Progress, Share, is_across
 from ggml_cffi.parallel.program import Program
-from ggml_cffi.parallel.tensor import TensorParallel
+from ggml_cffi.parallel.tensor import TensorParallel, check_devices
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
@@ -58,7 +62,7 @@ class TensorRunner(Runner):
     def __init__(
         self,
         architecture: Architecture,
-        devices: Iterable[Device | str] | None = None,
+        devices: Iterable[Backend | Device | str] | None = None,
         n_ctx: int = 4096,
         n_batch: int = 512,
         kv_dtype: Type = Type.F16,
@@ -85,32 +89,21 @@ class TensorRunner(Runner):
             self.caches = [self._new_cache(i, kv_dtype) for i in range(architecture.n_layers)]
             parts = [{name: t[r] for name, t in self.weights.items()} for r in range(len(backends))]
             caches = [[layer[r] for layer in self.caches] for r in range(len(backends))]
-            self.stage = Stage(Layers(architecture, range(architecture.n_layers), parts, caches), self.group)
+            layers = Layers(architecture, range(architecture.n_layers), parts, caches)
+            self.stage = Stage(layers, self.group)
             """What computes."""
-            sizes = self.stage.reserve(n_batch, self.n_rows)
-            self.shares = [self._share(r, parts[r], caches[r], sizes[r]) for r in range(len(backends))]
+            self.shares = _shares(layers, backends, self.stage.reserve(n_batch, self.n_rows))
         except BaseException:
             self.close()
             raise
 
     def _new_cache(self, i: int, dtype: Type) -> list[LayerCache]:
         """Keys and values of layer ``i``: for each device rows for as many heads as its projections have."""
-        k, v = ([(self.n_rows, w.shape[0]) for w in self.weights[f"blk.{i}.attn_{x}.weight"]] for x in "kv")
+        k, v = ([_cache_shape(self.n_rows, w) for w in self.weights[f"blk.{i}.attn_{x}.weight"]] for x in "kv")
         if self._across:
             v = [shape[::-1] for shape in v]
         keys, values = self.group.zeros(k, dtype, name=f"cache_k.{i}"), self.group.zeros(v, dtype, name=f"cache_v.{i}")
         return [LayerCache(*pair, self._across) for pair in zip(keys, values, strict=True)]
-
-    def _share(self, r: int, weights: Mapping[str, Tensor], caches: Iterable[LayerCache], compute: int) -> Share:
-        return Share(
-            self.group.backends[r],
-            [*range(self.architecture.n_layers)],
-            sum(t.nbytes for t in weights.values()),
-            sum(c.k.nbytes + c.v.nbytes for c in caches),
-            compute,
-            has_output=True,
-            has_embeddings=True,
-        )
 
     def run(self, batch: Batch) -> Logits:
         """Logits ``(n_out, n_vocab)`` of the tokens of ``batch`` that are wanted, until the next run.
@@ -160,3 +153,50 @@ def _named(architecture: Architecture) -> dict[str, Any]:
     found = {name: file[name] for name in architecture.shapes}
     found["output.weight"] = file[architecture.output_tensor]
     return found
+
+
+def _cache_shape(n_rows: int, projection: Tensor) -> tuple[int, int]:
+    return n_rows, projection.shape[0]
+
+
+def _shares(layers: Layers, backends: Sequence[Backend], sizes: Sequence[int]) -> list[Share]:
+    """What each device holds, with so many bytes of intermediate results."""
+    found = []
+    for backend, weights, caches, compute in zip(backends, layers.weights, layers.caches, sizes, strict=True):
+        cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
+        weight_bytes = sum(t.nbytes for t in weights.values())
+        found.append(Share(backend, [*layers.layers], weight_bytes, cache_bytes, compute))
+        found[-1].has_output = found[-1].has_embeddings = True
+    return found
+
+
+def measure(
+    architecture: Architecture, backends: Sequence[Backend], n_ctx: int, n_batch: int, kv_dtype: Type
+) -> list[Share]:
+    """What a :class:`TensorRunner` would hold on each device. Nothing is allocated; errors as there."""
+    check_devices([b.device for b in backends])
+    n, across, cuts = len(backends), is_across(backends[0], kv_dtype), architecture.shares(len(backends)).cuts
+    rows, layers = n_rows(n_ctx), range(architecture.n_layers)
+    shapes = {name: t.shape for name, t in _named(architecture).items()}
+    parts: list[dict[str, Tensor]] = []
+    caches: list[list[LayerCache]] = []
+    with ExitStack() as stack:
+        for r, backend in enumerate(backends):
+            context = stack.enter_context(Sketch())
+            kinds = {name: _info(architecture, name).dtype for name in shapes}
+            cut = {name: rule_for(name, cuts).shapes(kinds[name], shape, n)[r] for name, shape in shapes.items()}
+            parts.append({name: context.new_tensor(kinds[name], shape, name=name) for name, shape in cut.items()})
+            context.alloc(backend.buffer_type, usage=Usage.WEIGHTS)
+            caches.append([])
+            for i in layers:
+                k, v = (_cache_shape(rows, parts[r][f"blk.{i}.attn_{x}.weight"]) for x in "kv")
+                pair = context.new_tensor(kv_dtype, k), context.new_tensor(kv_dtype, v[::-1] if across else v)
+                caches[r].append(LayerCache(*pair, across))
+            context.alloc(backend.buffer_type)
+        found = Layers(architecture, layers, parts, caches)
+        with found.measure(backends, (n_batch, rows, 1)) as traced:
+            return _shares(found, backends, traced.arena_sizes)
+
+
+def _info(architecture: Architecture, name: str) -> TensorInfo:
+    return architecture.info(architecture.output_tensor if name == "output.weight" else name)

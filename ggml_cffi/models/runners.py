@@ -1,0 +1,51 @@
+"""The runners of a model that was arranged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ggml_cffi.backend import Backend
+from ggml_cffi.enums import Type
+from ggml_cffi.models.architecture import Architecture
+from ggml_cffi.models.arrange import Arrangement
+from ggml_cffi.models.runner import Runner
+from ggml_cffi.models.scheduled import ScheduledRunner
+from ggml_cffi.models.staged import StagedRunner
+from ggml_cffi.models.weights import Progress
+from ggml_cffi.parallel.tensor_runner import TensorRunner
+
+
+def open_runners(
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    n_ctx: int,
+    n_batch: int,
+    kv_dtype: Type,
+    progress: Progress | None,
+    found: Arrangement,
+) -> Iterator[Runner]:
+    """Load the model: one runner, or one for each replica.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If a device has less memory than it said.
+    """
+    parts = found.replicas or (found,)
+    for i, part in enumerate(parts):
+        own = [backends[k] for k in part.members]
+        given = architecture, own, n_ctx, n_batch, kv_dtype, _part_of(progress, i, len(parts))
+        if part.split == "tensor":
+            yield TensorRunner(*given)
+        elif part.staged:
+            yield StagedRunner(*given, where=part.where, in_flight=part.split == "pipeline")
+        else:
+            yield ScheduledRunner(*given, where=part.where, op_offload=part.op_offload)
+
+
+def _part_of(progress: Progress | None, i: int, n: int) -> Progress | None:
+    """What is called while the ``i``-th of ``n`` replicas is loaded."""
+    if progress is None or n == 1:
+        return progress
+    report = progress
+    return lambda done, total: report(i * total + done, n * total)

@@ -1,0 +1,244 @@
+"""Every way to split a model over devices gives what one device gives, and takes what was planned."""
+
+import threading
+
+import llama_float64
+import numpy as np
+import pytest
+from conftest import relative_error
+
+import ggml_cffi as ggml
+from ggml_cffi import models
+from ggml_cffi.models.staged import StagedRunner
+
+SPLITS = ("layer", "pipeline", "data", "tensor")
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.fixture
+def path(tmp_path, rng):
+    return llama_float64.random_model(tmp_path / "m.gguf", rng)
+
+
+@pytest.fixture(params=SPLITS)
+def split(request):
+    return request.param
+
+
+def answers(model, prompts, n=3):
+    return [[*model.generate_tokens(ids, n, stop_at_end=False)] for ids in prompts]
+
+
+# ---------------------------------------------------------------------- two GPUs
+
+
+def test_two_gpus_give_what_float64_does(two_gpus, path, split, rng):
+    ids = [int(t) for t in rng.integers(0, 50, 41)]
+    want = llama_float64.Reference(path).forward(ids)
+    with models.load(path, two_gpus, split, n_batch=16) as model:
+        assert relative_error(model.forward(ids), want) < 1e-2  # three batches
+        made = [*model.generate_tokens(ids, 3, stop_at_end=False)]  # a prompt of three batches
+        assert made[0] == model.forward(ids, last=True).argmax()
+        used = {backend.name for _, backend in model.assignment()}
+        assert used == ({"Vulkan0"} if split == "data" else set(two_gpus))  # one text: the other replica waits
+        assert model.layer_backend(0).name == "Vulkan0"
+        assert [len(share.layers) for share in model.shares if share.weight_bytes] == (
+            [3, 3] if split in ("data", "tensor") else [1, 2]
+        )
+    with pytest.raises(ggml.ClosedError):
+        model.assignment()
+
+
+def test_batches_in_flight_are_those_one_after_another(two_gpus, path, monkeypatch):
+    ids = [i % 50 for i in range(200)]
+    real = StagedRunner._start
+    seen = []
+
+    def start(self, batch):
+        seen.append(len(batch.tokens))
+        return real(self, batch)
+
+    monkeypatch.setattr(StagedRunner, "_start", start)
+    with models.load(path, two_gpus, "layer", n_batch=16) as model:
+        want = model.forward(ids)
+        assert not seen
+    with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
+        np.testing.assert_array_equal(model.forward(ids), want)
+        assert sum(seen) == 200
+        assert len(seen) == 13
+        assert next(model.generate_tokens(ids, 1, stop_at_end=False)) == want[-1].argmax()
+        assert len(seen) == 26
+    assert not any(t.name.startswith("ggml_cffi stage") for t in threading.enumerate())
+
+
+def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch):
+    with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
+        want = answers(model, [PROMPT * 4])
+        model.clear_cache()
+        stage = model._runners[0].stages[1]
+        real, calls = stage.run, []
+
+        def run(batch, x=None):
+            calls.append(batch)
+            if len(calls) == 2:
+                raise ggml.GgmlError("the computation failed: failed")
+            return real(batch, x)
+
+        monkeypatch.setattr(stage, "run", run)
+        with pytest.raises(ggml.GgmlError, match="the computation failed"):
+            answers(model, [PROMPT * 4])
+        monkeypatch.setattr(stage, "run", real)
+        assert model._generators[0].cells.n_free == model._generators[0].cells.sequence.size
+        assert answers(model, [PROMPT * 4]) == want
+
+
+def test_texts_are_dealt_to_replicas(two_gpus, path):
+    prompts = [[i, i + 1, i + 2, 4, 5, 6, 7, 8, 9, 10, 11] for i in range(6)]
+    with models.load(path, ["Vulkan0"], "layer") as model:
+        want = answers(model, prompts)
+        vectors = model.embed(prompts)
+    with models.load(path, two_gpus, "data") as model:
+        assert answers(model, prompts) == want
+        assert len(model.cached) == 6
+        # as one list, by both at once
+        model.clear_cache()
+        assert not model.cached
+        found = {}
+        for number, token in deal(model, prompts, 3):
+            found.setdefault(number, []).append(token)
+        # Keys lie in other rows than before, so that sums are rounded differently: later tokens may differ.
+        assert [found[i][0] for i in range(6)] == [ids[0] for ids in want]
+        assert [len(found[i]) for i in range(6)] == [3] * 6
+        each = [len(generator.kept) for generator in model._generators]
+        assert sum(each) == 6
+        assert all(each)
+        assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
+        assert relative_error(model.embed(prompts), vectors) < 1e-3
+
+
+def deal(model, prompts, n):
+    """Token ids of several texts: the model has no vocabulary."""
+    from ggml_cffi.models.following import Request, follow_everywhere
+    from ggml_cffi.models.generation import Timings
+    from ggml_cffi.models.sampling import Sampler
+
+    requests = [Request(list(ids), Sampler(), n, frozenset()) for ids in prompts]
+    timings = Timings()
+    for number, token in follow_everywhere(model._generators, requests, 2, timings):  # one at each
+        if token is not None:
+            yield number, token
+    assert timings.prompt_tokens == sum(map(len, prompts))
+
+
+def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
+    with models.load(path, two_gpus, "data") as model:
+        second = model._generators[1]
+
+        def fail(batch):
+            raise ggml.GgmlError("the computation failed: failed")
+
+        monkeypatch.setattr(second.runner, "run", fail)
+        with pytest.raises(ggml.GgmlError, match="the computation failed"):
+            list(deal(model, [PROMPT] * 6, 3))
+        assert not any(generator._growing for generator in model._generators)
+        # and one that is left early
+        monkeypatch.undo()
+        stream = deal(model, [PROMPT] * 6, 30)
+        next(stream)
+        stream.close()
+        for generator in model._generators:
+            generator.settle()
+        assert not any(generator._growing for generator in model._generators)
+    assert not any(t.name == "ggml_cffi replica" for t in threading.enumerate())
+
+
+def test_a_text_goes_where_its_beginning_is(two_gpus, path):
+    with models.load(path, two_gpus, "data") as model:
+        first, second = model._generators
+        text = model.generate_tokens(PROMPT, 3, stop_at_end=False)
+        next(text)  # grows on the first: the next text goes to the second
+        other = [9] * 11
+        answers(model, [other])
+        assert [ids[:11] for ids in second.kept.values()] == [other]
+        text.close()
+        answers(model, [other])
+        assert model.timings.reused_tokens == 10
+        assert model._choose() is first
+
+
+# ---------------------------------------------------------------------- caches to files
+
+
+def test_a_cache_goes_from_one_split_to_another(two_gpus, path, tmp_path):
+    with models.load(path, two_gpus, "layer") as model:
+        want = answers(model, [PROMPT])
+        assert model.save_cache(tmp_path / "layer.kv") == len(PROMPT) + 2
+    with models.load(path, two_gpus, "tensor") as model:
+        assert model.load_cache(tmp_path / "layer.kv") == len(PROMPT) + 2
+        assert answers(model, [PROMPT]) == want
+        assert model.timings.reused_tokens == len(PROMPT) - 1
+        model.save_cache(tmp_path / "tensor.kv")
+    with models.load(path, two_gpus, "data") as model:
+        model.load_cache(tmp_path / "tensor.kv")
+        assert answers(model, [PROMPT]) == want
+        assert model.timings.reused_tokens == len(PROMPT) - 1
+        model.save_cache(tmp_path / "data.kv")
+    for name in ("layer", "tensor"):
+        with ggml.GGUFFile(tmp_path / f"{name}.kv") as a, ggml.GGUFFile(tmp_path / "tensor.kv") as b:
+            assert {k: t.shape for k, t in a.tensors.items()} == {k: t.shape for k, t in b.tensors.items()}
+
+
+# ---------------------------------------------------------------------- plans
+
+
+def test_every_split_takes_what_was_planned(two_gpus, path, split):
+    plan = models.plan(path, two_gpus, split, n_batch=16)
+    assert plan.fits
+    assert plan.split == split
+    with models.load(path, two_gpus, split, n_batch=16) as model:
+        model.forward(PROMPT, last=True)
+        for planned, share in zip(plan.shares, model.shares, strict=True):
+            assert planned.device == share.backend.name
+            for kind in ("weight_bytes", "cache_bytes", "compute_bytes"):
+                assert abs(getattr(planned, kind) - getattr(share, kind)) <= 0.03 * getattr(share, kind), kind
+    assert f"split {split}" in str(plan)
+
+
+@pytest.mark.parametrize("split", ["data", "tensor"])
+def test_what_does_not_fit_is_refused(two_gpus, path, split, monkeypatch):
+    real = ggml.Device.memory
+    monkeypatch.setattr(
+        ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(300_000, 300_000)
+    )
+    plan = models.plan(path, two_gpus, split, n_batch=16)
+    assert not plan.fits
+    with pytest.raises(ggml.OutOfMemoryError, match=r"Vulkan0 lacks .*Vulkan1 lacks .* These would fit"):
+        models.load(path, two_gpus, split, n_batch=16)
+
+
+def test_wrong_splits(path, tmp_path, rng):
+    with pytest.raises(ValueError, match="split 'rows' is not known; 'layer', 'pipeline'"):
+        models.load(path, ["CPU"], "rows")
+    for split in ("data", "tensor"):
+        with pytest.raises(ValueError, match=f"split '{split}' gives every device the same: balance is for layers"):
+            models.plan(path, ["CPU"], split, balance="speed")
+
+
+@pytest.mark.parametrize("split", ["data", "tensor", "pipeline"])
+def test_the_cpu_alone(path, split):
+    ids = PROMPT * 3
+    with models.load(path, ["CPU"]) as model:
+        want, made = model.forward(ids), answers(model, [ids])
+        vectors = model.embed([ids])
+    with models.load(path, ["CPU"], split, n_batch=16) as model:
+        assert relative_error(model.forward(ids), want) < 1e-5
+        assert answers(model, [ids]) == made
+        assert {backend.name for _, backend in model.assignment()} == {"CPU"}
+        if split == "tensor":
+            with pytest.raises(ValueError, match="embed needs layers that are whole on a device"):
+                model.embed([ids])
+            with pytest.raises(ValueError, match="have no scheduler"):
+                model.scheduler  # noqa: B018
+        else:
+            assert relative_error(model.embed([ids]), vectors) < 1e-5
+            assert model.scheduler.graph is not None
