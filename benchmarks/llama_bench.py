@@ -1,6 +1,6 @@
 """One measurement of llama.cpp through the C API that llama-cpp-python wraps, as its own llama-bench does it.
 
-    python benchmarks/llama_bench.py MODEL.gguf [--prompt 512] [--decode 128] [--ctx 1024]
+    python benchmarks/llama_bench.py MODEL.gguf [--prompts 512,4096] [--decode 128] [--split layer]
 
 Which GPUs it uses is said by GGML_VK_VISIBLE_DEVICES. Prints JSON: the best of three.
 """
@@ -28,41 +28,45 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--prompts", default="512", help="tokens of each prompt")
     parser.add_argument("--decode", type=int, default=128)
-    parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--split", choices=("none", "layer", "row", "tensor"), default="layer")
     parser.add_argument("--gpu-layers", type=int, default=999)
     args = parser.parse_args()
+    prompts = [int(n) for n in args.prompts.split(",")]
+    most = max([*prompts, args.decode, 512])
     lib.llama_backend_init()
     start = time.perf_counter()
     model_params = lib.llama_model_default_params()
     model_params.n_gpu_layers = args.gpu_layers
+    model_params.split_mode = ("none", "layer", "row", "tensor").index(args.split)
     model = lib.llama_model_load_from_file(args.model.encode(), model_params)
     params = lib.llama_context_default_params()
-    params.n_ctx = args.ctx
-    params.n_batch = max(args.prompt, 512)
+    params.n_ctx = most + 256
+    params.n_batch = most
     params.n_ubatch = 512
     params.flash_attn_type = 1
     ctx = lib.llama_init_from_model(model, params)
     load = time.perf_counter() - start
     memory = lib.llama_get_memory(ctx)
-    prompt, one = (lib.llama_token * args.prompt)(*[100] * args.prompt), (lib.llama_token * 1)(100)
+    prompt, one = (lib.llama_token * most)(*[100] * most), (lib.llama_token * 1)(100)
 
     def compute(tokens: object, n: int) -> None:
         if lib.llama_decode(ctx, lib.llama_batch_get_one(tokens, n)):
             raise RuntimeError("llama_decode failed")
         lib.llama_synchronize(ctx)
 
-    def read() -> None:
+    def read(n: int) -> None:
         lib.llama_memory_clear(memory, True)
-        compute(prompt, args.prompt)
+        compute(prompt, n)
 
     def decode() -> None:
         lib.llama_memory_clear(memory, True)
         for _ in range(args.decode):
             compute(one, 1)
 
-    found = {"load_s": load, "prompt": args.prompt / best(read), "decode": args.decode / best(decode)}
+    found = {"load_s": load} | {f"prompt {n}": n / best(lambda n=n: read(n)) for n in prompts}  # type: ignore[misc]
+    found["decode"] = args.decode / best(decode)
     print(json.dumps(found))
     return 0
 

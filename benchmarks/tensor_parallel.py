@@ -126,12 +126,12 @@ def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterato
     """Partial sums that go another way."""
     before = rank.DIRECT
     rank.DIRECT, model.group.half_above = direct, half_above
-    model._compute.clear()
+    model.stage.clear()
     try:
         yield
     finally:
         rank.DIRECT, model.group.half_above = before, None
-        model._compute.clear()
+        model.stage.clear()
 
 
 def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:

@@ -72,7 +72,8 @@ class Plan:
         return found
 
     def __str__(self) -> str:
-        head = f"{os.path.basename(self.path)}: context {self.n_ctx:,}, batch {self.n_batch:,}, cache {self.kv_dtype}, split {self.split}"
+        head = f"{os.path.basename(self.path)}: context {self.n_ctx:,}, batch {self.n_batch:,}, cache {self.kv_dtype}"
+        head += f", split {self.split}"
         parts = [f"{head}: {'fits' if self.fits else 'does not fit'}", self.table(), "\n".join(self.reasons)]
         if self.proposals:
             title = "Every layer would be on a GPU with:" if self.fits else "These would fit:"

@@ -169,9 +169,13 @@ class Stage(Closing):
         each = zip(plans, self.group.backends, strict=True)
         return [(t, backend) for plan, backend in each for graph in plan.graphs for t in graph.nodes]
 
-    def close(self) -> None:
-        """Free graphs and memory."""
+    def clear(self) -> None:
+        """Give the graphs up."""
         for program in self._programs.values():
             program.close()
         self._programs.clear()
+
+    def close(self) -> None:
+        """Free graphs and memory."""
+        self.clear()
         self.group.close()

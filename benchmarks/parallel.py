@@ -1,0 +1,152 @@
+"""A model split over two GPUs in every way, beside one GPU, and beside llama.cpp with the same splits.
+
+    python -m benchmarks.parallel [--shapes 1B,8B] [--dtypes f16,q4_k] [--splits ...] [--peer PYTHON] [DEVICE DEVICE]
+
+The models have random weights; they are made in ``--folder`` and kept there. Each line says tokens/s of a prompt of 512
+and of 4096 tokens and of 128 tokens decoded one by one, all of one text (with ``data`` of one text on each GPU at the
+same time, added up), then the memory of the GPUs: planned, and taken by the device's own count. ``--peer`` names an
+interpreter with llama-cpp-python built for Vulkan. Software devices take ``--shapes tiny --prompts 64``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ggml_cffi as ggml
+from benchmarks import save, shapes
+from ggml_cffi import models
+
+SPLITS = ("one", "layer", "pipeline", "data", "tensor", "auto")
+
+
+def best(run: Callable[[], Any], rounds: int) -> float:
+    """Seconds of the quickest of some rounds, after one that does not count."""
+    run()
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def ours(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one split."""
+    used, kind = (devices[:1], "layer") if split == "one" else (devices, split)
+    n_ctx = max(args.prompts) + args.decode
+    plan = models.plan(path, used, kind, n_ctx)
+    before = {d: ggml.device(d).memory().free for d in used}
+    start = time.perf_counter()
+    with models.load(path, used, kind, n_ctx) as model, ThreadPoolExecutor(len(used)) as pool:
+        found: dict[str, Any] = {"load_s": time.perf_counter() - start, "split": plan.split}
+        texts = len(used) if plan.split == "data" else 1
+
+        def together(run: Callable[[], Any]) -> None:
+            list(pool.map(lambda _: run(), range(texts)))
+
+        def decode() -> None:
+            together(lambda: list(model.generate_tokens([1], args.decode, stop_at_end=False, reuse=False)))
+
+        for n in args.prompts:
+            seconds = best(lambda n=n: together(lambda: model.forward([1] * n, last=True)), args.rounds)  # type: ignore[misc]
+            found[f"prompt {n}"] = texts * n / seconds
+        found["decode"] = texts * args.decode / best(decode, args.rounds)
+        taken = {d: before[d] - ggml.device(d).memory().free for d in used}
+    shares = {share.device: share.total for share in plan.shares}
+    found["planned"] = [shares[d] for d in used]
+    found["taken"] = [taken[d] for d in used]
+    return found
+
+
+def theirs(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of llama.cpp; with ``data`` of a process on each GPU."""
+    numbers = [d.removeprefix("Vulkan") for d in devices]
+    groups = {"one": [numbers[:1]], "data": [[n] for n in numbers]}.get(split, [numbers])
+    mode = split if split in ("layer", "tensor") else "none"
+    prompts = ",".join(map(str, args.prompts))
+    command = [args.peer, str(Path(__file__).with_name("llama_bench.py")), str(path), "--split", mode]
+    command += ["--prompts", prompts, "--decode", str(args.decode)]
+    going = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"GGML_VK_VISIBLE_DEVICES": ",".join(group)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for group in groups
+    ]
+    each = []
+    for process in going:
+        out, errors = process.communicate()
+        if process.returncode:
+            last = (errors.strip().splitlines() or ["no message"])[-1]
+            return {"error": f"ended with {process.returncode}: {last:.200}"}
+        each.append(json.loads(out.splitlines()[-1]))
+    return {key: sum(found[key] for found in each) for key in each[0] if key != "load_s"}
+
+
+def line(who: str, split: str, found: dict[str, Any], one: dict[str, Any] | None) -> str:
+    if "error" in found:
+        return f"{who:10} {split:9} {found['error']}"
+    text = f"{who:10} {split:9}"
+    for key in [key for key in found if key.startswith("prompt") or key == "decode"]:
+        ratio = f" ({found[key] / one[key]:4.2f}x)" if one and key in one else ""
+        text += f"  {key} {found[key]:8.1f}{ratio}"
+    if "taken" in found:
+        text += "  GiB " + ", ".join(
+            f"{a / 2**30:.2f}/{b / 2**30:.2f}" for a, b in zip(found["planned"], found["taken"], strict=True)
+        )
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("devices", nargs="*", help="two GPUs (default: the first two)")
+    parser.add_argument("--shapes", default="1B,8B")
+    parser.add_argument("--dtypes", default="f16,q4_k")
+    parser.add_argument("--splits", default=",".join(SPLITS))
+    parser.add_argument("--prompts", default="512,4096", help="tokens")
+    parser.add_argument("--decode", type=int, default=128, help="tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ggml_cffi_models"))
+    parser.add_argument("--peer", help="an interpreter with llama-cpp-python")
+    args = parser.parse_args()
+    args.prompts = [int(n) for n in args.prompts.split(",")]
+    devices = args.devices or [d.name for d in ggml.devices() if not d.is_cpu][:2]
+    if len(devices) != 2:
+        parser.error("two GPUs are needed; GGML_VK_VISIBLE_DEVICES=0,0 makes two of one, software devices included")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"devices": [ggml.device(d).description for d in devices], "command": " ".join(sys.argv)}
+    for shape in args.shapes.split(","):
+        for dtype in args.dtypes.split(","):
+            path = args.folder / f"{shape}-{dtype}.gguf"
+            if not path.exists():
+                shapes.write(path, shapes.SHAPES[shape], dtype)
+            print(f"{shape}, {dtype} ({path.stat().st_size / 1e9:.2f} GB)", flush=True)
+            for who, measure in (("ggml_cffi", ours), *((("llama.cpp", theirs),) if args.peer else ())):
+                figures: dict[str, Any] = {}
+                for split in args.splits.split(","):
+                    if who == "llama.cpp" and split in ("pipeline", "auto"):
+                        continue  # its layer split keeps batches in flight
+                    try:
+                        figures[split] = measure(path, devices, split, args)
+                    except (ValueError, ggml.GgmlError) as error:
+                        figures[split] = {"error": str(error)}
+                    print(" ", line(who, split, figures[split], figures.get("one")), flush=True)
+                result[f"{shape} {dtype} {who}"] = figures
+    print(save("parallel", result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
