@@ -203,8 +203,9 @@ class Architecture(ABC):
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
 
-    def shares(self, n: int) -> Shares:
-        """How ``n`` devices share the layers.
+    def shares(self, n: int, *, whole_attention: bool = False) -> Shares:
+        """How ``n`` devices share the layers; with ``whole_attention`` each computes all heads, which takes more memory
+        and half of the sums.
 
         Raises
         ------

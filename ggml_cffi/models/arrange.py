@@ -100,6 +100,8 @@ class Arrangement:
     """The backends that take part, by number."""
     replicas: tuple[Arrangement, ...] = ()
     """Of each replica, where several devices have the whole model each."""
+    whole_attention: bool = False
+    """Where devices compute every layer together: whether each computes all heads."""
 
     @property
     def fits(self) -> bool:
@@ -220,7 +222,7 @@ def arrange_replicas(architecture: Architecture, backends: Sequence[Backend], wi
 
 
 def arrange_parts(architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> Arrangement:
-    """A part of every layer on each GPU.
+    """A part of every layer on each GPU: of the feed-forward part, and of attention too where that is needed to fit.
 
     Raises
     ------
@@ -229,22 +231,32 @@ def arrange_parts(architecture: Architecture, backends: Sequence[Backend], wish:
     """
     members = tuple(range(len(backends) - 1)) or (0,)
     own = [backends[i] for i in members]
-    shares = [
-        DeviceShare(
-            device=share.backend.name,
-            layers=tuple(share.layers),
-            weight_bytes=share.weight_bytes,
-            mapped_bytes=0,
-            cache_bytes=share.cache_bytes,
-            compute_bytes=share.compute_bytes,
-            input_bytes=0,
-            free=share.backend.device.memory().free,
-            has_output=True,
-            has_embeddings=True,
-        )
-        for share in tensor_runner.measure(architecture, own, wish.n_ctx, min(wish.n_batch, wish.n_ctx), wish.kv_dtype)
-    ]
-    return Arrangement([], False, shares, split="tensor", members=members)
+    for whole in (True, False):
+        shares = [
+            DeviceShare(
+                device=share.backend.name,
+                layers=tuple(share.layers),
+                weight_bytes=share.weight_bytes,
+                mapped_bytes=0,
+                cache_bytes=share.cache_bytes,
+                compute_bytes=share.compute_bytes,
+                input_bytes=0,
+                free=share.backend.device.memory().free,
+                has_output=True,
+                has_embeddings=True,
+            )
+            for share in tensor_runner.measure(
+                architecture,
+                own,
+                wish.n_ctx,
+                min(wish.n_batch, wish.n_ctx),
+                wish.kv_dtype,
+                whole_attention=whole,
+            )
+        ]
+        if all(share.fits for share in shares):
+            break
+    return Arrangement([], False, shares, split="tensor", members=members, whole_attention=whole)
 
 
 def main_dtype(architecture: Architecture) -> Type:

@@ -187,7 +187,7 @@ class Decoder(Architecture):
     def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return self.norm("output_norm", x, weights)
 
-    def shares(self, n: int) -> Shares:
+    def shares(self, n: int, *, whole_attention: bool = False) -> Shares:
         """Each device has some KV heads with their query heads, and columns of the feed-forward part.
 
         Where there are fewer KV heads than devices, attention is computed by all of them.
@@ -196,7 +196,7 @@ class Decoder(Architecture):
         columns = self.n_heads // self.n_kv_heads * self.v_size  # of attn_output, to a KV head
         whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that make whole blocks
         heads: tuple[int, ...] = ()
-        if -(-self.n_kv_heads // whole) >= n:
+        if not whole_attention and -(-self.n_kv_heads // whole) >= n:
             heads = share_out(self.n_kv_heads, n, whole=whole)
             cuts |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
             cuts["*.attn_output.weight"] = COLUMNS.of(*heads)

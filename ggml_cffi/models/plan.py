@@ -206,8 +206,12 @@ class Planner:
     def reasons(self, found: Arrangement) -> Iterator[str]:
         """A sentence for each decision."""
         if found.split in ("data", "tensor"):
-            what = "has the whole model" if found.split == "data" else "has some heads and columns of every layer"
-            yield f"Each of {', '.join(s.device for s in found.shares if s.layers)} {what}."
+            what = "the whole model"
+            if found.split == "tensor":
+                what = (
+                    f"{'all' if found.whole_attention else 'some'} heads and some feed-forward columns of every layer"
+                )
+            yield f"Each of {', '.join(s.device for s in found.shares if s.layers)} has {what}."
             return
         *gpus, cpu = found.shares
         n = self.architecture.n_layers

@@ -36,7 +36,7 @@ def open_runners(
         own = [backends[k] for k in part.members]
         given = architecture, own, n_ctx, n_batch, kv_dtype, _part_of(progress, i, len(parts))
         if part.split == "tensor":
-            yield TensorRunner(*given)
+            yield TensorRunner(*given, whole_attention=part.whole_attention)
         elif part.staged:
             yield StagedRunner(*given, where=part.where, in_flight=part.split == "pipeline")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,9 @@ class Layers:
         For each device its weights by name.
     caches
         For each device the caches of all layers.
+    summed
+        The parts of a layer whose contributions several devices add up; see
+        :class:`~ggml_cffi.models.architecture.Shares`.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class Layers:
         layers: range,
         weights: Sequence[Mapping[str, Tensor]],
         caches: Sequence[Sequence[LayerCache]],
+        summed: Collection[str] = (),
     ) -> None:
         self.architecture, self.layers, self.weights, self.caches = architecture, layers, weights, caches
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.n_layers
-        self._summed = architecture.shares(len(weights)).summed if len(weights) > 1 else frozenset()
+        self._summed = summed
 
     def inputs(self, n: int, n_kv: int, n_out: int) -> list[tuple[tuple[int, ...], Type]]:
         """Shape and type of each input."""

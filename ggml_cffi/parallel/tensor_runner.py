@@ -44,6 +44,9 @@ class TensorRunner(Runner):
         Most tokens of one run.
     kv_dtype
         Type of keys and values in the cache.
+    whole_attention
+        Have every device compute all heads, and share the feed-forward part alone: the devices wait for one another
+        half as often, and hold more.
     half_above, threads, n_threads
         As for :class:`TensorParallel`.
     weights
@@ -68,6 +71,7 @@ class TensorRunner(Runner):
         kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
         *,
+        whole_attention: bool = False,
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
@@ -79,7 +83,8 @@ class TensorRunner(Runner):
         """The devices."""
         try:
             backends = self.group.backends
-            self.cuts = architecture.shares(len(backends)).cuts
+            shares = architecture.shares(len(backends), whole_attention=whole_attention)
+            self.cuts = shares.cuts
             """How weights are cut."""
             source = _named(architecture) if weights is None else weights
             self.weights = self.group.weights(source, self.cuts, progress=progress)
@@ -89,7 +94,7 @@ class TensorRunner(Runner):
             self.caches = [self._new_cache(i, kv_dtype) for i in range(architecture.n_layers)]
             parts = [{name: t[r] for name, t in self.weights.items()} for r in range(len(backends))]
             caches = [[layer[r] for layer in self.caches] for r in range(len(backends))]
-            layers = Layers(architecture, range(architecture.n_layers), parts, caches)
+            layers = Layers(architecture, range(architecture.n_layers), parts, caches, shares.summed)
             self.stage = Stage(layers, self.group)
             """What computes."""
             self.shares = _shares(layers, backends, self.stage.reserve(n_batch, self.n_rows))
@@ -171,11 +176,18 @@ def _shares(layers: Layers, backends: Sequence[Backend], sizes: Sequence[int]) -
 
 
 def measure(
-    architecture: Architecture, backends: Sequence[Backend], n_ctx: int, n_batch: int, kv_dtype: Type
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    n_ctx: int,
+    n_batch: int,
+    kv_dtype: Type,
+    *,
+    whole_attention: bool,
 ) -> list[Share]:
     """What a :class:`TensorRunner` would hold on each device. Nothing is allocated; errors as there."""
     check_devices([b.device for b in backends])
-    n, across, cuts = len(backends), is_across(backends[0], kv_dtype), architecture.shares(len(backends)).cuts
+    n, across = len(backends), is_across(backends[0], kv_dtype)
+    shares = architecture.shares(n, whole_attention=whole_attention)
     rows, layers = n_rows(n_ctx), range(architecture.n_layers)
     shapes = {name: t.shape for name, t in _named(architecture).items()}
     parts: list[dict[str, Tensor]] = []
@@ -184,7 +196,7 @@ def measure(
         for r, backend in enumerate(backends):
             context = stack.enter_context(Sketch())
             kinds = {name: _info(architecture, name).dtype for name in shapes}
-            cut = {name: rule_for(name, cuts).shapes(kinds[name], shape, n)[r] for name, shape in shapes.items()}
+            cut = {name: rule_for(name, shares.cuts).shapes(kinds[name], shape, n)[r] for name, shape in shapes.items()}
             parts.append({name: context.new_tensor(kinds[name], shape, name=name) for name, shape in cut.items()})
             context.alloc(backend.buffer_type, usage=Usage.WEIGHTS)
             caches.append([])
@@ -193,7 +205,7 @@ def measure(
                 pair = context.new_tensor(kv_dtype, k), context.new_tensor(kv_dtype, v[::-1] if across else v)
                 caches[r].append(LayerCache(*pair, across))
             context.alloc(backend.buffer_type)
-        found = Layers(architecture, layers, parts, caches)
+        found = Layers(architecture, layers, parts, caches, shares.summed)
         with found.measure(backends, (n_batch, rows, 1)) as traced:
             return _shares(found, backends, traced.arena_sizes)
 
