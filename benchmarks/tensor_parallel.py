@@ -26,7 +26,6 @@ from ggml_cffi.models.decoder import Rope
 from ggml_cffi.models.llama import Llama
 from ggml_cffi.models.runner import Batch
 from ggml_cffi.parallel import Program, Rank, TensorParallel, rank
-from ggml_cffi.parallel._barrier import Barrier
 from ggml_cffi.parallel.tensor_runner import TensorRunner
 
 # layers, embedding, feed-forward, heads, KV heads, vocabulary
@@ -105,20 +104,19 @@ def best(run: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(found)
 
 
-#: How devices are driven: whether each has a thread, and whether one that waits spins.
-MODES = (("in turns", False, False), ("threads that spin", True, True), ("threads that sleep", True, False))
+#: How devices are driven: whether each has a thread.
+MODES = (("in turns", False), ("threads", True))
 
 
 @contextmanager
-def mode(owner: TensorRunner | TensorParallel, on: bool, spin: bool) -> Iterator[None]:
+def mode(owner: TensorRunner | TensorParallel, on: bool) -> Iterator[None]:
     """Devices driven in another way."""
     driver = (owner.group if isinstance(owner, TensorRunner) else owner).driver
-    before = driver.threads, driver._barrier
-    driver.threads, driver._barrier = on, Barrier(len(driver.backends), spin=spin)
+    before, driver.threads = driver.threads, on
     try:
         yield
     finally:
-        driver.threads, driver._barrier = before
+        driver.threads = before
 
 
 @contextmanager
@@ -142,14 +140,15 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
     found: dict[str, float] = {"steps": steps}
 
     def in_steps(r: int) -> None:
-        for graph in graphs[r]:
-            compute(driver.backends[r].ptr, graph)
+        for step in graphs[r]:
+            for graph in step:
+                compute(driver.backends[r].ptr, graph)
             synchronize(driver.backends[r].ptr)
 
     for r in range(n):
         found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
-    for name, on, spin in MODES if n > 1 else MODES[:1]:
-        with mode(model, on, spin):
+    for name, on in MODES if n > 1 else MODES[:1]:
+        with mode(model, on):
             found[f"all, {name}"] = best(lambda: driver.run(graphs), rounds)
             found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
             if on:
@@ -166,9 +165,10 @@ def phases(model: TensorRunner, program: Program, rounds: int) -> dict[str, floa
     spent = np.zeros((len(graphs), 3))
 
     def follow(r: int, pointer: Any, own: Any, steps: int) -> int:
-        for k, graph in enumerate(own):
+        for k, step in enumerate(own):
             t0 = now()
-            compute(pointer, graph)
+            for graph in step:
+                compute(pointer, graph)
             t1 = now()
             synchronize(pointer)
             t2 = now()
@@ -203,8 +203,8 @@ def nothing(devices: list[str], rounds: int) -> dict[str, float]:
         for size in (4096, 512 * 4096):
             x = np.ones((size // 4096, 4096), np.float32)
             program = f.trace(x)
-            for name, on, spin in MODES:
-                with mode(group, on, spin):
+            for name, on in MODES:
+                with mode(group, on):
                     us = best(lambda p=program: group.driver.run(p.graphs), rounds if size == 4096 else 3)
                     found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
     return found
@@ -233,8 +233,8 @@ def measure(shape: Shape, devices: list[str], args: argparse.Namespace) -> tuple
         if len(devices) == 1:
             found |= speeds(model, prompt, args.rounds)
         else:
-            for name, on, spin in MODES:
-                with mode(model, on, spin):
+            for name, on in MODES:
+                with mode(model, on):
                     found |= speeds(model, prompt, args.rounds, f", {name}")
             for name, direct, half in (
                 ("all copied", 0, None),
@@ -246,7 +246,9 @@ def measure(shape: Shape, devices: list[str], args: argparse.Namespace) -> tuple
             step(model, prompt[:1], args.prompt), step(model, prompt, 0)
         decoded, prompted = sorted(model.programs, key=lambda p: p.inputs[0][0].size)
         found["nodes"] = [sum(len(g) for g in plan.graphs) for plan in decoded.plans]
+        step(model, prompt[:1], args.prompt)  # for its inputs: programs read them at the same place
         found["decode, us"] = breakdown(model, decoded, args.rounds)
+        step(model, prompt, 0)
         found["prompt, us"] = breakdown(model, prompted, max(args.rounds // 8, 2))
     return found, logits
 

@@ -373,10 +373,9 @@ def test_memory_is_used_again():
     assert arrange([256] * 50, spans)[1] == 512
 
 
-@pytest.mark.parametrize("spin", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_barrier(spin, n):
-    barrier, rounds = Barrier(n, spin=spin), 20
+def test_barrier(n):
+    barrier, rounds = Barrier(n), 20
     at = [0] * n
 
     def run(who):

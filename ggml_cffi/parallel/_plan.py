@@ -34,6 +34,10 @@ _FUSED = frozenset(
 )
 
 
+#: Operations by whose size ggml's Vulkan decides when to hand work over.
+_COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
+
+
 class Plan:
     """The steps of one rank.
 
@@ -62,6 +66,9 @@ class Plan:
         nodes = self._needed(wanted)
         self._uses = Counter(src for p in nodes for src in (*p.src, p.view_src) if src)
         self._uses.update(t.ptr for t in wanted)
+        self.pieces: list[list[Any]] = []
+        """C graphs of each step, to be computed one after another."""
+        self._pool: Any = c.NULL
         ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.sums]
         shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.sums)]
         shared += [(t, target, len(rank.sums)) for t, target in results]
@@ -78,9 +85,36 @@ class Plan:
                     if in_levels:
                         graph.reorder(levels(graph.node_pointers()))
                     freeze(graph.node_pointers())
+            self._cut(apart=in_levels and rank.n > 1)
         except BaseException:
             self.close()
             raise
+
+    def _cut(self, *, apart: bool) -> None:
+        """Make the graphs' pieces: with ``apart`` what comes before the first product is one of its own.
+
+        ggml's Vulkan hands work to the device each time that it has as many operations as a 40th of the graph before
+        had. In a graph of few nodes that is before and after each product, which takes longer than the products. After
+        a graph without any, it hands over the next as one.
+        """
+        nodes = [graph.node_pointers() for graph in self.graphs]
+        if not apart:
+            self.pieces = [[graph.ptr] for graph in self.graphs]
+            return
+        sizes = [max(len(own), 1) for own in nodes for _ in range(2)]
+        need = sum(c.ggml_graph_overhead_custom(size, False) + 64 for size in sizes)
+        self._pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+        for graph, own in zip(self.graphs, nodes, strict=True):
+            head = next((i for i, p in enumerate(own) if p.op in _COUNTED), 0)
+            if not 0 < head < len(own):
+                self.pieces.append([graph.ptr])
+                continue
+            self.pieces.append([])
+            for piece in (own[:head], own[head:]):
+                made = c.ggml_new_graph_custom(self._pool, len(own), False)
+                for p in piece:
+                    c.ggml_graph_add_node(made, p)
+                self.pieces[-1].append(made)
 
     def _wrap(self, pointer: Any) -> Tensor:
         return Tensor(self.rank.context, pointer, c.ggml_n_dims(pointer))
@@ -157,6 +191,9 @@ class Plan:
         """Give the graphs up."""
         for graph in self.graphs:
             graph.close()
+        pool, self._pool = self._pool, c.NULL
+        if pool:
+            c.ggml_free(pool)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi import c
@@ -15,7 +15,7 @@ from ggml_cffi.parallel._barrier import Barrier
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-_SPARE = 2  # processors for each device from which on each has a thread that spins
+_SPARE = 2  # processors for each device from which on each has a thread
 
 
 class Driver(Closing):
@@ -39,11 +39,12 @@ class Driver(Closing):
         self.computed = [0] * n
         """Graphs that each device has computed."""
         self._locks = list({id(b.lock): b.lock for b in sorted(self.backends, key=lambda b: id(b.lock))}.values())
-        self._barrier = Barrier(n, spin=spare)
+        self._barrier = Barrier(n)
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, graphs: Sequence[Sequence[Any]]) -> int:
-        """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, ``k`` after ``k - 1`` of all. 0, or ggml's status.
+    def run(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
+        """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, one after another; step ``k`` after ``k - 1`` of all.
+        0, or ggml's status.
 
         Some backends may have no graph for the last step.
 
@@ -60,33 +61,33 @@ class Driver(Closing):
             self.computed[r] += len(own)
         return status
 
-    def _run_one(self, graphs: Sequence[Any]) -> int:
+    def _run_one(self, graphs: Sequence[Sequence[Any]]) -> int:
         """All graphs of the only backend, without waiting in between."""
         (backend,), status = self.backends, 0
         pointer = backend.ptr
         with self._locks[0]:
             try:
-                for graph in graphs:
+                for graph in chain.from_iterable(graphs):
                     status = c.ggml_backend_graph_compute_async(pointer, graph) or status
             finally:
                 c.ggml_backend_synchronize(pointer)
         return status
 
-    def _run_in_turns(self, graphs: Sequence[Sequence[Any]]) -> int:
+    def _run_in_turns(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
         compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
         pointers = [b.ptr for b in self.backends]
         status = 0
-        for step in zip_longest(*graphs):
+        for step in zip_longest(*graphs, fillvalue=()):
             try:
-                for pointer, graph in zip(pointers, step, strict=True):
-                    if graph is not None:
+                for pointer, own in zip(pointers, step, strict=True):
+                    for graph in own:
                         status = compute(pointer, graph) or status
             finally:
                 for pointer in pointers:
                     synchronize(pointer)
         return status
 
-    def _run_threads(self, graphs: Sequence[Sequence[Any]]) -> int:
+    def _run_threads(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
         if self._pool is None:
             from concurrent.futures import ThreadPoolExecutor  # slow to import
 
@@ -102,11 +103,12 @@ class Driver(Closing):
             raise
         return next((status for status in found if status), 0)
 
-    def _follow(self, r: int, pointer: Any, graphs: Sequence[Any], steps: int) -> int:
+    def _follow(self, r: int, pointer: Any, graphs: Sequence[Sequence[Any]], steps: int) -> int:
         compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, self._barrier.wait
         status, last = 0, steps - 1
-        for k, graph in enumerate(graphs):
-            status = compute(pointer, graph) or status
+        for k, step in enumerate(graphs):
+            for graph in step:
+                status = compute(pointer, graph) or status
             synchronize(pointer)
             if k < last:
                 wait(r, k)

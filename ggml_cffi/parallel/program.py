@@ -186,8 +186,8 @@ class Program(Traced):
         """For each input, the array that a run reads: for callers that have checked what they write there."""
         self.takes = self._views(memory, self._ends)
         """For each result, its parts, until the next run of any program of the group."""
-        self.graphs = [[g.ptr for g in plan.graphs] for plan in self.plans]
-        """C pointers of the graphs of each device, one for each step."""
+        self.graphs = [plan.pieces for plan in self.plans]
+        """C pointers of the graphs of each device, one or a few for each step."""
 
     def _views(self, memory: Any, ends: Sequence[int]) -> list[list[npt.NDArray[Any]]]:
         """For each result, the parts of it in host memory."""
