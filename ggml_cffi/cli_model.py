@@ -24,7 +24,9 @@ def add_place(command: argparse.ArgumentParser, *, several: bool = False) -> Non
     else:
         command.add_argument("--devices", help=what)
     command.add_argument(
-        "--split", default="layer", help="how devices share the model: layer, pipeline (default: %(default)s)"
+        "--split",
+        default="layer",
+        help="how devices share the model: layer, pipeline, data, tensor, auto (default: %(default)s)",
     )
     command.add_argument(
         "--balance",

@@ -1,5 +1,6 @@
 """Every way to split a model over devices gives what one device gives, and takes what was planned."""
 
+import json
 import threading
 
 import llama_float64
@@ -9,6 +10,7 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi.models import auto, calibrate
 from ggml_cffi.models.staged import StagedRunner
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -23,6 +25,12 @@ def path(tmp_path, rng):
 @pytest.fixture(params=SPLITS)
 def split(request):
     return request.param
+
+
+def gpu_memory(monkeypatch, free):
+    """Have GPUs say that they have so many bytes free."""
+    real = ggml.Device.memory
+    monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(free, free))
 
 
 def answers(model, prompts, n=3):
@@ -206,10 +214,7 @@ def test_every_split_takes_what_was_planned(two_gpus, path, split):
 
 @pytest.mark.parametrize("split", ["data", "tensor"])
 def test_what_does_not_fit_is_refused(two_gpus, path, split, monkeypatch):
-    real = ggml.Device.memory
-    monkeypatch.setattr(
-        ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(300_000, 300_000)
-    )
+    gpu_memory(monkeypatch, 300_000)
     plan = models.plan(path, two_gpus, split, n_batch=16)
     assert not plan.fits
     with pytest.raises(ggml.OutOfMemoryError, match=r"Vulkan0 lacks .*Vulkan1 lacks .* These would fit"):
@@ -242,3 +247,71 @@ def test_the_cpu_alone(path, split):
         else:
             assert relative_error(model.embed([ids]), vectors) < 1e-5
             assert model.scheduler.graph is not None
+
+
+# ---------------------------------------------------------------------- the best of them
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Seconds of a layer by kind of run and whether it is one token; tests change them."""
+    found = {"one": (1e-3, 100e-3), "tensor": (2e-3, 200e-3)}
+
+    def fake(self, kind, tokens, *, whole_attention=False):
+        few, many = found[kind]
+        return auto.Costs(few if tokens < 8 else many * tokens / 16, 1e-5)
+
+    monkeypatch.setattr(auto.Timer, "costs", fake)
+    return found
+
+
+def test_auto_takes_what_is_never_far_from_the_best(two_gpus, path, costs):
+    def chosen(**options):
+        plan = models.plan(path, two_gpus, "auto", n_batch=16, **options)
+        assert plan.reasons[0].startswith("Of the splits, ")
+        assert plan.fits
+        return plan.split, [share.device for share in plan.shares if share.layers]
+
+    # Batches in flight are worth more than what handing over costs a token.
+    assert chosen() == ("pipeline", list(two_gpus))
+    costs["tensor"] = 0.5e-3, 50e-3
+    assert chosen() == ("tensor", list(two_gpus))
+    costs["tensor"] = 2e-3, 200e-3
+    assert chosen(n_texts=2) == ("data", list(two_gpus))
+
+
+def test_auto_takes_one_gpu_where_more_do_not_pay(two_gpus, path, costs, monkeypatch):
+    monkeypatch.setattr(auto, "_rates", lambda a, found, *rest: {"decode": 1 if found.members == (0, 2) else 0.5})
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    with models.load(path, two_gpus, "auto", n_batch=16) as model:
+        assert model.plan.reasons == plan.reasons
+        assert model.plan.split == "layer"
+        assert "one has 100% of the best speed or more in each case. Tokens/s reckoned" in plan.reasons[0]
+        assert "Vulkan0 has 3 of 3 layers: it has room for all." in plan.reasons
+        model.forward(PROMPT)
+        assert {backend.name for _, backend in model.assignment()} == {"Vulkan0"}
+
+
+def test_auto_without_a_choice(two_gpus, path, costs, monkeypatch):
+    plan = models.plan(path, ["CPU"], "auto")
+    assert plan.split == "layer"
+    assert plan.reasons[0] == "Of the splits, layer is the only one that is possible."
+    gpu_memory(monkeypatch, 900_000)
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    assert plan.split in ("pipeline", "tensor")  # one has no room for all
+    assert " one prompt " not in plan.reasons[0]
+    gpu_memory(monkeypatch, 600_000)
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    assert [len(share.layers) for share in plan.shares] == [1, 1, 1]
+    with pytest.raises(ValueError, match="n_texts must be at least 1, not 0"):
+        models.plan(path, two_gpus, "auto", n_texts=0)
+
+
+def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path / "cache"))
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    kept = json.loads(calibrate.path().read_text())
+    assert len(kept) == 5  # a token and a batch, on one GPU and on two; and a half batch
+    assert all(" tokens, ggml " in name and all(x >= 0 for x in value) for name, value in kept.items())
+    monkeypatch.setattr(auto.Timer, "_measure", None)
+    assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]

@@ -31,7 +31,7 @@ from ggml_cffi.scheduler import Scheduler
 Balance = str | Sequence[float]
 
 #: How a model is split over devices.
-SPLITS = ("layer", "pipeline", "data", "tensor")
+SPLITS = ("layer", "pipeline", "data", "tensor", "auto")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class Arrangement:
     """Of each replica, where several devices have the whole model each."""
     whole_attention: bool = False
     """Where devices compute every layer together: whether each computes all heads."""
+    why: str = ""
+    """Why this split was chosen, if it was."""
 
     @property
     def fits(self) -> bool:
@@ -205,15 +207,18 @@ def arrange(
             return Arrangement(where, op_offload, shares, staged, members=tuple(range(len(backends))))
 
 
+def arrange_one(architecture: Architecture, backends: Sequence[Backend], wish: Wish, i: int) -> Arrangement:
+    """The whole model on the ``i``-th backend; the CPU, which is behind it, holds nothing."""
+    cpu = len(backends) - 1
+    members = (i, cpu) if i != cpu else (cpu,)
+    own = [backends[k] for k in members]
+    return replace(arrange(architecture, own, wish, [1.0, 0.0][: len(own)], strict=True), members=members)
+
+
 def arrange_replicas(architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> Arrangement:
     """The whole model on every GPU; on the CPU where there is none."""
     cpu = len(backends) - 1
-    found = []
-    for i in range(cpu) or [cpu]:
-        members = (i, cpu) if i != cpu else (cpu,)
-        own = [backends[k] for k in members]
-        replica = arrange(architecture, own, wish, [1.0, 0.0][: len(own)], strict=True)
-        found.append(replace(replica, members=members))
+    found = [arrange_one(architecture, backends, wish, i) for i in range(cpu) or [cpu]]
     first = found[0]
     shares = [replica.shares[0] for replica in found]
     if cpu:

@@ -25,6 +25,8 @@ from ggml_cffi.models.sampling import Sampler
 Logits = npt.NDArray[np.float32]
 
 _PAUSE = 1.0  # seconds without a request after which a text may lose its place in the cache to a later one
+_AT_ONCE = 16  # batches of a prompt that are in flight one after another: few enough to be stopped soon
+_FEWEST_IN_FLIGHT = 256  # tokens of a batch that is computed at the same time as another, rather than with it
 _FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for each number of columns up to this
 
 
@@ -252,6 +254,8 @@ class Generator(Closing):
         """Tokens of a text in parts of about equal size."""
         n = end - start
         parts = n if n <= self._few else -(-n // self.runner.n_batch)
+        if parts < self.runner.n_in_flight:  # smaller batches, which take longer for each token, but at the same time
+            parts = max(min(self.runner.n_in_flight, n // _FEWEST_IN_FLIGHT), parts)
         return [*pairwise([start + n * i // parts for i in range(parts + 1)])]
 
     # ------------------------------------------------------------------ steps
@@ -282,7 +286,7 @@ class Generator(Closing):
         parts: list[tuple[Growing, int]] = []
         chosen = [t for t in self._growing if t.wanting and not t.ready and (t.behind is None or t.behind.stands_aside)]
         # A text alone has several batches at once computed, if that is quicker.
-        room = self.runner.n_batch * (self.runner.n_at_once if len(chosen) == 1 else 1)
+        room = self.runner.n_batch * (_AT_ONCE if self.runner.n_in_flight > 1 and len(chosen) == 1 else 1)
         for text in sorted(chosen, key=lambda t: t.pending):  # those that need one token first: they are many and quick
             n = self._portion(text, room)
             if n and self._make_room(text, n, parts):
@@ -303,13 +307,14 @@ class Generator(Closing):
     def _run(self, parts: list[tuple[Growing, int]]) -> Logits:
         """The logits of the last token of each part."""
         try:
-            (text, n), *others = parts
-            if n > self.runner.n_batch:  # alone, in several batches
-                ranges, last = self._ranges(text.n_cached, text.n_cached + n), text.n_cached + n - 1
-                batches = (self._part(text.sequence, text.ids, start, end, last) for start, end in ranges)
-                return [*self.runner.run_all(batches)][-1]
-            if n == 1 and all(n == 1 for _, n in others):
+            if all(n == 1 for _, n in parts):
                 return self.runner.run(self._next_tokens([text for text, _ in parts]))
+            if len(parts) == 1:
+                ((text, n),) = parts
+                ranges, end = self._ranges(text.n_cached, text.n_cached + n), text.n_cached + n
+                if len(ranges) > 1:
+                    batches = (self._part(text.sequence, text.ids, *part, end - 1) for part in ranges)
+                    return [*self.runner.run_all(batches)][-1]
             return self.runner.run(self._joined(parts))
         except BaseException:  # stopped or failed: what the rows hold is not known
             for text, _ in parts:

@@ -26,7 +26,7 @@ from ggml_cffi.models.following import Request, Stream, follow, follow_everywher
 from ggml_cffi.models.generation import Generator, Timings
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.perplexity import Perplexity, perplexity
-from ggml_cffi.models.plan import Planner, check_options
+from ggml_cffi.models.plan import Plan, Planner, check_options
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.runners import open_runners
 from ggml_cffi.models.sampling import Sampler
@@ -66,15 +66,17 @@ class Model(Closing):
         file: GGUFFile,
         architecture: Architecture,
         backends: list[Backend],
-        n_ctx: int,
-        n_batch: int,
-        kv_dtype: Type,
+        wish: Wish,
         progress: Progress | None,
         arrangement: Arrangement,
+        plan: Plan,
     ) -> None:
         self._file, self._backends = file, backends
         self.architecture = architecture
         """Sizes and graph of the model."""
+        self.plan = plan
+        """What was planned before loading: what is where, and why."""
+        n_ctx, n_batch = wish.n_ctx, wish.n_batch
         self.n_ctx = n_ctx
         """Most tokens of prompt and answer together."""
         self.n_batch = min(n_batch, n_ctx)
@@ -87,7 +89,7 @@ class Model(Closing):
         self._embedders: list[Embedder] = []
         software = any("llvmpipe" in b.device.description for b in backends)
         try:
-            for runner in open_runners(architecture, backends, n_ctx, self.n_batch, kv_dtype, progress, arrangement):
+            for runner in open_runners(architecture, backends, wish, progress, arrangement):
                 self._runners.append(runner)
                 self._generators.append(Generator(runner, n_ctx, one_by_one=software))
                 if runner.placed is not None:
@@ -492,6 +494,7 @@ def load(
     n_threads: int | None = None,
     progress: Progress | None = None,
     balance: Balance = "memory",
+    n_texts: int = 1,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -506,7 +509,8 @@ def load(
         ``"layer"``: each device has some layers. ``"pipeline"``: so too, and GPUs that have them all compute the
         batches of a long prompt at the same time, each its layers of another batch. ``"data"``: each GPU has the whole
         model; several texts are dealt to them. ``"tensor"``: each GPU has a part of every layer, whole heads; they
-        compute each token together.
+        compute each token together. ``"auto"``: what is quickest, by timing a few of the model's layers the first
+        time; :attr:`Model.plan` says why.
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch
@@ -521,6 +525,8 @@ def load(
         How the layers are shared out. ``"memory"``: in proportion to free memory. ``"speed"``: to how fast the devices
         multiply, measured the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or
         numbers, one for each GPU, and one for the CPU if that is to have a part: they are kept to, or refused.
+    n_texts
+        How many texts will usually grow at once, for ``split="auto"`` to know.
 
     Raises
     ------
@@ -534,7 +540,7 @@ def load(
         If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
         and the message says what would fit.
     """
-    check_options(split, n_batch)
+    check_options(split, n_batch, n_texts)
     kind = as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
@@ -542,8 +548,9 @@ def load(
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, kind)
         backends = open_backends(devices, n_threads)
-        arrangement = Planner(architecture, backends, wish, balance, devices, split).arrange_or_raise()
-        return Model(file, architecture, backends, wish.n_ctx, n_batch, kind, progress, arrangement)
+        planner = Planner(architecture, backends, wish, balance, devices, split, n_texts)
+        found = planner.arrange_or_raise()
+        return Model(file, architecture, backends, wish, progress, found, planner.plan(found, propose=False))
     except BaseException:
         for backend in backends:
             backend.close()

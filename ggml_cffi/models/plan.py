@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,10 +23,12 @@ from ggml_cffi.models.arrange import (
     DeviceShare,
     Wish,
     arrange,
+    arrange_one,
     arrange_parts,
     arrange_replicas,
     parts_of,
 )
+from ggml_cffi.models.auto import choose
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.weights import check_cache
 
@@ -90,6 +93,7 @@ def plan(
     n_batch: int = 512,
     kv_dtype: Type | str = Type.F16,
     balance: Balance = "memory",
+    n_texts: int = 1,
 ) -> Plan:
     """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it.
 
@@ -97,7 +101,7 @@ def plan(
     ----------
     path
         A GGUF file.
-    devices, split, n_ctx, n_batch, kv_dtype, balance
+    devices, split, n_ctx, n_batch, kv_dtype, balance, n_texts
         As for :func:`~ggml_cffi.models.load`.
 
     Raises
@@ -113,25 +117,27 @@ def plan(
     --------
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
-    check_options(split, n_batch)
+    check_options(split, n_batch, n_texts)
     with GGUFFile(path) as file:
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype))
         backends = open_backends(devices)
         try:
-            planner = Planner(architecture, backends, wish, balance, devices, split)
+            planner = Planner(architecture, backends, wish, balance, devices, split, n_texts)
             return planner.plan(planner.arrange())
         finally:
             for backend in backends:
                 backend.close()
 
 
-def check_options(split: str, n_batch: int) -> None:
+def check_options(split: str, n_batch: int, n_texts: int = 1) -> None:
     """Raise ValueError if a model cannot be loaded so."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known; {', '.join(map(repr, SPLITS))} are")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
+    if n_texts < 1:
+        raise ValueError(f"n_texts must be at least 1, not {n_texts}")
 
 
 class Planner:
@@ -151,10 +157,11 @@ class Planner:
         balance: Balance = "memory",
         chosen: Sequence[Device | str] | None = None,
         split: str = "layer",
+        n_texts: int = 1,
     ) -> None:
         check_cache(wish.kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.wish, self.balance = architecture, backends, wish, balance
-        self.split = split
+        self.split, self.n_texts = split, n_texts
         if split in ("data", "tensor") and balance != "memory":
             raise ValueError(f"split {split!r} gives every device the same: balance is for layers")
         self._parts, self._given = parts_of(balance, architecture, backends, chosen)
@@ -166,7 +173,29 @@ class Planner:
             return arrange_parts(*given)
         if self.split == "data":
             return arrange_replicas(*given)
+        if self.split == "auto":
+            return choose(*given, self.n_texts, self._possible(*given))
         return replace(arrange(*given, self._parts, strict=self._given), split=self.split)
+
+    def _possible(self, architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> dict[str, Arrangement]:
+        """The splits that fit, the simplest first. By layers, also on the CPU, if there is no other or none fits."""
+        layer = arrange(architecture, backends, wish, self._parts, strict=self._given)
+        gpus = range(len(backends) - 1)
+        if len(gpus) < 2 or not architecture.causal:
+            return {"layer": layer}
+        found = {}
+        roomiest = max(gpus, key=lambda i: backends[i].device.memory().free)
+        found["one"] = arrange_one(architecture, backends, wish, roomiest)
+        found["pipeline"] = replace(layer, split="pipeline")
+        if self.n_texts > 1:
+            found["data"] = arrange_replicas(architecture, backends, wish)
+        # What cannot be in stages cannot share layers either: the devices do not read the host's memory.
+        found = {name: a for name, a in found.items() if a.fits and a.staged}
+        if layer.staged or found:
+            with suppress(ValueError):  # a model that is too small for so many
+                parts = arrange_parts(architecture, backends, wish)
+                found |= {"tensor": parts} if parts.fits else {}
+        return found or {"layer": layer}
 
     def arrange_or_raise(self) -> Arrangement:
         """As :meth:`arrange`.
@@ -188,8 +217,8 @@ class Planner:
         name = os.path.basename(self.architecture.file.path)
         raise OutOfMemoryError(f"{name} does not fit: {lacking}. Nothing was allocated. These would fit: {proposals}")
 
-    def plan(self, found: Arrangement) -> Plan:
-        """All that there is to say about an arrangement."""
+    def plan(self, found: Arrangement, *, propose: bool = True) -> Plan:
+        """All that there is to say about an arrangement; proposals take the time of many."""
         return Plan(
             path=os.fspath(self.architecture.file.path),
             n_ctx=self.wish.n_ctx,
@@ -198,13 +227,15 @@ class Planner:
             split=found.split,
             shares=tuple(found.shares),
             reasons=tuple(self.reasons(found)),
-            proposals=tuple(self.proposals(found)),
+            proposals=tuple(self.proposals(found)) if propose else (),
         )
 
     # ------------------------------------------------------------------ why
 
     def reasons(self, found: Arrangement) -> Iterator[str]:
         """A sentence for each decision."""
+        if found.why:
+            yield found.why
         if found.split in ("data", "tensor"):
             what = "the whole model"
             if found.split == "tensor":
@@ -214,15 +245,16 @@ class Planner:
             yield f"Each of {', '.join(s.device for s in found.shares if s.layers)} has {what}."
             return
         *gpus, cpu = found.shares
+        backends = [self.backends[i] for i in found.members]
         n = self.architecture.n_layers
-        for share, backend in zip(found.shares, self.backends, strict=True):
+        for share, backend in zip(found.shares, backends, strict=True):
             if share.layers and (gpus or not backend.device.is_cpu):
                 yield f"{share.device} has {len(share.layers)} of {n} layers: {self._why(share, found)}."
         if not gpus:
             yield f"{cpu.device} has all {n} layers: it is the only device."
-        for share, backend in zip(found.shares, self.backends, strict=True):
+        for share, backend in zip(found.shares, backends, strict=True):
             if share.has_embeddings:
-                beside = found.where[0] == self.backends.index(backend)
+                beside = found.where[0] == backends.index(backend)
                 why = "where the first layer is" if beside else "since the first layer's device cannot look them up"
                 yield f"The embeddings are on {share.device}, {why}."
             if share.has_output:
@@ -236,9 +268,11 @@ class Planner:
 
     def _why(self, share: DeviceShare, found: Arrangement) -> str:
         i = found.shares.index(share)
+        if len(found.members) < len(self.backends):
+            return "it has room for all"
         if self._given and self._parts:
             return f"its part is {self._parts[i] / sum(self._parts):.0%}, as was asked"
-        is_cpu = i == len(self.backends) - 1
+        is_cpu = i == len(found.shares) - 1
         if self._parts and self._parts[i]:
             return f"its part is {self._parts[i] / sum(self._parts):.0%} by measured speed, within what fits"
         if is_cpu:
@@ -250,6 +284,8 @@ class Planner:
     def proposals(self, found: Arrangement) -> list[str]:
         """What would fit, each tried; see :attr:`Plan.proposals`."""
         if found.fits and found.split in ("data", "tensor"):
+            return []
+        if len(found.members) < len(self.backends) and found.fits:
             return []
         *gpus, cpu = found.shares
         asked = bool(self._parts and self._parts[-1])  # for layers on the CPU

@@ -61,8 +61,8 @@ class Runner(Closing, ABC):
     """Most tokens of a :class:`Batch`."""
     n_rows: int
     """Rows of the cache: a multiple of :data:`KV_STEP`."""
-    n_at_once: int = 1
-    """Batches that are worth giving together to :meth:`run_all`."""
+    n_in_flight: int = 1
+    """Batches that are computed at the same time, if :meth:`run_all` gets as many."""
     shares: list[Share]
     """What each device holds."""
     placed: Weights | None = None

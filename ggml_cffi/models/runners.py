@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ggml_cffi.backend import Backend
-from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import Arrangement
+from ggml_cffi.models.arrange import Arrangement, Wish
 from ggml_cffi.models.runner import Runner
 from ggml_cffi.models.scheduled import ScheduledRunner
 from ggml_cffi.models.staged import StagedRunner
@@ -18,9 +17,7 @@ from ggml_cffi.parallel.tensor_runner import TensorRunner
 def open_runners(
     architecture: Architecture,
     backends: Sequence[Backend],
-    n_ctx: int,
-    n_batch: int,
-    kv_dtype: Type,
+    wish: Wish,
     progress: Progress | None,
     found: Arrangement,
 ) -> Iterator[Runner]:
@@ -31,10 +28,11 @@ def open_runners(
     OutOfMemoryError
         If a device has less memory than it said.
     """
+    n_batch = min(wish.n_batch, wish.n_ctx)
     parts = found.replicas or (found,)
     for i, part in enumerate(parts):
         own = [backends[k] for k in part.members]
-        given = architecture, own, n_ctx, n_batch, kv_dtype, _part_of(progress, i, len(parts))
+        given = architecture, own, wish.n_ctx, n_batch, wish.kv_dtype, _part_of(progress, i, len(parts))
         if part.split == "tensor":
             yield TensorRunner(*given, whole_attention=part.whole_attention)
         elif part.staged:

@@ -34,8 +34,6 @@ from ggml_cffi.transfer import HostBlock
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_AT_ONCE = 16  # batches of a prompt that are given together: few enough to be stopped soon
-
 Hidden = npt.NDArray[np.float32]
 
 
@@ -120,7 +118,7 @@ class StagedRunner(Runner):
             if in_flight and len(found) > 1:
                 from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-                self.n_at_once = _AT_ONCE
+                self.n_in_flight = len(found)
                 self._pools = [ThreadPoolExecutor(1, thread_name_prefix="ggml_cffi stage") for _ in found]
             self._scheduler = Scheduler(backends)
         except BaseException:
