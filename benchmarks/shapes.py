@@ -38,14 +38,12 @@ SHAPES = {
 }
 
 
-def write(path: Path, what: Shape, kind: str) -> None:
-    """A GGUF file without a vocabulary. The bytes of one block of random weights are used for all."""
-    dtype = as_type(kind)
-    s = what
+def tensors(s: Shape) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors, in the order of the file."""
     q, kv = s.n_heads * s.head_size, s.n_kv_heads * s.head_size
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (s.n_vocab, s.n_embd)}
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (s.n_vocab, s.n_embd)}
     for i in range(s.n_layers):
-        shapes |= {
+        found |= {
             f"blk.{i}.attn_norm.weight": (s.n_embd,),
             f"blk.{i}.attn_q.weight": (q, s.n_embd),
             f"blk.{i}.attn_k.weight": (kv, s.n_embd),
@@ -56,18 +54,12 @@ def write(path: Path, what: Shape, kind: str) -> None:
             f"blk.{i}.ffn_up.weight": (s.n_ff, s.n_embd),
             f"blk.{i}.ffn_down.weight": (s.n_embd, s.n_ff),
         }
-    shapes |= {"output_norm.weight": (s.n_embd,), "output.weight": (s.n_vocab, s.n_embd)}
-    rng = np.random.default_rng(0)
-    block = ggml.quantize((rng.standard_normal((64, 4096)) / 64).astype(np.float32), dtype)
-    pattern = np.frombuffer(block, np.uint8)
+    return found | {"output_norm.weight": (s.n_embd,), "output.weight": (s.n_vocab, s.n_embd)}
 
-    made: dict[tuple[int, ...], Any] = {}  # tensors of one shape are all alike
-    for shape in set(shapes.values()):
-        if len(shape) == 1:
-            made[shape] = np.ones(shape, np.float32)
-        else:
-            made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
-    metadata = {
+
+def metadata(s: Shape) -> dict[str, Any]:
+    """What the file says of itself."""
+    return {
         "general.architecture": "llama",
         "llama.block_count": s.n_layers,
         "llama.embedding_length": s.n_embd,
@@ -81,7 +73,22 @@ def write(path: Path, what: Shape, kind: str) -> None:
         "llama.vocab_size": s.n_vocab,
         "tokenizer.ggml.model": "no_vocab",
     }
-    ggml.write_gguf(path, metadata, {name: made[shape] for name, shape in shapes.items()})
+
+
+def write(path: Path, what: Shape, kind: str) -> None:
+    """A GGUF file without a vocabulary. The bytes of one block of random weights are used for all."""
+    dtype = as_type(kind)
+    shapes = tensors(what)
+    rng = np.random.default_rng(0)
+    block = ggml.quantize((rng.standard_normal((64, 4096)) / 64).astype(np.float32), dtype)
+    pattern = np.frombuffer(block, np.uint8)
+    made: dict[tuple[int, ...], Any] = {}  # tensors of one shape are all alike
+    for shape in set(shapes.values()):
+        if len(shape) == 1:
+            made[shape] = np.ones(shape, np.float32)
+        else:
+            made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
+    ggml.write_gguf(path, metadata(what), {name: made[shape] for name, shape in shapes.items()})
 
 
 def main() -> int:
