@@ -1,6 +1,7 @@
-"""Prompt and decode speed of a model beside llama.cpp (llama-cpp-python), on the same file and threads.
+"""Speed, load time and memory of a model beside llama-cpp-python and the llama.cpp under it: same file, same threads.
 
-The two run in processes of their own, in turns, so that whatever else the machine does falls on both. The peer is
+They run in processes of their own, in turns, so that whatever else the machine does falls on all. ``llama-cpp-python``
+is measured as its users call it (``Llama.eval``), ``llama.cpp`` through the C calls, without choosing tokens. Both are
 taken from the Python that ``--peer`` names, which needs ``pip install --no-binary llama-cpp-python
 llama-cpp-python==0.3.36`` (a native build, minutes).
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 N_PROMPT, N_DECODE = 512, 128
+SIDES = {"ours": "ours", "wrapped": "llama-cpp-python", "peer": "llama.cpp"}
 PROMPT_TOKEN, FIRST_TOKENS = 100, [1, 2, 3, 4, 5]
 
 
@@ -34,33 +36,74 @@ def ours(model: str, threads: int, devices: list[str]) -> dict[str, float]:
         start = time.perf_counter()
         m.forward(prompt, last=True)
         prompt_rate = N_PROMPT / (time.perf_counter() - start)
-        for _ in m.generate_tokens(FIRST_TOKENS, N_DECODE, stop_at_end=False):
-            pass
-        return {"load_s": loaded, "prompt": prompt_rate, "decode": m.timings.decode_rate}
+        for n in (8, N_DECODE):  # the first is warm-up
+            for _ in m.generate_tokens(FIRST_TOKENS, n, stop_at_end=False, reuse=False):
+                pass
+        return {"load_s": loaded, "prompt": prompt_rate, "decode": m.timings.decode_rate, **resident()}
 
 
-def peer(model: str, threads: int) -> dict[str, float]:
-    """One measurement of llama.cpp, through llama-cpp-python's low-level decode."""
+def peer(model: str, threads: int, flash: bool = False) -> dict[str, float]:
+    """One measurement of llama.cpp, through the C API that llama-cpp-python wraps: choosing tokens is not counted."""
+    import llama_cpp as lib
+    import numpy as np
+
+    lib.llama_backend_init()
+    start = time.perf_counter()
+    m = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
+    params.n_threads = params.n_threads_batch = threads
+    params.flash_attn_type = int(flash)
+    ctx = lib.llama_init_from_model(m, params)
+    loaded = time.perf_counter() - start
+    memory, n_vocab = lib.llama_get_memory(ctx), lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(m))
+
+    def evaluate(ids: list[int]) -> float:
+        tokens = (lib.llama_token * len(ids))(*ids)
+        start = time.perf_counter()
+        if lib.llama_decode(ctx, lib.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError("llama_decode failed")
+        lib.llama_synchronize(ctx)
+        return time.perf_counter() - start
+
+    for _ in range(2):  # the first is warm-up
+        lib.llama_memory_clear(memory, True)
+        prompt_rate = N_PROMPT / evaluate([PROMPT_TOKEN] * N_PROMPT)
+    lib.llama_memory_clear(memory, True)
+    evaluate(FIRST_TOKENS)
+    seconds = 0.0
+    for i in range(8 + N_DECODE):  # the first are warm-up
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, -1), (n_vocab,))
+        taken = evaluate([int(logits.argmax())])
+        seconds += taken if i >= 8 else 0.0
+    return {"load_s": loaded, "prompt": prompt_rate, "decode": N_DECODE / seconds, **resident()}
+
+
+def wrapped(model: str, threads: int) -> dict[str, float]:
+    """One measurement of llama-cpp-python."""
     from llama_cpp import Llama
 
     start = time.perf_counter()
     m = Llama(model, n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
     loaded = time.perf_counter() - start
-    prompt = [PROMPT_TOKEN] * N_PROMPT
     for _ in range(2):  # the first is warm-up
         m.reset()
         start = time.perf_counter()
-        m.eval(prompt)
+        m.eval([PROMPT_TOKEN] * N_PROMPT)
         prompt_rate = N_PROMPT / (time.perf_counter() - start)
     m.reset()
     m.eval(FIRST_TOKENS)
-    seconds = 0.0
-    for _ in range(N_DECODE):
-        token = int(m._scores[-1].argmax()) if len(m._scores) else 0
-        start = time.perf_counter()
-        m.eval([token])
-        seconds += time.perf_counter() - start
-    return {"load_s": loaded, "prompt": prompt_rate, "decode": N_DECODE / seconds}
+    for i in range(8 + N_DECODE):  # the first are warm-up
+        if i == 8:
+            start = time.perf_counter()
+        m.eval([m.sample(temp=0.0)])
+    return {"load_s": loaded, "prompt": prompt_rate, "decode": N_DECODE / (time.perf_counter() - start), **resident()}
+
+
+def resident() -> dict[str, float]:
+    """Resident memory of this process in MiB, now and at most; the pages of mapped weights count."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {"rss": int(status["VmRSS"].split()[0]) / 1024, "peak": int(status["VmHWM"].split()[0]) / 1024}
 
 
 def main() -> int:
@@ -70,23 +113,22 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--devices", default="CPU", help="for ours, separated by commas")
-    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     devices = args.devices.split(",")
+    if args.side == "ours":
+        print(json.dumps(ours(args.model, args.threads, devices)))
+        return 0
     if args.side:
-        print(
-            json.dumps(
-                ours(args.model, args.threads, devices) if args.side == "ours" else peer(args.model, args.threads)
-            )
-        )
+        print(json.dumps({"peer": peer, "wrapped": wrapped}[args.side](args.model, args.threads)))
         return 0
     from ggml_cffi import models
 
     model = args.model or str(models.fetch("smollm2"))
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(args.rounds):
-        for side, python in (("ours", sys.executable), ("peer", args.peer)):
-            result = measure(python, side, model, args)
+        for side in SIDES:
+            result = measure(sys.executable if side == "ours" else args.peer, side, model, args)
             if result is not None:
                 found[side].append(result)
     report(found, model, args)
@@ -120,11 +162,21 @@ def report(found: dict[str, list[dict[str, float]]], model: str, args: argparse.
 
     table: dict[str, Any] = {}
     print(f"{Path(model).name}, {args.threads} threads, median of {args.rounds}")
-    print(f"{'':10}{'ours':>10}{'llama.cpp':>12}{'ratio':>8}")
-    for what, label in (("prompt", f"pp{N_PROMPT}"), ("decode", f"tg{N_DECODE}"), ("load_s", "load s")):
-        a, b = (statistics.median(r[what] for r in found[s]) if found[s] else float("nan") for s in ("ours", "peer"))
-        table[label] = {"ours": a, "peer": b, "ratio": a / b}
-        print(f"{label:10}{a:10.2f}{b:12.2f}{a / b:8.2f}")
+    print(f"{'':10}" + "".join(f"{name:>18}{'' if side == 'ours' else '  ours':>6}" for side, name in SIDES.items()))
+    labels = {
+        "prompt": f"pp{N_PROMPT}",
+        "decode": f"tg{N_DECODE}",
+        "load_s": "load s",
+        "rss": "RSS MiB",
+        "peak": "peak MiB",
+    }
+    for what, label in labels.items():
+        each = {s: statistics.median(r[what] for r in found[s]) if found[s] else float("nan") for s in SIDES}
+        table[label] = each | {f"ratio to {s}": each["ours"] / each[s] for s in SIDES if s != "ours"}
+        text = "".join(
+            f"{x:18.3f}{'' if s == 'ours' else format(each['ours'] / x, '5.2f') + 'x':>6}" for s, x in each.items()
+        )
+        print(f"{label:10}{text}")
     print(save("llm", {"model": Path(model).name, "threads": args.threads, "results": table, "rounds": found}))
 
 

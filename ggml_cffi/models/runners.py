@@ -38,7 +38,8 @@ def open_runners(
         elif part.staged:
             yield StagedRunner(*given, where=part.where, in_flight=part.split == "pipeline")
         else:
-            yield ScheduledRunner(*given, where=part.where, op_offload=part.op_offload)
+            compute = [share.compute_bytes for share in part.shares]
+            yield ScheduledRunner(*given, where=part.where, op_offload=part.op_offload, compute_bytes=compute)
 
 
 def _part_of(progress: Progress | None, i: int, n: int) -> Progress | None:

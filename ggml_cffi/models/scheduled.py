@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,14 +24,15 @@ from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.transfer import pinned
 
+_KEPT = 4  # graphs
 _PINNED = 16 << 20  # bytes of a result that are read through pinned memory
 
 
 class _Run(Closing):
-    """A graph that is allocated in the scheduler, and replayed for as long as its sizes fit."""
+    """A graph that is replayed wherever its sizes fit."""
 
-    def __init__(self, key: tuple[int, int, int], context: Context, feed: Feed, result: Tensor) -> None:
-        self.key, self.context, self.feed, self.result = key, context, feed, result
+    def __init__(self, context: Context, feed: Feed, result: Tensor) -> None:
+        self.context, self.feed, self.result = context, feed, result
         self.graph = Graph(result)
         self._out: npt.NDArray[np.float32] | None = None
         self._backend: Backend | None = None
@@ -38,6 +40,8 @@ class _Run(Closing):
 
     def attach(self, scheduler: Scheduler) -> None:
         """Make ready to read the result: few rows come through memory that a GPU writes by itself."""
+        if self._backend is not None:
+            return
         backend = scheduler.backend_of(self.result)
         if not backend.device.is_cpu and self.result.nbytes <= _PINNED:
             self._backend = backend
@@ -74,7 +78,7 @@ def logits(context: Context, weights: Weights, n: int, n_kv: int, n_out: int) ->
 
 
 class ScheduledRunner(Runner):
-    """Weights, cache and scheduler of one model, and the graph that was run last.
+    """Weights, cache and scheduler of one model, and the graphs that were run last.
 
     Parameters
     ----------
@@ -92,6 +96,9 @@ class ScheduledRunner(Runner):
         For each layer the index of its backend; default :func:`~ggml_cffi.models.weights.split_layers`.
     op_offload
         Let GPUs compute large batches with weights that are in host memory.
+    compute_bytes
+        Bytes of intermediate results on each backend, where they are known. The CPU alone then takes them when it
+        needs them; GPUs take them now, so that too little memory is found while loading.
     """
 
     def __init__(
@@ -105,10 +112,11 @@ class ScheduledRunner(Runner):
         *,
         where: Sequence[int] | None = None,
         op_offload: bool = True,
+        compute_bytes: Sequence[int] | None = None,
     ) -> None:
         self.architecture, self.n_batch = architecture, n_batch
         self.n_rows = n_rows(n_ctx)
-        self._run: _Run | None = None
+        self._runs: OrderedDict[tuple[int, int, int], _Run] = OrderedDict()
         self._scheduler: Scheduler | None = None
         self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
         self.placed, self.shares, self.caches = (
@@ -118,8 +126,10 @@ class ScheduledRunner(Runner):
         )
         try:
             self._scheduler = Scheduler(backends, op_offload=op_offload)
-            if architecture.causal:
+            if architecture.causal and (compute_bytes is None or len(backends) > 1):
                 self._reserve()
+            elif compute_bytes is not None:
+                self.shares[0].compute_bytes = compute_bytes[0]
         except BaseException:
             self.close()
             raise
@@ -152,46 +162,45 @@ class ScheduledRunner(Runner):
         return run.read(self.scheduler)
 
     def _prepared(self, key: tuple[int, int, int]) -> _Run:
-        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last one is kept."""
+        """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results, allocated; the last few are kept."""
         scheduler = self.scheduler
-        if self._run is not None and self._run.key == key and scheduler.graph is self._run.graph:
-            return self._run
-        self._drop_run()
-        run = self._build(key)
-        try:
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = self._build(key)
+            if len(self._runs) > _KEPT:
+                self._drop(next(iter(self._runs)))
+        if scheduler.graph is not run.graph:
+            self._runs.move_to_end(key)
             scheduler.alloc(run.graph)
             run.attach(scheduler)
-        except BaseException:
-            run.close()
-            raise
-        self._run = run
         return run
 
     def _build(self, key: tuple[int, int, int]) -> _Run:
         context = Context()
         try:
-            return _Run(key, context, *logits(context, self.weights, *key))
+            return _Run(context, *logits(context, self.weights, *key))
         except BaseException:
             context.close()
             raise
 
     def _reserve(self) -> None:
-        """Make room for the largest prompt batch now, so that too little memory is found while loading."""
+        """Make room for the largest prompt batch now."""
         with self._build((self.n_batch, self.n_rows, 1)) as run:
             sizes = self.scheduler.reserve(run.graph)
         for share in self.weights.shares:
             share.compute_bytes = sizes[share.backend]
 
-    def _drop_run(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
+    def _drop(self, key: tuple[int, int, int]) -> None:
+        run = self._runs.pop(key)
+        if self.scheduler.graph is run.graph:
             self.scheduler.reset()
-            run.close()
+        run.close()
 
     def close(self) -> None:
         """Free weights, caches and scheduler."""
         if self._scheduler is not None:
-            self._drop_run()
+            for key in [*self._runs]:
+                self._drop(key)
             self._scheduler.close()
             self._scheduler = None
         self.weights.close()
