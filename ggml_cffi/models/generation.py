@@ -25,7 +25,6 @@ from ggml_cffi.models.sampling import Sampler
 Logits = npt.NDArray[np.float32]
 
 _PAUSE = 1.0  # seconds without a request after which a text may lose its place in the cache to a later one
-_AT_ONCE = 16  # batches of a prompt that are in flight one after another: few enough to be stopped soon
 _FEWEST_IN_FLIGHT = 256  # tokens of a batch that is computed at the same time as another, rather than with it
 _FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for each number of columns up to this
 
@@ -286,7 +285,7 @@ class Generator(Closing):
         parts: list[tuple[Growing, int]] = []
         chosen = [t for t in self._growing if t.wanting and not t.ready and (t.behind is None or t.behind.stands_aside)]
         # A text alone has several batches at once computed, if that is quicker.
-        room = self.runner.n_batch * (_AT_ONCE if self.runner.n_in_flight > 1 and len(chosen) == 1 else 1)
+        room = self.runner.n_batch * (self.runner.n_together if len(chosen) == 1 else 1)
         for text in sorted(chosen, key=lambda t: t.pending):  # those that need one token first: they are many and quick
             n = self._portion(text, room)
             if n and self._make_room(text, n, parts):

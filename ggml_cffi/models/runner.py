@@ -63,6 +63,8 @@ class Runner(Closing, ABC):
     """Rows of the cache: a multiple of :data:`KV_STEP`."""
     n_in_flight: int = 1
     """Batches that are computed at the same time, if :meth:`run_all` gets as many."""
+    n_together: int = 1
+    """Batches that are worth giving to :meth:`run_all` together: the next is made while one is computed."""
     shares: list[Share]
     """What each device holds."""
     placed: Weights | None = None

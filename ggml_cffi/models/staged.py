@@ -34,6 +34,8 @@ from ggml_cffi.transfer import HostBlock
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+_TOGETHER = 16  # batches of a prompt that are computed without a look around: few enough to be stopped soon
+
 Hidden = npt.NDArray[np.float32]
 
 
@@ -70,6 +72,8 @@ def layers_of(weights: Weights, layers: range) -> Layers:
 
 class StagedRunner(Runner):
     """Stages that run one after another, in flight where there are several batches.
+
+    Batches that are given together are made while those before are computed, also where there is one stage.
 
     Parameters
     ----------
@@ -115,10 +119,10 @@ class StagedRunner(Runner):
                 stage = Stage(layers_of(self.weights, layers), Group([backends[i]]))
                 self.stages.append(stage)
                 (self.shares[i].compute_bytes,) = stage.reserve(n_batch, self.n_rows)
-            if in_flight and len(found) > 1:
+            if in_flight or len(found) == 1:
                 from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-                self.n_in_flight = len(found)
+                self.n_in_flight, self.n_together = len(found), _TOGETHER
                 self._pools = [ThreadPoolExecutor(1, thread_name_prefix="ggml_cffi stage") for _ in found]
             self._scheduler = Scheduler(backends)
         except BaseException:
