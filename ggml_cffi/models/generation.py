@@ -44,7 +44,7 @@ class Timings:
     decoded_tokens: int = 0
     decode_seconds: float = 0.0
 
-    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     def add(self, n: int, seconds: float, *, decoded: bool) -> None:
         """Count a run of ``n`` tokens."""

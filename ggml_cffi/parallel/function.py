@@ -21,7 +21,7 @@ _PROGRAMS = 16
 
 
 class ParallelFunction:
-    """A function of arrays that several devices compute, made by :meth:`~ggml_cffi.parallel.TensorParallel.compile`.
+    """A function of arrays that several devices compute, made by ``TensorParallel.compile``.
 
     ``float64`` arrays are computed in F32; others keep their type: F32, F16, I32 and I64.
     """

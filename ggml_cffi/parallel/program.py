@@ -145,7 +145,7 @@ class Program(Traced):
     group
         The devices, and their memory.
     ranks, function, inputs
-        As for :class:`Traced`.
+        As for ``Traced``.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Program(Traced):
         return found[0] if self._single else tuple(found)
 
     def compute(self) -> None:
-        """Compute with what is in :attr:`puts`, and wait; the results are in :attr:`takes`.
+        """Compute with what is in ``puts``, and wait; the results are in ``takes``.
 
         Raises
         ------
