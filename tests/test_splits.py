@@ -100,6 +100,26 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch):
         assert answers(model, [PROMPT * 4]) == want
 
 
+def test_a_caller_who_leaves_while_batches_are_in_flight(two_gpus, path, monkeypatch):
+    """Nothing computes any more when the cache is others'."""
+    ids = [i % 50 for i in range(96)]
+    futures = []
+    real = StagedRunner._start
+    monkeypatch.setattr(StagedRunner, "_start", lambda self, batch: futures.append(real(self, batch)) or futures[-1])
+
+    def leave(_done):
+        raise KeyboardInterrupt
+
+    with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
+        generator = model._generators[0]
+        with pytest.raises(KeyboardInterrupt) as caught:
+            generator.logits(ids, 96, leave)
+        assert len(futures) > 1
+        assert all(future.done() for future in futures)
+        assert generator.cells.n_free == len(generator.cells)
+        assert caught.traceback  # which keeps the frames, and what is in them, alive
+
+
 def test_texts_are_dealt_to_replicas(two_gpus, path):
     prompts = [[i, i + 1, i + 2, 4, 5, 6, 7, 8, 9, 10, 11] for i in range(6)]
     with models.load(path, ["Vulkan0"], "layer") as model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Lock, get_ident
@@ -230,12 +231,14 @@ class Generator(Closing):
             ranges = self._ranges(0, len(ids))
             batches = (self._part(sequence, ids, start, end, len(ids) - n_out) for start, end in ranges)
             try:
-                for (start, end), logits in zip(ranges, self.runner.run_all(batches), strict=True):
-                    wanted = end - max(start, len(ids) - n_out)
-                    if wanted > 0:
-                        found.append(logits.copy())
-                    if progress is not None:
-                        progress(end)
+                # Closed before anybody else may run: batches can be in flight when ``progress`` raises.
+                with closing(self.runner.run_all(batches)) as results:
+                    for (start, end), logits in zip(ranges, results, strict=True):
+                        wanted = end - max(start, len(ids) - n_out)
+                        if wanted > 0:
+                            found.append(logits.copy())
+                        if progress is not None:
+                            progress(end)
             finally:
                 self.cells.drop(sequence)
         return found[0] if len(found) == 1 else np.concatenate(found)
@@ -313,7 +316,8 @@ class Generator(Closing):
                 ranges, end = self._ranges(text.n_cached, text.n_cached + n), text.n_cached + n
                 if len(ranges) > 1:
                     batches = (self._part(text.sequence, text.ids, *part, end - 1) for part in ranges)
-                    return [*self.runner.run_all(batches)][-1]
+                    with closing(self.runner.run_all(batches)) as results:
+                        return deque(results, maxlen=1).pop()
             return self.runner.run(self._joined(parts))
         except BaseException:  # stopped or failed: what the rows hold is not known
             for text, _ in parts:

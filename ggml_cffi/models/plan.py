@@ -95,7 +95,8 @@ def plan(
     balance: Balance = "memory",
     n_texts: int = 1,
 ) -> Plan:
-    """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it.
+    """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it, but that
+    ``split="auto"`` loads a few layers for a moment, to time them.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,13 +86,14 @@ class Runner(Closing, ABC):
             If the model is closed.
         """
 
-    def run_all(self, batches: Iterable[Batch]) -> Iterator[Logits]:
+    def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         """The logits of batches, in their order, each until the next is asked for.
 
         Each batch may look at what those before it have written to the cache. It is asked for when it can begin:
-        its keys and values need rows of the cache from then on.
+        its keys and values need rows of the cache from then on. Close the generator if it is left early: it waits for
+        what is in flight.
         """
-        return map(self.run, batches)
+        yield from map(self.run, batches)
 
     @abstractmethod
     def assignment(self) -> list[tuple[Tensor, Backend]]:

@@ -10,7 +10,7 @@ before is at the next batch. That takes no memory on the GPUs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -151,7 +151,7 @@ class StagedRunner(Runner):
         assert x is not None
         return x
 
-    def run_all(self, batches: Iterable[Batch]) -> Iterator[Logits]:
+    def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         if not self._pools:
             yield from map(self.run, batches)
             return
