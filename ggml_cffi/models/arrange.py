@@ -23,7 +23,7 @@ from ggml_cffi.models.runner import n_rows
 from ggml_cffi.models.scheduled import logits
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.staged import layers_of, stages_of
-from ggml_cffi.models.weights import Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
+from ggml_cffi.models.weights import Share, Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
 from ggml_cffi.parallel import tensor_runner
 from ggml_cffi.scheduler import Scheduler
 
@@ -51,6 +51,22 @@ class DeviceShare:
     """What the device says that it has free."""
     has_output: bool
     has_embeddings: bool
+
+    @classmethod
+    def of(cls, share: Share, input_bytes: int = 0) -> DeviceShare:
+        """A share as a plan has it, with what its device has free now."""
+        return cls(
+            device=share.backend.name,
+            layers=tuple(share.layers),
+            weight_bytes=share.weight_bytes,
+            mapped_bytes=share.mapped_bytes,
+            cache_bytes=share.cache_bytes,
+            compute_bytes=share.compute_bytes,
+            input_bytes=input_bytes,
+            free=share.backend.device.memory().free,
+            has_output=share.has_output,
+            has_embeddings=share.has_embeddings,
+        )
 
     @property
     def total(self) -> int:
@@ -141,21 +157,9 @@ def measure(
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
-    shares = [
-        DeviceShare(
-            device=share.backend.name,
-            layers=tuple(share.layers),
-            weight_bytes=share.weight_bytes,
-            mapped_bytes=share.mapped_bytes,
-            cache_bytes=share.cache_bytes,
-            compute_bytes=sizes[share.backend],
-            input_bytes=inputs.pop(share.backend.buffer_type, 0),
-            free=share.backend.device.memory().free,
-            has_output=share.has_output,
-            has_embeddings=share.has_embeddings,
-        )
-        for share in weights.shares
-    ]
+    for share in weights.shares:
+        share.compute_bytes = sizes[share.backend]
+    shares = [DeviceShare.of(share, inputs.pop(share.backend.buffer_type, 0)) for share in weights.shares]
     return shares, bool(stages)
 
 
@@ -237,28 +241,10 @@ def arrange_parts(architecture: Architecture, backends: Sequence[Backend], wish:
     members = tuple(range(len(backends) - 1)) or (0,)
     own = [backends[i] for i in members]
     for whole in (True, False):
-        shares = [
-            DeviceShare(
-                device=share.backend.name,
-                layers=tuple(share.layers),
-                weight_bytes=share.weight_bytes,
-                mapped_bytes=0,
-                cache_bytes=share.cache_bytes,
-                compute_bytes=share.compute_bytes,
-                input_bytes=0,
-                free=share.backend.device.memory().free,
-                has_output=True,
-                has_embeddings=True,
-            )
-            for share in tensor_runner.measure(
-                architecture,
-                own,
-                wish.n_ctx,
-                min(wish.n_batch, wish.n_ctx),
-                wish.kv_dtype,
-                whole_attention=whole,
-            )
-        ]
+        held = tensor_runner.measure(
+            architecture, own, wish.n_ctx, min(wish.n_batch, wish.n_ctx), wish.kv_dtype, whole_attention=whole
+        )
+        shares = [DeviceShare.of(share) for share in held]
         if all(share.fits for share in shares):
             break
     return Arrangement([], False, shares, split="tensor", members=members, whole_attention=whole)

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.models.architecture import Architecture, LayerCache
-from ggml_cffi.models.weights import Share, Weights
+from ggml_cffi.models.weights import Progress, Share, Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
@@ -119,6 +120,62 @@ class Runner(Closing, ABC):
         """Raise ClosedError if the model is closed."""
         if self.closed:
             raise ClosedError("this model is closed")
+
+
+class WholeRunner(Runner):
+    """A runner whose weights are each whole on one device.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    backends
+        The preferred first, the CPU last.
+    n_ctx
+        Rows of the KV cache, which are rounded up.
+    n_batch
+        Most tokens of one run.
+    kv_dtype
+        Type of keys and values in the cache.
+    progress
+        Called with bytes done and bytes in all while weights are loaded.
+    where
+        For each layer the index of its backend; default :func:`~ggml_cffi.models.weights.split_layers`.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        backends: Sequence[Backend],
+        n_ctx: int,
+        n_batch: int,
+        kv_dtype: Type,
+        progress: Progress | None,
+        where: Sequence[int] | None,
+    ) -> None:
+        self.architecture, self.n_batch, self.n_rows = architecture, n_batch, n_rows(n_ctx)
+        self._scheduler: Scheduler | None = None  # there once all else is
+        self.weights = self.placed = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
+        self.shares, self.caches = self.weights.shares, [[cache] for cache in self.weights.cache]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model is closed."""
+        return self._scheduler is None
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler over all devices."""
+        if self._scheduler is None:
+            raise ClosedError("this model is closed")
+        return self._scheduler
+
+    def close(self) -> None:
+        """Free weights, caches and scheduler."""
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
+            scheduler.close()
+        self.weights.close()
 
 
 def n_rows(n_ctx: int) -> int:

@@ -14,11 +14,11 @@ from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError, GgmlError
+from ggml_cffi.errors import GgmlError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.feed import Feed
-from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.runner import Batch, Logits, WholeRunner
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
@@ -77,23 +77,13 @@ def logits(context: Context, weights: Weights, n: int, n_kv: int, n_out: int) ->
     return feed, result
 
 
-class ScheduledRunner(Runner):
+class ScheduledRunner(WholeRunner):
     """Weights, cache and scheduler of one model, and the graphs that were run last.
 
     Parameters
     ----------
-    architecture
-        The model.
-    backends
-        The preferred first, the CPU last.
-    n_ctx
-        Rows of the KV cache, which are rounded up.
-    n_batch
-        Most tokens of one run.
-    kv_dtype
-        Type of keys and values in the cache.
-    where
-        For each layer the index of its backend; default :func:`~ggml_cffi.models.weights.split_layers`.
+    architecture, backends, n_ctx, n_batch, kv_dtype, progress, where
+        As for :class:`~ggml_cffi.models.runner.WholeRunner`.
     op_offload
         Let GPUs compute large batches with weights that are in host memory.
     compute_bytes
@@ -114,16 +104,8 @@ class ScheduledRunner(Runner):
         op_offload: bool = True,
         compute_bytes: Sequence[int] | None = None,
     ) -> None:
-        self.architecture, self.n_batch = architecture, n_batch
-        self.n_rows = n_rows(n_ctx)
+        super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self._runs: OrderedDict[tuple[int, int, int], _Run] = OrderedDict()
-        self._scheduler: Scheduler | None = None
-        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
-        self.placed, self.shares, self.caches = (
-            self.weights,
-            self.weights.shares,
-            [[cache] for cache in self.weights.cache],
-        )
         try:
             self._scheduler = Scheduler(backends, op_offload=op_offload)
             if architecture.causal and (compute_bytes is None or len(backends) > 1):
@@ -133,18 +115,6 @@ class ScheduledRunner(Runner):
         except BaseException:
             self.close()
             raise
-
-    @property
-    def closed(self) -> bool:
-        """Whether the model is closed."""
-        return self._scheduler is None
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """The scheduler; it holds the graph of the last run."""
-        if self._scheduler is None:
-            raise ClosedError("this model is closed")
-        return self._scheduler
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         return self.scheduler.assignment()
@@ -197,10 +167,7 @@ class ScheduledRunner(Runner):
         run.close()
 
     def close(self) -> None:
-        """Free weights, caches and scheduler."""
-        if self._scheduler is not None:
-            for key in [*self._runs]:
-                self._drop(key)
-            self._scheduler.close()
-            self._scheduler = None
-        self.weights.close()
+        """Free graphs, weights, caches and scheduler."""
+        for key in [*self._runs]:
+            self._drop(key)
+        super().close()

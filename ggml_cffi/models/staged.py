@@ -21,9 +21,8 @@ import numpy.typing as npt
 from ggml_cffi._feasible import VIEWS
 from ggml_cffi.backend import Backend
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError
 from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.runner import Batch, Logits, WholeRunner
 from ggml_cffi.models.stage import Layers, Stage
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.parallel.group import Group
@@ -70,7 +69,7 @@ def layers_of(weights: Weights, layers: range) -> Layers:
     return Layers(weights.architecture, layers, [weights.tensors], [weights.cache])
 
 
-class StagedRunner(Runner):
+class StagedRunner(WholeRunner):
     """Stages that run one after another, in flight where there are several batches.
 
     Batches that are given together are made while those before are computed, also where there is one stage.
@@ -78,7 +77,7 @@ class StagedRunner(Runner):
     Parameters
     ----------
     architecture, backends, n_ctx, n_batch, kv_dtype, progress, where
-        As for :class:`~ggml_cffi.models.scheduled.ScheduledRunner`.
+        As for :class:`~ggml_cffi.models.runner.WholeRunner`.
     in_flight
         Whether the stages of several batches are computed at the same time.
 
@@ -100,17 +99,9 @@ class StagedRunner(Runner):
         where: Sequence[int] | None = None,
         in_flight: bool = True,
     ) -> None:
-        self.architecture, self.n_batch = architecture, n_batch
-        self.n_rows = n_rows(n_ctx)
+        super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self.stages: list[Stage] = []
         self._pools: list[ThreadPoolExecutor] = []
-        self._scheduler: Scheduler | None = None
-        self.weights = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
-        self.placed, self.shares, self.caches = (
-            self.weights,
-            self.weights.shares,
-            [[cache] for cache in self.weights.cache],
-        )
         try:
             found = stages_of(self.weights)
             if not found:
@@ -128,16 +119,6 @@ class StagedRunner(Runner):
         except BaseException:
             self.close()
             raise
-
-    @property
-    def closed(self) -> bool:
-        return self._scheduler is None
-
-    @property
-    def scheduler(self) -> Scheduler:
-        if self._scheduler is None:
-            raise ClosedError("this model is closed")
-        return self._scheduler
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         self.check_open()
@@ -184,10 +165,7 @@ class StagedRunner(Runner):
         self._pools = []
         for stage in self.stages:
             stage.close()
-        if self._scheduler is not None:
-            self._scheduler.close()
-            self._scheduler = None
-        self.weights.close()
+        super().close()
 
 
 def _follow(stage: Stage, batch: Batch, before: Future[Hidden] | None) -> Hidden:
