@@ -490,3 +490,20 @@ def test_products_of_float_matrices_on_gpus_are_near(devices, rng):
             y.set(b)
             s.compute()
             assert relative_error(out.numpy(), b @ a.T) < 5e-3
+
+
+def test_schedulers_of_other_threads_come_and_go_while_a_graph_is_made(ctx):
+    """Each graph looks through those that schedulers hold, of which another thread may add one meanwhile."""
+    x = ctx.new_tensor("f32", (4,))
+
+    class Nodes(frozenset):
+        def isdisjoint(self, other):
+            ctx.held[object()] = frozenset()
+            return True
+
+    ctx.held[object()] = Nodes()
+    try:
+        ggml.Graph(ggml.relu(x)).close()
+        assert len(ctx.held) == 2
+    finally:
+        ctx.held.clear()
