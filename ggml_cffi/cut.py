@@ -109,7 +109,7 @@ def share_out(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple[in
 def pieces(
     dtype: Type, shape: Sequence[int], raw: npt.NDArray[np.uint8], cut: Cut, n: int
 ) -> list[npt.NDArray[np.uint8]]:
-    """The bytes ``raw`` of a tensor, cut for ``n`` devices; without a copy but for columns."""
+    """The bytes ``raw`` of a tensor, cut for ``n`` devices: views of it, of columns with two axes."""
     if cut.axis is None:
         return [raw] * n
     columns = cut.axis == -1 or len(shape) == 1
@@ -118,8 +118,7 @@ def pieces(
     for start, stop in cut.spans(dtype, shape, n):
         if columns:
             low, high = row_size(dtype, start), row_size(dtype, stop)
-            part = raw.reshape(-1, row_size(dtype, shape[-1]))[:, low:high]
-            found.append(np.ascontiguousarray(part).reshape(-1))
+            found.append(raw.reshape(-1, row_size(dtype, shape[-1]))[:, low:high])
         else:
             step = row_size(dtype, rest[-1]) * prod(rest[:-1])
             found.append(raw[start * step : stop * step])

@@ -154,16 +154,16 @@ def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: Hos
 
     chunk = min(chunk, len(block.memory) // 2)
     total = src.nbytes
-    into, out_of = (_Bytes.of_buffer(block.buffers[b.device]) for b in (reader, writer))
-    source, target = _Bytes.of_tensor(src), _Bytes.of_tensor(dst)
+    into, out_of = (DeviceBytes.of_buffer(block.buffers[b.device]) for b in (reader, writer))
+    source, target = DeviceBytes.of_tensor(src), DeviceBytes.of_tensor(dst)
 
     def read(start: int) -> None:
         n, half = min(chunk, total - start), start // chunk % 2 * chunk
-        _copy(reader, source.part(start, n), into.part(half, n))
+        copy_bytes(reader, source.part(start, n), into.part(half, n))
 
     def write(start: int) -> None:
         n, half = min(chunk, total - start), start // chunk % 2 * chunk
-        _copy(writer, out_of.part(half, n), target.part(start, n))
+        copy_bytes(writer, out_of.part(half, n), target.part(start, n))
 
     with ThreadPoolExecutor(1) as other:
         read(0)
@@ -174,12 +174,13 @@ def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: Hos
             writing.result()
 
 
-def _copy(backend: Backend, a: Any, b: Any) -> None:
+def copy_bytes(backend: Backend, a: Any, b: Any) -> None:
+    """Copy a part of :class:`DeviceBytes` to another of the same size, and wait."""
     c.ggml_backend_tensor_copy_async(backend.ptr, backend.ptr, a, b)
     c.ggml_backend_synchronize(backend.ptr)
 
 
-class _Bytes:
+class DeviceBytes:
     """A piece of a device's memory, parts of which can be copied."""
 
     def __init__(self, buffer: Any, start: Any) -> None:
@@ -188,16 +189,18 @@ class _Bytes:
         self.kept: list[Any] = []
 
     @classmethod
-    def of_buffer(cls, buffer: Buffer) -> _Bytes:
+    def of_buffer(cls, buffer: Buffer) -> DeviceBytes:
+        """All of a buffer's."""
         return cls(buffer.ptr, c.ggml_backend_buffer_get_base(buffer.ptr))
 
     @classmethod
-    def of_tensor(cls, t: Tensor) -> _Bytes:
+    def of_tensor(cls, t: Tensor) -> DeviceBytes:
+        """Those of a tensor with memory."""
         root, offset = t.place()
         return cls(root.buffer, c.ffi.cast("char *", root.data) + offset)
 
     def part(self, offset: int, n: int) -> Any:
-        """``n`` bytes from ``offset`` on, as a tensor of bytes."""
+        """``n`` bytes from ``offset`` on, as a tensor of bytes, which lives as long as this does."""
         made = c.ffi.new("struct ggml_tensor *", {"type": Type.I8, "ne": [n, 1, 1, 1], "nb": [1, n, n, n]})
         made.buffer, made.data = self.buffer, self.start + offset
         self.kept.append(made)

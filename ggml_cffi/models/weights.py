@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ggml_cffi import c, ops
+from ggml_cffi._upload import Job, upload
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
 from ggml_cffi.dtypes import INTEGERS, INTERNAL, block_size, row_size
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.gguf import GGUFFile, TensorInfo
+from ggml_cffi.gguf import TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.tensor import Tensor
@@ -240,19 +241,23 @@ class Weights:
     def _load(self, progress: Progress | None) -> None:
         file = self.architecture.file
         mappings: dict[int, Buffer] = {}
-        total, done = sum(info.nbytes for _, info, _ in self._pending), 0
+        jobs: list[Job] = []
+        mapped = 0
         # In the file's order, so that a disk reads ahead.
         for tensor, info, target in sorted(self._pending, key=lambda entry: (entry[1].part, entry[1].offset)):
-            if self._mapped(self.shares[target], info):
-                if info.part not in mappings:
-                    mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
-                    self.context.adopt(mappings[info.part])
-                self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
-            else:
-                tensor.set_bytes(_raw(file, info))
-            done += info.nbytes
-            if progress:
-                progress(done, total)
+            if not self._mapped(self.shares[target], info):
+                jobs.append(Job(tensor, file.raw(info.name)))
+                continue
+            if info.part not in mappings:
+                mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
+                self.context.adopt(mappings[info.part])
+            self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
+            mapped += info.nbytes
+        total = mapped + sum(job.data.size for job in jobs)
+        if progress and mapped:
+            progress(mapped, total)
+        report = None if progress is None else (lambda done, _: progress(mapped + done, total))
+        upload(jobs, [share.backend for share in self.shares], report)
         del self._pending
 
     def close(self) -> None:
@@ -294,7 +299,3 @@ def check_cache(kind: Type, sizes: tuple[int, int]) -> None:
         raise ValueError(
             f"kv_dtype {kind.name} has blocks of {block}: keys and values of {sizes} elements do not fit them"
         )
-
-
-def _raw(file: GGUFFile, info: TensorInfo) -> memoryview:
-    return memoryview(file.map_of(info))[info.offset : info.offset + info.nbytes]

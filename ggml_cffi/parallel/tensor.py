@@ -8,12 +8,12 @@ through Python or the processor. A run so has steps, one more than sums; the dev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import dtypes
+from ggml_cffi._upload import Job, upload
 from ggml_cffi.backend import Backend
 from ggml_cffi.context import Context
 from ggml_cffi.cut import MIRROR, Cut, pieces, rule_for
@@ -150,13 +150,18 @@ class TensorParallel(Group):
             self._contexts, self.backends, zip(*made.values(), strict=True), strict=False
         ):
             context.alloc(backend.buffer_type, [t for t in parts if t.size], usage=Usage.WEIGHTS)
-        total, done = sum(s.nbytes for s in sources), 0
-        for s in sources:
-            for t, data in zip(made[s.name], s.pieces(n), strict=True):
-                t.set_bytes(data)
-            done += s.nbytes
+        stored = [s for s in sources if s.is_stored]
+        total, done = sum(t.nbytes for parts in made.values() for t in parts), 0
+
+        def report(part: int, _: int) -> None:
             if progress:
-                progress(done, total)
+                progress(done + part, total)
+
+        # What is converted takes memory here: one weight at a time.
+        for together in [stored, *([s] for s in sources if not s.is_stored)]:
+            jobs = [Job(t, data) for s in together for t, data in zip(made[s.name], s.pieces(n), strict=True)]
+            upload([job for job in jobs if job.data.size], self.backends, report)
+            done += sum(job.data.size for job in jobs)
         return made
 
     def zeros(
@@ -211,7 +216,8 @@ class _Source:
         self.shape = self._values.shape
         self._stored = self._values.dtype if isinstance(self._values, GGUFTensor) else as_type(self._values.dtype)
         self.dtype = as_type(dtype) if dtype is not None else Type.F32 if self._stored is Type.F64 else self._stored
-        self.nbytes = prod(self.shape[:-1]) * dtypes.row_size(self.dtype, self.shape[-1] if self.shape else 1)
+        self.is_stored = isinstance(self._values, GGUFTensor) and self._stored is self.dtype
+        """Whether a file has the very bytes."""
 
     def shapes(self, n: int) -> list[tuple[int, ...]]:
         """What each of ``n`` devices gets."""
@@ -222,7 +228,7 @@ class _Source:
 
     def pieces(self, n: int) -> list[npt.NDArray[np.uint8]]:
         """The bytes for each."""
-        if isinstance(self._values, GGUFTensor) and self._stored is self.dtype:
+        if isinstance(self._values, GGUFTensor) and self.is_stored:
             raw = self._values.raw()
         else:
             raw = dtypes.to_bytes(np.asarray(self._values), self.dtype).reshape(-1).view(np.uint8)

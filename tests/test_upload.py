@@ -1,0 +1,102 @@
+"""Weights that several threads stream to devices: every byte arrives, progress is told, errors end it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi import _upload
+from ggml_cffi._upload import Job, upload
+
+DEVICES = [d.name for d in ggml.devices()]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pieces that cut small tensors in several."""
+    monkeypatch.setattr(_upload, "_PIECE", 1 << 16)
+    monkeypatch.setattr(_upload, "_MANY", 1)
+
+
+@pytest.fixture
+def backends():
+    found = [ggml.Backend(name) for name in DEVICES]
+    yield found
+    for backend in found:
+        backend.close()
+
+
+def jobs_on(ctx, backends, rng):
+    """Tensors of odd sizes on all devices, whole and columns of wider ones, with what they are to hold."""
+    jobs, wanted = [], []
+    for backend in backends:
+        for rows, columns in ((300, 256), (1000, 65), (7, 3), (1, 1)):
+            for wide in (False, True):
+                t = ctx.new_tensor(ggml.F32, (rows, columns))
+                ctx.alloc(backend.buffer_type, [t])
+                values = rng.standard_normal((rows, columns * (1 + wide)), dtype=np.float32)
+                data = values.view(np.uint8)
+                jobs.append(Job(t, data[:, columns * 4 :] if wide else data.reshape(-1)))
+                wanted.append((t, values[:, columns:] if wide else values))
+    return jobs, wanted
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_byte_arrives(backends, rng, monkeypatch, threads):
+    monkeypatch.setattr(_upload, "default_threads", lambda: threads * len(backends))
+    seen = []
+    with ggml.Context() as ctx:
+        jobs, wanted = jobs_on(ctx, backends, rng)
+        upload(jobs, backends, lambda *args: seen.append(args))
+        for t, values in wanted:
+            np.testing.assert_array_equal(t.numpy(), values)
+    total = sum(job.data.size for job in jobs)
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+    assert len(seen) > len(jobs)  # in pieces
+
+
+def test_a_device_without_a_backend(backends, rng):
+    with ggml.Context() as ctx:
+        jobs, wanted = jobs_on(ctx, backends, rng)
+        upload(jobs, [])
+        for t, values in wanted:
+            np.testing.assert_array_equal(t.numpy(), values)
+
+
+def test_row_numbers_are_checked(backends):
+    with ggml.Context() as ctx:
+        for backend in backends:
+            table, rows = ctx.new_tensor(ggml.F32, (4, 8)), ctx.new_tensor(ggml.I32, (2,))
+            ctx.alloc(backend.buffer_type, [table, rows])
+            ggml.ops.get_rows(table, rows)
+            with pytest.raises(ValueError, match="row"):
+                upload([Job(rows, np.array([0, 4], np.int32).view(np.uint8))], backends)
+
+
+def test_what_progress_raises_ends_it(backends, rng):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with ggml.Context() as ctx:
+        jobs, wanted = jobs_on(ctx, backends, rng)
+        with pytest.raises(KeyboardInterrupt):
+            upload(jobs, backends, stop)
+        upload(jobs, backends)  # and it can begin again
+        for t, values in wanted:
+            np.testing.assert_array_equal(t.numpy(), values)
+
+
+def test_an_error_in_a_thread_is_raised_here(backends, rng, monkeypatch):
+    if len(backends) < 2:
+        pytest.skip("needs a Vulkan device")
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(_upload, "copy_bytes", fail)
+    with ggml.Context() as ctx:
+        jobs, _ = jobs_on(ctx, backends[:1], rng)
+        with pytest.raises(MemoryError, match="no room"):
+            upload(jobs, backends)
