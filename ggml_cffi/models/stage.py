@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,11 @@ _PROGRAMS = 32  # graphs that are kept
 
 #: Tokens, cache rows that they look at, tokens whose results are wanted.
 Key = tuple[int, int, int]
+
+
+def key_of(batch: Batch) -> Key:
+    """What the graph for a batch depends on."""
+    return len(batch.tokens), batch.mask.shape[1], len(batch.wanted)
 
 
 class Layers:
@@ -65,9 +70,9 @@ class Layers:
             found.append(((n_out,), Type.I32))
         return found
 
-    def values(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> list[npt.NDArray[Any]]:
-        """What :meth:`inputs` are for a batch, and what came out of the layers before."""
-        found = [batch.tokens if x is None else x, batch.positions, batch.rows, batch.mask]
+    def values(self, batch: Batch) -> list[npt.NDArray[Any]]:
+        """What :meth:`inputs` are for a batch, but the first of them: tokens, or what came out of the layers before."""
+        found: list[npt.NDArray[Any]] = [batch.positions, batch.rows, batch.mask]
         if self.architecture.window:
             found.append(batch.mask if batch.near is None else batch.near)
         if self.is_last:
@@ -110,6 +115,7 @@ class Stage(Closing):
     def __init__(self, layers: Layers, group: Group) -> None:
         self.layers, self.group = layers, group
         self._programs: OrderedDict[Key, Program] = OrderedDict()
+        self._prepared: tuple[Batch, Program] | None = None  # whose inputs are written
 
     def reserve(self, n_batch: int, n_rows: int) -> list[int]:
         """Make room for the largest batch now, so that too little memory is found while loading.
@@ -127,20 +133,36 @@ class Stage(Closing):
         self._made((n_batch, n_rows, 1)).close()
         return self.group.arena_sizes()
 
-    def run(self, batch: Batch, x: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+    def prepare(self, batch: Batch) -> None:
+        """Write the inputs of a batch that are known before the layers before have computed it."""
+        program = self.program(key_of(batch))
+        for put, value in zip(program.puts[1:], self.layers.values(batch), strict=True):
+            put[...] = value
+        self._prepared = batch, program
+
+    def run(
+        self,
+        batch: Batch,
+        x: npt.NDArray[np.float32] | None = None,
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> npt.NDArray[np.float32]:
         """Compute a batch. The result lies where the next run writes its own.
 
         Parameters
         ----------
         x
             What came out of the layers before, if there are any.
+        meanwhile
+            Called while the device computes; it must not wait for what another thread may hold.
         """
-        program = self.program((len(batch.tokens), batch.mask.shape[1], len(batch.wanted)))
-        for put, value in zip(program.puts, self.layers.values(batch, x), strict=True):
-            put[...] = value
-        program.compute()
-        (parts,) = program.takes
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        if self._prepared is None or self._prepared[0] is not batch:
+            self.prepare(batch)
+        assert self._prepared is not None
+        (_, program), self._prepared = self._prepared, None
+        program.puts[0][...] = batch.tokens if x is None else x
+        program.compute(meanwhile)
+        return program.result()
 
     def program(self, key: Key) -> Program:
         """The graph for batches of a size; the last few are kept."""
@@ -175,6 +197,7 @@ class Stage(Closing):
 
     def clear(self) -> None:
         """Give the graphs up."""
+        self._prepared = None
         for program in self._programs.values():
             program.close()
         self._programs.clear()

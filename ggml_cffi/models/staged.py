@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
-from itertools import groupby
+from functools import partial
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from ggml_cffi.backend import Backend
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.runner import Batch, Logits, WholeRunner
-from ggml_cffi.models.stage import Layers, Stage
+from ggml_cffi.models.stage import Layers, Stage, key_of
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.scheduler import Scheduler
@@ -127,8 +128,11 @@ class StagedRunner(WholeRunner):
     def run(self, batch: Batch) -> Logits:
         self.check_open()
         x: Hidden | None = None
-        for stage in self.stages:
-            x = stage.run(batch, x)
+        for stage in self.stages:  # before any computes: making a graph takes locks
+            stage.program(key_of(batch))
+        for stage, after in zip_longest(self.stages, self.stages[1:]):
+            # While it computes, the next one gets its inputs.
+            x = stage.run(batch, x, meanwhile=None if after is None else partial(after.prepare, batch))
         assert x is not None
         return x
 
@@ -169,5 +173,6 @@ class StagedRunner(WholeRunner):
 
 
 def _follow(stage: Stage, batch: Batch, before: Future[Hidden] | None) -> Hidden:
+    stage.prepare(batch)
     # A copy: the stage goes on with the next batch while this one's result is on its way.
     return stage.run(batch, None if before is None else before.result()).copy()

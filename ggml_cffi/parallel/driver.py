@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -42,17 +42,20 @@ class Driver(Closing):
         self._barrier = Barrier(n)
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
+    def run(self, graphs: Sequence[Sequence[Sequence[Any]]], meanwhile: Callable[[], object] | None = None) -> int:
         """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, one after another; step ``k`` after ``k - 1`` of all.
         0, or ggml's status.
 
-        Some backends may have no graph for the last step.
+        Some backends may have no graph for the last step. ``meanwhile`` is called while one backend computes; where
+        there are several, whose steps need this process at any moment, before.
 
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_synchronize``.
         """
         if len(self.backends) == 1:
-            status = self._run_one(graphs[0])
+            status = self._run_one(graphs[0], meanwhile)
         else:
+            if meanwhile is not None:
+                meanwhile()
             with ExitStack() as stack:
                 for lock in self._locks:
                     stack.enter_context(lock)
@@ -61,7 +64,7 @@ class Driver(Closing):
             self.computed[r] += len(own)
         return status
 
-    def _run_one(self, graphs: Sequence[Sequence[Any]]) -> int:
+    def _run_one(self, graphs: Sequence[Sequence[Any]], meanwhile: Callable[[], object] | None) -> int:
         """All graphs of the only backend, without waiting in between."""
         (backend,), status = self.backends, 0
         pointer = backend.ptr
@@ -69,6 +72,8 @@ class Driver(Closing):
             try:
                 for graph in chain.from_iterable(graphs):
                     status = c.ggml_backend_graph_compute_async(pointer, graph) or status
+                if meanwhile is not None:
+                    meanwhile()
             finally:
                 c.ggml_backend_synchronize(pointer)
         return status

@@ -186,6 +186,10 @@ class Program(Traced):
         """For each input, the array that a run reads: for callers that have checked what they write there."""
         self.takes = self._views(memory, self._ends)
         """For each result, its parts, until the next run of any program of the group."""
+        self._whole = [
+            None if axis is None else _adjoining(parts, axis)
+            for parts, axis in zip(self.takes, self._axes, strict=True)
+        ]
         self.graphs = [plan.pieces for plan in self.plans]
         """C pointers of the graphs of each device, one or a few for each step."""
 
@@ -244,21 +248,31 @@ class Program(Traced):
                     own[i].check_limit(raw)
             put[...] = array
         self.compute()
-        found = [
-            parts[0].copy() if axis is None else np.concatenate(parts, axis)
-            for parts, axis in zip(self.takes, self._axes, strict=True)
-        ]
+        views = [self.result(i) for i in range(len(self.takes))]
+        found = [a if a.base is None else a.copy() for a in views]
         return found[0] if self._single else tuple(found)
 
-    def compute(self) -> None:
+    def result(self, i: int = 0) -> npt.NDArray[Any]:
+        """The ``i``-th result of the last run, put together; until the next run of any program of the group."""
+        parts, axis, whole = self.takes[i], self._axes[i], self._whole[i]
+        if axis is None:
+            return parts[0]
+        return np.concatenate(parts, axis) if whole is None else whole
+
+    def compute(self, meanwhile: Callable[[], object] | None = None) -> None:
         """Compute with what is in ``puts``, and wait; the results are in ``takes``.
+
+        Parameters
+        ----------
+        meanwhile
+            Called while a device that has no others to wait for computes, and its lock is held; else before.
 
         Raises
         ------
         AbortedError, GgmlError
             If a device reports failure.
         """
-        status = self.driver.run(self.graphs)
+        status = self.driver.run(self.graphs, meanwhile)
         if status:
             error = AbortedError if status == Status.ABORTED else GgmlError
             raise error(f"the computation failed: {Status(status).name.lower()}")
@@ -292,6 +306,20 @@ def _place(p: Any, buffer: Buffer, offset: int) -> None:
     if p.buffer:
         raise ValueError("a tensor that the program would place has memory already")
     c.ggml_backend_tensor_alloc(buffer.ptr, p, c.ffi.cast("void *", buffer.base + offset))
+
+
+def _adjoining(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any] | None:
+    """Parts that lie in memory as the whole would, such as those of one row, as one array; None if they do not."""
+    first, axis = parts[0], axis % parts[0].ndim
+    ends = [part.ctypes.data + part.nbytes for part in parts]
+    if any(part.ctypes.data != end for part, end in zip(parts[1:], ends, strict=False)) or any(
+        n != 1 for n in first.shape[:axis]
+    ):
+        return None
+    shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
+    assert first.base is not None
+    start = first.ctypes.data - np.frombuffer(first.base, np.uint8).ctypes.data
+    return np.ndarray(shape, first.dtype, first.base, start)
 
 
 def _is_part(result: Any) -> bool:
