@@ -2,9 +2,10 @@
 
     python -m benchmarks.parallel [--shapes 1B,8B] [--dtypes f16,q4_k] [--splits ...] [--peer PYTHON] [DEVICE DEVICE]
 
-The models have random weights; they are made in ``--folder`` and kept there. Each line says tokens/s of a prompt of 512
-and of 4096 tokens and of 128 tokens decoded one by one, all of one text (with ``data`` of one text on each GPU at the
-same time, added up), then the memory of the GPUs: planned, and taken by the device's own count. ``--peer`` names an
+The models have random weights; they are made in ``--folder`` and kept there. Each line says tokens/s of prompts of 512
+tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one text at a time (with
+``data`` of one text on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
+device's own count. ``auto`` is told what to expect of each case, and says what it took. ``--peer`` names an
 interpreter with llama-cpp-python built for Vulkan. Software devices take ``--shapes tiny --prompts 64``.
 """
 
@@ -43,14 +44,34 @@ def best(run: Callable[[], Any], rounds: int) -> float:
 
 
 def ours(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one split."""
-    used, kind = (devices[:1], "layer") if split == "one" else (devices, split)
-    n_ctx = max(args.prompts) + args.decode
-    plan = models.plan(path, used, kind, n_ctx)
+    """Figures of one split; of ``auto`` what it takes for each case, which it is told to expect."""
+    cases = [f"prompt {n}" for n in args.prompts] + ["decode"]
+    if split != "auto":
+        return measured(path, devices[:1] if split == "one" else devices, split, cases, None, args)
+    expected = [(n, 0) for n in args.prompts] + [(1, args.decode)]
+    found: dict[str, Any] = {}
+    for case, expect in zip(cases, expected, strict=True):
+        part = measured(path, devices, split, [case], expect, args)
+        found |= {case: part[case], f"{case} by": part["split"], "planned": part["planned"], "taken": part["taken"]}
+    return found
+
+
+def measured(
+    path: Path,
+    used: Sequence[str],
+    split: str,
+    cases: Sequence[str],
+    expect: tuple[int, int] | None,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Load the model, and run the cases."""
+    kind, n_ctx = "layer" if split == "one" else split, max(args.prompts) + args.decode
+    plan = models.plan(path, used, kind, n_ctx, expect=expect)
     before = {d: ggml.device(d).memory().free for d in used}
     start = time.perf_counter()
-    with models.load(path, used, kind, n_ctx) as model, ThreadPoolExecutor(len(used)) as pool:
-        found: dict[str, Any] = {"load_s": time.perf_counter() - start, "split": plan.split}
+    with models.load(path, used, kind, n_ctx, expect=expect) as model, ThreadPoolExecutor(len(used)) as pool:
+        busy = [share.device for share in plan.shares if share.layers]
+        found: dict[str, Any] = {"load_s": time.perf_counter() - start, "split": plan.split if busy[1:] else "one"}
         texts = len(used) if plan.split == "data" else 1
 
         def together(run: Callable[[], Any]) -> None:
@@ -59,13 +80,21 @@ def ours(path: Path, devices: Sequence[str], split: str, args: argparse.Namespac
         def decode() -> None:
             together(lambda: list(model.generate_tokens([1], args.decode, stop_at_end=False, reuse=False)))
 
-        for n in args.prompts:
-            seconds = best(lambda n=n: together(lambda: model.forward([1] * n, last=True)), args.rounds)  # type: ignore[misc]
-            found[f"prompt {n}"] = texts * n / seconds
-        found["decode"] = texts * args.decode / best(decode, args.rounds)
+        for case in cases:
+            if case == "decode":
+                found[case] = texts * args.decode / best(decode, args.rounds)
+                continue
+            n = int(case.split()[1])
+            # One after another, as long as the longest prompt together.
+            times = max(args.prompts) // n
+            seconds = best(
+                lambda n=n, times=times: together(lambda: [model.forward([1] * n, last=True) for _ in range(times)]),  # type: ignore[misc]
+                args.rounds,
+            )
+            found[case] = texts * times * n / seconds
         taken = {d: before[d] - ggml.device(d).memory().free for d in used}
     shares = {share.device: share.total for share in plan.shares}
-    found["planned"] = [shares[d] for d in used]
+    found["planned"] = [shares.get(d, 0) for d in used]
     found["taken"] = [taken[d] for d in used]
     return found
 
@@ -102,9 +131,10 @@ def line(who: str, split: str, found: dict[str, Any], one: dict[str, Any] | None
     if "error" in found:
         return f"{who:10} {split:9} {found['error']}"
     text = f"{who:10} {split:9}"
-    for key in [key for key in found if key.startswith("prompt") or key == "decode"]:
+    for key in [key for key in found if isinstance(found[key], float) and key != "load_s"]:
+        by = f" by {found[f'{key} by']}" if f"{key} by" in found else ""
         ratio = f" ({found[key] / one[key]:4.2f}x)" if one and key in one else ""
-        text += f"  {key} {found[key]:8.1f}{ratio}"
+        text += f"  {key} {found[key]:8.1f}{ratio}{by}"
     if "taken" in found:
         text += "  GiB " + ", ".join(
             f"{a / 2**30:.2f}/{b / 2**30:.2f}" for a, b in zip(found["planned"], found["taken"], strict=True)

@@ -34,6 +34,12 @@ def add_place(command: argparse.ArgumentParser, *, several: bool = False) -> Non
         default="memory",
         help="how layers are shared out: memory, speed, or a number a device, such as 3,1 (default: %(default)s)",
     )
+    command.add_argument(
+        "--expect",
+        type=expected,
+        metavar="PROMPT,ANSWER",
+        help="tokens that a text will usually have, such as 4096,128, for --split auto (default: whatever comes)",
+    )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
 
 
@@ -43,6 +49,12 @@ def balance_of(text: str) -> str | list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         return text
+
+
+def expected(text: str) -> tuple[int, int]:
+    """``"4096,128"`` as numbers."""
+    prompt, answer = (int(part) for part in text.split(","))
+    return prompt, answer
 
 
 def device_names(text: str | None) -> list[str] | None:
@@ -62,6 +74,7 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             args.split,
             n_ctx,
             balance=args.balance,
+            expect=args.expect,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
             progress=progress,

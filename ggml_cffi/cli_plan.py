@@ -31,6 +31,7 @@ def _plan(args: argparse.Namespace) -> int:
         n_batch=args.batch,
         kv_dtype=args.kv_type,
         balance=args.balance,
+        expect=args.expect,
     )
     print(json.dumps(found.as_dict(), indent=2) if args.json else found)
     return 0 if found.fits else 1

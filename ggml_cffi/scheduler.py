@@ -463,6 +463,9 @@ class Scheduler(Handle):
             c.ggml_backend_sched_set_tensor_backend(self.ptr, p, backend.ptr)
 
     def _reserve(self, graph: Graph) -> None:
+        if self._reserved and any(not p.view_src and c.ggml_is_empty(p) for p in graph.node_pointers()):
+            # ggml puts what is empty into a buffer that it did not make, if no graph before needed one.
+            self._open_sched()
         self._apply_placements(graph)
         with self.exclusive():
             enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)

@@ -223,3 +223,17 @@ def test_what_is_refused():
             a.sum(2)
         with pytest.raises(ValueError, match="mean: a must be F32"):
             ctx.new_tensor("i32", (2,)).mean()
+
+
+def test_strides_of_axes_with_one_element(bench):
+    # ggml calls such views contiguous, and some of its kernels take their rows to be where these strides say.
+    a = bench.tensor(np.array([[[-1.0, 2.0]]], np.float32))
+    turned = a.permute(2, 1, 0)
+    view = ggml.view(a, (2, 1, 1), strides=(4, 400, 4))
+    for t in (turned, view):
+        assert t.shape == (2, 1, 1)
+        assert t.is_contiguous
+        assert t.nb == (4, 4, 4, 8)
+    assert a.reshape((1, 2)).T.nb == (4, 4, 8, 8)
+    got = bench.run(ggml.clamp(turned, 0.0, 1.0))
+    np.testing.assert_array_equal(got.ravel(), [0, 1])

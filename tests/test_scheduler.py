@@ -419,3 +419,27 @@ def test_eval_of_a_graph_without_memory_is_allocated_first(devices, x):
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         s.compute(chain.graph)
         assert not chain.y.numpy().any()  # inputs begin as zeros
+
+
+@pytest.mark.parametrize("operate", [ggml.relu, ggml.neg, lambda t: ggml.add(t, t)])
+def test_nothing_after_a_graph_that_needed_no_memory(devices, operate):
+    # ggml keeps the buffer of the graph before, which has no part yet that what is empty could be put in.
+    with ggml.Scheduler(devices) as s, ggml.Context() as ctx:
+        a = ctx.new_tensor("f32", (4,))
+        ctx.alloc(devices[0], [a])
+        a.set(np.array([-1, 2, -3, 4]))
+        for _ in range(2):
+            with ggml.Graph(ggml.relu_inplace(a)) as graph:
+                s.alloc(graph)
+                s.compute()
+            np.testing.assert_array_equal(a.numpy(), [0, 2, 0, 4])
+            nothing = operate(ctx.new_tensor("f32", (0, 3)))
+            with ggml.Graph(nothing) as graph:
+                s.alloc(graph)
+                s.compute()
+                assert nothing.numpy().shape == (0, 3)
+            something = operate(a)
+            with ggml.Graph(something) as graph:
+                s.alloc(graph)
+                s.compute()
+                assert something.numpy().shape == (4,)

@@ -274,12 +274,12 @@ def test_the_cpu_alone(path, split):
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Seconds of a layer by kind of run and whether it is one token; tests change them."""
-    found = {"one": (1e-3, 100e-3), "tensor": (2e-3, 200e-3)}
+    """Seconds that a layer takes by kind of run: for a token, for a batch, and for one of many; tests change them."""
+    found = {"one": (1e-3, 0.1, 0.1), "pipeline": (1.1e-3, 0.1, 0.06), "tensor": (2e-3, 0.2, 0.2)}
 
-    def fake(self, kind, tokens, *, whole_attention=False):
-        few, many = found[kind]
-        return auto.Costs(few if tokens < 8 else many * tokens / 16, 1e-5)
+    def fake(self, kind, n, n_batch, *, whole_attention=False):
+        token, batch, long = found[kind]
+        return auto.Costs(token if n < 8 else batch if n <= n_batch else long * n / n_batch, 1e-5)
 
     monkeypatch.setattr(auto.Timer, "costs", fake)
     return found
@@ -294,10 +294,34 @@ def test_auto_takes_what_is_never_far_from_the_best(two_gpus, path, costs):
 
     # Batches in flight are worth more than what handing over costs a token.
     assert chosen() == ("pipeline", list(two_gpus))
-    costs["tensor"] = 0.5e-3, 50e-3
+    costs["tensor"] = 0.5e-3, 0.05, 0.05
     assert chosen() == ("tensor", list(two_gpus))
-    costs["tensor"] = 2e-3, 200e-3
+    costs["tensor"] = 2e-3, 0.2, 0.2
     assert chosen(n_texts=2) == ("data", list(two_gpus))
+
+
+def test_auto_takes_what_suits_what_is_expected(two_gpus, path, costs):
+    def chosen(expect, **options):
+        plan = models.plan(path, two_gpus, "auto", n_batch=16, expect=expect, **options)
+        return plan.split, len([share for share in plan.shares if share.layers]), plan.reasons[0]
+
+    assert chosen((0, 64))[:2] == ("layer", 1)
+    assert chosen((16, 0))[:2] == ("layer", 1)
+    split, n, why = chosen((128, 16))
+    assert (split, n) == ("pipeline", 2)
+    assert "pipeline has 100% of the best speed" in why
+    # Three layers: one GPU takes 8 x 0.3 s for the prompt and 3 ms for a token.
+    assert f" one 128 + 16 {(128 + 16) / (8 * 0.3 + 16 * 3e-3):.0f};" in why
+    costs["tensor"] = 0.5e-3, 0.2, 0.2
+    assert chosen((16, 128))[:2] == ("layer", 1)
+    assert chosen((1, 128))[:2] == ("tensor", 2)
+    costs["tensor"] = 2e-3, 0.2, 0.2
+    assert chosen((128, 16), n_texts=2)[:2] == ("data", 2)
+    for wrong in ((1, 2, 3), (0, 0), (-1, 4)):
+        with pytest.raises(ValueError, match="expect is a number of tokens of a prompt and one of an answer"):
+            chosen(wrong)
+    with pytest.raises(ValueError, match=r"\(4000, 1000\) tokens are expected, 5000 together, but n_ctx is"):
+        models.load(path, two_gpus, "auto", expect=(4000, 1000))
 
 
 def test_auto_takes_one_gpu_where_more_do_not_pay(two_gpus, path, costs, monkeypatch):
@@ -331,7 +355,7 @@ def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path / "cache"))
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
     kept = json.loads(calibrate.path().read_text())
-    assert len(kept) == 5  # a token and a batch, on one GPU and on two; and a half batch
-    assert all(" tokens, ggml " in name and all(x >= 0 for x in value) for name, value in kept.items())
+    assert len(kept) == 3 * 3  # a token, a batch and several, on one GPU, by two in turn, and by two together
+    assert all(" tokens by " in name and all(x >= 0 for x in value) for name, value in kept.items())
     monkeypatch.setattr(auto.Timer, "_measure", None)
     assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]

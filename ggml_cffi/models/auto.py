@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -19,7 +20,7 @@ from ggml_cffi.models.staged import StagedRunner
 from ggml_cffi.models.weights import layer_of
 from ggml_cffi.parallel.tensor_runner import TensorRunner
 
-_FEW, _MORE = 1, 3  # layers that are timed: the difference is what a layer takes
+_FEW, _MORE = 1, 3  # layers on a device that are timed: the difference is what a layer takes
 _PROMPT = 8  # batches of a long prompt
 _LARGEST = 512  # tokens of a batch that is timed
 _LARGEST_IN_SOFTWARE = 16
@@ -27,15 +28,31 @@ _RUNS = 5
 
 
 @dataclass(frozen=True)
+class Use:
+    """What a model is loaded for."""
+
+    n_texts: int = 1
+    """Texts that grow at once."""
+    expect: tuple[int, int] | None = None
+    """Tokens of a prompt, and of what is added to it; None if all may come."""
+
+    def __post_init__(self) -> None:
+        if self.n_texts < 1:
+            raise ValueError(f"n_texts must be at least 1, not {self.n_texts}")
+        if self.expect is not None and (len(self.expect) != 2 or min(self.expect) < 0 or not any(self.expect)):
+            raise ValueError(f"expect is a number of tokens of a prompt and one of an answer, not {self.expect!r}")
+
+
+@dataclass(frozen=True)
 class Costs:
-    """Seconds that a run takes."""
+    """Seconds that something takes."""
 
     layer: float
     ends: float
     """What comes before the first layer and after the last, and what handing over takes."""
 
     def of(self, n_layers: float) -> float:
-        """A whole run through so many layers."""
+        """Through so many layers."""
         return n_layers * self.layer + self.ends
 
 
@@ -47,10 +64,11 @@ def choose(
     architecture: Architecture,
     backends: Sequence[Backend],
     wish: Wish,
-    n_texts: int,
+    use: Use,
     possible: Mapping[str, Arrangement],
 ) -> Arrangement:
-    """The split whose worst case is best, with the reason.
+    """The split that is best for what is expected, with the reason; without an expectation, the one whose worst case
+    is best.
 
     For each possible split the rates are reckoned of reading a prompt of one batch and of eight, and of decoding
     ``n_texts`` texts at once. Of each rate a split has some part of the best that any split has; the one is chosen
@@ -65,7 +83,7 @@ def choose(
         ((name, only),) = possible.items()
         return replace(only, why=f"Of the splits, {name} is the only one that is possible.")
     timer = Timer(architecture, backends, wish)
-    rates = {name: _rates(architecture, found, timer, wish, n_texts) for name, found in possible.items()}
+    rates = {name: _rates(architecture, found, timer, wish, use) for name, found in possible.items()}
     best = {case: max(rate[case] for rate in rates.values()) for case in next(iter(rates.values()))}
     worst = {name: min(rate[case] / best[case] for case in best) for name, rate in rates.items()}
     chosen = max(possible, key=lambda name: round(worst[name], 2))
@@ -76,86 +94,98 @@ def choose(
     return replace(possible[chosen], why=f"{why}Tokens/s reckoned from a few layers: {cases}.")
 
 
-def _rates(architecture: Architecture, found: Arrangement, timer: Timer, wish: Wish, n_texts: int) -> Rates:
-    n, batch = architecture.n_layers, min(wish.n_batch, wish.n_ctx)
-    replicas = max(len(found.replicas), 1)
-    kind = "tensor" if found.split == "tensor" else "one"
-    whole = found.whole_attention
+def _rates(architecture: Architecture, found: Arrangement, timer: Timer, wish: Wish, use: Use) -> Rates:
+    batch, replicas = min(wish.n_batch, wish.n_ctx), max(len(found.replicas), 1)
+    stages = 1 if found.replicas or not found.staged else len([s for s in found.shares if s.layers])
+    kind = "tensor" if found.split == "tensor" else "pipeline" if stages > 1 else "one"
 
-    def seconds(tokens: int) -> float:
-        return timer.costs(kind, tokens, whole_attention=whole).of(n)
+    def seconds(n: int, n_batch: int) -> float:
+        return timer.costs(kind, n, n_batch, whole_attention=found.whole_attention).of(architecture.n_layers)
 
-    decode = seconds(-(-n_texts // replicas))
-    read, long = batch / seconds(batch), batch / seconds(batch)
-    stages = len([share for share in found.shares if share.layers]) if found.staged and not found.replicas else 1
-    if stages > 1:
-        handing = timer.costs("one", 1).layer * (stages - 1)  # about what a layer takes for a token
-        decode += handing
-        read = batch / (seconds(batch) + handing)
-        if found.split == "pipeline":
-            # Each stage has its part of the layers; a batch comes out as often as one goes through a stage.
-            slots = (_PROMPT + stages - 1) / _PROMPT
-            long = batch * stages / (seconds(batch) * slots)
-            half = seconds(max(batch // stages, 1))
-            read = max(read, batch / (half * (2 * stages - 1) / stages))
+    together = -(-use.n_texts // replicas)  # texts of one replica
+    decode = seconds(together, together)
+    if use.expect is not None:
+        prompt, answer = use.expect
+        time = answer * decode + (together * seconds(prompt, batch) if prompt else 0.0)
+        return {f"{prompt:,} + {answer:,}": use.n_texts * (prompt + answer) / time}
     # Several texts come to several replicas, one text to one of them.
-    busy = min(replicas, n_texts)
-    return {"prompt": busy * read, "long prompt": busy * long, "decode": n_texts / decode}
+    busy, long = min(replicas, use.n_texts), min(_PROMPT * batch, wish.n_ctx)
+    return {
+        "prompt": busy * batch / seconds(batch, batch),
+        "long prompt": busy * long / seconds(long, batch),
+        "decode": use.n_texts / decode,
+    }
 
 
 class Timer:
-    """Times runs through a few layers of a model, on the first GPU or on all together. What is measured is remembered
-    for the devices' descriptions, the sizes of a layer and the version of ggml.
+    """Times runs through a few layers of a model. What is measured is remembered for the devices' descriptions, the
+    sizes of a layer and the version of ggml.
     """
 
     def __init__(self, architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> None:
         self._architecture, self._backends, self._wish = architecture, backends, wish
         self._software = any("llvmpipe" in b.device.description for b in backends)
 
-    def costs(self, kind: str, tokens: int, *, whole_attention: bool = False) -> Costs:
-        """Of a run with so many tokens: on ``"one"`` GPU, or on all that share every layer (``"tensor"``)."""
-        largest = min(_LARGEST_IN_SOFTWARE if self._software else _LARGEST, self._wish.n_batch)
-        timed = min(tokens, largest)
-        gpus = self._backends[:-1]
-        used = gpus if kind == "tensor" else gpus[:1]
+    def costs(self, kind: str, n: int, n_batch: int, *, whole_attention: bool = False) -> Costs:
+        """Of ``n`` tokens in batches of so many.
+
+        Parameters
+        ----------
+        kind
+            ``"one"``: on the first GPU. ``"pipeline"``: by all GPUs in turn, each with some layers, batches in flight.
+            ``"tensor"``: by all that share every layer.
+        """
+        largest = _LARGEST_IN_SOFTWARE if self._software else _LARGEST
+        # Larger batches take as long for each token, and longer prompts for each batch.
+        batch = min(n, n_batch, largest)
+        timed = min(-(-n * batch // min(n, n_batch)), _PROMPT * batch)
+        used = self._backends[:1] if kind == "one" else self._backends[:-1]
         architecture = self._architecture
         devices = " + ".join(b.device.description for b in used)
         sizes = f"{architecture.name} {architecture.n_embd} {architecture.kv_sizes} {main_dtype(architecture).name}"
-        how = f"{kind}{' whole attention' if whole_attention else ''}, {timed} tokens"
+        how = f"{kind}{' whole attention' if whole_attention else ''}, {timed} tokens by {batch}"
+        stages = len(used) if kind == "pipeline" else 1
 
         def measured() -> list[float]:
-            most = min(_MORE, architecture.n_layers)
-            few, more = (self._measure(used, layers, timed, whole_attention) for layers in (_FEW, most))
-            layer = max((more - few) / (most - _FEW), 1e-9) if most > _FEW else few
-            return [layer, max(few - _FEW * layer, 0.0)]
+            few, more = (min(stages * n_layers, architecture.n_layers) for n_layers in (_FEW, _MORE))
+            least, most = (self._measure(kind, used, n, timed, batch, whole_attention) for n in (few, more))
+            layer = max((most - least) / (more - few), 1e-9) if more > few else least / few
+            return [layer, max(least - few * layer, 0.0)]
 
         layer, ends = calibrate.remembered(f"layers on {devices}, {sizes}, {how}", measured)
-        scale = tokens / timed  # larger batches take as long for each token
-        return Costs(layer * scale, ends * scale)
+        return Costs(layer * n / timed, ends * n / timed)
 
-    def _measure(self, used: Sequence[Backend], n_layers: int, tokens: int, whole_attention: bool) -> float:
+    def _measure(
+        self, kind: str, used: Sequence[Backend], n_layers: int, n: int, n_batch: int, whole_attention: bool
+    ) -> float:
         shallow = _shallow(self._architecture, n_layers)
-        n_ctx = max(tokens, 1)
-        with self._opened(shallow, used, n_ctx, tokens, whole_attention) as runner:
-            positions = np.arange(tokens, dtype=np.int32)
-            mask = np.where(np.arange(runner.n_rows) <= positions[:, None], np.float16(0), np.float16(-np.inf))
-            last = np.array([tokens - 1], np.int32)
-            batch = Batch(np.zeros(tokens, np.int32), positions, positions.astype(np.int64), mask, last)
-            return _best(lambda: runner.run(batch))
-
-    @contextmanager
-    def _opened(
-        self, shallow: Architecture, used: Sequence[Backend], n_ctx: int, n_batch: int, whole_attention: bool
-    ) -> Iterator[Runner]:
-        kind = self._wish.kv_dtype
+        given = shallow, [*used, self._backends[-1]], n, n_batch, self._wish.kv_dtype
         runner: Runner
-        if len(used) > 1:
-            runner = TensorRunner(shallow, used, n_ctx, n_batch, kind, whole_attention=whole_attention)
+        if kind == "tensor":
+            runner = TensorRunner(shallow, used, *given[2:], whole_attention=whole_attention)
         else:
-            both = [*used, self._backends[-1]]
-            runner = StagedRunner(shallow, both, n_ctx, n_batch, kind, where=[0] * shallow.n_layers)
+            runner = StagedRunner(*given, where=[i * len(used) // n_layers for i in range(n_layers)])
         with runner:
-            yield runner
+            return _best(lambda: _run(runner, n))
+
+
+def _run(runner: Runner, n: int) -> None:
+    """A text of ``n`` tokens."""
+    batches = (_batch(runner, start, end) for start, end in runner.ranges(0, n))
+    if len(runner.ranges(0, n)) == 1:
+        runner.run(next(batches))
+        return
+    with closing(runner.run_all(batches)) as results:
+        deque(results, maxlen=0)
+
+
+def _batch(runner: Runner, start: int, end: int) -> Batch:
+    """Some of a text's tokens."""
+    positions = np.arange(start, end, dtype=np.int32)
+    mask = np.where(np.arange(runner.n_kv(end)) <= positions[:, None], np.float16(0), np.float16(-np.inf))
+    near = mask if runner.architecture.window else None
+    last = np.array([end - start - 1], np.int32)
+    return Batch(np.zeros(end - start, np.int32), positions, positions.astype(np.int64), mask, last, near)
 
 
 def _shallow(architecture: Architecture, n_layers: int) -> Architecture:

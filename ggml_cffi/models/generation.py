@@ -11,7 +11,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import pairwise
 from threading import Lock, get_ident
 
 import numpy as np
@@ -26,7 +25,6 @@ from ggml_cffi.models.sampling import Sampler
 Logits = npt.NDArray[np.float32]
 
 _PAUSE = 1.0  # seconds without a request after which a text may lose its place in the cache to a later one
-_FEWEST_IN_FLIGHT = 256  # tokens of a batch that is computed at the same time as another, rather than with it
 _FEW_TOKENS = 8  # ggml's Vulkan backend has products of their own for each number of columns up to this
 
 
@@ -253,12 +251,10 @@ class Generator(Closing):
         return self.batch(ids[start:end], np.full(end - start, sequence, np.int32), positions, rows, wanted)
 
     def _ranges(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Tokens of a text in parts of about equal size."""
-        n = end - start
-        parts = n if n <= self._few else -(-n // self.runner.n_batch)
-        if parts < self.runner.n_in_flight:  # smaller batches, which take longer for each token, but at the same time
-            parts = max(min(self.runner.n_in_flight, n // _FEWEST_IN_FLIGHT), parts)
-        return [*pairwise([start + n * i // parts for i in range(parts + 1)])]
+        """Tokens of a text as batches."""
+        if end - start <= self._few:
+            return [(i, i + 1) for i in range(start, end)]
+        return self.runner.ranges(start, end)
 
     # ------------------------------------------------------------------ steps
 

@@ -20,6 +20,7 @@ from ggml_cffi.gguf import GGUFFile
 from ggml_cffi.models import state
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.arrange import Arrangement, Balance, Wish
+from ggml_cffi.models.auto import Use
 from ggml_cffi.models.chat import Message, render
 from ggml_cffi.models.embedding import Embedder, embed_everywhere
 from ggml_cffi.models.following import Request, Stream, follow, follow_everywhere
@@ -495,6 +496,7 @@ def load(
     progress: Progress | None = None,
     balance: Balance = "memory",
     n_texts: int = 1,
+    expect: tuple[int, int] | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -527,6 +529,9 @@ def load(
         numbers, one for each GPU, and one for the CPU if that is to have a part: they are kept to, or refused.
     n_texts
         How many texts will usually grow at once, for ``split="auto"`` to know.
+    expect
+        How many tokens a prompt and its answer will usually have, ``(4096, 128)``, for ``split="auto"``: it takes what
+        is quickest for them. Default what is never far from the best, whatever comes.
 
     Raises
     ------
@@ -540,15 +545,15 @@ def load(
         If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
         and the message says what would fit.
     """
-    check_options(split, n_batch, n_texts)
-    kind = as_type(kv_dtype)
+    check_options(split, n_batch)
+    use, kind = Use(n_texts, expect), as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, kind)
         backends = open_backends(devices, n_threads)
-        planner = Planner(architecture, backends, wish, balance, devices, split, n_texts)
+        planner = Planner(architecture, backends, wish, balance, devices, split, use)
         found = planner.arrange_or_raise()
         return Model(file, architecture, backends, wish, progress, found, planner.plan(found, propose=False))
     except BaseException:

@@ -28,12 +28,13 @@ from ggml_cffi.models.arrange import (
     arrange_replicas,
     parts_of,
 )
-from ggml_cffi.models.auto import choose
+from ggml_cffi.models.auto import Use, choose
 from ggml_cffi.models.opening import architecture_of, context_of, open_backends
 from ggml_cffi.models.weights import check_cache
 
 _USABLE = 0.85
 _SMALLEST_CTX, _SMALLEST_BATCH = 256, 32
+_ANY_USE = Use()
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def plan(
     kv_dtype: Type | str = Type.F16,
     balance: Balance = "memory",
     n_texts: int = 1,
+    expect: tuple[int, int] | None = None,
 ) -> Plan:
     """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it, but that
     ``split="auto"`` loads a few layers for a moment, to time them.
@@ -102,7 +104,7 @@ def plan(
     ----------
     path
         A GGUF file.
-    devices, split, n_ctx, n_batch, kv_dtype, balance, n_texts
+    devices, split, n_ctx, n_batch, kv_dtype, balance, n_texts, expect
         As for :func:`~ggml_cffi.models.load`.
 
     Raises
@@ -118,27 +120,26 @@ def plan(
     --------
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
-    check_options(split, n_batch, n_texts)
+    check_options(split, n_batch)
+    use = Use(n_texts, expect)
     with GGUFFile(path) as file:
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype))
         backends = open_backends(devices)
         try:
-            planner = Planner(architecture, backends, wish, balance, devices, split, n_texts)
+            planner = Planner(architecture, backends, wish, balance, devices, split, use)
             return planner.plan(planner.arrange())
         finally:
             for backend in backends:
                 backend.close()
 
 
-def check_options(split: str, n_batch: int, n_texts: int = 1) -> None:
+def check_options(split: str, n_batch: int) -> None:
     """Raise ValueError if a model cannot be loaded so."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known; {', '.join(map(repr, SPLITS))} are")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
-    if n_texts < 1:
-        raise ValueError(f"n_texts must be at least 1, not {n_texts}")
 
 
 class Planner:
@@ -147,7 +148,7 @@ class Planner:
     Raises
     ------
     ValueError
-        If the cache or the balance is not possible.
+        If the cache or the balance is not possible, or what is expected does not fit the context.
     """
 
     def __init__(
@@ -158,11 +159,13 @@ class Planner:
         balance: Balance = "memory",
         chosen: Sequence[Device | str] | None = None,
         split: str = "layer",
-        n_texts: int = 1,
+        use: Use = _ANY_USE,
     ) -> None:
         check_cache(wish.kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.wish, self.balance = architecture, backends, wish, balance
-        self.split, self.n_texts = split, n_texts
+        self.split, self.use = split, use
+        if use.expect is not None and sum(use.expect) > wish.n_ctx:
+            raise ValueError(f"{use.expect} tokens are expected, {sum(use.expect)} together, but n_ctx is {wish.n_ctx}")
         if split in ("data", "tensor") and balance != "memory":
             raise ValueError(f"split {split!r} gives every device the same: balance is for layers")
         self._parts, self._given = parts_of(balance, architecture, backends, chosen)
@@ -175,7 +178,7 @@ class Planner:
         if self.split == "data":
             return arrange_replicas(*given)
         if self.split == "auto":
-            return choose(*given, self.n_texts, self._possible(*given))
+            return choose(*given, self.use, self._possible(*given))
         return replace(arrange(*given, self._parts, strict=self._given), split=self.split)
 
     def _possible(self, architecture: Architecture, backends: Sequence[Backend], wish: Wish) -> dict[str, Arrangement]:
@@ -188,7 +191,7 @@ class Planner:
         roomiest = max(gpus, key=lambda i: backends[i].device.memory().free)
         found["one"] = arrange_one(architecture, backends, wish, roomiest)
         found["pipeline"] = replace(layer, split="pipeline")
-        if self.n_texts > 1:
+        if self.use.n_texts > 1:
             found["data"] = arrange_replicas(architecture, backends, wish)
         # What cannot be in stages cannot share layers either: the devices do not read the host's memory.
         found = {name: a for name, a in found.items() if a.fits and a.staged}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 
 KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
+
+_FEWEST_IN_FLIGHT = 256  # tokens of a batch that is computed at the same time as another, rather than with it
 
 Logits = npt.NDArray[np.float32]
 
@@ -76,6 +79,14 @@ class Runner(Closing, ABC):
     def n_kv(self, end: int) -> int:
         """How many cache rows a run looks at whose last row in use is before ``end``."""
         return min(-(-max(end, 1) // KV_STEP) * KV_STEP, self.n_rows)
+
+    def ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Tokens ``start`` to ``end`` of a text as batches of about equal size."""
+        n = end - start
+        parts = -(-n // self.n_batch)
+        if parts < self.n_in_flight:  # smaller batches, which take longer for each token, but at the same time
+            parts = max(min(self.n_in_flight, n // _FEWEST_IN_FLIGHT), parts)
+        return [*pairwise([start + n * i // parts for i in range(parts + 1)])]
 
     @abstractmethod
     def run(self, batch: Batch) -> Logits:

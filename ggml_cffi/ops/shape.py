@@ -58,6 +58,21 @@ def reshape(a: Tensor, shape: Sequence[int] | Tensor, *, ctx: Context | None = N
     return ctx.build(c.ggml_reshape_4d, len(sizes), a.ptr, *ne)
 
 
+def _plain(t: Tensor) -> Tensor:
+    """``t``; if it is contiguous, with the strides of a tensor that was never anything else.
+
+    Where an axis has one element, its stride tells nothing, and ``ggml_is_contiguous`` does not look at it. Some
+    kernels do: they take rows to be ``nb[1]`` bytes apart.
+    """
+    p = t.ptr
+    if c.ggml_is_contiguous(p):
+        p.nb[0] = c.ggml_type_size(p.type)
+        p.nb[1] = c.ggml_row_size(p.type, p.ne[0])
+        p.nb[2] = p.nb[1] * p.ne[1]
+        p.nb[3] = p.nb[2] * p.ne[2]
+    return t
+
+
 def permute(a: Tensor, axes: Sequence[int], *, ctx: Context | None = None) -> Tensor:
     """``a`` with its axes in another order, as ``numpy.transpose(a, axes)``. A view.
 
@@ -82,7 +97,7 @@ def permute(a: Tensor, axes: Sequence[int], *, ctx: Context | None = None) -> Te
     if max(*a.ne, *a.nb) >= 2**31:  # ggml cuts sizes and strides to 32 bits
         for i, axis in enumerate(to):
             result.ptr.ne[axis], result.ptr.nb[axis] = a.ne[i], a.nb[i]
-    return result
+    return _plain(result)
 
 
 def transpose(a: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -100,7 +115,7 @@ def transpose(a: Tensor, *, ctx: Context | None = None) -> Tensor:
         raise fail("transpose", "a must have at least two axes", a=a)
     if is_quantized(a.dtype):
         raise fail("transpose", "the last axis of a quantized tensor holds its blocks and must stay last", a=a)
-    return ctx.build(c.ggml_transpose, a.ndim, a.ptr)
+    return _plain(ctx.build(c.ggml_transpose, a.ndim, a.ptr))
 
 
 def view(
@@ -155,7 +170,7 @@ def view(
     dense = ne[0] // block * unit * prod(ne[1:])
     if dense + offset + (pointer.view_offs if pointer.view_src else 0) > c.ggml_nbytes(root):
         raise fail("view", f"a view of {dense} bytes is larger than what it looks at: strides cannot overlap", a=a)
-    return ctx.build(c.ggml_view_4d, len(sizes), a.ptr, *ne, *nb[1:], offset)
+    return _plain(ctx.build(c.ggml_view_4d, len(sizes), a.ptr, *ne, *nb[1:], offset))
 
 
 def cont(a: Tensor, shape: Sequence[int] | None = None, *, ctx: Context | None = None) -> Tensor:

@@ -100,7 +100,9 @@ def fill(a: Array, value: float) -> Array:
 
 @reference
 def arange(start: float, stop: float | None = None, step: float = 1.0) -> Array:
-    return np.arange(0 if stop is None else start, start if stop is None else stop, step, np.float64)
+    first, last = (np.float32(x) for x in ((0, start) if stop is None else (start, stop)))
+    count = int(np.ceil((last - first) / np.float32(step)))  # in F32, as the docstring says
+    return float(first) + np.arange(count) * float(np.float32(step))
 
 
 @reference

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import ggml_cffi as ggml
@@ -30,6 +32,15 @@ def yarn(turns: Array, n_dims: int, n_ctx_orig: int, base: float, scale: float, 
     low, high = max(0, np.floor(low)), min(n_dims - 1, np.ceil(high))
     kept = ext * (1 - np.clip((np.arange(turns.shape[1]) - low) / max(0.001, high - low), 0, 1))
     return turns * (scale * (1 - kept) + kept), 1 + 0.1 * np.log(1 / scale)
+
+
+def resolution(values: dict[str, Any], arguments: dict[str, Any]) -> float:
+    """How far results can be off since angles are single-precision numbers: these are a 2**24th of each other apart."""
+    factors = values.get("freq_factors")
+    slowest = 1.0 if factors is None else min(np.abs(factors).min(initial=1), 1.0)
+    faster = max(abs(arguments.get("freq_scale", 1.0)), 1.0)
+    angle = faster * np.abs(values["positions"]).max(initial=0) / max(slowest, 1e-30)
+    return float(angle) * 2**-23
 
 
 @reference

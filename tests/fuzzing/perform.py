@@ -20,6 +20,7 @@ from typing import Any
 
 import cases
 import numpy as np
+from cases import rope
 
 import ggml_cffi as ggml
 from fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, first, options_of, parameters
@@ -301,6 +302,8 @@ class _Attempt:
             known.append(0.3)
         # A few values may all be bad ones, where many are not.
         allowed = max([case.allowed(result.dtype), *known]) * (4 if got.size < 16 else 2)
+        if "positions" in values:
+            allowed = max(allowed, rope.resolution(values, plain))
         signal.alarm(_REFERENCE_SECONDS)
         try:
             outcomes = []
