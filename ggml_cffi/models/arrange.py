@@ -21,6 +21,7 @@ from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.runner import n_rows
 from ggml_cffi.models.scheduled import logits
+from ggml_cffi.models.scratch import scratch_bytes
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.staged import layers_of, stages_of
 from ggml_cffi.models.weights import Share, Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
@@ -47,6 +48,8 @@ class DeviceShare:
     compute_bytes: int
     """Of intermediate results: what the scheduler's own reserve says, its copies included; in stages also of inputs."""
     input_bytes: int
+    scratch_bytes: int
+    """What a GPU's backend takes by itself: reckoned."""
     free: int
     """What the device says that it has free."""
     has_output: bool
@@ -63,6 +66,7 @@ class DeviceShare:
             cache_bytes=share.cache_bytes,
             compute_bytes=share.compute_bytes,
             input_bytes=input_bytes,
+            scratch_bytes=share.scratch_bytes,
             free=share.backend.device.memory().free,
             has_output=share.has_output,
             has_embeddings=share.has_embeddings,
@@ -71,7 +75,7 @@ class DeviceShare:
     @property
     def total(self) -> int:
         """All that is on the device."""
-        return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes
+        return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes + self.scratch_bytes
 
     @property
     def missing(self) -> int:
@@ -142,7 +146,7 @@ def measure(
         return sketches[-1]
 
     weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=Sketch())
-    sizes = dict.fromkeys(backends, 0)
+    sizes, own = dict.fromkeys(backends, 0), dict.fromkeys(backends, 0)
     batch = min(wish.n_batch, wish.n_ctx)
     try:
         stages = stages_of(weights)
@@ -150,30 +154,32 @@ def measure(
             for i, layers in stages:
                 with layers_of(weights, layers).measure([backends[i]], (batch, rows, 1)) as traced:
                     (sizes[backends[i]],) = traced.arena_sizes
+                    own[backends[i]] = scratch_bytes(traced.plans[0].node_pointers())
         elif weights.shares[-1].cache_bytes <= backends[-1].device.memory().free:
             # Else it is hopeless, and the graph may be larger than operations can be.
             with Scheduler(backends, op_offload=op_offload) as scheduler:
-                sizes = _scheduled(architecture, weights, scheduler, wish, sketch)
+                sizes, scratch = _scheduled(architecture, weights, scheduler, wish, sketch)
+                own |= {s.backend: scratch for s in weights.shares if s.layers and not s.backend.device.is_cpu}
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
     for share in weights.shares:
-        share.compute_bytes = sizes[share.backend]
+        share.compute_bytes, share.scratch_bytes = sizes[share.backend], own[share.backend]
     shares = [DeviceShare.of(share, inputs.pop(share.backend.buffer_type, 0)) for share in weights.shares]
     return shares, bool(stages)
 
 
 def _scheduled(
     architecture: Architecture, weights: Weights, scheduler: Scheduler, wish: Wish, sketch: Callable[[], Sketch]
-) -> dict[Backend, int]:
-    """Bytes of intermediate results, by the scheduler's own count."""
+) -> tuple[dict[Backend, int], int]:
+    """Bytes of intermediate results, by the scheduler's own count, and what a GPU takes by itself."""
     if not architecture.causal:
         with Embedder(architecture, weights, scheduler, wish.n_ctx, wish.n_batch, context=sketch) as embedder:
-            return embedder.reserve_size()
+            return embedder.reserve_size(), 0
     with sketch() as context:
         _inputs, result = logits(context, weights, min(wish.n_batch, wish.n_ctx), n_rows(wish.n_ctx), 1)
         with Graph(result) as graph:
-            return scheduler.reserve_size(graph)
+            return scheduler.reserve_size(graph), scratch_bytes(graph.node_pointers())
 
 
 def arrange(

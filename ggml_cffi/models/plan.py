@@ -61,12 +61,12 @@ class Plan:
 
     def table(self) -> str:
         """The devices, with bytes of each kind."""
-        rows = [("device", "layers", "weights", "KV cache", "compute", "inputs", "total", "free", "fits")]
+        rows = [("device", "layers", "weights", "KV cache", "compute", "inputs", "scratch", "total", "free", "fits")]
         for s in self.shares:
-            sizes = (s.weight_bytes, s.cache_bytes, s.compute_bytes, s.input_bytes, s.total, s.free)
+            sizes = (s.weight_bytes, s.cache_bytes, s.compute_bytes, s.input_bytes, s.scratch_bytes, s.total, s.free)
             fits = "yes" if s.fits else f"no: {_text.size(s.missing)} too few"
             rows.append((s.device, s.what, *map(_text.size, sizes), fits))  # type: ignore[arg-type]
-        return _text.table(rows, right=range(2, 8))
+        return _text.table(rows, right=range(2, 9))
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
@@ -357,7 +357,7 @@ class Planner:
             missing = cpu.weight_bytes + cpu.cache_bytes
         else:
             missing = sum(share.missing for share in found.shares)
-        compute = max(share.compute_bytes + share.input_bytes for share in found.shares)
+        compute = max(share.compute_bytes + share.input_bytes + share.scratch_bytes for share in found.shares)
         yield f"one more device with {_text.size(int(missing / _USABLE) + compute)} free"
 
     def _layers(self, found: Arrangement) -> str:

@@ -35,6 +35,8 @@ class Share:
     weight_bytes: int = 0
     cache_bytes: int = 0
     compute_bytes: int = 0
+    scratch_bytes: int = 0
+    """Reckoned; see :mod:`ggml_cffi.models.scratch`. Only in plans."""
     mapped_bytes: int = 0
     """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
     has_output: bool = False

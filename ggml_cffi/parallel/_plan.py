@@ -116,6 +116,10 @@ class Plan:
                     c.ggml_graph_add_node(made, p)
                 self.pieces[-1].append(made)
 
+    def node_pointers(self) -> list[Any]:
+        """C pointers of the nodes of all steps."""
+        return [p for graph in self.graphs for p in graph.node_pointers()]
+
     def _wrap(self, pointer: Any) -> Tensor:
         return Tensor(self.rank.context, pointer, c.ggml_n_dims(pointer))
 

@@ -17,6 +17,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.gguf import GGUFTensor, TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
 from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
+from ggml_cffi.models.scratch import scratch_bytes
 from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.stage import Layers, Stage
 from ggml_cffi.models.weights import Progress, Share, is_across
@@ -207,7 +208,11 @@ def measure(
             context.alloc(backend.buffer_type)
         found = Layers(architecture, layers, parts, caches, shares.summed)
         with found.measure(backends, (n_batch, rows, 1)) as traced:
-            return _shares(found, backends, traced.arena_sizes)
+            held = _shares(found, backends, traced.arena_sizes)
+            for share, plan in zip(held, traced.plans, strict=True):
+                if not share.backend.device.is_cpu:
+                    share.scratch_bytes = scratch_bytes(plan.node_pointers())
+            return held
 
 
 def _info(architecture: Architecture, name: str) -> TensorInfo:
