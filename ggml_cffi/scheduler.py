@@ -26,8 +26,9 @@ from ggml_cffi._observe import Observer
 from ggml_cffi._overlap import overlapping
 from ggml_cffi.backend import Backend, open_backend
 from ggml_cffi.buffer import BufferType
+from ggml_cffi.context import Context
 from ggml_cffi.device import Device
-from ggml_cffi.enums import Status
+from ggml_cffi.enums import Op, Status, TensorFlag, Type
 from ggml_cffi.errors import AbortedError, ClosedError, GgmlError, OutOfMemoryError
 from ggml_cffi.graph import Graph
 from ggml_cffi.tensor import Tensor
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 MAX_BACKENDS = 16
 _PATIENCE = 0.05  # seconds that Ctrl-C may have to wait for a run on the CPU
 _MAX_SIZE = 2**22  # ggml sets 20 KB of addresses aside for each
+_READ_AGAIN = frozenset({Op.ADD_ID, Op.SOFT_MAX_BACK})
 
 
 class Split(NamedTuple):
@@ -53,6 +55,15 @@ _abandoned: list[Owner] = []
 
 #: A tensor, a piece of memory, bytes from the start of the tensor's data, and how many.
 Transfer = tuple[Any, Any, int, int]
+
+
+def _keep_second_operands(graph: Graph) -> None:
+    """Keep ggml from computing a node over an operand that it reads again after it has written."""
+    for p in graph.node_pointers():
+        if p.op in _READ_AGAIN:
+            second = p.src[1]
+            for t in (second, second.view_src) if second.view_src else (second,):
+                t.flags |= TensorFlag.OUTPUT
 
 
 class _Locks:
@@ -151,6 +162,7 @@ class Scheduler(Handle):
         "_pinned",
         "_pins",
         "_placed",
+        "_primed",
         "_reserved",
         "_seconds",
         "_uses_cpu",
@@ -221,6 +233,7 @@ class Scheduler(Handle):
         return tuple(found)
 
     def _open_sched(self) -> None:
+        self._primed = False
         keep = [b.owner for b in self.backends]  # another thread may close them meanwhile
         pointers = c.ffi.new("ggml_backend_t[]", [b.ptr for b in self.backends])
         # The hash table holds nodes and leaves, and fills up with copies: twice the tensors leaves room.
@@ -423,6 +436,7 @@ class Scheduler(Handle):
             self._open_sched()
         self._alloc_inputs(graph)
         keep += _buffers(graph)
+        _keep_second_operands(graph)
         self._moved = for_the_cpu(graph, self.backends) if len(self.backends) > 1 else {}
         check_ops(graph, self.backends, {p: b for p, (_, b) in self._placed.items()}, self._moved)
         graph.save()
@@ -463,9 +477,8 @@ class Scheduler(Handle):
             c.ggml_backend_sched_set_tensor_backend(self.ptr, p, backend.ptr)
 
     def _reserve(self, graph: Graph) -> None:
-        if self._reserved and any(not p.view_src and c.ggml_is_empty(p) for p in graph.node_pointers()):
-            # ggml puts what is empty into a buffer that it did not make, if no graph before needed one.
-            self._open_sched()
+        if not self._primed and any(not p.view_src and c.ggml_is_empty(p) for p in graph.node_pointers()):
+            self._prime()
         self._apply_placements(graph)
         with self.exclusive():
             enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)
@@ -473,6 +486,24 @@ class Scheduler(Handle):
             free = ", ".join(f"{b.name} {b.device.memory().free:,}" for b in self.backends)
             raise OutOfMemoryError(f"no room for the intermediate results of {graph!r}; bytes free: {free}")
         self._reserved = True
+
+    def _prime(self) -> None:
+        """Have ggml make a buffer on each backend.
+
+        Without, it would put what is empty into a buffer that is not there, if the graphs before needed none, or into
+        one without an address, and then take it for not placed.
+        """
+        with Context() as ctx:
+            nodes = [ctx.build(c.ggml_dup, 1, ctx.new_tensor(Type.F32, (1,)).ptr) for _ in self.backends]
+            with Graph(*nodes) as graph, self.exclusive():
+                c.ggml_backend_sched_reset(self.ptr)
+                for node, backend in zip(nodes, self.backends, strict=True):
+                    c.ggml_backend_sched_set_tensor_backend(self.ptr, node.ptr, backend.ptr)
+                enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)
+                c.ggml_backend_sched_reset(self.ptr)
+        if not enough:
+            raise OutOfMemoryError("no room for a single number on each device")
+        self._primed = True
 
     def reset(self) -> None:
         """Release the graph held. Its inputs keep their memory and values; its other results can no longer be read.

@@ -443,3 +443,45 @@ def test_nothing_after_a_graph_that_needed_no_memory(devices, operate):
                 s.alloc(graph)
                 s.compute()
                 assert something.numpy().shape == (4,)
+
+
+@pytest.mark.parametrize("through", [False, True], ids=["itself", "a view of it"])
+def test_operands_that_are_read_again_are_not_written_over(devices, rng, through):
+    # ggml would compute these over their second operand, and read it after.
+    def computed(t):
+        made = ggml.scale(t, 1.0)
+        return made.reshape((t.size,)).reshape(t.shape) if through else made
+
+    grad, y, b = (rng.uniform(0.1, 1, (4, 8)).astype(np.float32) for _ in range(3))
+    wanted = [3, 2, 1, 0]
+    for operate, want in (
+        (lambda g, y, b, i: ggml.soft_max_ext_back(g, computed(y)), y * (grad - (y * grad).sum(-1, keepdims=True))),
+        (lambda g, y, b, i: ggml.add_id(g, computed(b), i), grad + b[wanted]),
+    ):
+        with ggml.Context() as ctx, ggml.Scheduler(devices) as s:
+            tensors = [ctx.new_tensor("f32", (4, 8)) for _ in range(3)]
+            ids = ctx.new_tensor("i32", (4,))
+            result = operate(*tensors, ids)
+            with ggml.Graph(result) as graph:
+                s.alloc(graph)
+                for t, values in zip(tensors, (grad, y, b), strict=True):
+                    if t.is_allocated:
+                        t.set(values)
+                if ids.is_allocated:
+                    ids.set(np.array(wanted))
+                s.compute()
+                assert relative_error(result.numpy(), want) < 1e-5
+
+
+def test_nothing_is_computed_by_two_schedulers(devices):
+    with ggml.Context() as ctx, ggml.Scheduler(devices) as first, ggml.Scheduler(devices) as second:
+        nothing = ggml.cont(ctx.new_tensor("f16", (5, 0)))
+        for s in (first, second, first):
+            with ggml.Graph(nothing) as graph:
+                s.alloc(graph)
+                s.compute()
+                s.reset()
+            with ggml.Graph(ggml.neg(nothing)) as graph:
+                s.alloc(graph)
+                s.compute()
+                s.reset()

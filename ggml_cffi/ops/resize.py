@@ -269,7 +269,8 @@ def roll(a: Tensor, shift: int | Sequence[int], axis: int | Sequence[int], *, ct
     op = "roll"
     ctx = home(op, a, ctx=ctx)
     many = [isinstance(v, Sequence) and not isinstance(v, str | bytes) for v in (shift, axis)]
-    axes = list(axis) if many[1] else [axis]  # type: ignore[arg-type]
+    given = list(axis) if many[1] else [axis]  # type: ignore[arg-type]
+    axes = [integer(op, "axis", i, -a.ndim, a.ndim - 1) for i in given]
     shifts = list(shift) if many[0] else [shift] * len(axes)  # type: ignore[arg-type]
     if many[0] and not many[1]:
         axes *= len(shifts)
@@ -280,7 +281,7 @@ def roll(a: Tensor, shift: int | Sequence[int], axis: int | Sequence[int], *, ct
         raise fail(op, "the rows of a must be contiguous (use cont)", a=a)
     total = [0, 0, 0, 0]
     for n, i in zip(shifts, axes, strict=True):
-        total[a.ndim - 1 - integer(op, "axis", i, -a.ndim, a.ndim - 1) % a.ndim] += integer(op, "shift", n, -INT_MAX)
+        total[a.ndim - 1 - i % a.ndim] += integer(op, "shift", n, -INT_MAX)
     for i, n in enumerate(a.ne):
         total[i] = (total[i] + n // 2) % n - n // 2  # the shorter way round
         if abs(total[i]) > _FARTHEST:

@@ -65,13 +65,16 @@ def im2col_back(
     dilation: Any = 1,
     is_2d: bool = True,
 ) -> Array:
-    # The gathering is linear: its transpose, from what it does to each element alone.
-    out = np.zeros(shape)
-    for at in np.ndindex(*shape):
-        one = np.zeros(shape)
+    # The gathering is linear: its transpose, from what it does to each element alone. Axes left out have one element.
+    full = (1,) * (4 - len(shape)) + tuple(shape)
+    kernel, a = (t.reshape((1,) * (4 - t.ndim) + t.shape) for t in (kernel, a))
+    out = np.zeros(full)
+    for at in np.ndindex(*full):
+        one = np.zeros(full)
         one[at] = 1
-        out[at] = np.sum(a * im2col(kernel, one, stride, padding, dilation, is_2d))
-    return out
+        taken = im2col(kernel, one, stride, padding, dilation, is_2d)
+        out[at] = np.sum(a * taken.reshape(a.shape))
+    return out.reshape(shape)
 
 
 @reference

@@ -308,7 +308,7 @@ class _Attempt:
         try:
             outcomes = []
             for given in _ranks(call, values):
-                outcomes.append(self._matches(case, given, got, allowed))
+                outcomes.append(self._matches(case, given, got, allowed, result.dtype))
                 if not outcomes[-1].is_defect:
                     return outcomes[-1]
             return next((o for o in outcomes if o.what.startswith("other")), outcomes[0])
@@ -317,7 +317,7 @@ class _Attempt:
         finally:
             signal.alarm(0)
 
-    def _matches(self, case: cases.Case, values: dict[str, Any], got: Any, allowed: float) -> Outcome:
+    def _matches(self, case: cases.Case, values: dict[str, Any], got: Any, allowed: float, kind: Type) -> Outcome:
         try:
             want = case.want(values)
         except SlowError:
@@ -330,6 +330,8 @@ class _Attempt:
         if _stripped(got.shape) != _stripped(want.shape):
             return Outcome("disagreement", "compare", "another shape", f"{got.shape}, the reference {want.shape}")
         want = want.reshape(got.shape)
+        if dtypes.is_quantized(kind) and want.size:  # the result is the nearest that its blocks can say
+            want = ggml.dequantize(ggml.quantize(want, kind), kind, want.shape)
         if case.op in cases.UNORDERED:
             got, want = np.sort(got, -1), np.sort(want, -1)
         what, detail = difference(got, want, allowed)
