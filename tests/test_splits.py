@@ -330,7 +330,7 @@ def test_auto_takes_one_gpu_where_more_do_not_pay(two_gpus, path, costs, monkeyp
     with models.load(path, two_gpus, "auto", n_batch=16) as model:
         assert model.plan.reasons == plan.reasons
         assert model.plan.split == "layer"
-        assert "one has 100% of the best speed or more in each case. Tokens/s reckoned" in plan.reasons[0]
+        assert "one has 100% of the best speed or more in each case. Tokens/s, timed: " in plan.reasons[0]
         assert "Vulkan0 has 3 of 3 layers: it has room for all." in plan.reasons
         model.forward(PROMPT)
         assert {backend.name for _, backend in model.assignment()} == {"Vulkan0"}

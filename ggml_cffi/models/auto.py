@@ -1,4 +1,4 @@
-"""Which split suits a model and its devices best: timed on a few of its layers, and remembered."""
+"""Which split suits a model and its devices best: timed on the model, or on many of its layers, and remembered."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.arrange import Arrangement, Wish, main_dtype
 from ggml_cffi.models.runner import Batch, Runner
 from ggml_cffi.models.staged import StagedRunner
-from ggml_cffi.models.weights import layer_of
+from ggml_cffi.models.weights import layer_bytes, layer_of
 from ggml_cffi.parallel.tensor_runner import TensorRunner
 
-_FEW, _MORE = 1, 5  # layers on a device that are timed: the difference is what a layer takes
+_FEW, _MORE = 1, 3  # layers on a device that are timed at least: the difference is what a layer takes
+_MOST_BYTES = 24 << 30  # of layers that are timed
 _PROMPT = 8  # batches of a long prompt
 _LARGEST = 512  # tokens of a batch that is timed
 _LARGEST_IN_SOFTWARE = 16
 _RUNS = 5
-_LEAST = 0.3  # seconds of runs: GPUs need a while until they are at speed
+_LEAST = 1.0  # seconds of runs: GPUs need a while until they are at speed
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def choose(
         f"{name} {', '.join(f'{case} {rate:,.0f}' for case, rate in found.items())}" for name, found in rates.items()
     )
     why = f"Of the splits, {chosen} has {worst[chosen]:.0%} of the best speed or more in each case. "
-    return replace(possible[chosen], why=f"{why}Tokens/s reckoned from a few layers: {cases}.")
+    return replace(possible[chosen], why=f"{why}Tokens/s, timed: {cases}.")
 
 
 def _rates(architecture: Architecture, found: Arrangement, timer: Timer, wish: Wish, use: Use) -> Rates:
@@ -141,20 +142,32 @@ class Timer:
         batch = min(n, n_batch, largest)
         timed = min(-(-n * batch // min(n, n_batch)), _PROMPT * batch)
         used = self._backends[:1] if kind == "one" else self._backends[:-1]
-        architecture = self._architecture
-        devices = " + ".join(b.device.description for b in used)
-        sizes = f"{architecture.name} {architecture.n_embd} {architecture.kv_sizes} {main_dtype(architecture).name}"
-        how = f"{kind}{' whole attention' if whole_attention else ''}, {timed} tokens by {batch}"
-        stages = len(used) if kind == "pipeline" else 1
+        stages, n_layers = len(used) if kind == "pipeline" else 1, self._architecture.n_layers
+        more = min(n_layers, max(self._most_layers(), stages * _MORE))
 
         def measured() -> list[float]:
-            few, more = (min(stages * n_layers, architecture.n_layers) for n_layers in (_FEW, _MORE))
-            least, most = (self._measure(kind, used, n, timed, batch, whole_attention) for n in (few, more))
-            layer = max((most - least) / (more - few), 1e-9) if more > few else least / few
+            most = self._measure(kind, used, more, timed, batch, whole_attention)
+            if more == n_layers:
+                return [most / n_layers, 0.0]
+            few = stages * _FEW
+            least = self._measure(kind, used, few, timed, batch, whole_attention)
+            layer = max((most - least) / (more - few), 1e-9)
             return [layer, max(least - few * layer, 0.0)]
 
-        layer, ends = calibrate.remembered(f"layers on {devices}, {sizes}, {how}", measured)
+        how = f"{kind}{' whole attention' if whole_attention else ''}, {timed} tokens by {batch}"
+        layer, ends = calibrate.remembered(f"{more} layers of {self._what(used)}, {how}", measured)
         return Costs(layer * n / timed, ends * n / timed)
+
+    def _most_layers(self) -> int:
+        """How many layers can be timed in reasonable time: all of most models."""
+        sizes = layer_bytes(self._architecture, 0)
+        return 0 if self._software else _MOST_BYTES * len(sizes) // max(sum(sizes), 1)
+
+    def _what(self, used: Sequence[Backend]) -> str:
+        """What a measurement holds for."""
+        a = self._architecture
+        devices = " + ".join(b.device.description for b in used)
+        return f"{a.n_layers} on {devices}, {a.name} {a.n_embd} {a.kv_sizes} {a.n_vocab} {main_dtype(a).name}"
 
     def _measure(
         self, kind: str, used: Sequence[Backend], n_layers: int, n: int, n_batch: int, whole_attention: bool
