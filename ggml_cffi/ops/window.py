@@ -71,7 +71,7 @@ def win_unpart(a: Tensor, shape: Sequence[int], *, ctx: Context | None = None) -
     a
         ``(n, window, window, channels)``, contiguous F32.
     shape
-        ``(h, w)`` of the image.
+        ``(h, w)`` of the image, or one number for both.
 
     Returns
     -------

@@ -13,7 +13,7 @@ from ggml_cffi import Type
 
 @reference
 def reshape(a: Array, shape: Any) -> Array:
-    return a.reshape(shape)
+    return a.reshape(shape.shape if isinstance(shape, np.ndarray) else shape)  # a tensor stands for its shape
 
 
 @reference

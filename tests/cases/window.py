@@ -23,7 +23,7 @@ def win_part(a: Array, window: int) -> Array:
 
 @reference
 def win_unpart(a: Array, shape: Sequence[int]) -> Array:
-    h, w = shape
+    h, w = np.broadcast_to(shape, 2)  # one size is both
     side = a.shape[1]
     parts = a.reshape(-(-h // side), -(-w // side), *a.shape[1:]).swapaxes(1, 2)
     return parts.reshape(parts.shape[0] * side, -1, a.shape[3])[:h, :w]
