@@ -36,6 +36,7 @@ from ggml_cffi.requantize import choose_types, quantize_file, read_imatrix
 from ggml_cffi.safetensors import SafetensorsFile, from_safetensors
 from ggml_cffi.scheduler import Scheduler, Split
 from ggml_cffi.session import Compiled, Program, Session
+from ggml_cffi.session_plan import DeviceNeed, SessionPlan, plan
 from ggml_cffi.stored import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.train import SGD, AdamW, Optimizer
@@ -80,6 +81,7 @@ __all__ = [
     "Compiled",
     "Context",
     "Device",
+    "DeviceNeed",
     "DeviceType",
     "FormatError",
     "GGUFFile",
@@ -107,6 +109,7 @@ __all__ = [
     "ScaleFlag",
     "Scheduler",
     "Session",
+    "SessionPlan",
     "SortOrder",
     "Split",
     "StoredTensor",
@@ -122,6 +125,7 @@ __all__ = [
     "from_safetensors",
     "gradients",
     "pinned",
+    "plan",
     "quantize",
     "quantize_file",
     "read_imatrix",

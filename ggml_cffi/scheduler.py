@@ -348,7 +348,7 @@ class Scheduler(Handle):
                 graph.restore()
                 c.ggml_backend_sched_reset(self.ptr)
             # It frees buffers that it finds too small: until the next reserve there is nothing to ask for.
-            self._reserved = False
+            self._reserved = self._primed = False
             return dict(zip(self.backends, sizes, strict=True))
 
     def split_graph(self, graph: Graph) -> list[Split]:

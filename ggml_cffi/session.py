@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ggml_cffi import c, dtypes
 from ggml_cffi._handle import Closing
+from ggml_cffi._sketch import Sketch
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.context import Context
@@ -143,10 +144,8 @@ class Session(Closing):
         if memory is not None and self._backend(on).device.is_cpu:
             return self._over(memory, kind, source.shape, name)
         t = self._placed(kind, source.shape, on, name, Usage.WEIGHTS)
-        if t.size and isinstance(source, StoredTensor) and source.dtype is kind:
-            t.set_bytes(source.raw())
-        elif t.size:
-            t.set(np.asarray(source))
+        if t.size:
+            self._fill(t, source)
         return t
 
     def zeros(
@@ -159,6 +158,12 @@ class Session(Closing):
     ) -> Tensor:
         """A tensor of the session full of zeros, to be written by operations in place: a cache, a state."""
         return self._placed(as_type(dtype), shape, on, name, Usage.ANY)
+
+    def _fill(self, t: Tensor, source: StoredTensor | npt.NDArray[Any]) -> None:
+        if isinstance(source, StoredTensor) and source.dtype is t.dtype:
+            t.set_bytes(source.raw())
+        else:
+            t.set(np.asarray(source))
 
     def _placed(self, kind: Type, shape: Sequence[int], on: Device | str | None, name: str, usage: Usage) -> Tensor:
         backend = self._backend(on)
@@ -342,6 +347,23 @@ class Compiled:
         program, _ = self._find(args, kwargs)
         return program
 
+    def reserve_size(self, *args: Any, **kwargs: Any) -> dict[Device, int]:
+        """Bytes that inputs and intermediate results would take on each device for these arguments.
+
+        They are traced, and nothing is allocated. Errors as those of calling it.
+
+        C: ``ggml_backend_sched_reserve_size``.
+        """
+        backends = self.session.backends
+        key = _flatten(args, []), _flatten(kwargs, []) if kwargs else None
+        context = Sketch()
+        with Trace(self.function, key, context) as trace:
+            sizes = dict.fromkeys(backends, 0)
+            if trace.graph is not None:
+                with Scheduler(backends) as scheduler:
+                    sizes = scheduler.reserve_size(trace.graph)
+            return {b.device: size + context.taken[b.buffer_type] for b, size in sizes.items()}
+
     def clear(self) -> None:
         """Give up all that was traced."""
         with self._lock:
@@ -370,27 +392,72 @@ class Compiled:
         return program, arrays
 
 
-class Program(Closing):
-    """One traced signature of a compiled function."""
+class Trace(Closing):
+    """What a function does with arrays of some signature, as a graph.
 
-    def __init__(self, session: Session, function: Callable[..., Any], key: tuple[Any, Any]) -> None:
-        self.context = Context()
+    Parameters
+    ----------
+    function
+        Called with tensors in place of arrays.
+    key
+        The signature.
+    context
+        Is to hold the tensors.
+    """
+
+    def __init__(self, function: Callable[..., Any], key: tuple[Any, Any], context: Context) -> None:
+        self.context = context
         """Holds the tensors of the trace."""
         self.inputs: list[Tensor] = []
         """The tensors that stand for the arrays, in order."""
-        self.scheduler: Scheduler | None = None
-        """Holds the graph; None where there is nothing to compute."""
+        self.outputs: list[Tensor] = []
+        """The tensors of the result."""
         self.graph: Graph | None = None
+        """None where there is nothing to compute."""
         try:
-            session.backends  # noqa: B018 - raises when closed
             args, kwargs = (self._unflatten(part) for part in key)
             self.result = function(*args, **(kwargs or {}))
-            self.outputs: list[Tensor] = []
             _map(self.result, lambda t: self.outputs.append(t))
             computed = [t for t in self.outputs if not t.is_leaf]
             if computed:
-                self.scheduler = Scheduler(session.backends)
                 self.graph = Graph(*dict.fromkeys(computed))
+        except BaseException:
+            self.close()
+            raise
+
+    def _unflatten(self, spec: Any) -> Any:
+        if isinstance(spec, tuple):
+            kind, *parts = spec
+            if kind is np.ndarray:
+                shape, dtype = parts
+                t = self.context.new_tensor(_input_type(np.dtype(dtype)), shape, name=f"input {len(self.inputs)}")
+                self.inputs.append(t)
+                return t
+            if kind is dict:
+                return {name: self._unflatten(part) for name, part in parts}
+            if kind in (tuple, list):
+                return kind(self._unflatten(part) for part in parts)
+            return parts[1]
+        return spec
+
+    def close(self) -> None:
+        """Give it up."""
+        if self.graph is not None:
+            self.graph.close()
+        self.context.close()
+
+
+class Program(Trace):
+    """One traced signature of a compiled function."""
+
+    def __init__(self, session: Session, function: Callable[..., Any], key: tuple[Any, Any]) -> None:
+        self.scheduler: Scheduler | None = None
+        """Holds the graph; None where there is nothing to compute."""
+        backends = session.backends  # raises when closed
+        super().__init__(function, key, Context())
+        try:
+            if self.graph is not None:
+                self.scheduler = Scheduler(backends)
                 self.scheduler.alloc(self.graph)
             self._puts = [_Put(t) for t in self.inputs if self.scheduler is not None]
             self._takes = [_Take(t) for t in self.outputs]
@@ -433,28 +500,11 @@ class Program(Closing):
         each = iter(found)
         return _map(self.result, lambda _: next(each))
 
-    def _unflatten(self, spec: Any) -> Any:
-        if isinstance(spec, tuple):
-            kind, *parts = spec
-            if kind is np.ndarray:
-                shape, dtype = parts
-                t = self.context.new_tensor(_input_type(np.dtype(dtype)), shape, name=f"input {len(self.inputs)}")
-                self.inputs.append(t)
-                return t
-            if kind is dict:
-                return {name: self._unflatten(part) for name, part in parts}
-            if kind in (tuple, list):
-                return kind(self._unflatten(part) for part in parts)
-            return parts[1]
-        return spec
-
     def close(self) -> None:
         """Give the program up."""
         if self.scheduler is not None:
             self.scheduler.close()
-        if self.graph is not None:
-            self.graph.close()
-        self.context.close()
+        super().close()
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{t.dtype.name} {t.shape}" for t in self.inputs)

@@ -331,7 +331,7 @@ def test_calibration_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_sketch_takes_no_memory(counted):
-    from ggml_cffi.models.sketch import Sketch
+    from ggml_cffi._sketch import Sketch
 
     with Sketch() as sketch:
         t = sketch.new_tensor(ggml.F32, (1 << 20, 1 << 20))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 from ggml_cffi import _text
+from ggml_cffi._sketch import Sketch
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import BufferType
 from ggml_cffi.device import Device
@@ -22,7 +23,6 @@ from ggml_cffi.models.embedding import Embedder
 from ggml_cffi.models.runner import n_rows
 from ggml_cffi.models.scheduled import logits
 from ggml_cffi.models.scratch import scratch_bytes
-from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.staged import layers_of, stages_of
 from ggml_cffi.models.weights import Share, Weights, cache_bytes, layer_bytes, layer_of, room_for_layers, split_layers
 from ggml_cffi.parallel import tensor_runner

@@ -511,8 +511,8 @@ def load(
         ``"layer"``: each device has some layers. ``"pipeline"``: so too, and GPUs that have them all compute the
         batches of a long prompt at the same time, each its layers of another batch. ``"data"``: each GPU has the whole
         model; several texts are dealt to them. ``"tensor"``: each GPU has a part of every layer, whole heads; they
-        compute each token together. ``"auto"``: what is quickest, by timing a few of the model's layers the first
-        time; :attr:`Model.plan` says why.
+        compute each token together. ``"auto"``: what is quickest, by timing the model the first time, for
+        some ten seconds; :attr:`Model.plan` says why.
     n_ctx
         Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
     n_batch

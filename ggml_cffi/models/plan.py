@@ -98,7 +98,7 @@ def plan(
     expect: tuple[int, int] | None = None,
 ) -> Plan:
     """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it, but that
-    ``split="auto"`` loads a few layers for a moment, to time them.
+    ``split="auto"`` loads the model for a moment, to time it, if that is not known yet.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ggml_cffi import c, ops
+from ggml_cffi._sketch import Sketch
 from ggml_cffi._upload import Job, upload
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
@@ -15,7 +16,6 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.gguf import TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
-from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.tensor import Tensor
 
 #: Called with bytes done and bytes in all while weights are loaded.
@@ -140,7 +140,7 @@ class Weights:
     where
         For each layer the index of its backend; default :func:`split_layers`.
     context
-        What is to hold the tensors. With a :class:`~ggml_cffi.models.sketch.Sketch` nothing is loaded.
+        What is to hold the tensors. With a :class:`~ggml_cffi._sketch.Sketch` nothing is loaded.
     """
 
     def __init__(

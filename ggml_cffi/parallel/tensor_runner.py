@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ggml_cffi._feasible import VIEWS
+from ggml_cffi._sketch import Sketch
 from ggml_cffi.backend import Backend
 from ggml_cffi.cut import rule_for
 from ggml_cffi.device import Device
@@ -18,7 +19,6 @@ from ggml_cffi.gguf import GGUFTensor, TensorInfo
 from ggml_cffi.models.architecture import Architecture, LayerCache
 from ggml_cffi.models.runner import Batch, Logits, Runner, n_rows
 from ggml_cffi.models.scratch import scratch_bytes
-from ggml_cffi.models.sketch import Sketch
 from ggml_cffi.models.stage import Layers, Stage
 from ggml_cffi.models.weights import Progress, Share, is_across
 from ggml_cffi.parallel.program import Program
