@@ -14,7 +14,7 @@ def softmax(x: Array, sinks: Array | None = None) -> Array:
     e = np.exp(x - x.max(-1, keepdims=True))
     total = e.sum(-1, keepdims=True)
     if sinks is not None:
-        total = total + np.exp(sinks[:, None, None] - x.max(-1, keepdims=True))
+        total = total + np.exp(sinks.reshape(-1, 1, 1) - x.max(-1, keepdims=True))
     return e / total
 
 

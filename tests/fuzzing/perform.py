@@ -302,8 +302,7 @@ class _Attempt:
             known.append(0.3)
         # A few values may all be bad ones, where many are not.
         allowed = max([case.allowed(result.dtype), *known]) * (4 if got.size < 16 else 2)
-        if "positions" in values:
-            allowed = max(allowed, rope.resolution(values, plain))
+        allowed = max(allowed * _cancelling(call.op, values), _resolution(call.op, values, plain))
         signal.alarm(_REFERENCE_SECONDS)
         try:
             outcomes = []
@@ -336,6 +335,27 @@ class _Attempt:
             got, want = np.sort(got, -1), np.sort(want, -1)
         what, detail = difference(got, want, allowed)
         return Outcome("disagreement", "compare", what, detail) if what else Outcome("compared")
+
+
+def _resolution(op: str, values: dict[str, Any], arguments: dict[str, Any]) -> float:
+    """How far from the reference a result may be because of what single precision, or a stored type, leaves."""
+    if "positions" in values:
+        return rope.resolution(values, arguments)
+    if op == "solve_tri":  # the error that a single rounding of the matrix makes
+        return float(np.linalg.cond(np.tril(values["a"])).max(initial=0)) * 2**-23
+    if op == "interpolate":  # places between elements are single-precision numbers
+        return max(values["a"].shape, default=0) * 2**-22
+    return 0.0
+
+
+def _cancelling(op: str, values: dict[str, Any]) -> float:
+    """How many times as large as sums of a product their terms are, beyond what is usual: rounding goes with these."""
+    if op != "linear" or not values["x"].size:
+        return 1.0
+    x, w = values["x"], values["weight"]
+    terms, sums = np.abs(x) @ np.abs(w).swapaxes(-1, -2), x @ w.swapaxes(-1, -2) + values.get("bias", 0.0)
+    usual = math.sqrt(x.shape[-1])
+    return max(float(np.linalg.norm(terms) / max(np.linalg.norm(sums), 1e-30)) / usual, 1.0)
 
 
 def _member(op: str, name: str, value: Any) -> Any:
