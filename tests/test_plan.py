@@ -388,3 +388,33 @@ def test_text():
     assert _text.ranges([]) == ""
     assert _text.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert [_text.size(n) for n in (512, 3 * 2**19, 6 * GIB)] == ["0.5 KiB", "1.5 MiB", "6.0 GiB"]
+
+
+def test_what_is_expected_in_a_shell(path, capsys):
+    arguments = ["plan", str(path), "--devices", "CPU", "--ctx", "256", "--split", "auto", "--expect"]
+    assert cli.main([*arguments, "128,64"]) == 0
+    assert "layer is the only one that is possible" in capsys.readouterr().out
+    assert cli.main([*arguments, "200,100"]) != 0
+    assert "(200, 100) tokens are expected, 300 together, but n_ctx is 256" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "many"])
+    assert "--expect: invalid expected value: 'many'" in capsys.readouterr().err
+
+
+def test_scratch_is_reckoned_for_large_products():
+    from ggml_cffi.models.scratch import scratch_bytes
+
+    with ggml.Context() as ctx:
+        w, deep = ctx.new_tensor("f16", (512, 256)), ctx.new_tensor("f16", (512, 2048))
+        x = ctx.new_tensor("f32", (64, 256))
+        few, halves = ctx.new_tensor("f32", (4, 2048)), ctx.new_tensor("f16", (64, 2048))
+        many = ctx.new_tensor("f32", (64, 2048))
+
+        def scratch(*products):
+            with ggml.Graph(*products) as graph:
+                return scratch_bytes(graph.node_pointers())
+
+        assert scratch(ggml.mul_mat(deep, few)) == 0
+        assert scratch(ggml.mul_mat(w, x), ggml.neg(x)) == 64 * 256 * 2
+        assert scratch(ggml.mul_mat(deep, many)) == 64 * 2048 * 2 + (12 << 20)
+        assert scratch(ggml.mul_mat(deep, halves)) == 12 << 20

@@ -36,7 +36,7 @@ class Share:
     cache_bytes: int = 0
     compute_bytes: int = 0
     scratch_bytes: int = 0
-    """Reckoned; see :mod:`ggml_cffi.models.scratch`. Only in plans."""
+    """What a GPU's backend takes by itself: reckoned, only in plans."""
     mapped_bytes: int = 0
     """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
     has_output: bool = False
