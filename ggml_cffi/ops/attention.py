@@ -255,7 +255,7 @@ def flash_attn_ext(
         raise ValueError("flash_attn_ext: max_bias needs a mask")
     out = ctx.build(
         c.ggml_flash_attn_ext,
-        q.ndim,
+        max(q.ndim, 3),
         q.ptr,
         k.ptr,
         v.ptr,

@@ -73,6 +73,7 @@ def flash_attn_ext(
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
 ) -> Array:
+    q, k, v = (t.reshape((1,) * (3 - t.ndim) + t.shape) for t in (q, k, v))
     groups = q.shape[-3] // k.shape[-3]
     scores = scale * q @ np.swapaxes(np.repeat(k, groups, -3), -1, -2)
     if logit_softcap:
