@@ -144,9 +144,10 @@ def test_operands_are_tensors():
             ggml.mul_mat(np.zeros((2, 2)), t)
 
 
-def test_attention_has_the_axes_of_its_result(ctx):
+def test_attention_has_the_axes_of_its_result():
     # Of fewer axes than it gives: they are (tokens, heads, size) all the same.
-    q, k, v = ctx.new_tensor("f32", (2, 32)), ctx.new_tensor("f16", (3, 32)), ctx.new_tensor("f16", (3, 64))
-    out = ggml.flash_attn_ext(q, k, v)
-    assert out.shape == (2, 1, 64)
-    assert out.size == 128
+    with ggml.Context() as ctx:
+        q, k, v = ctx.new_tensor("f32", (2, 32)), ctx.new_tensor("f16", (3, 32)), ctx.new_tensor("f16", (3, 64))
+        out = ggml.flash_attn_ext(q, k, v)
+        assert out.shape == (2, 1, 64)
+        assert out.size == 128
