@@ -148,6 +148,6 @@ def test_attention_has_the_axes_of_its_result():
     # Of fewer axes than it gives: they are (tokens, heads, size) all the same.
     with ggml.Context() as ctx:
         q, k, v = ctx.new_tensor("f32", (2, 32)), ctx.new_tensor("f16", (3, 32)), ctx.new_tensor("f16", (3, 64))
-        out = ggml.flash_attn_ext(q, k, v)
+        out = ggml.flash_attn_ext(q, k, v, scale=1.0)
         assert out.shape == (2, 1, 64)
         assert out.size == 128
