@@ -50,7 +50,7 @@ CASES = [
 ]
 
 WRONG = {
-    "rms_norm: a must be F32 with contiguous rows": lambda t: ggml.rms_norm(ggml.transpose(t(1, 4))),
+    "rms_norm: a must be F32 with contiguous rows": lambda t: ggml.rms_norm(ggml.transpose(t(2, 4))),
     "rms_norm: a must be F32": lambda t: ggml.rms_norm(t(4, dtype="f16")),
     "rms_norm: eps must be at least 0": lambda t: ggml.rms_norm(t(4), -1.0),
     "rms_norm: axes before the last must have at most 65535": lambda t: ggml.rms_norm(t(65536, 4)),

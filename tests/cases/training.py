@@ -59,7 +59,7 @@ WRONG = {
     "cross_entropy_loss: logits has more than 2**31": lambda t: ggml.cross_entropy_loss(t(2**31), t(2**31)),
     # Axes of size 1 may have any strides, for ggml: its kernels would walk along them.
     "cross_entropy_loss: logits must be contiguous": lambda t: ggml.cross_entropy_loss(
-        ggml.permute(t(1, 5, 4), (1, 0, 2)), t(5, 1, 4)
+        ggml.permute(t(2, 5, 4), (1, 0, 2)), t(5, 2, 4)
     ),
     "cross_entropy_loss_back: grad must be one F32": lambda t: ggml.cross_entropy_loss_back(t(2), t(4), t(4)),
     "cross_entropy_loss_back: logits and labels": lambda t: ggml.cross_entropy_loss_back(t(1), t(4), t(1, 2)),
