@@ -219,7 +219,8 @@ def test_a_cache_goes_from_one_split_to_another(two_gpus, path, tmp_path):
 # ---------------------------------------------------------------------- plans
 
 
-def test_every_split_takes_what_was_planned(two_gpus, path, split):
+def test_every_split_takes_what_was_planned(two_gpus, path, split, monkeypatch):
+    gpu_memory(monkeypatch, 1 << 30)  # software devices share the memory of the machine, which others use meanwhile
     plan = models.plan(path, two_gpus, split, n_batch=16)
     assert plan.fits
     assert plan.split == split
@@ -325,6 +326,7 @@ def test_auto_takes_what_suits_what_is_expected(two_gpus, path, costs):
 
 
 def test_auto_takes_one_gpu_where_more_do_not_pay(two_gpus, path, costs, monkeypatch):
+    gpu_memory(monkeypatch, 1 << 30)
     monkeypatch.setattr(auto, "_rates", lambda a, found, *rest: {"decode": 1 if found.members == (0, 2) else 0.5})
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
     with models.load(path, two_gpus, "auto", n_batch=16) as model:
