@@ -119,7 +119,8 @@ def test_encoders_take_what_was_planned(tmp_path, rng, counted):
     assert len(planned.layers) == model.architecture.n_layers
 
 
-def test_two_gpus_take_what_was_planned(two_gpus, path, counted):
+def test_two_gpus_take_what_was_planned(two_gpus, path, counted, monkeypatch):
+    memory(monkeypatch, Vulkan0=1 << 30, Vulkan1=1 << 30)  # they share the machine's, which others use meanwhile
     plan = check(path, two_gpus, counted, n_batch=16)
     first, second, cpu = plan.shares
     assert first.layers
