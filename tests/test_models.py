@@ -170,6 +170,21 @@ def test_a_long_prompt_in_batches(smollm2, on_cpu):
         assert len(made) == 320 - 300 + 1  # the last token needs no place in the context
 
 
+def test_the_cpu_reads_a_prompt_in_parts(on_cpu, monkeypatch):
+    """What is read first need not look at cache rows of what comes after."""
+    runner = on_cpu._runners[0]
+    assert runner.ranges(0, 512) == [(0, 256), (256, 512)]
+    tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]
+    looked_at = []
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda batch: looked_at.append(batch.mask.shape) or run(batch))
+    in_parts = on_cpu.forward(tokens)
+    assert looked_at == [(150, 256), (150, 512)]
+    monkeypatch.setattr(runner, "n_at_once", None)
+    assert relative_error(in_parts, on_cpu.forward(tokens)) < 0.1
+    assert looked_at[2:] == [(300, 512)]
+
+
 @pytest.mark.parametrize(("name", "want"), [("smollm2", 14.371341), ("gemma3", 18.211288)])
 def test_perplexity_is_llama_cpps(name, want):
     """``want`` is by llama-cpp-python 0.3.36 on the CPU: windows of 256 tokens of tests/data/prose.txt."""

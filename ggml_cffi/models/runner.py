@@ -65,6 +65,8 @@ class Runner(Closing, ABC):
     """Most tokens of a :class:`Batch`."""
     n_rows: int
     """Rows of the cache: a multiple of :data:`KV_STEP`."""
+    n_at_once: int | None = None
+    """Tokens of one text that are quicker together than more of them are, if that is less than :attr:`n_batch`."""
     n_in_flight: int = 1
     """Batches that are computed at the same time, if :meth:`run_all` gets as many."""
     n_together: int = 1
@@ -83,7 +85,7 @@ class Runner(Closing, ABC):
     def ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         """Tokens ``start`` to ``end`` of a text as batches of about equal size."""
         n = end - start
-        parts = -(-n // self.n_batch)
+        parts = -(-n // min(self.n_batch, self.n_at_once or n))
         if parts < self.n_in_flight:  # smaller batches, which take longer for each token, but at the same time
             parts = max(min(self.n_in_flight, n // _FEWEST_IN_FLIGHT), parts)
         return [*pairwise([start + n * i // parts for i in range(parts + 1)])]

@@ -18,7 +18,7 @@ from ggml_cffi.errors import GgmlError
 from ggml_cffi.graph import Graph
 from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.feed import Feed
-from ggml_cffi.models.runner import Batch, Logits, WholeRunner
+from ggml_cffi.models.runner import KV_STEP, Batch, Logits, WholeRunner
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
@@ -106,6 +106,9 @@ class ScheduledRunner(WholeRunner):
     ) -> None:
         super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self._runs: OrderedDict[tuple[int, int, int], _Run] = OrderedDict()
+        if all(backend.device.is_cpu for backend in backends):
+            # The first of them need not look at cache rows of the last, and a processor has no use for so many.
+            self.n_at_once = KV_STEP
         try:
             self._scheduler = Scheduler(backends, op_offload=op_offload)
             if architecture.causal and (compute_bytes is None or len(backends) > 1):
