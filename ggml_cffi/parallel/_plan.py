@@ -68,7 +68,7 @@ class Plan:
         self._uses.update(t.ptr for t in wanted)
         self.pieces: list[list[Any]] = []
         """C graphs of each step, to be computed one after another."""
-        self._pool: Any = c.NULL
+        self._pools: list[Any] = []
         ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.sums]
         shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.sums)]
         shared += [(t, target, len(rank.sums)) for t, target in results]
@@ -84,37 +84,43 @@ class Plan:
                     self.graphs.append(graph)
                     if in_levels:
                         graph.reorder(levels(graph.node_pointers()))
-                    freeze(graph.node_pointers())
-            self._cut(apart=in_levels and rank.n > 1)
+                    own = graph.node_pointers()
+                    head = next((i for i, p in enumerate(own) if p.op in _COUNTED), 0)
+                    apart = in_levels and rank.n > 1 and head
+                    self.pieces.append(self._cut(own, head, freeze) if apart else [graph.ptr])
+                    freeze(own)
         except BaseException:
             self.close()
             raise
 
-    def _cut(self, *, apart: bool) -> None:
-        """Make the graphs' pieces: with ``apart`` what comes before the first product is one of its own.
+    def _cut(self, nodes: Sequence[Any], head: int, freeze: Callable[[Iterable[Any]], None]) -> list[Any]:
+        """The nodes of a graph as two: what comes before the first product is one of its own.
 
         ggml's Vulkan hands work to the device each time that it has as many operations as a 40th of the graph before
         had. In a graph of few nodes that is before and after each product, which takes longer than the products. After
         a graph without any, it hands over the next as one.
         """
-        nodes = [graph.node_pointers() for graph in self.graphs]
-        if not apart:
-            self.pieces = [[graph.ptr] for graph in self.graphs]
-            return
-        sizes = [max(len(own), 1) for own in nodes for _ in range(2)]
-        need = sum(c.ggml_graph_overhead_custom(size, False) + 64 for size in sizes)
-        self._pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
-        for graph, own in zip(self.graphs, nodes, strict=True):
-            head = next((i for i, p in enumerate(own) if p.op in _COUNTED), 0)
-            if not 0 < head < len(own):
-                self.pieces.append([graph.ptr])
-                continue
-            self.pieces.append([])
-            for piece in (own[:head], own[head:]):
-                made = c.ggml_new_graph_custom(self._pool, len(own), False)
-                for p in piece:
-                    c.ggml_graph_add_node(made, p)
-                self.pieces[-1].append(made)
+        first, rest = nodes[:head], nodes[head:]
+        sources = {src for p in rest for src in p.src if src}
+        for p in first:
+            if p in sources:
+                c.ggml_set_output(p)  # else it could be left out, together with whose it is in the first graph
+        made = [self._expanded(first)]
+        freeze(first)
+        return [*made, self._expanded(rest)]
+
+    def _expanded(self, nodes: Sequence[Any]) -> Any:
+        """A C graph of these nodes in this order. It knows how often each is used, which ``ggml_graph_add_node`` does
+        not tell it: without that, none are computed together.
+        """
+        size = len({p for node in nodes for p in (node, *node.src) if p})
+        need = c.ggml_graph_overhead_custom(size, False) + 64
+        pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+        self._pools.append(pool)
+        made = c.ggml_new_graph_custom(pool, size, False)
+        for p in nodes:
+            c.ggml_build_forward_expand(made, p)
+        return made
 
     def node_pointers(self) -> list[Any]:
         """C pointers of the nodes of all steps."""
@@ -195,8 +201,8 @@ class Plan:
         """Give the graphs up."""
         for graph in self.graphs:
             graph.close()
-        pool, self._pool = self._pool, c.NULL
-        if pool:
+        pools, self._pools = self._pools, []
+        for pool in pools:
             c.ggml_free(pool)
 
 
@@ -215,7 +221,7 @@ def _leaves() -> Iterator[Callable[[Iterable[Any]], None]]:
     try:
         yield freeze
     finally:
-        for raw, op, sources in saved:
+        for raw, op, sources in reversed(saved):
             raw[_OP : _OP + 4] = op
             raw[_SRC:_SRC_END] = sources
 

@@ -49,7 +49,7 @@ class Driver(Closing):
         Some backends may have no graph for the last step. ``meanwhile`` is called while one backend computes; where
         there are several, whose steps need this process at any moment, before.
 
-        C: ``ggml_backend_graph_compute_async``, ``ggml_backend_synchronize``.
+        C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_synchronize``.
         """
         if len(self.backends) == 1:
             status = self._run_one(graphs[0], meanwhile)
@@ -109,12 +109,14 @@ class Driver(Closing):
         return next((status for status in found if status), 0)
 
     def _follow(self, r: int, pointer: Any, graphs: Sequence[Sequence[Any]], steps: int) -> int:
-        compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, self._barrier.wait
+        # Each call may have to wait for the interpreter, which the other threads use too: the last of a step waits for
+        # the device as well.
+        begin, finish, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_graph_compute, self._barrier.wait
         status, last = 0, steps - 1
         for k, step in enumerate(graphs):
-            for graph in step:
-                status = compute(pointer, graph) or status
-            synchronize(pointer)
+            for graph in step[:-1]:
+                status = begin(pointer, graph) or status
+            status = finish(pointer, step[-1]) or status
             if k < last:
                 wait(r, k)
         return status
