@@ -102,6 +102,63 @@ def test_gpus_compute_what_one_would(devices, threads, rng):
                 assert {t.ptr.src[0].ne[0] for t in own} >= {FF // n, DIM}
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_gpus_compute_together_is_there_for_later(two_gpus, rows, rng):
+    """ggml's Vulkan computes a norm and the product with its weight as one, and a product and what is added to it; the
+    first of them is left out where nothing else in the graph uses it.
+    """
+    values = {name: rng.standard_normal((DIM, DIM)).astype(np.float32) / 8 for name in "abc"}
+    values |= {"scale": rng.uniform(0.5, 1.5, DIM).astype(np.float32)}
+    with parallel.TensorParallel(two_gpus) as group:
+        w = group.weights(values, {"a": ROWS, "b": COLUMNS})
+
+        def run(rank, x):
+            norm = ops.rms_norm(x, 1e-5)  # before the first product, which makes a graph of its own
+            scaled = ops.mul(norm, w["scale"][rank])
+            both = ops.linear(scaled, w["c"][rank])
+            added = ops.add(both, norm)  # a product that the next step needs too
+            y = rank.sum(ops.linear(ops.linear(added, w["a"][rank]), w["b"][rank]))
+            return ops.add(ops.add(y, both), ops.add(scaled, norm))
+
+        f = group.compile(run)
+        x = rng.standard_normal((rows, DIM)).astype(np.float32)
+        a, b, c, scale = (values[name].astype(np.float64) for name in ("a", "b", "c", "scale"))
+        norm = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
+        both = (norm * scale) @ c.T
+        want = (both + norm) @ a.T @ b.T + both + norm * scale + norm
+        for _ in range(2):
+            assert relative_error(f(x), want) < 2e-3
+        (program,) = f.programs
+        assert [len(step) for plan in program.plans for step in plan.pieces] == [2, 1, 2]  # the second gives no result
+
+
+def test_a_short_graph_ends_with_views(two_gpus, rng):
+    """A device that is soon done is asked again and again whether it is: see ``_fill``."""
+    nodes = {}
+    with parallel.TensorParallel(two_gpus[:1]) as group:
+
+        def run(rank, x):
+            for _ in range(12):
+                x = ops.linear(ops.view(ops.relu(x), x.shape), w[rank])
+            return x
+
+        values = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
+        w = group.weight(values)
+        f = group.compile(run)
+        for rows in (1, 17):
+            x = want = rng.standard_normal((rows, DIM)).astype(np.float32)
+            for _ in range(12):
+                want = np.maximum(want.astype(np.float64), 0) @ values.T
+            assert relative_error(f(x), want) < 1e-2
+            (plan,) = f.programs[-1].plans
+            ((graph,),) = plan.pieces
+            nodes[rows] = len(plan.node_pointers()), ggml.c.ggml_graph_n_nodes(graph)
+    (n, short), (m, long) = nodes[1], nodes[17]
+    assert n == m == long
+    assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes something
+    assert short - n < n / 3
+
+
 def test_three_gpus_and_halves():
     need(("Vulkan0", "Vulkan1"))
     code = """

@@ -33,6 +33,8 @@ _FUSED = frozenset(
     {(Op.RMS_NORM, Op.MUL), (Op.MUL, Op.ROPE), (Op.MUL_MAT, Op.ADD), (Op.ADD, Op.ADD), (Op.VIEW, Op.SET_ROWS)}
 )
 
+#: Columns of products up to which a graph is one that a device is soon done with.
+_SHORT = 16
 
 #: Operations by whose size ggml's Vulkan decides when to hand work over.
 _COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
@@ -86,8 +88,12 @@ class Plan:
                         graph.reorder(levels(graph.node_pointers()))
                     own = graph.node_pointers()
                     head = next((i for i, p in enumerate(own) if p.op in _COUNTED), 0)
-                    apart = in_levels and rank.n > 1 and head
-                    self.pieces.append(self._cut(own, head, freeze) if apart else [graph.ptr])
+                    if in_levels and rank.n > 1 and head:
+                        self.pieces.append(self._cut(own, head, freeze))
+                    else:
+                        self.pieces.append([graph.ptr])
+                    if in_levels:
+                        _fill(self.pieces[-1][-1], own)
                     freeze(own)
         except BaseException:
             self.close()
@@ -113,7 +119,7 @@ class Plan:
         """A C graph of these nodes in this order. It knows how often each is used, which ``ggml_graph_add_node`` does
         not tell it: without that, none are computed together.
         """
-        size = len({p for node in nodes for p in (node, *node.src) if p})
+        size = len({p for node in nodes for p in (node, *node.src) if p}) + _n_fillers(len(nodes))
         need = c.ggml_graph_overhead_custom(size, False) + 64
         pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
         self._pools.append(pool)
@@ -204,6 +210,25 @@ class Plan:
         pools, self._pools = self._pools, []
         for pool in pools:
             c.ggml_free(pool)
+
+
+def _fill(graph: Any, nodes: Sequence[Any]) -> None:
+    """Put views, which compute nothing, behind the nodes of a C graph that a device is soon done with.
+
+    ggml's Vulkan has a device tell it when it is about to begin the last fifth of a graph's nodes, sleeps until then,
+    and looks again and again from there on. It wakes up too late where that fifth takes some microseconds: so that
+    fifth is to be views.
+    """
+    view = next((p for p in nodes if p.op in VIEWS), None)
+    n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
+    if view is not None and not any(p.op == Op.MUL_MAT and p.ne[1] > _SHORT for p in nodes):
+        for _ in range(min(_n_fillers(n), size - n)):
+            c.ggml_graph_add_node(graph, view)
+
+
+def _n_fillers(n: int) -> int:
+    """Views behind ``n`` nodes that make the last fifth of all."""
+    return max((n - 10) // 4 + 1, 0)
 
 
 @contextmanager
