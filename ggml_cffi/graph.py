@@ -57,9 +57,10 @@ class Graph(Handle):
             self.contexts += [ctx for ctx in t.context.reachable() if ctx not in self.contexts]
         keep = [ctx.owner for ctx in self.contexts]  # another thread may close them meanwhile
         bound = sum(ctx.n_tensors for ctx in self.contexts) + 1
-        size = c.ggml_graph_overhead_custom(bound, False) + 64
+        capacity = bound + bound // 3  # with room for the views that a short graph of a parallel function ends with
+        size = c.ggml_graph_overhead_custom(capacity, False) + 64
         pool = c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
-        pointer = c.ggml_new_graph_custom(pool, bound, False)
+        pointer = c.ggml_new_graph_custom(pool, capacity, False)
         super().__init__(pointer, lambda _, pool=pool: c.ggml_free(pool), self.contexts)  # type: ignore[misc]
         for t in outputs:
             for step in steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
