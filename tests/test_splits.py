@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import pairwise
 
 import llama_float64
 import numpy as np
@@ -11,7 +12,9 @@ from conftest import relative_error
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models import auto, calibrate
+from ggml_cffi.models.stage import Stage
 from ggml_cffi.models.staged import StagedRunner
+from ggml_cffi.parallel.program import Program
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
@@ -62,9 +65,9 @@ def test_batches_in_flight_are_those_one_after_another(two_gpus, path, monkeypat
     real = StagedRunner._start
     seen = []
 
-    def start(self, batch):
+    def start(self, batch, slot):
         seen.append(len(batch.tokens))
-        return real(self, batch)
+        return real(self, batch, slot)
 
     monkeypatch.setattr(StagedRunner, "_start", start)
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
@@ -76,26 +79,64 @@ def test_batches_in_flight_are_those_one_after_another(two_gpus, path, monkeypat
         assert len(seen) == 13
         assert next(model.generate_tokens(ids, 1, stop_at_end=False)) == want[-1].argmax()
         assert len(seen) == 26
-    assert not any(t.name.startswith("ggml_cffi stage") for t in threading.enumerate())
+    names = ("ggml_cffi stage", "ggml_cffi inputs")
+    assert not any(t.name.startswith(names) for t in threading.enumerate())
 
 
-def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch):
+def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatch):
+    """The next batch's have other memory."""
+    ids = [i % 50 for i in range(96)]
+    prepare, compute = Stage.prepare, Program.compute
+    places, started, changed = [], [], threading.Condition()
+
+    def note_prepare(self, *args):
+        program = prepare(self, *args)
+        with changed:
+            places.append(program.puts[0].ctypes.data)
+            changed.notify_all()
+        return program
+
+    def compute_late(self, *args):
+        with changed:
+            started.append(self)
+            wanted = min(len(started) + 1, 6)  # of 6 batches
+            assert changed.wait_for(lambda: len(places) >= wanted, timeout=20), "the next inputs were not written"
+        compute(self, *args)
+
+    with models.load(path, two_gpus[:1], n_batch=16) as model:
+        want = model.forward(ids)
+        monkeypatch.setattr(Stage, "prepare", note_prepare)
+        monkeypatch.setattr(Program, "compute", compute_late)
+        np.testing.assert_array_equal(model.forward(ids), want)
+    assert len(set(places)) == 2
+    assert all(a != b for a, b in pairwise(places))
+
+
+@pytest.mark.parametrize("what", ["writing", "computing"])
+def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
     with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
         want = answers(model, [PROMPT * 4])
         model.clear_cache()
         stage = model._runners[0].stages[1]
-        real, calls = stage.run, []
+        calls = []
 
-        def run(batch, x=None):
-            calls.append(batch)
-            if len(calls) == 2:
-                raise ggml.GgmlError("the computation failed: failed")
-            return real(batch, x)
+        def fail_at_second(real, concerned, *args):
+            if concerned:
+                calls.append(args)
+                if len(calls) == 2:
+                    raise ggml.GgmlError("the computation failed: failed")
+            return real(*args)
 
-        monkeypatch.setattr(stage, "run", run)
+        prepare, compute = stage.prepare, Program.compute
+        if what == "writing":
+            monkeypatch.setattr(stage, "prepare", lambda *args: fail_at_second(prepare, True, *args))
+        else:
+            monkeypatch.setattr(
+                Program, "compute", lambda self, *args: fail_at_second(compute, self in stage.programs, self, *args)
+            )
         with pytest.raises(ggml.GgmlError, match="the computation failed"):
             answers(model, [PROMPT * 4])
-        monkeypatch.setattr(stage, "run", real)
+        monkeypatch.undo()
         assert model._generators[0].cells.n_free == model._generators[0].cells.sequence.size
         assert answers(model, [PROMPT * 4]) == want
 
@@ -105,7 +146,7 @@ def test_a_caller_who_leaves_while_batches_are_in_flight(two_gpus, path, monkeyp
     ids = [i % 50 for i in range(96)]
     futures = []
     real = StagedRunner._start
-    monkeypatch.setattr(StagedRunner, "_start", lambda self, batch: futures.append(real(self, batch)) or futures[-1])
+    monkeypatch.setattr(StagedRunner, "_start", lambda *args: futures.append(real(*args)) or futures[-1])
 
     def leave(_done):
         raise KeyboardInterrupt

@@ -114,7 +114,7 @@ class Stage(Closing):
 
     def __init__(self, layers: Layers, group: Group) -> None:
         self.layers, self.group = layers, group
-        self._programs: OrderedDict[Key, Program] = OrderedDict()
+        self._programs: OrderedDict[tuple[Key, int], Program] = OrderedDict()
         self._prepared: tuple[Batch, Program] | None = None  # whose inputs are written
 
     def reserve(self, n_batch: int, n_rows: int) -> list[int]:
@@ -133,12 +133,19 @@ class Stage(Closing):
         self._made((n_batch, n_rows, 1)).close()
         return self.group.arena_sizes()
 
-    def prepare(self, batch: Batch) -> None:
-        """Write the inputs of a batch that are known before the layers before have computed it."""
-        program = self.program(key_of(batch))
+    def prepare(self, batch: Batch, slot: int = 0) -> Program:
+        """The graph for a batch, with all inputs that are known before the layers before have computed it.
+
+        Parameters
+        ----------
+        slot
+            Which of two pieces of host memory has inputs and results: one can be written while a graph uses the other.
+        """
+        program = self.program(key_of(batch), slot)
         for put, value in zip(program.puts[1:], self.layers.values(batch), strict=True):
             put[...] = value
         self._prepared = batch, program
+        return program
 
     def run(
         self,
@@ -164,23 +171,23 @@ class Stage(Closing):
         program.compute(meanwhile)
         return program.result()
 
-    def program(self, key: Key) -> Program:
+    def program(self, key: Key, slot: int = 0) -> Program:
         """The graph for batches of a size; the last few are kept."""
-        found = self._programs.get(key)
+        found = self._programs.get((key, slot))
         if found is None:
-            found = self._programs[key] = self._made(key)
+            found = self._programs[key, slot] = self._made(key, slot)
             if len(self._programs) > _PROGRAMS:
                 _, oldest = self._programs.popitem(last=False)
                 oldest.close()
         else:
-            self._programs.move_to_end(key)
+            self._programs.move_to_end((key, slot))
         return found
 
-    def _made(self, key: Key) -> Program:
+    def _made(self, key: Key, slot: int = 0) -> Program:
         group = self.group
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        return Program(group, ranks, self.layers.trace, self.layers.inputs(*key))
+        return Program(group, ranks, self.layers.trace, self.layers.inputs(*key), slot)
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import groupby, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +26,13 @@ from ggml_cffi.models.runner import Batch, Logits, WholeRunner
 from ggml_cffi.models.stage import Layers, Stage, key_of
 from ggml_cffi.models.weights import Progress, Weights
 from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.program import Program
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.transfer import HostBlock
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
 
 _TOGETHER = 16  # batches of a prompt that are computed without a look around: few enough to be stopped soon
 
@@ -102,7 +102,7 @@ class StagedRunner(WholeRunner):
     ) -> None:
         super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self.stages: list[Stage] = []
-        self._pools: list[ThreadPoolExecutor] = []
+        self._flows: list[_Flow] = []
         try:
             found = stages_of(self.weights)
             if not found:
@@ -112,10 +112,8 @@ class StagedRunner(WholeRunner):
                 self.stages.append(stage)
                 (self.shares[i].compute_bytes,) = stage.reserve(n_batch, self.n_rows)
             if in_flight or len(found) == 1:
-                from concurrent.futures import ThreadPoolExecutor  # slow to import
-
                 self.n_in_flight, self.n_together = len(found), _TOGETHER
-                self._pools = [ThreadPoolExecutor(1, thread_name_prefix="ggml_cffi stage") for _ in found]
+                self._flows = [_Flow(stage) for stage in self.stages]
             self._scheduler = Scheduler(backends)
         except BaseException:
             self.close()
@@ -137,42 +135,94 @@ class StagedRunner(WholeRunner):
         return x
 
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
-        if not self._pools:
+        if not self._flows:
             yield from map(self.run, batches)
             return
         self.check_open()
         going: deque[Future[Hidden]] = deque()
         try:
-            for batch in batches:
-                going.append(self._start(batch))
+            for i, batch in enumerate(batches):
+                going.append(self._start(batch, i % 2))
                 if len(going) > len(self.stages):
                     yield going.popleft().result()
             while going:
                 yield going.popleft().result()
         finally:
             for future in going:  # its weights may be freed next
-                with suppress(Exception):
-                    future.result()
+                future.exception()
+            for flow in self._flows:
+                flow.rest()
 
-    def _start(self, batch: Batch) -> Future[Hidden]:
+    def _start(self, batch: Batch, slot: int) -> Future[Hidden]:
         """Have every stage compute a batch, each when the one before has."""
-        before: Future[Hidden] | None = None
-        for stage, pool in zip(self.stages, self._pools, strict=True):
-            before = pool.submit(_follow, stage, batch, before)
+        x: Future[Hidden] | None = None
+        before: _Flow | None = None
+        for flow in self._flows:
+            written, x = flow.start(batch, slot, x, copied=flow is self._flows[-1])
+            if before is not None:
+                before.read[slot] = written
+            before = flow
         assert before is not None
-        return before
+        assert x is not None
+        before.read[slot] = x
+        return x
 
     def close(self) -> None:
         """Free weights, caches and graphs."""
-        for pool in self._pools:
-            pool.shutdown()
-        self._pools = []
+        for flow in self._flows:
+            flow.close()
+        self._flows = []
         for stage in self.stages:
             stage.close()
         super().close()
 
 
-def _follow(stage: Stage, batch: Batch, before: Future[Hidden] | None) -> Hidden:
-    stage.prepare(batch)
-    # A copy: the stage goes on with the next batch while this one's result is on its way.
-    return stage.run(batch, None if before is None else before.result()).copy()
+class _Flow:
+    """Batches through one stage. A thread writes the inputs of one, while another has the device compute the one before
+    it: so that the device never waits for the first.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+        self._stage = stage
+        self._writer, self._runner = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"ggml_cffi {name}") for name in ("inputs", "stage")
+        )
+        self.read: list[Future[Any] | None] = [None, None]
+        """For each slot, what is done once its last result has been read."""
+
+    def start(
+        self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
+    ) -> tuple[Future[Program], Future[Hidden]]:
+        """Write the inputs of ``batch``, once the stage before has given ``x``, and compute it.
+
+        Returns
+        -------
+        tuple
+            What is done when ``x`` has been read; the result, which lies in the slot unless it is to be ``copied``.
+        """
+        written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
+        return written, self._runner.submit(_compute, written, copied=copied)
+
+    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> Program:
+        if read is not None:
+            read.exception()  # its own caller hears of it
+        program = self._stage.prepare(batch, slot)
+        program.puts[0][...] = batch.tokens if x is None else x.result()
+        return program
+
+    def rest(self) -> None:
+        """Forget the results; nothing is under way."""
+        self.read = [None, None]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._writer.shutdown()
+        self._runner.shutdown()
+
+
+def _compute(written: Future[Program], *, copied: bool) -> Hidden:
+    program = written.result()
+    program.compute()
+    return program.result().copy() if copied else program.result()

@@ -41,7 +41,7 @@ class Group(Closing):
         self._backends = tuple(backends)
         self._compiled: list[ParallelFunction] = []
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
-        self._block: HostBlock | None = None
+        self._blocks: list[HostBlock | None] = [None, None]
         self._driver: Driver | None = None
         self.block(1)
         self._driver = Driver(self._backends, threads=threads)
@@ -77,15 +77,22 @@ class Group(Closing):
 
     # ------------------------------------------------------------------ memory that programs use in turns
 
-    def block(self, size: int) -> HostBlock:
+    def block(self, size: int, slot: int = 0) -> HostBlock:
         """Host memory of at least ``size`` bytes that all devices read and write.
+
+        Parameters
+        ----------
+        slot
+            Which of two such: one is written for the next run while devices use the other.
 
         Raises
         ------
         ValueError
             If a device cannot.
         """
-        if self._block is None or len(self._block.memory) < size:
+        old = self._blocks[slot]
+        if old is None or len(old.memory) < size:
+            size = max(size, *(len(block.memory) for block in self._blocks if block is not None), 1)
             made = HostBlock(size, dict.fromkeys(b.device for b in self._backends))
             unable = [b.name for b in self._backends if b.device not in made.buffers]
             if unable:
@@ -93,10 +100,11 @@ class Group(Closing):
                 raise ValueError(
                     f"{', '.join(unable)} cannot read and write memory of the host, through which devices pass data on"
                 )
-            if self._block is not None:
-                self._block.close()  # programs that use it keep it
-            self._block = made
-        return self._block
+            self._blocks[slot] = made
+            if old is not None:
+                old.close()  # programs that use it keep it
+            return made
+        return old
 
     def arena(self, rank: int, size: int) -> Buffer:
         """Memory of a device for intermediate results, of at least ``size`` bytes.
@@ -149,6 +157,7 @@ class Group(Closing):
                 if arena is not None:
                     arena.close()
             self._arenas = [None] * len(self._backends)
-            block, self._block = self._block, None
-            if block is not None:
-                block.close()
+            blocks, self._blocks = self._blocks, [None, None]
+            for block in blocks:
+                if block is not None:
+                    block.close()

@@ -138,7 +138,8 @@ class Traced(Closing):
 
 
 class Program(Traced):
-    """A function traced, with memory, ready to run. The programs of one group take turns: they use the same memory.
+    """A function traced, with memory, ready to run. The programs of one group take turns: they use the same memory,
+    but for that of the host, of which those with another ``slot`` use another piece.
 
     Parameters
     ----------
@@ -146,6 +147,8 @@ class Program(Traced):
         The devices, and their memory.
     ranks, function, inputs
         As for ``Traced``.
+    slot
+        As for ``Group.block``.
     """
 
     def __init__(
@@ -154,19 +157,20 @@ class Program(Traced):
         ranks: Sequence[Rank],
         function: Callable[..., Any],
         inputs: Sequence[tuple[tuple[int, ...], Type]],
+        slot: int = 0,
     ) -> None:
         self.driver = group.driver
         self._kept: list[Owner] = []
         super().__init__(group.backends, ranks, function, inputs)
         try:
-            self._memory(group)
+            self._memory(group, slot)
         except BaseException:
             self.close()
             raise
 
-    def _memory(self, group: Group) -> None:
+    def _memory(self, group: Group, slot: int) -> None:
         layout, n = self._layout, len(self.ranks)
-        shared = group.block(self.block_size)
+        shared = group.block(self.block_size, slot)
         for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.backends, strict=True)):
             host = shared.buffers[backend.device]
             self._kept.append(host.owner)
@@ -185,7 +189,7 @@ class Program(Traced):
         ]
         """For each input, the array that a run reads: for callers that have checked what they write there."""
         self.takes = self._views(memory, self._ends)
-        """For each result, its parts, until the next run of any program of the group."""
+        """For each result, its parts, until the next run of any program of the group with the same slot."""
         self._whole = [
             None if axis is None else _adjoining(parts, axis)
             for parts, axis in zip(self.takes, self._axes, strict=True)
@@ -253,7 +257,7 @@ class Program(Traced):
         return found[0] if self._single else tuple(found)
 
     def result(self, i: int = 0) -> npt.NDArray[Any]:
-        """The ``i``-th result of the last run, put together; until the next run of any program of the group."""
+        """The ``i``-th result of the last run, put together; as long as :attr:`takes`."""
         parts, axis, whole = self.takes[i], self._axes[i], self._whole[i]
         if axis is None:
             return parts[0]
