@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from operator import index
 
 from ggml_cffi.errors import FormatError
 from ggml_cffi.gguf import GGUFFile
@@ -175,12 +176,12 @@ def check_tokens(tokens: Iterable[int] | Sequence[int], n_vocab: int) -> list[in
         If they are no integers, or out of range.
     """
     try:
-        ids = [t.__index__() for t in tokens]
-    except (TypeError, AttributeError):
+        ids = list(map(index, tokens))
+    except TypeError:
         raise TypeError(f"token ids are integers, not {tokens!r:.80}") from None
-    for t in ids:
-        if not 0 <= t < n_vocab:
-            raise ValueError(f"token id {t} is not in the vocabulary of {n_vocab}")
+    if ids and not 0 <= min(ids) <= max(ids) < n_vocab:
+        wrong = next(t for t in ids if not 0 <= t < n_vocab)
+        raise ValueError(f"token id {wrong} is not in the vocabulary of {n_vocab}")
     return ids
 
 
