@@ -257,7 +257,7 @@ class Program(Traced):
         return found[0] if self._single else tuple(found)
 
     def result(self, i: int = 0) -> npt.NDArray[Any]:
-        """The ``i``-th result of the last run, put together; as long as :attr:`takes`."""
+        """The ``i``-th result of the last run, put together; as long as ``takes`` are."""
         parts, axis, whole = self.takes[i], self._axes[i], self._whole[i]
         if axis is None:
             return parts[0]
