@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
 from ggml_cffi.cut import pieces, rule_for
-from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, share_out, tensor
+from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, _arrivals, share_out, tensor
 from ggml_cffi.parallel._barrier import Barrier
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import levels
@@ -157,6 +157,109 @@ def test_a_short_graph_ends_with_views(two_gpus, rng):
     assert n == m == long
     assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes something
     assert short - n < n / 3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_each_way_to_drive_gpus_is_tried(two_gpus, rows, rng):
+    """And all give the same."""
+    blocks = Blocks(rng)
+    with parallel.TensorParallel(two_gpus) as group:
+        f = blocks.network(group)
+        x = rng.standard_normal((rows, DIM)).astype(np.float32)
+        want = blocks.expected(x)
+        for _ in range(2 * (_arrivals._TRIALS + 1)):
+            got = f(x)
+            assert all(relative_error(a, b) < 2e-3 for a, b in zip(got, want, strict=True))
+        (program,) = f.programs
+        assert len(program.way.ways) == 2
+        assert program.way.best in program.way.ways
+        for way in program.way.ways:
+            for take in program.takes:
+                for part in take:
+                    part[...] = 0
+            assert way(program.graphs) == 0
+            for i, array in enumerate(got):
+                np.testing.assert_array_equal(program.result(i), array)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_way_to_drive_gpus_that_was_asked_for_is_kept(two_gpus, threads, rng):
+    with parallel.TensorParallel(two_gpus, threads=threads) as group:
+        f = Blocks(rng).network(group)
+        f(np.ones((1, DIM), np.float32))
+        assert len(f.programs[0].way.ways) == 1
+
+
+def test_sums_that_cannot_be_seen_to_arrive(two_gpus, rng):
+    """Operations that may write a number twice, and sums of which devices keep their own part."""
+    w = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
+    with parallel.TensorParallel(two_gpus) as group:
+        whole = group.weight(w)
+        norms = group.compile(lambda rank, x: rank.sum(ops.rms_norm(ops.linear(x, whole[rank]), 1e-5)))
+        products = group.compile(lambda rank, x: rank.sum(ops.linear(x, whole[rank])))
+        for rows in (2, 300):
+            x = rng.standard_normal((rows, DIM)).astype(np.float32)
+            want = x.astype(np.float64) @ w.T
+            assert relative_error(products(x), 2 * want) < 2e-3
+            scale = np.sqrt((want * want).mean(-1, keepdims=True) + 1e-5)
+            assert relative_error(norms(x), 2 * want / scale) < 2e-3
+        assert [p.arrivals is None for p in (*products.programs, *norms.programs)] == [False, True, True, True]
+
+
+def test_numbers_that_look_as_if_they_had_not_arrived(two_gpus, monkeypatch):
+    monkeypatch.setattr(_arrivals, "_PATIENCE", 0.05)
+    x = np.arange(DIM, dtype=np.float32)
+    x.view(np.uint32)[[3, -1]] = _arrivals._UNWRITTEN
+    with parallel.TensorParallel(two_gpus) as group:
+        f = group.compile(lambda rank, x: rank.sum(ops.scale(x, 2.0)))
+        f(x)
+        (program,) = f.programs
+        program.way = program.way.ways[1]
+        for _ in range(2):
+            np.testing.assert_array_equal(f(x), 4 * x)
+        assert program.arrivals.late in (0, 2)  # 0 where a device changes the bits of a NaN
+
+
+def test_arrivals():
+    places = [np.zeros(5, np.uint32) for _ in range(2)]
+    arrivals = _arrivals.Arrivals([places, places])
+    arrivals.clear(1)
+    arrivals.clear(2)  # there is none
+    assert all((place == _arrivals._UNWRITTEN).all() for place in places)
+    waited = []
+
+    def write():
+        for place in places:
+            for i in (4, 0, 1, 3, 2):
+                place[i] = i
+
+    writer = threading.Timer(0.005, write)
+    writer.start()
+    arrivals.wait(1, lambda: waited.append(1) or writer.join())
+    assert [place.tolist() for place in places] == 2 * [[0, 1, 2, 3, 4]]
+    assert len(waited) == arrivals.late <= 1  # the timer may come late
+    places[0][2] = _arrivals._UNWRITTEN
+    arrivals.wait(0, lambda: waited.append(2))
+    assert waited[-1] == 2
+
+
+def test_the_quickest_way_is_kept():
+    barrier, called = threading.Event(), []
+
+    def slow(x):
+        called.append("slow")
+        barrier.wait(0.02)
+        return x
+
+    def quick(x):
+        called.append("quick")
+        return x
+
+    way = _arrivals.Choice([slow, quick])
+    assert [way(i) for i in range(12)] == [*range(12)]
+    assert called == 5 * ["slow", "quick"] + 2 * ["quick"]
+    assert way.best is quick
+    assert _arrivals.Choice([slow]).best is slow
 
 
 def test_three_gpus_and_halves():

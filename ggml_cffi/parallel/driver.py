@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi import c
 from ggml_cffi._handle import Closing
 from ggml_cffi.backend import Backend, default_threads
+from ggml_cffi.parallel._arrivals import Arrivals
 from ggml_cffi.parallel._barrier import Barrier
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+
+#: For each device, for each step, C pointers of graphs.
+Graphs = Sequence[Sequence[Sequence[Any]]]
 
 _SPARE = 2  # processors for each device from which on each has a thread
 
@@ -27,7 +32,7 @@ class Driver(Closing):
         One for each device.
     threads
         Whether each device has a thread of its own, which hands it the nodes of its graphs while others do so for
-        theirs. Default where there are processors enough; else one thread hands out all, one device after the other.
+        theirs. Else one thread hands out all, one device after the other. Default whatever is quickest.
     """
 
     def __init__(self, backends: Sequence[Backend], *, threads: bool | None = None) -> None:
@@ -36,18 +41,21 @@ class Driver(Closing):
         spare = default_threads() >= _SPARE * n + 1
         self.threads = n > 1 and (spare if threads is None else threads)
         """Whether each device has a thread of its own."""
+        self._asked = threads is not None
         self.computed = [0] * n
         """Graphs that each device has computed."""
         self._locks = list({id(b.lock): b.lock for b in sorted(self.backends, key=lambda b: id(b.lock))}.values())
         self._barrier = Barrier(n)
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, graphs: Sequence[Sequence[Sequence[Any]]], meanwhile: Callable[[], object] | None = None) -> int:
+    def run(
+        self, graphs: Graphs, meanwhile: Callable[[], object] | None = None, way: Callable[[Graphs], int] | None = None
+    ) -> int:
         """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, one after another; step ``k`` after ``k - 1`` of all.
         0, or ggml's status.
 
         Some backends may have no graph for the last step. ``meanwhile`` is called while one backend computes; where
-        there are several, whose steps need this process at any moment, before.
+        there are several, whose steps need this process at any moment, before. ``way`` is one of :meth:`ways`.
 
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_synchronize``.
         """
@@ -59,9 +67,49 @@ class Driver(Closing):
             with ExitStack() as stack:
                 for lock in self._locks:
                     stack.enter_context(lock)
-                status = self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
+                status = (way or self._usual)(graphs)
         for r, own in enumerate(graphs):
             self.computed[r] += len(own)
+        return status
+
+    def ways(self, arrivals: Arrivals | None) -> list[Callable[[Graphs], int]]:
+        """The ways to run graphs that there are to choose from.
+
+        Parameters
+        ----------
+        arrivals
+            Where partial sums can be seen to arrive.
+        """
+        return (
+            [self._usual] if arrivals is None or self._asked else [self._usual, partial(self._run_watching, arrivals)]
+        )
+
+    def _usual(self, graphs: Graphs) -> int:
+        return self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
+
+    def _run_watching(self, arrivals: Arrivals, graphs: Graphs) -> int:
+        """Hand out each step in pieces, to all devices in turns, once the last one's partial sums have arrived."""
+        compute, pointers = c.ggml_backend_graph_compute_async, [b.ptr for b in self.backends]
+        status = 0
+
+        def synchronize() -> None:
+            for pointer in pointers:
+                c.ggml_backend_synchronize(pointer)
+
+        arrivals.clear(0)
+        arrivals.clear(1)
+        try:
+            for k, step in enumerate(zip_longest(*graphs, fillvalue=())):
+                for pieces in zip_longest(*step):
+                    for pointer, graph in zip(pointers, pieces, strict=True):
+                        if graph is not None:
+                            status = compute(pointer, graph) or status
+                if k < len(arrivals):
+                    arrivals.wait(k, synchronize)
+                    if k:
+                        arrivals.clear(k + 1)  # where those of the sum before were, which this step has read
+        finally:
+            synchronize()
         return status
 
     def _run_one(self, graphs: Sequence[Sequence[Any]], meanwhile: Callable[[], object] | None) -> int:
@@ -78,7 +126,7 @@ class Driver(Closing):
                 c.ggml_backend_synchronize(pointer)
         return status
 
-    def _run_in_turns(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
+    def _run_in_turns(self, graphs: Graphs) -> int:
         compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
         pointers = [b.ptr for b in self.backends]
         status = 0
@@ -92,7 +140,7 @@ class Driver(Closing):
                     synchronize(pointer)
         return status
 
-    def _run_threads(self, graphs: Sequence[Sequence[Sequence[Any]]]) -> int:
+    def _run_threads(self, graphs: Graphs) -> int:
         if self._pool is None:
             from concurrent.futures import ThreadPoolExecutor  # slow to import
 

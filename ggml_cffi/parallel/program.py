@@ -13,8 +13,9 @@ from ggml_cffi._feasible import check_ops, for_the_cpu
 from ggml_cffi._handle import Closing, Owner
 from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
-from ggml_cffi.enums import Status, Type
+from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
+from ggml_cffi.parallel._arrivals import Arrivals, Choice
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import Plan
 from ggml_cffi.parallel.rank import Gathered, Rank
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ggml_cffi.parallel.group import Group
 
 _ALIGN = 256  # of what devices share; no device asks for more
+
+#: Operations whose every number GPUs write once, complete.
+_WRITTEN_ONCE = frozenset({Op.MUL_MAT, Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.GLU})
 
 
 class Traced(Closing):
@@ -196,6 +200,10 @@ class Program(Traced):
         ]
         self.graphs = [plan.pieces for plan in self.plans]
         """C pointers of the graphs of each device, one or a few for each step."""
+        self.arrivals = self._arrivals(memory)
+        """Where partial sums are seen to arrive; None if they are not."""
+        self.way = Choice(self.driver.ways(self.arrivals))
+        """How the devices are driven."""
 
     def _views(self, memory: Any, ends: Sequence[int]) -> list[list[npt.NDArray[Any]]]:
         """For each result, the parts of it in host memory."""
@@ -207,6 +215,25 @@ class Program(Traced):
                 found[i].append(np.ndarray(target.shape, dtypes.numpy_dtype(target.dtype), memory, at))
                 at += _aligned(target.nbytes)
         return found
+
+    def _arrivals(self, memory: Any) -> Arrivals | None:
+        """The places of all sums, if each number is written once: by a copy, or by an operation that does so."""
+        sums, n = self.ranks[0].sums, len(self.ranks)
+        if not sums or self.backends[0].device.is_cpu or any(s.keeps for s in sums):
+            return None
+        for rank, plan in zip(self.ranks, self.plans, strict=True):
+            if any(s.partial.ptr in plan.placed and s.partial.op not in _WRITTEN_ONCE for s in rank.sums):
+                return None
+        start = self._layout.size
+        return Arrivals(
+            [
+                [
+                    np.ndarray(s.partial.nbytes // 4, np.uint32, memory, start + (k % 2 * n + r) * self._slot)
+                    for r in range(n)
+                ]
+                for k, s in enumerate(sums)
+            ]
+        )
 
     def _alloc(self, plan: Plan, backend: Backend, host: Buffer, buffer: Buffer, r: int) -> None:
         """Give every tensor of one rank memory, and check what its device is to do."""
@@ -276,7 +303,7 @@ class Program(Traced):
         AbortedError, GgmlError
             If a device reports failure.
         """
-        status = self.driver.run(self.graphs, meanwhile)
+        status = self.driver.run(self.graphs, meanwhile, self.way)
         if status:
             error = AbortedError if status == Status.ABORTED else GgmlError
             raise error(f"the computation failed: {Status(status).name.lower()}")
