@@ -78,6 +78,7 @@ def measured(
             list(pool.map(lambda _: run(), range(texts)))
 
         def decode() -> None:
+            model.clear_cache()  # texts that are kept have rows that attention looks over
             together(lambda: list(model.generate_tokens([1], args.decode, stop_at_end=False, reuse=False)))
 
         for case in cases:
