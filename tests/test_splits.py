@@ -83,6 +83,37 @@ def test_batches_in_flight_are_those_one_after_another(two_gpus, path, monkeypat
     assert not any(t.name.startswith(names) for t in threading.enumerate())
 
 
+def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
+    """To wait for the first GPU, and to see its result arrive."""
+    with models.load(path, two_gpus, "layer", n_batch=16) as model:
+        runner = model._runners[0]
+        assert len(runner._way.ways) == 2
+        first, second = runner.stages
+        found = []
+        for way in runner._way.ways:
+            runner._way.best = way
+            model.clear_cache()
+            found.append((answers(model, [PROMPT, PROMPT[:5]], 6), model.forward([3])))
+            assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
+        assert found[0][0] == found[1][0]
+        np.testing.assert_array_equal(found[0][1], found[1][1])
+        # The first GPU is done with its work whatever becomes of the second's.
+        finished = []
+        monkeypatch.setattr(first, "finish", lambda **options: finished.append(options))
+        for failing in (first, second):
+            monkeypatch.setattr(failing, "prepare", raise_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model.forward([3])
+            assert finished.pop() == {"if_free": False}
+            monkeypatch.delattr(failing, "prepare")
+        np.testing.assert_array_equal(model.forward([3]), found[1][1])
+        assert finished == [{"if_free": True}, {"if_free": False}]
+
+
+def raise_interrupt(*_args):
+    raise KeyboardInterrupt
+
+
 def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatch):
     """The next batch's have other memory."""
     ids = [i % 50 for i in range(96)]

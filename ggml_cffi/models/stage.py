@@ -163,13 +163,30 @@ class Stage(Closing):
         meanwhile
             Called while the device computes; it must not wait for what another thread may hold.
         """
+        program = self._ready(batch, x)
+        program.compute(meanwhile)
+        return program.result()
+
+    def hand_over(
+        self, batch: Batch, x: npt.NDArray[np.float32] | None, meanwhile: Callable[[], object]
+    ) -> npt.NDArray[np.float32]:
+        """As :meth:`run`, but the result as soon as it has arrived. The device may not be done then: call
+        :meth:`finish`, also after an exception.
+        """
+        return self._ready(batch, x).hand_over(meanwhile)
+
+    def finish(self, *, if_free: bool = False) -> None:
+        """Wait for the device; with ``if_free`` not while another thread uses it."""
+        self.group.driver.finish(if_free=if_free)
+
+    def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> Program:
+        """The graph for a batch, with all inputs."""
         if self._prepared is None or self._prepared[0] is not batch:
             self.prepare(batch)
         assert self._prepared is not None
         (_, program), self._prepared = self._prepared, None
         program.puts[0][...] = batch.tokens if x is None else x
-        program.compute(meanwhile)
-        return program.result()
+        return program
 
     def program(self, key: Key, slot: int = 0) -> Program:
         """The graph for batches of a size; the last few are kept."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
-from itertools import groupby, zip_longest
+from itertools import groupby, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +25,10 @@ from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.runner import Batch, Logits, WholeRunner
 from ggml_cffi.models.stage import Layers, Stage, key_of
 from ggml_cffi.models.weights import Progress, Weights
+from ggml_cffi.parallel._arrivals import Choice
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.rank import DIRECT
 from ggml_cffi.scheduler import Scheduler
 from ggml_cffi.tensor import Tensor
 from ggml_cffi.transfer import HostBlock
@@ -103,6 +105,7 @@ class StagedRunner(WholeRunner):
         super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self.stages: list[Stage] = []
         self._flows: list[_Flow] = []
+        self._way = Choice([self._run_waiting, self._run_watching])
         try:
             found = stages_of(self.weights)
             if not found:
@@ -125,14 +128,36 @@ class StagedRunner(WholeRunner):
 
     def run(self, batch: Batch) -> Logits:
         self.check_open()
+        programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
+        small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
+        if small and len(programs) > 1 and all(program.landing is not None for program in programs[:-1]):
+            logits: Logits = self._way(batch)
+            return logits
+        return self._run_waiting(batch)
+
+    def _run_waiting(self, batch: Batch) -> Logits:
+        """Each stage when the device of the one before is done."""
         x: Hidden | None = None
-        for stage in self.stages:  # before any computes: making a graph takes locks
-            stage.program(key_of(batch))
         for stage, after in zip_longest(self.stages, self.stages[1:]):
             # While it computes, the next one gets its inputs.
             x = stage.run(batch, x, meanwhile=None if after is None else partial(after.prepare, batch))
         assert x is not None
         return x
+
+    def _run_watching(self, batch: Batch) -> Logits:
+        """Each stage when what the one before has computed is seen to be there; its device is waited for after that."""
+        x: Hidden | None = None
+        try:
+            for stage, after in pairwise(self.stages):
+                x = stage.hand_over(batch, x, partial(after.prepare, batch))
+            return self.stages[-1].run(batch, x, meanwhile=partial(self._finish, if_free=True))
+        finally:
+            self._finish()
+
+    def _finish(self, *, if_free: bool = False) -> None:
+        """Wait for all devices but the last."""
+        for stage in self.stages[:-1]:
+            stage.finish(if_free=if_free)
 
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         if not self._flows:

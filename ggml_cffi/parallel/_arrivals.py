@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +17,7 @@ _UNWRITTEN = np.uint32(0x7FC0DEAD)
 #: Seconds after which the driver is asked after all: work takes long, or numbers are just those.
 _PATIENCE = 0.02
 
-_TRIALS = 4  # of each way
+_TRIALS = 7  # of each way
 
 Places = Sequence[npt.NDArray[np.uint32]]
 
@@ -81,6 +82,6 @@ class Choice:
         result = self.ways[i](*args)
         self._seconds[i].append(perf_counter() - start)
         if len(self._seconds[-1]) > _TRIALS:
-            # The first of each may have prepared something.
-            self.best = min(zip(self._seconds, self.ways, strict=True), key=lambda pair: sorted(pair[0][1:])[1])[1]
+            medians = [median(seconds[1:]) for seconds in self._seconds]  # the first may have prepared something
+            self.best = self.ways[medians.index(min(medians))]
         return result

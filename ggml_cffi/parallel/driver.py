@@ -126,6 +126,23 @@ class Driver(Closing):
                 c.ggml_backend_synchronize(pointer)
         return status
 
+    def begin(self, graphs: Graphs) -> int:
+        """Have the only backend compute all graphs. 0, or ggml's status. :meth:`finish` is to follow."""
+        (backend,), (own,), status = self.backends, graphs, 0
+        with self._locks[0]:
+            for graph in chain.from_iterable(own):
+                status = c.ggml_backend_graph_compute_async(backend.ptr, graph) or status
+        self.computed[0] += len(own)
+        return status
+
+    def finish(self, *, if_free: bool = False) -> None:
+        """Wait for the only backend; with ``if_free`` not while another thread uses it."""
+        if self._locks[0].acquire(not if_free):
+            try:
+                c.ggml_backend_synchronize(self.backends[0].ptr)
+            finally:
+                self._locks[0].release()
+
     def _run_in_turns(self, graphs: Graphs) -> int:
         compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
         pointers = [b.ptr for b in self.backends]

@@ -202,6 +202,8 @@ class Program(Traced):
         """C pointers of the graphs of each device, one or a few for each step."""
         self.arrivals = self._arrivals(memory)
         """Where partial sums are seen to arrive; None if they are not."""
+        self.landing = self._landing()
+        """Where the only result of the only device is seen to arrive; None if it is not."""
         self.way = Choice(self.driver.ways(self.arrivals))
         """How the devices are driven."""
 
@@ -234,6 +236,14 @@ class Program(Traced):
                 for k, s in enumerate(sums)
             ]
         )
+
+    def _landing(self) -> Arrivals | None:
+        if len(self.ranks) > 1 or self.backends[0].device.is_cpu or len(self.takes) > 1:
+            return None
+        (t, _), part = self._outputs[0][0], self.takes[0][0]
+        if part.dtype != np.float32 or (t.ptr in self.plans[0].placed and t.op not in _WRITTEN_ONCE):
+            return None
+        return Arrivals([[part.reshape(-1).view(np.uint32)]])
 
     def _alloc(self, plan: Plan, backend: Backend, host: Buffer, buffer: Buffer, r: int) -> None:
         """Give every tensor of one rank memory, and check what its device is to do."""
@@ -303,10 +313,18 @@ class Program(Traced):
         AbortedError, GgmlError
             If a device reports failure.
         """
-        status = self.driver.run(self.graphs, meanwhile, self.way)
-        if status:
-            error = AbortedError if status == Status.ABORTED else GgmlError
-            raise error(f"the computation failed: {Status(status).name.lower()}")
+        _check(self.driver.run(self.graphs, meanwhile, self.way))
+
+    def hand_over(self, meanwhile: Callable[[], object]) -> npt.NDArray[Any]:
+        """The result of a program with a ``landing``, as soon as it has arrived; ``meanwhile`` is called before. The
+        device may not be done then: call ``driver.finish``, also after an exception. Errors as :meth:`compute`.
+        """
+        assert self.landing is not None
+        self.landing.clear(0)
+        _check(self.driver.begin(self.graphs))
+        meanwhile()
+        self.landing.wait(0, self.driver.finish)
+        return self.result()
 
     def close(self) -> None:
         """Give the program up."""
@@ -316,6 +334,12 @@ class Program(Traced):
     def __repr__(self) -> str:
         nodes = [sum(len(g) for g in plan.graphs) for plan in self.plans]
         return f"<Program of {len(self.plans[0].graphs)} steps on {len(self.plans)} devices, {nodes} nodes>"
+
+
+def _check(status: int) -> None:
+    if status:
+        error = AbortedError if status == Status.ABORTED else GgmlError
+        raise error(f"the computation failed: {Status(status).name.lower()}")
 
 
 class _Layout:
