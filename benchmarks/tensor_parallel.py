@@ -154,8 +154,8 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
             if on:
                 for phase, us in phases(model, program, rounds).items():
                     found[f"all, {name}, per step: {phase}"] = us
-    for way in model.group.driver.ways(program.arrivals)[1:]:
-        found["all, watching"] = best(lambda way=way: driver.run(graphs, None, way), rounds)
+    if program.arrivals is not None:
+        found["all, watching"] = best(lambda: driver.run(graphs, None, program.arrivals, driver.ways[1]), rounds)
         found["all, watching, per step"] = found["all, watching"] / steps
     return found
 

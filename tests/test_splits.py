@@ -87,11 +87,13 @@ def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
     """To wait for the first GPU, and to see its result arrive."""
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         runner = model._runners[0]
-        assert len(runner._way.ways) == 2
+        model.forward([3])
+        (way,) = runner._ways.values()
+        assert len(way.ways) == 2
         first, second = runner.stages
         found = []
-        for way in runner._way.ways:
-            runner._way.best = way
+        for kept in way.ways:
+            way.best = kept
             model.clear_cache()
             found.append((answers(model, [PROMPT, PROMPT[:5]], 6), model.forward([3])))
             assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
@@ -99,7 +101,8 @@ def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
         np.testing.assert_array_equal(found[0][1], found[1][1])
         # The first GPU is done with its work whatever becomes of the second's.
         finished = []
-        monkeypatch.setattr(first, "finish", lambda **options: finished.append(options))
+        finish = first.finish
+        monkeypatch.setattr(first, "finish", lambda **options: (finished.append(options), finish(**options)))
         for failing in (first, second):
             monkeypatch.setattr(failing, "prepare", raise_interrupt)
             with pytest.raises(KeyboardInterrupt):

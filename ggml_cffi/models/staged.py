@@ -105,7 +105,7 @@ class StagedRunner(WholeRunner):
         super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self.stages: list[Stage] = []
         self._flows: list[_Flow] = []
-        self._way = Choice([self._run_waiting, self._run_watching])
+        self._ways: dict[int, Choice] = {}  # for so many tokens
         try:
             found = stages_of(self.weights)
             if not found:
@@ -131,7 +131,8 @@ class StagedRunner(WholeRunner):
         programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and len(programs) > 1 and all(program.landing is not None for program in programs[:-1]):
-            logits: Logits = self._way(batch)
+            way = self._ways.setdefault(len(batch.tokens), Choice([self._run_waiting, self._run_watching]))
+            logits: Logits = way(batch)
             return logits
         return self._run_waiting(batch)
 

@@ -34,7 +34,7 @@ class Arrivals:
     Parameters
     ----------
     steps
-        For each sum the places of all devices. Those of a sum and of the one after the next may be the same.
+        For each sum the places of all devices.
     """
 
     def __init__(self, steps: Sequence[Places]) -> None:
@@ -42,17 +42,16 @@ class Arrivals:
         self.late = 0
         """How often devices had to be waited for."""
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
     def clear(self, k: int) -> None:
-        """Get ready for sum ``k``, if there is one."""
+        """Get ready for sum ``k``, if there is one, before devices begin to compute it."""
         if k < len(self.steps):
             for place in self.steps[k]:
                 place.fill(_UNWRITTEN)
 
     def wait(self, k: int, synchronize: Callable[[], object]) -> None:
-        """Return when all partial sums for sum ``k`` are there; ``synchronize`` waits for the devices."""
+        """Return when all parts of sum ``k``, if there is one, are there; ``synchronize`` waits for the devices."""
+        if k == len(self.steps):
+            return
         end = perf_counter() + _PATIENCE
         for place in self.steps[k]:
             # The last one often comes last, and is quickly looked at.

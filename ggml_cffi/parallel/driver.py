@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,10 @@ class Driver(Closing):
         spare = default_threads() >= _SPARE * n + 1
         self.threads = n > 1 and (spare if threads is None else threads)
         """Whether each device has a thread of its own."""
-        self._asked = threads is not None
+        self.ways: list[Callable[[Graphs, Arrivals], int]] = [self._run_waiting]
+        """The ways there are to run graphs whose sums can be seen to arrive."""
+        if threads is None:
+            self.ways.append(self._run_watching)
         self.computed = [0] * n
         """Graphs that each device has computed."""
         self._locks = list({id(b.lock): b.lock for b in sorted(self.backends, key=lambda b: id(b.lock))}.values())
@@ -49,13 +51,18 @@ class Driver(Closing):
         self._pool: ThreadPoolExecutor | None = None
 
     def run(
-        self, graphs: Graphs, meanwhile: Callable[[], object] | None = None, way: Callable[[Graphs], int] | None = None
+        self,
+        graphs: Graphs,
+        meanwhile: Callable[[], object] | None = None,
+        arrivals: Arrivals | None = None,
+        way: Callable[[Graphs, Arrivals], int] | None = None,
     ) -> int:
         """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, one after another; step ``k`` after ``k - 1`` of all.
         0, or ggml's status.
 
         Some backends may have no graph for the last step. ``meanwhile`` is called while one backend computes; where
-        there are several, whose steps need this process at any moment, before. ``way`` is one of :meth:`ways`.
+        there are several, whose steps need this process at any moment, before. ``way`` is one of :attr:`ways`, for
+        graphs whose sums can be seen to arrive, at ``arrivals``.
 
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_synchronize``.
         """
@@ -67,28 +74,17 @@ class Driver(Closing):
             with ExitStack() as stack:
                 for lock in self._locks:
                     stack.enter_context(lock)
-                status = (way or self._usual)(graphs)
+                status = self._run_waiting(graphs) if way is None or arrivals is None else way(graphs, arrivals)
         for r, own in enumerate(graphs):
             self.computed[r] += len(own)
         return status
 
-    def ways(self, arrivals: Arrivals | None) -> list[Callable[[Graphs], int]]:
-        """The ways to run graphs that there are to choose from.
-
-        Parameters
-        ----------
-        arrivals
-            Where partial sums can be seen to arrive.
-        """
-        return (
-            [self._usual] if arrivals is None or self._asked else [self._usual, partial(self._run_watching, arrivals)]
-        )
-
-    def _usual(self, graphs: Graphs) -> int:
+    def _run_waiting(self, graphs: Graphs, _arrivals: Arrivals | None = None) -> int:
+        """Wait for the devices at each step."""
         return self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
 
-    def _run_watching(self, arrivals: Arrivals, graphs: Graphs) -> int:
-        """Hand out each step in pieces, to all devices in turns, once the last one's partial sums have arrived."""
+    def _run_watching(self, graphs: Graphs, arrivals: Arrivals) -> int:
+        """Hand out each step in pieces, to all devices in turns, when the sum before has arrived from all of them."""
         compute, pointers = c.ggml_backend_graph_compute_async, [b.ptr for b in self.backends]
         status = 0
 
@@ -97,17 +93,14 @@ class Driver(Closing):
                 c.ggml_backend_synchronize(pointer)
 
         arrivals.clear(0)
-        arrivals.clear(1)
         try:
             for k, step in enumerate(zip_longest(*graphs, fillvalue=())):
                 for pieces in zip_longest(*step):
                     for pointer, graph in zip(pointers, pieces, strict=True):
                         if graph is not None:
                             status = compute(pointer, graph) or status
-                if k < len(arrivals):
-                    arrivals.wait(k, synchronize)
-                    if k:
-                        arrivals.clear(k + 1)  # where those of the sum before were, which this step has read
+                arrivals.clear(k + 1)
+                arrivals.wait(k, synchronize)
         finally:
             synchronize()
         return status

@@ -114,7 +114,10 @@ class Traced(Closing):
     def _measure(self) -> None:
         layout, sums = self._layout, self.ranks[0].sums
         self._slot = max((_aligned(s.slots[0].nbytes) for s in sums), default=0)
-        at = layout.size + 2 * len(self.ranks) * self._slot  # two sets of slots: one is read, the other written
+        # Each sum has slots of its own, which nobody else writes or reads in a run. Where they are large, there are two
+        # sets in turns: one is read, the other written.
+        self._sets = 2 if any(s.keeps for s in sums) else len(sums)
+        at = layout.size + self._sets * len(self.ranks) * self._slot
         self._ends: list[int] = []  # where each rank's results are
         for outputs in self._outputs:
             self._ends.append(at)
@@ -153,6 +156,8 @@ class Program(Traced):
         As for ``Traced``.
     slot
         As for ``Group.block``.
+    way
+        Chooses how the devices are driven, where there is a choice; default a new one.
     """
 
     def __init__(
@@ -162,8 +167,11 @@ class Program(Traced):
         function: Callable[..., Any],
         inputs: Sequence[tuple[tuple[int, ...], Type]],
         slot: int = 0,
+        way: Choice | None = None,
     ) -> None:
         self.driver = group.driver
+        self.way = way or Choice(self.driver.ways)
+        """Chooses how the devices are driven."""
         self._kept: list[Owner] = []
         super().__init__(group.backends, ranks, function, inputs)
         try:
@@ -173,14 +181,14 @@ class Program(Traced):
             raise
 
     def _memory(self, group: Group, slot: int) -> None:
-        layout, n = self._layout, len(self.ranks)
+        layout = self._layout
         shared = group.block(self.block_size, slot)
         for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.backends, strict=True)):
             host = shared.buffers[backend.device]
             self._kept.append(host.owner)
             for k, s in enumerate(rank.sums):
                 for j, t in enumerate(s.slots):
-                    _place(t.ptr, host, layout.size + (k % 2 * n + j) * self._slot)
+                    _place(t.ptr, host, self._slot_offset(k, j))
             at = self._ends[r]
             for _, target in self._outputs[r]:
                 _place(target.ptr, host, at)
@@ -204,8 +212,6 @@ class Program(Traced):
         """Where partial sums are seen to arrive; None if they are not."""
         self.landing = self._landing()
         """Where the only result of the only device is seen to arrive; None if it is not."""
-        self.way = Choice(self.driver.ways(self.arrivals))
-        """How the devices are driven."""
 
     def _views(self, memory: Any, ends: Sequence[int]) -> list[list[npt.NDArray[Any]]]:
         """For each result, the parts of it in host memory."""
@@ -226,16 +232,16 @@ class Program(Traced):
         for rank, plan in zip(self.ranks, self.plans, strict=True):
             if any(s.partial.ptr in plan.placed and s.partial.op not in _WRITTEN_ONCE for s in rank.sums):
                 return None
-        start = self._layout.size
         return Arrivals(
             [
-                [
-                    np.ndarray(s.partial.nbytes // 4, np.uint32, memory, start + (k % 2 * n + r) * self._slot)
-                    for r in range(n)
-                ]
+                [np.ndarray(s.partial.nbytes // 4, np.uint32, memory, self._slot_offset(k, r)) for r in range(n)]
                 for k, s in enumerate(sums)
             ]
         )
+
+    def _slot_offset(self, k: int, r: int) -> int:
+        """Where in host memory rank ``r`` writes its part of sum ``k``."""
+        return self._layout.size + (k % self._sets * len(self.ranks) + r) * self._slot
 
     def _landing(self) -> Arrivals | None:
         if len(self.ranks) > 1 or self.backends[0].device.is_cpu or len(self.takes) > 1:
@@ -313,7 +319,7 @@ class Program(Traced):
         AbortedError, GgmlError
             If a device reports failure.
         """
-        _check(self.driver.run(self.graphs, meanwhile, self.way))
+        _check(self.driver.run(self.graphs, meanwhile, self.arrivals, self.way))
 
     def hand_over(self, meanwhile: Callable[[], object]) -> npt.NDArray[Any]:
         """The result of a program with a ``landing``, as soon as it has arrived; ``meanwhile`` is called before. The
