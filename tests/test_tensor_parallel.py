@@ -272,6 +272,15 @@ def test_arrivals():
     assert waited[-1] == 2
     arrivals.wait(2, lambda: waited.append(3))
     assert waited[-1] == 2
+    before = arrivals.patience
+    for _ in range(3):
+        arrivals.wait(0, lambda: waited.append(4))
+    assert arrivals.patience == before / 64
+    places[0][2] = 0
+    for _ in range(20):
+        arrivals.wait(0, lambda: waited.append(5))
+    assert waited[-3:] == [4, 4, 4]
+    assert arrivals.patience == _arrivals._PATIENCE
 
 
 def test_the_quickest_way_is_kept():

@@ -14,7 +14,7 @@ import numpy.typing as npt
 #: What fills places that a device has not written yet: a NaN that no computation makes.
 _UNWRITTEN = np.uint32(0x7FC0DEAD)
 
-#: Seconds after which the driver is asked after all: work takes long, or numbers are just those.
+#: Seconds after which devices are waited for after all: work takes long, or numbers are just those.
 _PATIENCE = 0.02
 
 _TRIALS = 7  # of each way
@@ -41,6 +41,8 @@ class Arrivals:
         self.steps = steps
         self.late = 0
         """How often devices had to be waited for."""
+        self.patience = _PATIENCE
+        """Seconds until they are; fewer each time that it was of no use."""
 
     def clear(self, k: int) -> None:
         """Get ready for sum ``k``, if there is one, before devices begin to compute it."""
@@ -52,15 +54,17 @@ class Arrivals:
         """Return when all parts of sum ``k``, if there is one, are there; ``synchronize`` waits for the devices."""
         if k == len(self.steps):
             return
-        end = perf_counter() + _PATIENCE
+        end = perf_counter() + self.patience
         for place in self.steps[k]:
             # The last one often comes last, and is quickly looked at.
             while place[-1] == _UNWRITTEN or (place == _UNWRITTEN).any():
                 if perf_counter() > end:
                     self.late += 1
+                    self.patience /= 4
                     synchronize()
                     return
                 _yield()
+        self.patience = min(2 * self.patience, _PATIENCE)
 
 
 class Choice:
