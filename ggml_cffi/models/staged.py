@@ -131,7 +131,9 @@ class StagedRunner(WholeRunner):
         programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and len(programs) > 1 and all(program.landing is not None for program in programs[:-1]):
-            way = self._ways.setdefault(len(batch.tokens), Choice([self._run_waiting, self._run_watching]))
+            way = self._ways.get(len(batch.tokens))
+            if way is None:
+                way = self._ways[len(batch.tokens)] = Choice([self._run_waiting, self._run_watching])
             logits: Logits = way(batch)
             return logits
         return self._run_waiting(batch)

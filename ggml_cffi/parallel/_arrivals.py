@@ -1,4 +1,4 @@
-"""How the thread that drives several devices sees that their partial sums are there."""
+"""Seeing in host memory that devices have written what others need, and choosing between that and waiting for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _yield: Callable[[], object] = getattr(os, "sched_yield", lambda: None)
 
 
 class Arrivals:
-    """Places in host memory that devices write their partial sums to, each number once.
+    """Places in host memory that devices write to, each number once: their parts of sums, or a result.
 
     The numbers themselves say when they are there. That is sooner than ggml does: it submits a fence behind the work,
     and then looks at it every so many thousand cycles, which for the short steps of a token is as long as they take.
