@@ -134,14 +134,14 @@ def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterato
 
 def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
     """Microseconds of one run, by part."""
-    driver, graphs = model.group.driver, program.graphs
-    n, steps = len(graphs), len(graphs[0])
+    driver, plans = model.group.driver, program.steps
+    n, steps = len(plans), len(plans[0])
     compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
     found: dict[str, float] = {"steps": steps}
 
     def in_steps(r: int) -> None:
-        for step in graphs[r]:
-            for graph in step:
+        for step in plans[r]:
+            for graph in step.graphs:
                 compute(driver.backends[r].ptr, graph)
             synchronize(driver.backends[r].ptr)
 
@@ -149,28 +149,28 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
         found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
     for name, on in MODES if n > 1 else MODES[:1]:
         with mode(model, on):
-            found[f"all, {name}"] = best(lambda: driver.run(graphs), rounds)
+            found[f"all, {name}"] = best(lambda: driver.run(plans), rounds)
             found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
             if on:
                 for phase, us in phases(model, program, rounds).items():
                     found[f"all, {name}, per step: {phase}"] = us
     if program.arrivals is not None:
-        found["all, watching"] = best(lambda: driver.run(graphs, None, program.arrivals, driver.ways[1]), rounds)
+        found["all, watching"] = best(lambda: driver.run(plans, None, program.arrivals, driver.ways[1]), rounds)
         found["all, watching, per step"] = found["all, watching"] / steps
     return found
 
 
 def phases(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
     """Microseconds of a step, by what the thread of the first device does; means of all steps."""
-    driver, graphs = model.group.driver, program.graphs
+    driver, plans = model.group.driver, program.steps
     compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, driver._barrier.wait
     now = time.perf_counter
-    spent = np.zeros((len(graphs), 3))
+    spent = np.zeros((len(plans), 3))
 
     def follow(r: int, pointer: Any, own: Any, steps: int) -> int:
         for k, step in enumerate(own):
             t0 = now()
-            for graph in step:
+            for graph in step.graphs:
                 compute(pointer, graph)
             t1 = now()
             synchronize(pointer)
@@ -185,11 +185,11 @@ def phases(model: TensorRunner, program: Program, rounds: int) -> dict[str, floa
         for i in range(rounds + 2):
             if i == 2:
                 spent[:] = 0
-            driver.run(graphs)
+            driver.run(plans)
     finally:
         driver._follow = before  # type: ignore[method-assign]
     names = ("handing out", "waiting for the device", "waiting for the others")
-    return dict(zip(names, (1e6 * spent[0] / rounds / len(graphs[0])).tolist(), strict=True))
+    return dict(zip(names, (1e6 * spent[0] / rounds / len(plans[0])).tolist(), strict=True))
 
 
 def nothing(devices: list[str], rounds: int) -> dict[str, float]:
@@ -208,7 +208,7 @@ def nothing(devices: list[str], rounds: int) -> dict[str, float]:
             program = f.trace(x)
             for name, on in MODES:
                 with mode(group, on):
-                    us = best(lambda p=program: group.driver.run(p.graphs), rounds if size == 4096 else 3)
+                    us = best(lambda p=program: group.driver.run(p.steps), rounds if size == 4096 else 3)
                     found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
     return found
 

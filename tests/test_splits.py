@@ -11,9 +11,11 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi._feasible import VIEWS
 from ggml_cffi.models import auto, calibrate
 from ggml_cffi.models.stage import Stage
 from ggml_cffi.models.staged import StagedRunner
+from ggml_cffi.parallel import _step
 from ggml_cffi.parallel.program import Program
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -99,21 +101,61 @@ def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
             assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
         assert found[0][0] == found[1][0]
         np.testing.assert_array_equal(found[0][1], found[1][1])
-        # The first GPU is done with its work whatever becomes of the second's.
+        # The GPUs are done with their work whatever becomes of the run.
         finished = []
-        finish = first.finish
-        monkeypatch.setattr(first, "finish", lambda **options: (finished.append(options), finish(**options)))
+        for i, stage in enumerate(runner.stages):
+            finish = stage.finish
+            monkeypatch.setattr(stage, "finish", lambda i=i, finish=finish: (finished.append(i), finish()))
         for failing in (first, second):
-            monkeypatch.setattr(failing, "prepare", raise_interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                model.forward([3])
-            assert finished.pop() == {"if_free": False}
-            monkeypatch.delattr(failing, "prepare")
+            for method in ("prepare", "run"):
+                monkeypatch.setattr(failing, method, raise_interrupt)
+                if failing is first and method == "run":
+                    model.forward([3])  # it hands over
+                else:
+                    with pytest.raises(KeyboardInterrupt):
+                        model.forward([3])
+                assert finished[-2:] == [0, 1]
+                monkeypatch.delattr(failing, method)
+        finished.clear()
         np.testing.assert_array_equal(model.forward([3]), found[1][1])
-        assert finished == [{"if_free": True}, {"if_free": False}]
+        assert finished == [0, 0, 1]
 
 
-def raise_interrupt(*_args):
+def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, monkeypatch):
+    monkeypatch.setattr(_step, "_MOST_NODES", 12)
+    with models.load(path, two_gpus, "layer", n_batch=16) as model:
+        runner = model._runners[0]
+        want = answers(model, [PROMPT, PROMPT[:5]], 6)
+        way = runner._ways[1]
+        first, second = runner.stages
+        assert not any(step.held for p in first.programs for own in p.steps for step in own)
+        ((step,),) = second.programs[-1].steps
+        (_, held), (rest,) = step.held, step.rest
+        (graph,) = second.programs[-1].plans[0].graphs
+        assert len(graph) > 12 >= sum(t.op not in VIEWS for t in held_nodes(graph, held)) > 6
+        assert len(held_nodes(graph, held)) + len(held_nodes(graph, rest)) == len(graph)
+        counts, record = [], second.group.driver.record
+        monkeypatch.setattr(second.group.driver, "record", lambda plans: (counts.append(done(runner)), record(plans)))
+        way.best = way.ways[1]
+        model.clear_cache()
+        assert answers(model, [PROMPT, PROMPT[:5]], 6) == want
+        assert len(counts) >= 10
+        assert all(one == other + 1 for one, other in counts)  # the first was begun, and the second not
+
+
+def done(runner):
+    """How many runs of each stage were begun."""
+    return [stage.group.driver.computed[0] for stage in runner.stages]
+
+
+def held_nodes(graph, pointer):
+    """Nodes of ``graph`` that a C graph has, before what fills it up."""
+    own = {t.ptr: t for t in graph.nodes}
+    found = [ggml.c.ggml_graph_node(pointer, i) for i in range(ggml.c.ggml_graph_n_nodes(pointer))]
+    return [*dict.fromkeys(own[p] for p in found if p in own)]
+
+
+def raise_interrupt(*_args, **_options):
     raise KeyboardInterrupt
 
 

@@ -113,7 +113,7 @@ def test_what_gpus_compute_together_is_there_for_later(two_gpus, rows, rng):
         w = group.weights(values, {"a": ROWS, "b": COLUMNS})
 
         def run(rank, x):
-            norm = ops.rms_norm(x, 1e-5)  # before the first product, which makes a graph of its own
+            norm = ops.rms_norm(x, 1e-5)
             scaled = ops.mul(norm, w["scale"][rank])
             both = ops.linear(scaled, w["c"][rank])
             added = ops.add(both, norm)  # a product that the next step needs too
@@ -128,8 +128,6 @@ def test_what_gpus_compute_together_is_there_for_later(two_gpus, rows, rng):
         want = (both + norm) @ a.T @ b.T + both + norm * scale + norm
         for _ in range(2):
             assert relative_error(f(x), want) < 2e-3
-        (program,) = f.programs
-        assert [len(step) for plan in program.plans for step in plan.pieces] == [2, 1, 2]  # the second gives no result
 
 
 def test_a_short_graph_ends_with_views(two_gpus, rng):
@@ -151,7 +149,9 @@ def test_a_short_graph_ends_with_views(two_gpus, rng):
                 want = np.maximum(want.astype(np.float64), 0) @ values.T
             assert relative_error(f(x), want) < 1e-2
             (plan,) = f.programs[-1].plans
-            ((graph,),) = plan.pieces
+            (step,) = plan.steps
+            assert not step.held
+            (graph,) = step.rest
             nodes[rows] = len(plan.node_pointers()), ggml.c.ggml_graph_n_nodes(graph)
     (n, short), (m, long) = nodes[1], nodes[17]
     assert n == m == long
@@ -167,7 +167,7 @@ def test_each_way_to_drive_gpus_is_tried(two_gpus, rows, rng):
         f = blocks.network(group)
         x = rng.standard_normal((rows, DIM)).astype(np.float32)
         want = blocks.expected(x)
-        for _ in range(16):
+        for _ in range(17):
             got = f(x)
             assert all(relative_error(a, b) < 2e-3 for a, b in zip(got, want, strict=True))
         (program,) = f.programs
@@ -177,7 +177,7 @@ def test_each_way_to_drive_gpus_is_tried(two_gpus, rows, rng):
             for take in program.takes:
                 for part in take:
                     part[...] = 0
-            assert way(program.graphs, program.arrivals) == 0
+            assert way(program.steps, program.arrivals) == 0
             for i, array in enumerate(got):
                 np.testing.assert_array_equal(program.result(i), array)
 

@@ -149,6 +149,12 @@ class Stage(Closing):
         self._prepared = batch, program
         return program
 
+    def prepare_ahead(self, batch: Batch) -> None:
+        """As :meth:`prepare`, and have the device record what it can. The driver is to be locked; :meth:`run` or
+        :meth:`finish` is to follow.
+        """
+        self.prepare(batch).record()
+
     def run(
         self,
         batch: Batch,
@@ -177,9 +183,9 @@ class Stage(Closing):
         """
         return self._ready(batch, x).hand_over(meanwhile)
 
-    def finish(self, *, if_free: bool = False) -> None:
-        """Wait for the device; with ``if_free`` not while another thread uses it."""
-        self.group.driver.finish(if_free=if_free)
+    def finish(self) -> None:
+        """Wait for the device."""
+        self.group.driver.finish()
 
     def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> Program:
         """The graph for a batch, with all inputs."""
@@ -207,7 +213,9 @@ class Stage(Closing):
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
         way = self._ways.setdefault(key[0], Choice(group.driver.ways))
-        return Program(group, ranks, self.layers.trace, self.layers.inputs(*key), slot, way)
+        return Program(
+            group, ranks, self.layers.trace, self.layers.inputs(*key), slot, way, ahead=not self.layers.is_first
+        )
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi._feasible import VIEWS
+from ggml_cffi._locks import Locks
 from ggml_cffi.backend import Backend
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Architecture
@@ -65,6 +66,11 @@ def _reads_host_memory(backend: Backend) -> bool:
         return False
     with HostBlock(1, [backend.device]) as block:
         return backend.device in block.buffers
+
+
+def _finish(stages: Iterable[Stage]) -> None:
+    for stage in stages:
+        stage.finish()
 
 
 def layers_of(weights: Weights, layers: range) -> Layers:
@@ -117,6 +123,7 @@ class StagedRunner(WholeRunner):
             if in_flight or len(found) == 1:
                 self.n_in_flight, self.n_together = len(found), _TOGETHER
                 self._flows = [_Flow(stage) for stage in self.stages]
+            self._locks = Locks([backends[i] for i, _ in found])
             self._scheduler = Scheduler(backends)
         except BaseException:
             self.close()
@@ -150,17 +157,13 @@ class StagedRunner(WholeRunner):
     def _run_watching(self, batch: Batch) -> Logits:
         """Each stage when what the one before has computed is seen to be there; its device is waited for after that."""
         x: Hidden | None = None
-        try:
-            for stage, after in pairwise(self.stages):
-                x = stage.hand_over(batch, x, partial(after.prepare, batch))
-            return self.stages[-1].run(batch, x, meanwhile=partial(self._finish, if_free=True))
-        finally:
-            self._finish()
-
-    def _finish(self, *, if_free: bool = False) -> None:
-        """Wait for all devices but the last."""
-        for stage in self.stages[:-1]:
-            stage.finish(if_free=if_free)
+        with self._locks:
+            try:
+                for stage, after in pairwise(self.stages):
+                    x = stage.hand_over(batch, x, partial(after.prepare_ahead, batch))
+                return self.stages[-1].run(batch, x, meanwhile=partial(_finish, self.stages[:-1]))
+            finally:
+                _finish(self.stages)
 
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         if not self._flows:

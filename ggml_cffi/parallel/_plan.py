@@ -16,6 +16,7 @@ from ggml_cffi._feasible import VIEWS
 from ggml_cffi._overlap import dependencies
 from ggml_cffi.enums import Op
 from ggml_cffi.graph import Graph
+from ggml_cffi.parallel._step import Step, Steps
 from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.tensor import Tensor
 
@@ -33,12 +34,6 @@ _FUSED = frozenset(
     {(Op.RMS_NORM, Op.MUL), (Op.MUL, Op.ROPE), (Op.MUL_MAT, Op.ADD), (Op.ADD, Op.ADD), (Op.VIEW, Op.SET_ROWS)}
 )
 
-#: Columns of products up to which a graph is one that a device is soon done with.
-_SHORT = 16
-
-#: Operations by whose size ggml's Vulkan decides when to hand work over.
-_COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
-
 
 class Plan:
     """The steps of one rank.
@@ -53,10 +48,18 @@ class Plan:
         What to compute, each with where it is to be written, in memory that the devices share.
     in_levels
         Whether to compute what does not depend on one another side by side, as GPUs can.
+    hold
+        Whether to have steps recorded ahead.
     """
 
     def __init__(
-        self, rank: Rank, first: Sequence[Tensor], results: Sequence[tuple[Tensor, Tensor]], *, in_levels: bool
+        self,
+        rank: Rank,
+        first: Sequence[Tensor],
+        results: Sequence[tuple[Tensor, Tensor]],
+        *,
+        in_levels: bool,
+        hold: bool,
     ) -> None:
         self.rank = rank
         self.placed: dict[Any, Tensor] = {}
@@ -68,9 +71,9 @@ class Plan:
         nodes = self._needed(wanted)
         self._uses = Counter(src for p in nodes for src in (*p.src, p.view_src) if src)
         self._uses.update(t.ptr for t in wanted)
-        self.pieces: list[list[Any]] = []
-        """C graphs of each step, to be computed one after another."""
-        self._pools: list[Any] = []
+        self.steps: list[Step] = []
+        """Their C graphs."""
+        self._made = Steps()
         ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.sums]
         shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.sums)]
         shared += [(t, target, len(rank.sums)) for t, target in results]
@@ -86,47 +89,15 @@ class Plan:
                     self.graphs.append(graph)
                     if in_levels:
                         graph.reorder(levels(graph.node_pointers()))
-                    own = graph.node_pointers()
-                    head = next((i for i, p in enumerate(own) if p.op in _COUNTED), 0)
-                    if in_levels and rank.n > 1 and head:
-                        self.pieces.append(self._cut(own, head, freeze))
-                    else:
-                        self.pieces.append([graph.ptr])
+                    nodes = graph.node_pointers()
                     if in_levels:
-                        _fill(self.pieces[-1][-1], own)
-                    freeze(own)
+                        self.steps.append(self._made.make(graph, freeze, shared=rank.n > 1, hold=hold))
+                    else:
+                        self.steps.append(Step(rest=(graph.ptr,)))
+                    freeze(nodes)
         except BaseException:
             self.close()
             raise
-
-    def _cut(self, nodes: Sequence[Any], head: int, freeze: Callable[[Iterable[Any]], None]) -> list[Any]:
-        """The nodes of a graph as two: what comes before the first product is one of its own.
-
-        ggml's Vulkan hands work to the device each time that it has as many operations as a 40th of the graph before
-        had. In a graph of few nodes that is before and after each product, which takes longer than the products. After
-        a graph without any, it hands over the next as one.
-        """
-        first, rest = nodes[:head], nodes[head:]
-        sources = {src for p in rest for src in p.src if src}
-        for p in first:
-            if p in sources:
-                c.ggml_set_output(p)  # else it could be left out, together with whose it is in the first graph
-        made = [self._expanded(first)]
-        freeze(first)
-        return [*made, self._expanded(rest)]
-
-    def _expanded(self, nodes: Sequence[Any]) -> Any:
-        """A C graph of these nodes in this order. It knows how often each is used, which ``ggml_graph_add_node`` does
-        not tell it: without that, none are computed together.
-        """
-        size = len({p for node in nodes for p in (node, *node.src) if p}) + _n_fillers(len(nodes))
-        need = c.ggml_graph_overhead_custom(size, False) + 64
-        pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
-        self._pools.append(pool)
-        made = c.ggml_new_graph_custom(pool, size, False)
-        for p in nodes:
-            c.ggml_build_forward_expand(made, p)
-        return made
 
     def node_pointers(self) -> list[Any]:
         """C pointers of the nodes of all steps."""
@@ -207,28 +178,7 @@ class Plan:
         """Give the graphs up."""
         for graph in self.graphs:
             graph.close()
-        pools, self._pools = self._pools, []
-        for pool in pools:
-            c.ggml_free(pool)
-
-
-def _fill(graph: Any, nodes: Sequence[Any]) -> None:
-    """Put views, which compute nothing, behind the nodes of a C graph that a device is soon done with.
-
-    ggml's Vulkan has a device tell it when it is about to begin the last fifth of a graph's nodes, sleeps until then,
-    and looks again and again from there on. It wakes up too late where that fifth takes some microseconds: so that
-    fifth is to be views.
-    """
-    view = next((p for p in nodes if p.op in VIEWS), None)
-    n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
-    if view is not None and not any(p.op == Op.MUL_MAT and p.ne[1] > _SHORT for p in nodes):
-        for _ in range(min(_n_fillers(n), size - n)):
-            c.ggml_graph_add_node(graph, view)
-
-
-def _n_fillers(n: int) -> int:
-    """Views behind ``n`` nodes that make the last fifth of all."""
-    return max((n - 10) // 4 + 1, 0)
+        self._made.close()
 
 
 @contextmanager

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi import c
 from ggml_cffi._handle import Closing
+from ggml_cffi._locks import Locks
 from ggml_cffi.backend import Backend, default_threads
 from ggml_cffi.parallel._arrivals import Arrivals
 from ggml_cffi.parallel._barrier import Barrier
+from ggml_cffi.parallel._step import Step
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-#: For each device, for each step, C pointers of graphs.
-Graphs = Sequence[Sequence[Sequence[Any]]]
+#: For each device its steps.
+Plans = Sequence[Sequence[Step]]
 
 _SPARE = 2  # processors for each device from which on each has a thread
 
+_EMPTY = Step()
+
 
 class Driver(Closing):
-    """Runs graphs on several backends in step.
+    """Runs steps on several backends.
 
     Parameters
     ----------
@@ -40,124 +43,176 @@ class Driver(Closing):
         spare = default_threads() >= _SPARE * n + 1
         self.threads = n > 1 and (spare if threads is None else threads)
         """Whether each device has a thread of its own."""
-        self.ways: list[Callable[[Graphs, Arrivals], int]] = [self._run_waiting]
-        """The ways there are to run graphs whose sums can be seen to arrive."""
+        self.ways: list[Callable[[Plans, Arrivals], int]] = [self._run_waiting]
+        """The ways there are to run steps whose sums can be seen to arrive."""
         if threads is None:
             self.ways.append(self._run_watching)
         self.computed = [0] * n
-        """Graphs that each device has computed."""
-        self._locks = list({id(b.lock): b.lock for b in sorted(self.backends, key=lambda b: id(b.lock))}.values())
+        """Steps that each device has computed."""
+        self.locks = Locks(self.backends)
+        """Of the devices; held by every call."""
         self._barrier = Barrier(n)
         self._pool: ThreadPoolExecutor | None = None
+        self._events: list[Any] = [None] * n
+        self._ahead: Step | None = None  # what the only backend has recorded
 
     def run(
         self,
-        graphs: Graphs,
+        plans: Plans,
         meanwhile: Callable[[], object] | None = None,
         arrivals: Arrivals | None = None,
-        way: Callable[[Graphs, Arrivals], int] | None = None,
+        way: Callable[[Plans, Arrivals], int] | None = None,
     ) -> int:
-        """Compute ``graphs[r][k]`` (C pointers) on backend ``r``, one after another; step ``k`` after ``k - 1`` of all.
-        0, or ggml's status.
+        """Compute ``plans[r][k]`` on backend ``r``, one after another; step ``k`` after ``k - 1`` of all. 0, or ggml's
+        status.
 
-        Some backends may have no graph for the last step. ``meanwhile`` is called while one backend computes; where
+        Some backends may have nothing for the last step. ``meanwhile`` is called while one backend computes; where
         there are several, whose steps need this process at any moment, before. ``way`` is one of :attr:`ways`, for
-        graphs whose sums can be seen to arrive, at ``arrivals``.
+        steps whose sums can be seen to arrive, at ``arrivals``.
 
-        C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_synchronize``.
+        C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_event_record``,
+        ``ggml_backend_synchronize``.
         """
         if len(self.backends) == 1:
-            status = self._run_one(graphs[0], meanwhile)
-        else:
-            if meanwhile is not None:
-                meanwhile()
-            with ExitStack() as stack:
-                for lock in self._locks:
-                    stack.enter_context(lock)
-                status = self._run_waiting(graphs) if way is None or arrivals is None else way(graphs, arrivals)
-        for r, own in enumerate(graphs):
-            self.computed[r] += len(own)
+            with self.locks:
+                try:
+                    status = self.begin(plans)
+                    if meanwhile is not None:
+                        meanwhile()
+                finally:
+                    self.finish()
+            return status
+        if meanwhile is not None:
+            meanwhile()
+        with self.locks:
+            status = self._run_waiting(plans) if way is None or arrivals is None else way(plans, arrivals)
+        self._count(plans)
         return status
 
-    def _run_waiting(self, graphs: Graphs, _arrivals: Arrivals | None = None) -> int:
-        """Wait for the devices at each step."""
-        return self._run_threads(graphs) if self.threads else self._run_in_turns(graphs)
-
-    def _run_watching(self, graphs: Graphs, arrivals: Arrivals) -> int:
-        """Hand out each step in pieces, to all devices in turns, when the sum before has arrived from all of them."""
-        compute, pointers = c.ggml_backend_graph_compute_async, [b.ptr for b in self.backends]
+    def run_first(self, plans: Plans) -> int:
+        """As :meth:`run`, waiting after each graph. To be done once before graphs are recorded ahead: ggml may find
+        that a device needs more memory for them, and then hands over what it has recorded until then.
+        """
         status = 0
+        with self.locks:
+            for step in zip_longest(*plans, fillvalue=_EMPTY):
+                for backend, own in zip(self.backends, step, strict=True):
+                    for graph in own.graphs:
+                        status = c.ggml_backend_graph_compute(backend.ptr, graph) or status
+        self._count(plans)
+        return status
 
-        def synchronize() -> None:
-            for pointer in pointers:
-                c.ggml_backend_synchronize(pointer)
+    def _count(self, plans: Plans) -> None:
+        for r, own in enumerate(plans):
+            self.computed[r] += len(own)
 
+    # ------------------------------------------------------------------ parts of steps
+
+    def _record(self, r: int, step: Step) -> int:
+        """Have backend ``r`` record what is held of a step."""
+        status = 0
+        for graph in step.held:
+            status = c.ggml_backend_graph_compute_async(self.backends[r].ptr, graph) or status
+        return status
+
+    def _hand_out(self, r: int, step: Step) -> int:
+        """Have the device of backend ``r`` compute what was recorded, and then the rest of the step."""
+        pointer, status = self.backends[r].ptr, 0
+        if step.held:
+            if self._events[r] is None:
+                self._events[r] = c.ggml_backend_event_new(self.backends[r].device.ptr)
+            c.ggml_backend_event_record(self._events[r], pointer)
+        for graph in step.rest:
+            status = c.ggml_backend_graph_compute_async(pointer, graph) or status
+        return status
+
+    def _wait_for_events(self) -> None:
+        """Wait until devices have computed what was recorded before the last events; not for what is recorded."""
+        for event in self._events:
+            if event is not None:
+                c.ggml_backend_event_synchronize(event)
+
+    def _wait(self) -> None:
+        """Wait until devices have computed all, also what is recorded."""
+        for backend in self.backends:
+            c.ggml_backend_synchronize(backend.ptr)
+        self._wait_for_events()  # which has them used again
+
+    # ------------------------------------------------------------------ one device
+
+    def record(self, plans: Plans) -> None:
+        """Have the only backend record the beginning, if it can be held, for the next :meth:`begin`. The lock is to be
+        held from here to :meth:`finish`.
+        """
+        ((step,),) = plans
+        self._record(0, step)
+        self._ahead = step
+
+    def begin(self, plans: Plans) -> int:
+        """Have the only backend compute all steps. 0, or ggml's status. :meth:`finish` is to follow."""
+        (own,), status = plans, 0
+        with self.locks:
+            for step in own:
+                if step is not self._ahead:
+                    status = self._record(0, step) or status
+                self._ahead = None
+                status = self._hand_out(0, step) or status
+        self._count(plans)
+        return status
+
+    def finish(self) -> None:
+        """Wait for the only backend."""
+        with self.locks:
+            self._ahead = None
+            self._wait()
+
+    # ------------------------------------------------------------------ several devices
+
+    def _run_watching(self, plans: Plans, arrivals: Arrivals) -> int:
+        """Have each step recorded while the devices compute the one before, and hand it out when the sums are seen to
+        be there.
+        """
+        steps = [*zip_longest(*plans, fillvalue=_EMPTY)]
+        status = 0
         arrivals.clear(0)
         try:
-            for k, step in enumerate(zip_longest(*graphs, fillvalue=())):
-                for pieces in zip_longest(*step):
-                    for pointer, graph in zip(pointers, pieces, strict=True):
-                        if graph is not None:
-                            status = compute(pointer, graph) or status
-                arrivals.clear(k + 1)
-                arrivals.wait(k, synchronize)
+            for r, own in enumerate(steps[0]):
+                status = self._record(r, own) or status
+            for k, step in enumerate(steps):
+                for r, own in enumerate(step):
+                    status = self._hand_out(r, own) or status
+                if k + 1 < len(steps):
+                    arrivals.clear(k + 1)
+                    for r, own in enumerate(steps[k + 1]):
+                        status = self._record(r, own) or status
+                    arrivals.wait(k, self._wait_for_events)
         finally:
-            synchronize()
+            self._wait()
         return status
 
-    def _run_one(self, graphs: Sequence[Sequence[Any]], meanwhile: Callable[[], object] | None) -> int:
-        """All graphs of the only backend, without waiting in between."""
-        (backend,), status = self.backends, 0
-        pointer = backend.ptr
-        with self._locks[0]:
-            try:
-                for graph in chain.from_iterable(graphs):
-                    status = c.ggml_backend_graph_compute_async(pointer, graph) or status
-                if meanwhile is not None:
-                    meanwhile()
-            finally:
-                c.ggml_backend_synchronize(pointer)
-        return status
+    def _run_waiting(self, plans: Plans, _arrivals: Arrivals | None = None) -> int:
+        """Wait for the devices at each step."""
+        return self._run_threads(plans) if self.threads else self._run_in_turns(plans)
 
-    def begin(self, graphs: Graphs) -> int:
-        """Have the only backend compute all graphs. 0, or ggml's status. :meth:`finish` is to follow."""
-        (backend,), (own,), status = self.backends, graphs, 0
-        with self._locks[0]:
-            for graph in chain.from_iterable(own):
-                status = c.ggml_backend_graph_compute_async(backend.ptr, graph) or status
-        self.computed[0] += len(own)
-        return status
-
-    def finish(self, *, if_free: bool = False) -> None:
-        """Wait for the only backend; with ``if_free`` not while another thread uses it."""
-        if self._locks[0].acquire(not if_free):
-            try:
-                c.ggml_backend_synchronize(self.backends[0].ptr)
-            finally:
-                self._locks[0].release()
-
-    def _run_in_turns(self, graphs: Graphs) -> int:
-        compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
-        pointers = [b.ptr for b in self.backends]
+    def _run_in_turns(self, plans: Plans) -> int:
         status = 0
-        for step in zip_longest(*graphs, fillvalue=()):
+        for step in zip_longest(*plans, fillvalue=_EMPTY):
             try:
-                for pointer, own in zip(pointers, step, strict=True):
-                    for graph in own:
-                        status = compute(pointer, graph) or status
+                for r, own in enumerate(step):
+                    status = self._record(r, own) or status
+                    status = self._hand_out(r, own) or status
             finally:
-                for pointer in pointers:
-                    synchronize(pointer)
+                self._wait()
         return status
 
-    def _run_threads(self, graphs: Graphs) -> int:
+    def _run_threads(self, plans: Plans) -> int:
         if self._pool is None:
             from concurrent.futures import ThreadPoolExecutor  # slow to import
 
             self._pool = ThreadPoolExecutor(len(self.backends), thread_name_prefix="ggml_cffi device")
         # None of them is this thread: an exception of a signal would leave the others waiting.
-        steps = max(map(len, graphs))
-        going = [self._pool.submit(self._follow, r, b.ptr, graphs[r], steps) for r, b in enumerate(self.backends)]
+        steps = max(map(len, plans))
+        going = [self._pool.submit(self._follow, r, b.ptr, plans[r], steps) for r, b in enumerate(self.backends)]
         try:
             found = [future.result() for future in going]
         except BaseException:
@@ -166,15 +221,16 @@ class Driver(Closing):
             raise
         return next((status for status in found if status), 0)
 
-    def _follow(self, r: int, pointer: Any, graphs: Sequence[Sequence[Any]], steps: int) -> int:
+    def _follow(self, r: int, pointer: Any, own: Sequence[Step], steps: int) -> int:
         # Each call may have to wait for the interpreter, which the other threads use too: the last of a step waits for
         # the device as well.
         begin, finish, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_graph_compute, self._barrier.wait
         status, last = 0, steps - 1
-        for k, step in enumerate(graphs):
-            for graph in step[:-1]:
+        for k, step in enumerate(own):
+            *graphs, end = step.graphs
+            for graph in graphs:
                 status = begin(pointer, graph) or status
-            status = finish(pointer, step[-1]) or status
+            status = finish(pointer, end) or status
             if k < last:
                 wait(r, k)
         return status
@@ -184,3 +240,7 @@ class Driver(Closing):
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+        events, self._events = self._events, [None] * len(self.backends)
+        for event in events:
+            if event is not None:
+                c.ggml_backend_event_free(event)

@@ -18,6 +18,7 @@ from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel._arrivals import Arrivals, Choice
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import Plan
+from ggml_cffi.parallel._step import can_record_ahead
 from ggml_cffi.parallel.rank import Gathered, Rank
 from ggml_cffi.tensor import Tensor
 
@@ -43,6 +44,8 @@ class Traced(Closing):
         What to trace.
     inputs
         Shape and type of each array.
+    ahead
+        Whether the only device begins with what can be recorded ahead. Where there are several, they do so anyway.
     """
 
     def __init__(
@@ -51,7 +54,10 @@ class Traced(Closing):
         ranks: Sequence[Rank],
         function: Callable[..., Any],
         inputs: Sequence[tuple[tuple[int, ...], Type]],
+        *,
+        ahead: bool = False,
     ) -> None:
+        self._hold = (ahead or len(ranks) > 1) and all(can_record_ahead(b.device) for b in backends)
         self.backends = tuple(backends)
         self.ranks = list(ranks)
         """What was traced, for each device."""
@@ -91,7 +97,7 @@ class Traced(Closing):
                 source, target = (rank.context.new_tensor(Type.I32, (self._layout.size // 4,)) for _ in range(2))
                 self._blobs.append((source, target))
                 first.append(rank.context.build(c.ggml_cpy, 1, source.ptr, target.ptr))
-            self.plans.append(Plan(rank, first, outputs, in_levels=in_levels))
+            self.plans.append(Plan(rank, first, outputs, in_levels=in_levels, hold=self._hold))
 
     def _check(self, results: Sequence[Sequence[Any]]) -> None:
         for rank, own in zip(self.ranks, results, strict=True):
@@ -158,6 +164,8 @@ class Program(Traced):
         As for ``Group.block``.
     way
         Chooses how the devices are driven, where there is a choice; default a new one.
+    ahead
+        As for ``Traced``.
     """
 
     def __init__(
@@ -168,12 +176,14 @@ class Program(Traced):
         inputs: Sequence[tuple[tuple[int, ...], Type]],
         slot: int = 0,
         way: Choice | None = None,
+        *,
+        ahead: bool = False,
     ) -> None:
         self.driver = group.driver
         self.way = way or Choice(self.driver.ways)
         """Chooses how the devices are driven."""
         self._kept: list[Owner] = []
-        super().__init__(group.backends, ranks, function, inputs)
+        super().__init__(group.backends, ranks, function, inputs, ahead=ahead)
         try:
             self._memory(group, slot)
         except BaseException:
@@ -206,8 +216,9 @@ class Program(Traced):
             None if axis is None else _adjoining(parts, axis)
             for parts, axis in zip(self.takes, self._axes, strict=True)
         ]
-        self.graphs = [plan.pieces for plan in self.plans]
-        """C pointers of the graphs of each device, one or a few for each step."""
+        self.steps = [plan.steps for plan in self.plans]
+        """C graphs of each device, for each step."""
+        self._is_new = any(step.held for own in self.steps for step in own)
         self.arrivals = self._arrivals(memory)
         """Where partial sums are seen to arrive; None if they are not."""
         self.landing = self._landing()
@@ -225,9 +236,11 @@ class Program(Traced):
         return found
 
     def _arrivals(self, memory: Any) -> Arrivals | None:
-        """The places of all sums, if each number is written once: by a copy, or by an operation that does so."""
+        """The places of all sums, if all steps can be recorded ahead, and each number is written once: by a copy, or by
+        an operation that does so.
+        """
         sums, n = self.ranks[0].sums, len(self.ranks)
-        if not sums or self.backends[0].device.is_cpu or any(s.keeps for s in sums):
+        if not sums or any(s.keeps for s in sums) or any(step.rest for own in self.steps for step in own):
             return None
         for rank, plan in zip(self.ranks, self.plans, strict=True):
             if any(s.partial.ptr in plan.placed and s.partial.op not in _WRITTEN_ONCE for s in rank.sums):
@@ -319,15 +332,31 @@ class Program(Traced):
         AbortedError, GgmlError
             If a device reports failure.
         """
-        _check(self.driver.run(self.graphs, meanwhile, self.arrivals, self.way))
+        if not self._is_new:
+            _check(self.driver.run(self.steps, meanwhile, self.arrivals, self.way))
+            return
+        if meanwhile is not None:
+            meanwhile()
+        _check(self.driver.run_first(self.steps))
+        self._is_new = False
+
+    def record(self) -> None:
+        """Have the only device record the beginning of the program, if it can, before the inputs are there. The driver
+        is to be locked from here to the end of the run, and finished if there is none.
+        """
+        if not self._is_new:
+            self.driver.record(self.steps)
 
     def hand_over(self, meanwhile: Callable[[], object]) -> npt.NDArray[Any]:
         """The result of a program with a ``landing``, as soon as it has arrived; ``meanwhile`` is called before. The
         device may not be done then: call ``driver.finish``, also after an exception. Errors as :meth:`compute`.
         """
         assert self.landing is not None
+        if self._is_new:
+            self.compute(meanwhile)
+            return self.result()
         self.landing.clear(0)
-        _check(self.driver.begin(self.graphs))
+        _check(self.driver.begin(self.steps))
         meanwhile()
         self.landing.wait(0, self.driver.finish)
         return self.result()

@@ -1,0 +1,186 @@
+"""What one device computes at a time, as C graphs; some of them such that they can be recorded before it may begin.
+
+ggml's Vulkan backend records commands for the device while it goes through a graph, and hands them over with the last
+node, or before that if there are many. Recording takes about as long as the device takes for the few operations of a
+token. So it is done while the device is still at what comes before: what is recorded is a graph that ends with a node
+without memory, which ggml passes over, and with it the handing over. An event that is recorded next hands over all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi._feasible import VIEWS
+from ggml_cffi.device import Device, DeviceType
+from ggml_cffi.enums import Op, Type
+from ggml_cffi.graph import Graph
+
+#: Columns of products up to which a graph is one that a device is soon done with.
+_SHORT = 16
+
+#: Operations that ggml's Vulkan records before it hands them over without being asked.
+_MOST_NODES = 100
+
+#: Settings of ggml with which each operation, or piece of work, is waited for.
+_WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS")
+
+#: Operations with which it computes none that come before, so that graphs can be cut there.
+_STARTS = frozenset({Op.RMS_NORM, Op.MUL_MAT})
+
+
+@dataclass(frozen=True)
+class Step:
+    """C graphs of one device, to be computed in this order."""
+
+    held: tuple[Any, ...] = ()
+    """Graphs that a backend records, and hands to its device once an event is recorded, or it is waited for."""
+    rest: tuple[Any, ...] = ()
+    """Graphs that it hands over by itself."""
+
+    @property
+    def graphs(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self.held + self.rest
+
+
+class Steps:
+    """Makes steps of nodes. Its C graphs are there until it is closed."""
+
+    def __init__(self) -> None:
+        self._pools: list[Any] = []
+
+    def make(self, graph: Graph, freeze: Callable[[Iterable[Any]], None], *, shared: bool, hold: bool) -> Step:
+        """The step that computes a graph.
+
+        Parameters
+        ----------
+        freeze
+            Makes nodes pass for leaves.
+        shared
+            Whether other devices wait for this one at the end of the step.
+        hold
+            Whether to have the step recorded ahead: all of it if ``shared``, else its beginning; if it is short.
+        """
+        nodes = graph.node_pointers()
+        short = _is_short(nodes)
+        end = _end_of_first(nodes) if hold and short else 0
+        if end == len(nodes):
+            return Step(self._held(nodes))
+        if end and not shared:
+            return self._cut(nodes[:end], nodes[end:], freeze)
+        if short:
+            _fill(graph.ptr, nodes)
+        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
+
+    def _cut(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
+        sources = {src for p in rest for src in p.src if src}
+        for p in first:
+            if p in sources:
+                c.ggml_set_output(p)  # else it could be left out, together with whose it is in the first graph
+        held = self._held(first)
+        freeze(first)
+        made = self._expanded(rest, _n_fillers(len(rest)))
+        _fill(made, rest)
+        return Step(held, (made,))
+
+    def _held(self, nodes: Sequence[Any]) -> tuple[Any, ...]:
+        made = self._expanded(nodes, 1 + _n_fillers(len(nodes)))
+        for _ in range(1 + _n_fillers(len(nodes))):
+            c.ggml_graph_add_node(made, _passed_over())
+        return _nothing(), made
+
+    def _expanded(self, nodes: Sequence[Any], more: int) -> Any:
+        """A C graph of these nodes in this order, with room for some more. It knows how often each is used, which
+        ``ggml_graph_add_node`` does not tell it: without that, none are computed together.
+        """
+        size = len({p for node in nodes for p in (node, *node.src) if p}) + more + 1
+        made, pool = _new_graph(size)
+        self._pools.append(pool)
+        for p in nodes:
+            c.ggml_build_forward_expand(made, p)
+        return made
+
+    def close(self) -> None:
+        """Give the graphs up."""
+        pools, self._pools = self._pools, []
+        for pool in pools:
+            c.ggml_free(pool)
+
+
+def _is_short(nodes: Iterable[Any]) -> bool:
+    """Whether a device is soon done with these nodes."""
+    return not any(p.op == Op.MUL_MAT and p.ne[1] > _SHORT for p in nodes)
+
+
+def can_record_ahead(device: Device) -> bool:
+    """Whether ggml's Vulkan keeps what it has recorded for a device, and hands over all of it when it is told to. Not
+    for one that shares its memory with the processor, which does part of the work then.
+    """
+    return device.type is DeviceType.GPU and not any(name in os.environ for name in _WITHOUT)
+
+
+def _end_of_first(nodes: Sequence[Any]) -> int:
+    """How many nodes can be recorded without being handed over; 0 if they cannot be cut there."""
+    most = min(int(os.environ.get("GGML_VK_MAX_NODES_PER_SUBMIT", _MOST_NODES)), _MOST_NODES)
+    end = count = 0
+    for i, p in enumerate(nodes):
+        if p.op in VIEWS:
+            continue
+        if p.op in _STARTS:
+            end = i
+        if count == most:
+            return end
+        count += 1
+    return len(nodes)
+
+
+def _new_graph(size: int) -> tuple[Any, Any]:
+    """A C graph for so many tensors, and its context."""
+    need = c.ggml_graph_overhead_custom(size, False) + c.ggml_tensor_overhead() + 64
+    pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+    return c.ggml_new_graph_custom(pool, size, False), pool
+
+
+@cache
+def _passed_over() -> Any:
+    """A node that ggml's Vulkan takes for one that computes something, and passes over: it has no memory."""
+    _, pool = _new_graph(1)  # for good
+    made = c.ggml_new_tensor_1d(pool, Type.F32, 1)
+    made.op, made.flags = Op.SUM, c.GGML_TENSOR_FLAG_COMPUTE
+    return made
+
+
+@cache
+def _nothing() -> Any:
+    """A C graph that computes nothing.
+
+    ggml's Vulkan hands work over each time that it has as many operations as a 40th of the graph before had. After a
+    graph without any, it hands over the next as a whole.
+    """
+    made, _ = _new_graph(2)  # for good
+    c.ggml_graph_add_node(made, _passed_over())
+    return made
+
+
+def _fill(graph: Any, nodes: Sequence[Any]) -> None:
+    """Put views, which compute nothing, behind the nodes of a C graph that a device is soon done with.
+
+    ggml's Vulkan has a device tell it when it is about to begin the last fifth of a graph's nodes, sleeps until then,
+    and looks again and again from there on. It wakes up too late where that fifth takes some microseconds: so that
+    fifth is to be views.
+    """
+    view = next((p for p in nodes if p.op in VIEWS), None)
+    n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
+    if view is not None:
+        for _ in range(min(_n_fillers(n), size - n)):
+            c.ggml_graph_add_node(graph, view)
+
+
+def _n_fillers(n: int) -> int:
+    """Nodes behind ``n`` that make the last fifth of all."""
+    return max((n - 10) // 4 + 1, 0)
