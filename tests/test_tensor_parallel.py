@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
+from ggml_cffi._feasible import VIEWS
 from ggml_cffi.cut import pieces, rule_for
 from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, _arrivals, share_out, tensor
 from ggml_cffi.parallel._barrier import Barrier
@@ -130,13 +131,13 @@ def test_what_gpus_compute_together_is_there_for_later(two_gpus, rows, rng):
             assert relative_error(f(x), want) < 2e-3
 
 
-def test_a_short_graph_ends_with_views(two_gpus, rng):
+def test_short_graphs_end_with_views(two_gpus, rng):
     """A device that is soon done is asked again and again whether it is: see ``_fill``."""
-    nodes = {}
+    graphs = {}
     with parallel.TensorParallel(two_gpus[:1]) as group:
 
         def run(rank, x):
-            for _ in range(12):
+            for _ in range(30):
                 x = ops.linear(ops.view(ops.relu(x), x.shape), w[rank])
             return x
 
@@ -145,18 +146,25 @@ def test_a_short_graph_ends_with_views(two_gpus, rng):
         f = group.compile(run)
         for rows in (1, 17):
             x = want = rng.standard_normal((rows, DIM)).astype(np.float32)
-            for _ in range(12):
+            for _ in range(30):
                 want = np.maximum(want.astype(np.float64), 0) @ values.T
             assert relative_error(f(x), want) < 1e-2
-            (plan,) = f.programs[-1].plans
-            (step,) = plan.steps
+            ((step,),) = f.programs[-1].steps
             assert not step.held
-            (graph,) = step.rest
-            nodes[rows] = len(plan.node_pointers()), ggml.c.ggml_graph_n_nodes(graph)
-    (n, short), (m, long) = nodes[1], nodes[17]
-    assert n == m == long
-    assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes something
-    assert short - n < n / 3
+            graphs[rows] = [
+                [ggml.c.ggml_graph_node(g, i) for i in range(ggml.c.ggml_graph_n_nodes(g))] for g in step.rest
+            ]
+            (n,) = (len(plan.node_pointers()) for plan in f.programs[-1].plans)
+            assert len({p for nodes in graphs[rows] for p in nodes}) == n + (rows == 1)  # with what is passed over
+    assert len(graphs[17]) == 1
+    counts = []
+    for nothing, nodes in zip(graphs[1][::2], graphs[1][1::2], strict=True):
+        assert len(nothing) == 1
+        computing = [i for i, p in enumerate(nodes) if p.op not in VIEWS]
+        assert len(nodes) - computing[-1] >= len(nodes) // 5  # ggml's rule for the last node that computes something
+        counts.append(len(computing))
+    assert len(counts) == 3
+    assert all(0.8 * most < n <= most for n, most in zip(counts[:2], (16, 32), strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

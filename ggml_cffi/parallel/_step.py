@@ -29,8 +29,8 @@ _MOST_NODES = 100
 #: Settings of ggml with which each operation, or piece of work, is waited for.
 _WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS")
 
-#: Operations with which it computes none that come before, so that graphs can be cut there.
-_STARTS = frozenset({Op.RMS_NORM, Op.MUL_MAT})
+_FIRST = 16  # operations of the first part of a step
+_HELD = 64  # and if it is recorded ahead
 
 
 @dataclass(frozen=True)
@@ -67,26 +67,40 @@ class Steps:
             Whether to have the step recorded ahead: all of it if ``shared``, else its beginning; if it is short.
         """
         nodes = graph.node_pointers()
-        short = _is_short(nodes)
-        end = _end_of_first(nodes) if hold and short else 0
-        if end == len(nodes):
+        if not _is_short(nodes):
+            return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
+        if not shared:
+            return self._parts(nodes, freeze, hold=hold)
+        if hold and _end_of_part(nodes, _most_nodes()) == len(nodes):
             return Step(self._held(nodes))
-        if end and not shared:
-            return self._cut(nodes[:end], nodes[end:], freeze)
-        if short:
-            _fill(graph.ptr, nodes)
-        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
+        _fill(graph.ptr, nodes)
+        return Step(rest=(_nothing(), graph.ptr))
 
-    def _cut(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
-        sources = {src for p in rest for src in p.src if src}
-        for p in first:
-            if p in sources:
-                c.ggml_set_output(p)  # else it could be left out, together with whose it is in the first graph
-        held = self._held(first)
-        freeze(first)
-        made = self._expanded(rest, _n_fillers(len(rest)))
-        _fill(made, rest)
-        return Step(held, (made,))
+    def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None], *, hold: bool) -> Step:
+        """Parts that are handed over one by one, each larger than the one before: so that the device begins early, and
+        has something to do while the next part is recorded.
+
+        ggml would hand over more often, and each time takes the device as long as two operations of a token.
+        """
+        most = _most_nodes()
+        size = min(_HELD if hold else _FIRST, most)
+        parts: list[Sequence[Any]] = []
+        while nodes:
+            end = _end_of_part(nodes, size)
+            parts.append(nodes[:end])
+            nodes, size = nodes[end:], min(2 * size, most)
+        _keep_for_later(parts)
+        held: tuple[Any, ...] = ()
+        rest: list[Any] = []
+        for i, part in enumerate(parts):
+            if hold and i == 0 and _n_operations(part) <= most:
+                held = self._held(part)
+            else:
+                made = self._expanded(part, _n_fillers(len(part)))
+                _fill(made, part)
+                rest += [_nothing(), made]
+            freeze(part)
+        return Step(held, tuple(rest))
 
     def _held(self, nodes: Sequence[Any]) -> tuple[Any, ...]:
         made = self._expanded(nodes, 1 + _n_fillers(len(nodes)))
@@ -124,19 +138,42 @@ def can_record_ahead(device: Device) -> bool:
     return device.type is DeviceType.GPU and not any(name in os.environ for name in _WITHOUT)
 
 
-def _end_of_first(nodes: Sequence[Any]) -> int:
-    """How many nodes can be recorded without being handed over; 0 if they cannot be cut there."""
-    most = min(int(os.environ.get("GGML_VK_MAX_NODES_PER_SUBMIT", _MOST_NODES)), _MOST_NODES)
+def _most_nodes() -> int:
+    return min(int(os.environ.get("GGML_VK_MAX_NODES_PER_SUBMIT", _MOST_NODES)), _MOST_NODES)
+
+
+def _n_operations(nodes: Iterable[Any]) -> int:
+    return sum(p.op not in VIEWS for p in nodes)
+
+
+def _end_of_part(nodes: Sequence[Any], most: int) -> int:
+    """How many nodes make a part of at most so many operations, if it can be made to end there.
+
+    It ends before a product, with which ggml computes nothing that comes before, and none that it computes side by
+    side with another.
+    """
     end = count = 0
+    before = None
     for i, p in enumerate(nodes):
         if p.op in VIEWS:
             continue
-        if p.op in _STARTS:
+        if count > most and end:
+            break
+        if p.op == Op.MUL_MAT and before != Op.MUL_MAT:
             end = i
-        if count == most:
-            return end
+        before = p.op
         count += 1
-    return len(nodes)
+    return end if count > most and end else len(nodes)
+
+
+def _keep_for_later(parts: Sequence[Sequence[Any]]) -> None:
+    """Have each part compute what a later one reads: else it could be left out, together with whose it is."""
+    needed: set[Any] = set()
+    for part in reversed(parts):
+        for p in part:
+            if p in needed:
+                c.ggml_set_output(p)
+        needed.update(src for p in part for src in p.src if src)
 
 
 def _new_graph(size: int) -> tuple[Any, Any]:
