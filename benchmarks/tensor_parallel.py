@@ -155,7 +155,7 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
                 for phase, us in phases(model, program, rounds).items():
                     found[f"all, {name}, per step: {phase}"] = us
     if program.arrivals is not None:
-        found["all, watching"] = best(lambda: driver.run(plans, None, program.arrivals, driver.ways[1]), rounds)
+        found["all, watching"] = best(lambda: driver.run(plans, None, program.arrivals), rounds)
         found["all, watching, per step"] = found["all, watching"] / steps
     return found
 

@@ -95,6 +95,25 @@ def test_what_was_recorded_and_given_up(gpu, weight, rng):
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
 
 
+def test_parts(gpu, weight):
+    """Each ends before a product, the first is held, and the others are handed over as a whole."""
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), 150)
+        with Program(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
+            ((step,),) = program.steps
+            *held, nothing = step.held[::-1]
+            assert step.rest[::2] == (nothing,) * (len(step.rest) // 2)
+            parts = [
+                [c.ggml_graph_node(graph, i).op for i in range(c.ggml_graph_n_nodes(graph))]
+                for graph in (*held, *step.rest[1::2])
+            ]
+            counts = [sum(op in (ggml.Op.MUL_MAT, ggml.Op.RMS_NORM, ggml.Op.CPY) for op in part) for part in parts]
+            assert sum(counts) == 301
+            assert all(n in (most - 1, most) for n, most in zip(counts[:-1], (64, 100, 100), strict=True))
+            assert [part[0] for part in parts[1:]] == 3 * [ggml.Op.MUL_MAT]
+            assert parts[0][-1] == ggml.Op.SUM  # without memory
+
+
 @pytest.mark.parametrize("n", [2, 60])
 def test_steps_of_several_devices(two_gpus, weight, n, rng):
     """Those with more operations than ggml records at a time are not held, and their sums not watched."""
@@ -108,7 +127,6 @@ def test_steps_of_several_devices(two_gpus, weight, n, rng):
         (program,) = f.programs
         assert {bool(step.held) for own in program.steps for step in own} == {n == 2}
         assert (program.arrivals is None) == (n == 60)
-        assert (program.way.best is None) == (n == 60)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])
@@ -137,7 +155,6 @@ def test_sums_that_come_late_do_not_hand_out_the_next_step(two_gpus, weight, rng
         f = group.compile(run)
         f(x)
         (program,) = f.programs
-        program.way.best = program.way.ways[1]
         program.arrivals.patience = 0.0
         want = x
         for _ in range(4):
@@ -155,7 +172,6 @@ def test_a_run_that_is_interrupted(two_gpus, weight, rng, monkeypatch):
         want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
         f(x)
         (program,) = f.programs
-        program.way.best = program.way.ways[1]
 
         def interrupt(k, _synchronize):
             raise KeyboardInterrupt
@@ -210,7 +226,7 @@ with parallel.TensorParallel(gpus) as group:
     right = all((f(x) == 512 * x).all() for _ in range(20))
     program = f.programs[0]
     held = [bool(s.held) for own in program.steps for s in own]
-    print(json.dumps([bool(right), any(held), all(held), program.way.best is not None]))
+    print(json.dumps([bool(right), any(held), all(held), program.arrivals is not None]))
 """
 
 
@@ -250,7 +266,6 @@ def test_watching_beside_other_work(two_gpus, weight, rng):
         f = group.compile(lambda rank, x: rank.sum(function(rank, rank.sum(function(rank, x)))))
         want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
         f(x)
-        f.programs[0].way.best = f.programs[0].way.ways[1]
         timer = Timer(0, transfer)
         timer.start()
         try:

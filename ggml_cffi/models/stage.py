@@ -14,7 +14,6 @@ from ggml_cffi.backend import Backend
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runner import Batch
-from ggml_cffi.parallel._arrivals import Choice
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import Program, Traced
 from ggml_cffi.parallel.rank import Gathered, Rank
@@ -116,7 +115,6 @@ class Stage(Closing):
     def __init__(self, layers: Layers, group: Group) -> None:
         self.layers, self.group = layers, group
         self._programs: OrderedDict[tuple[Key, int], Program] = OrderedDict()
-        self._ways: dict[int, Choice] = {}  # for so many tokens
         self._prepared: tuple[Batch, Program] | None = None  # whose inputs are written
 
     def reserve(self, n_batch: int, n_rows: int) -> list[int]:
@@ -212,10 +210,8 @@ class Stage(Closing):
         group = self.group
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        way = self._ways.setdefault(key[0], Choice(group.driver.ways))
-        return Program(
-            group, ranks, self.layers.trace, self.layers.inputs(*key), slot, way, ahead=not self.layers.is_first
-        )
+        inputs, ahead = self.layers.inputs(*key), not self.layers.is_first
+        return Program(group, ranks, self.layers.trace, inputs, slot, ahead=ahead)
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -26,7 +26,6 @@ from ggml_cffi.models.architecture import Architecture
 from ggml_cffi.models.runner import Batch, Logits, WholeRunner
 from ggml_cffi.models.stage import Layers, Stage, key_of
 from ggml_cffi.models.weights import Progress, Weights
-from ggml_cffi.parallel._arrivals import Choice
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import DIRECT
@@ -111,7 +110,6 @@ class StagedRunner(WholeRunner):
         super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
         self.stages: list[Stage] = []
         self._flows: list[_Flow] = []
-        self._ways: dict[int, Choice] = {}  # for so many tokens
         try:
             found = stages_of(self.weights)
             if not found:
@@ -138,11 +136,7 @@ class StagedRunner(WholeRunner):
         programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and len(programs) > 1 and all(program.landing is not None for program in programs[:-1]):
-            way = self._ways.get(len(batch.tokens))
-            if way is None:
-                way = self._ways[len(batch.tokens)] = Choice([self._run_waiting, self._run_watching])
-            logits: Logits = way(batch)
-            return logits
+            return self._run_watching(batch)
         return self._run_waiting(batch)
 
     def _run_waiting(self, batch: Batch) -> Logits:

@@ -1,12 +1,10 @@
-"""Seeing in host memory that devices have written what others need, and choosing between that and waiting for them."""
+"""Seeing in host memory that devices have written what others need."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +14,6 @@ _UNWRITTEN = np.uint32(0x7FC0DEAD)
 
 #: Seconds after which devices are waited for after all: work takes long, or numbers are just those.
 _PATIENCE = 0.02
-
-_TRIALS = 7  # of each way
 
 Places = Sequence[npt.NDArray[np.uint32]]
 
@@ -65,26 +61,3 @@ class Arrivals:
                     return
                 _yield()
         self.patience = min(2 * self.patience, _PATIENCE)
-
-
-class Choice:
-    """Which of several ways to do the same is quickest here: each is tried a few times."""
-
-    def __init__(self, ways: Sequence[Callable[..., Any]]) -> None:
-        self.ways = ways
-        self.best: Callable[..., Any] | None = ways[0] if len(ways) == 1 else None
-        """The way that is kept; None as long as they are tried."""
-        self._seconds: list[list[float]] = [[] for _ in ways]
-
-    def __call__(self, *args: Any) -> Any:
-        """Do it one way."""
-        if self.best is not None:
-            return self.best(*args)
-        i = min(range(len(self.ways)), key=lambda i: len(self._seconds[i]))
-        start = perf_counter()
-        result = self.ways[i](*args)
-        self._seconds[i].append(perf_counter() - start)
-        if len(self._seconds[-1]) > _TRIALS:
-            medians = [median(seconds[1:]) for seconds in self._seconds]  # the first may have prepared something
-            self.best = self.ways[medians.index(min(medians))]
-        return result

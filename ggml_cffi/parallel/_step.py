@@ -29,8 +29,8 @@ _MOST_NODES = 100
 #: Settings of ggml with which each operation, or piece of work, is waited for.
 _WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS")
 
-_FIRST = 16  # operations of the first part of a step
-_HELD = 64  # and if it is recorded ahead
+#: Operations of a first part. Recording them takes half as long as computing them.
+_HELD = 64
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,21 @@ class Steps:
         nodes = graph.node_pointers()
         if not _is_short(nodes):
             return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
-        if not shared:
-            return self._parts(nodes, freeze, hold=hold)
+        if hold and not shared:
+            return self._parts(nodes, freeze)
         if hold and _end_of_part(nodes, _most_nodes()) == len(nodes):
             return Step(self._held(nodes))
         _fill(graph.ptr, nodes)
-        return Step(rest=(_nothing(), graph.ptr))
+        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
 
-    def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None], *, hold: bool) -> Step:
-        """Parts that are handed over one by one, each larger than the one before: so that the device begins early, and
-        has something to do while the next part is recorded.
+    def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
+        """A first part to be recorded ahead, and the rest as one or more parts.
 
-        ggml would hand over more often, and each time takes the device as long as two operations of a token.
+        ggml would hand over the rest a few operations at a time, to have the device begin; but it has begun, and each
+        time takes it as long as two operations of a token.
         """
         most = _most_nodes()
-        size = min(_HELD if hold else _FIRST, most)
+        size = min(_HELD, most)
         parts: list[Sequence[Any]] = []
         while nodes:
             end = _end_of_part(nodes, size)
@@ -93,7 +93,7 @@ class Steps:
         held: tuple[Any, ...] = ()
         rest: list[Any] = []
         for i, part in enumerate(parts):
-            if hold and i == 0 and _n_operations(part) <= most:
+            if i == 0 and _n_operations(part) <= most:
                 held = self._held(part)
             else:
                 made = self._expanded(part, _n_fillers(len(part)))

@@ -43,10 +43,8 @@ class Driver(Closing):
         spare = default_threads() >= _SPARE * n + 1
         self.threads = n > 1 and (spare if threads is None else threads)
         """Whether each device has a thread of its own."""
-        self.ways: list[Callable[[Plans, Arrivals], int]] = [self._run_waiting]
-        """The ways there are to run steps whose sums can be seen to arrive."""
-        if threads is None:
-            self.ways.append(self._run_watching)
+        self.watches = threads is None
+        """Whether sums are watched for, where they can be seen to arrive."""
         self.computed = [0] * n
         """Steps that each device has computed."""
         self.locks = Locks(self.backends)
@@ -61,14 +59,13 @@ class Driver(Closing):
         plans: Plans,
         meanwhile: Callable[[], object] | None = None,
         arrivals: Arrivals | None = None,
-        way: Callable[[Plans, Arrivals], int] | None = None,
     ) -> int:
         """Compute ``plans[r][k]`` on backend ``r``, one after another; step ``k`` after ``k - 1`` of all. 0, or ggml's
         status.
 
         Some backends may have nothing for the last step. ``meanwhile`` is called while one backend computes; where
-        there are several, whose steps need this process at any moment, before. ``way`` is one of :attr:`ways`, for
-        steps whose sums can be seen to arrive, at ``arrivals``.
+        there are several, whose steps need this process at any moment, before. ``arrivals`` is where the sums can be
+        seen to arrive.
 
         C: ``ggml_backend_graph_compute_async``, ``ggml_backend_graph_compute``, ``ggml_backend_event_record``,
         ``ggml_backend_synchronize``.
@@ -85,7 +82,10 @@ class Driver(Closing):
         if meanwhile is not None:
             meanwhile()
         with self.locks:
-            status = self._run_waiting(plans) if way is None or arrivals is None else way(plans, arrivals)
+            if arrivals is not None and self.watches:
+                status = self._run_watching(plans, arrivals)
+            else:
+                status = self._run_threads(plans) if self.threads else self._run_in_turns(plans)
         self._count(plans)
         return status
 
@@ -189,10 +189,6 @@ class Driver(Closing):
         finally:
             self._wait()
         return status
-
-    def _run_waiting(self, plans: Plans, _arrivals: Arrivals | None = None) -> int:
-        """Wait for the devices at each step."""
-        return self._run_threads(plans) if self.threads else self._run_in_turns(plans)
 
     def _run_in_turns(self, plans: Plans) -> int:
         status = 0

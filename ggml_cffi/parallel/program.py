@@ -15,7 +15,7 @@ from ggml_cffi.backend import Backend
 from ggml_cffi.buffer import Buffer
 from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
-from ggml_cffi.parallel._arrivals import Arrivals, Choice
+from ggml_cffi.parallel._arrivals import Arrivals
 from ggml_cffi.parallel._memory import arrange
 from ggml_cffi.parallel._plan import Plan
 from ggml_cffi.parallel._step import can_record_ahead
@@ -162,8 +162,6 @@ class Program(Traced):
         As for ``Traced``.
     slot
         As for ``Group.block``.
-    way
-        Chooses how the devices are driven, where there is a choice; default a new one.
     ahead
         As for ``Traced``.
     """
@@ -175,13 +173,10 @@ class Program(Traced):
         function: Callable[..., Any],
         inputs: Sequence[tuple[tuple[int, ...], Type]],
         slot: int = 0,
-        way: Choice | None = None,
         *,
         ahead: bool = False,
     ) -> None:
         self.driver = group.driver
-        self.way = way or Choice(self.driver.ways)
-        """Chooses how the devices are driven."""
         self._kept: list[Owner] = []
         super().__init__(group.backends, ranks, function, inputs, ahead=ahead)
         try:
@@ -333,7 +328,7 @@ class Program(Traced):
             If a device reports failure.
         """
         if not self._is_new:
-            _check(self.driver.run(self.steps, meanwhile, self.arrivals, self.way))
+            _check(self.driver.run(self.steps, meanwhile, self.arrivals))
             return
         if meanwhile is not None:
             meanwhile()
