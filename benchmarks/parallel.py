@@ -154,6 +154,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ggml_cffi_models"))
     parser.add_argument("--peer", help="an interpreter with llama-cpp-python")
+    parser.add_argument(
+        "--peer-splits", default="one,layer,data,tensor", help="its layer split keeps batches in flight"
+    )
     args = parser.parse_args()
     args.prompts = [int(n) for n in args.prompts.split(",")]
     devices = args.devices or [d.name for d in ggml.devices() if not d.is_cpu][:2]
@@ -170,8 +173,8 @@ def main() -> int:
             for who, measure in (("ggml_cffi", ours), *((("llama.cpp", theirs),) if args.peer else ())):
                 figures: dict[str, Any] = {}
                 for split in args.splits.split(","):
-                    if who == "llama.cpp" and split in ("pipeline", "auto"):
-                        continue  # its layer split keeps batches in flight
+                    if who == "llama.cpp" and split not in args.peer_splits.split(","):
+                        continue
                     try:
                         figures[split] = measure(path, devices, split, args)
                     except (ValueError, ggml.GgmlError) as error:

@@ -145,7 +145,12 @@ class Driver(Closing):
         held from here to :meth:`finish`.
         """
         ((step,),) = plans
-        self._record(0, step)
+        if step.held:
+            # What computes nothing is handed out at once: with each graph, ggml has the device clear some memory.
+            nothing, graph = (Step((held,)) for held in step.held)
+            self._record(0, nothing)
+            self._hand_out(0, nothing)
+            self._record(0, graph)
         self._ahead = step
 
     def begin(self, plans: Plans) -> int:
