@@ -36,7 +36,7 @@ autodoc_typehints_format = "short"
 autodoc_type_aliases = {f"npt.{name}": f"numpy.typing.{name}" for name in ("ArrayLike", "DTypeLike")}
 suppress_warnings = ["config.cache"]
 #: What is handed on from inside to inside, and nobody else makes.
-nitpick_ignore = [("py:class", name) for name in ("ggml_cffi.models.arrange.Wish", "Arrivals", "Choice", "Graphs")]
+nitpick_ignore = [("py:class", name) for name in ("ggml_cffi.models.arrange.Wish", "Arrivals", "Plans", "Step")]
 
 _NAPOLEON = Config(napoleon_use_rtype=False)
 #: Modules whose names are part of the reference as they are; all others' are given as ``ggml_cffi.name``.

@@ -34,7 +34,8 @@ class Driver(Closing):
         One for each device.
     threads
         Whether each device has a thread of its own, which hands it the nodes of its graphs while others do so for
-        theirs. Else one thread hands out all, one device after the other. Default whatever is quickest.
+        theirs. Else one thread hands out all, one device after the other. Default threads, where there are processors
+        enough; and one thread where sums can be watched for.
     """
 
     def __init__(self, backends: Sequence[Backend], *, threads: bool | None = None) -> None:

@@ -39,8 +39,9 @@ class TensorParallel(Group):
         Bytes beyond which partial sums travel as F16, which takes half the time. Default never: a partial sum beyond
         65504 would be infinite.
     threads
-        Whether each device has a thread that hands it its work; else one thread does so in turns. Default whatever
-        turns out to be quickest in the first runs of a function.
+        Whether each device has a thread that hands it its work; else one thread does so in turns. Default one for
+        each, where there are processors enough; but one thread for all where the steps of a function are short: it has
+        the next step recorded while the devices compute.
     n_threads
         CPU only: threads; default all that this process may use.
 
