@@ -5,6 +5,7 @@ All of it rests on how ggml does that, which another ggml may do otherwise: thes
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Timer
 
 import numpy as np
@@ -64,17 +65,16 @@ def test_what_is_recorded_waits_until_it_is_handed_out(gpu, weight, n, rng):
                 if k == 1.0:
                     program.compute()
                 else:
-                    with driver.locks:
-                        program.puts[0][...] = 0
-                        program.record()
-                        time.sleep(0.02)
-                        assert (program.takes[0][0] == k).all()
-                        program.puts[0][...] = x  # what it is to be computed with
-                        if k == 2.0:
-                            program.compute()
-                        else:
-                            program.hand_over(lambda: None)
-                            driver.finish()
+                    program.puts[0][...] = 0
+                    program.record()
+                    time.sleep(0.02)
+                    assert (program.takes[0][0] == k).all()
+                    program.puts[0][...] = x  # what it is to be computed with
+                    if k == 2.0:
+                        program.compute()
+                    else:
+                        program.hand_over(lambda: None)
+                        driver.finish()
                 assert relative_error(program.result(), expected(x, weight, n)) < 1e-2
             assert driver.computed == [3]
 
@@ -87,10 +87,45 @@ def test_what_was_recorded_and_given_up(gpu, weight, rng):
         with Program(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             program.puts[0][...] = 0
             program.compute()
-            with group.driver.locks:
-                program.record()
-                group.driver.finish()
+            program.record()
+            group.driver.finish()
             program.puts[0][...] = x
+            program.compute()
+            assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(10)
+
+
+def test_the_device_belongs_to_a_thread_while_something_is_recorded(gpu, weight, rng):
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), 3)
+        with Program(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+            driver, lock = group.driver, group.backends[0].lock
+
+            def is_free():
+                return in_a_thread(lambda: lock.acquire(blocking=False) and (lock.release() or True))
+
+            program.puts[0][...] = x
+            for _ in range(2):
+                program.compute()
+                program.record()
+                assert not is_free()
+                in_a_thread(lambda: driver.finish(if_free=True))  # it is not
+                assert not is_free()
+                program.compute()
+                assert is_free()
+                program.record()
+                driver.finish()
+                assert is_free()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lock.acquire).result()
+                program.record()  # nothing: another thread uses the device
+                assert driver._ahead is None
+                pool.submit(lock.release).result()
             program.compute()
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
 

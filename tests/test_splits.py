@@ -2,6 +2,8 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 
 import llama_float64
@@ -15,7 +17,7 @@ from ggml_cffi._feasible import VIEWS
 from ggml_cffi.models import auto, calibrate
 from ggml_cffi.models.stage import Stage
 from ggml_cffi.models.staged import StagedRunner
-from ggml_cffi.parallel import _step
+from ggml_cffi.parallel import _arrivals, _step
 from ggml_cffi.parallel.program import Program
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -104,7 +106,7 @@ def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
         finished = []
         for i, stage in enumerate(runner.stages):
             finish = stage.finish
-            monkeypatch.setattr(stage, "finish", lambda i=i, finish=finish: (finished.append(i), finish()))
+            monkeypatch.setattr(stage, "finish", lambda i=i, finish=finish, **o: (finished.append((i, o)), finish(**o)))
         for failing in (first, second):
             for method in ("prepare", "run"):
                 monkeypatch.setattr(failing, method, raise_interrupt)
@@ -113,11 +115,11 @@ def test_both_ways_to_hand_over_give_the_same(two_gpus, path, monkeypatch):
                 else:
                     with pytest.raises(KeyboardInterrupt):
                         model.forward([3])
-                assert finished[-2:] == [0, 1]
+                assert finished[-2:] == [(1, {"if_free": False}), (0, {"if_free": False})]
                 monkeypatch.delattr(failing, method)
         finished.clear()
         np.testing.assert_array_equal(model.forward([3]), found[1][1])
-        assert finished == [0, 0, 1]
+        assert finished == [(i, {"if_free": free}) for i, free in ((0, True), (1, False), (0, False))]
 
 
 def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, monkeypatch):
@@ -150,6 +152,34 @@ def held_nodes(graph, pointer):
     own = {t.ptr: t for t in graph.nodes}
     found = [ggml.c.ggml_graph_node(pointer, i) for i in range(ggml.c.ggml_graph_n_nodes(pointer))]
     return [*dict.fromkeys(own[p] for p in found if p in own)]
+
+
+def test_what_is_not_seen_to_arrive_is_waited_for(two_gpus, path, monkeypatch):
+    """What the next GPU has recorded is given up then, and recorded again."""
+    with models.load(path, two_gpus, "layer", n_batch=16) as model:
+        want = answers(model, [PROMPT, PROMPT[:5]], 12), model.forward([3])
+    monkeypatch.setattr(_arrivals, "_PATIENCE", 0.0)
+    with models.load(path, two_gpus, "layer", n_batch=16) as model:
+        assert answers(model, [PROMPT, PROMPT[:5]], 12) == want[0]
+        np.testing.assert_array_equal(model.forward([3]), want[1])
+        first, second = model._runners[0].stages
+        assert sum(p.landing.late for p in first.programs) > 10
+        assert any(step.held for p in second.programs for own in p.steps for step in own)
+
+
+def test_several_models_on_the_same_gpus(two_gpus, path):
+    """Each holds the devices that it uses for a moment, and none waits for ever."""
+    kinds = ("layer", "tensor", "layer", "pipeline")
+    with ExitStack() as stack:
+        loaded = [stack.enter_context(models.load(path, two_gpus, kind, n_batch=16)) for kind in kinds]
+        loaded.append(stack.enter_context(models.load(path, two_gpus[::-1], "layer", n_batch=16)))
+        want = [answers(model, [PROMPT, PROMPT[:5]], 12) for model in loaded]
+        pool = stack.enter_context(ThreadPoolExecutor(len(loaded)))
+        for _ in range(3):
+            for model in loaded:
+                model.clear_cache()
+            going = [pool.submit(answers, model, [PROMPT, PROMPT[:5]], 12) for model in loaded]
+            assert [future.result(120) for future in going] == want
 
 
 def raise_interrupt(*_args, **_options):

@@ -148,9 +148,7 @@ class Stage(Closing):
         return program
 
     def prepare_ahead(self, batch: Batch) -> None:
-        """As :meth:`prepare`, and have the device record what it can. The driver is to be locked; :meth:`run` or
-        :meth:`finish` is to follow.
-        """
+        """As :meth:`prepare`, and have the device record what it can; see ``Driver.record``."""
         self.prepare(batch).record()
 
     def run(
@@ -174,16 +172,20 @@ class Stage(Closing):
         return program.result()
 
     def hand_over(
-        self, batch: Batch, x: npt.NDArray[np.float32] | None, meanwhile: Callable[[], object]
+        self,
+        batch: Batch,
+        x: npt.NDArray[np.float32] | None,
+        meanwhile: Callable[[], object],
+        finish: Callable[[], object],
     ) -> npt.NDArray[np.float32]:
         """As :meth:`run`, but the result as soon as it has arrived. The device may not be done then: call
-        :meth:`finish`, also after an exception.
+        :meth:`finish`, also after an exception. ``finish`` is called where it is not seen to arrive, and calls that.
         """
-        return self._ready(batch, x).hand_over(meanwhile)
+        return self._ready(batch, x).hand_over(meanwhile, finish)
 
-    def finish(self) -> None:
-        """Wait for the device."""
-        self.group.driver.finish()
+    def finish(self, *, if_free: bool = False) -> None:
+        """Wait for the device; with ``if_free`` not while another thread uses it."""
+        self.group.driver.finish(if_free=if_free)
 
     def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> Program:
         """The graph for a batch, with all inputs."""

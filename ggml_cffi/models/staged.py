@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi._feasible import VIEWS
-from ggml_cffi._locks import Locks
 from ggml_cffi.backend import Backend
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architecture import Architecture
@@ -67,9 +66,9 @@ def _reads_host_memory(backend: Backend) -> bool:
         return backend.device in block.buffers
 
 
-def _finish(stages: Iterable[Stage]) -> None:
+def _finish(stages: Iterable[Stage], *, if_free: bool = False) -> None:
     for stage in stages:
-        stage.finish()
+        stage.finish(if_free=if_free)
 
 
 def layers_of(weights: Weights, layers: range) -> Layers:
@@ -121,7 +120,6 @@ class StagedRunner(WholeRunner):
             if in_flight or len(found) == 1:
                 self.n_in_flight, self.n_together = len(found), _TOGETHER
                 self._flows = [_Flow(stage) for stage in self.stages]
-            self._locks = Locks([backends[i] for i, _ in found])
             self._scheduler = Scheduler(backends)
         except BaseException:
             self.close()
@@ -151,13 +149,13 @@ class StagedRunner(WholeRunner):
     def _run_watching(self, batch: Batch) -> Logits:
         """Each stage when what the one before has computed is seen to be there; its device is waited for after that."""
         x: Hidden | None = None
-        with self._locks:
-            try:
-                for stage, after in pairwise(self.stages):
-                    x = stage.hand_over(batch, x, partial(after.prepare_ahead, batch))
-                return self.stages[-1].run(batch, x, meanwhile=partial(_finish, self.stages[:-1]))
-            finally:
-                _finish(self.stages)
+        try:
+            for stage, after in pairwise(self.stages):
+                # The next one's device is this thread's then: it is given up before another is waited for.
+                x = stage.hand_over(batch, x, partial(after.prepare_ahead, batch), partial(_finish, (after, stage)))
+            return self.stages[-1].run(batch, x, meanwhile=partial(_finish, self.stages[:-1], if_free=True))
+        finally:
+            _finish(reversed(self.stages))  # the last first: it may have recorded something, and be locked
 
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         if not self._flows:

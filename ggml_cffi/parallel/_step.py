@@ -23,6 +23,9 @@ from ggml_cffi.graph import Graph
 #: Columns of products up to which a graph is one that a device is soon done with.
 _SHORT = 16
 
+#: Operations by whose size ggml's Vulkan decides when to hand work over.
+_COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
+
 #: Operations that ggml's Vulkan records before it hands them over without being asked.
 _MOST_NODES = 100
 
@@ -67,14 +70,28 @@ class Steps:
             Whether to have the step recorded ahead: all of it if ``shared``, else its beginning; if it is short.
         """
         nodes = graph.node_pointers()
-        if not _is_short(nodes):
-            return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
-        if hold and not shared:
-            return self._parts(nodes, freeze)
-        if hold and _end_of_part(nodes, _most_nodes()) == len(nodes):
-            return Step(self._held(nodes))
+        if hold and _is_short(nodes):
+            if not shared:
+                return self._parts(nodes, freeze)
+            if _n_operations(nodes) <= _most_nodes():
+                return Step(self._held(nodes))
+        head = next((i for i, p in enumerate(nodes) if p.op in _COUNTED), 0) if shared else 0
+        if head:
+            return self._in_two(nodes[:head], nodes[head:], freeze)
         _fill(graph.ptr, nodes)
-        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
+        return Step(rest=(graph.ptr,))
+
+    def _in_two(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
+        """What comes before the first product as a graph of its own, and the rest.
+
+        ggml's Vulkan hands work to the device each time that it has as many operations as a 40th of the graph before
+        had. In a graph of few nodes that is before and after each product. After a graph without any, it hands over the
+        next as a whole.
+        """
+        _keep_for_later([first, rest])
+        made = self._expanded(first, 0)
+        freeze(first)
+        return Step(rest=(made, self._filled(rest)))
 
     def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
         """A first part to be recorded ahead, and the rest as one or more parts.
@@ -96,9 +113,7 @@ class Steps:
             if i == 0 and _n_operations(part) <= most:
                 held = self._held(part)
             else:
-                made = self._expanded(part, _n_fillers(len(part)))
-                _fill(made, part)
-                rest += [_nothing(), made]
+                rest += [_nothing(), self._filled(part)]
             freeze(part)
         return Step(held, tuple(rest))
 
@@ -107,6 +122,11 @@ class Steps:
         for _ in range(1 + _n_fillers(len(nodes))):
             c.ggml_graph_add_node(made, _passed_over())
         return _nothing(), made
+
+    def _filled(self, nodes: Sequence[Any]) -> Any:
+        made = self._expanded(nodes, _n_fillers(len(nodes)))
+        _fill(made, nodes)
+        return made
 
     def _expanded(self, nodes: Sequence[Any], more: int) -> Any:
         """A C graph of these nodes in this order, with room for some more. It knows how often each is used, which
@@ -194,11 +214,7 @@ def _passed_over() -> Any:
 
 @cache
 def _nothing() -> Any:
-    """A C graph that computes nothing.
-
-    ggml's Vulkan hands work over each time that it has as many operations as a 40th of the graph before had. After a
-    graph without any, it hands over the next as a whole.
-    """
+    """A C graph that computes nothing: ggml's Vulkan hands over the next as a whole; see ``_in_two``."""
     made, _ = _new_graph(2)  # for good
     c.ggml_graph_add_node(made, _passed_over())
     return made
@@ -213,7 +229,7 @@ def _fill(graph: Any, nodes: Sequence[Any]) -> None:
     """
     view = next((p for p in nodes if p.op in VIEWS), None)
     n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
-    if view is not None:
+    if view is not None and _is_short(nodes):
         for _ in range(min(_n_fillers(n), size - n)):
             c.ggml_graph_add_node(graph, view)
 

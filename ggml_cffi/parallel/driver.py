@@ -142,35 +142,47 @@ class Driver(Closing):
     # ------------------------------------------------------------------ one device
 
     def record(self, plans: Plans) -> None:
-        """Have the only backend record the beginning, if it can be held, for the next :meth:`begin`. The lock is to be
-        held from here to :meth:`finish`.
+        """Have the only backend record the beginning for the next :meth:`begin`, if it can be held, and no other thread
+        uses the device. It is this thread's until then, or until :meth:`finish`, one of which is to follow.
         """
         ((step,),) = plans
-        if step.held:
+        if step.held and self.backends[0].lock.acquire(blocking=False):
+            self._ahead = step
             # What computes nothing is handed out at once: with each graph, ggml has the device clear some memory.
             nothing, graph = (Step((held,)) for held in step.held)
             self._record(0, nothing)
             self._hand_out(0, nothing)
             self._record(0, graph)
-        self._ahead = step
 
     def begin(self, plans: Plans) -> int:
         """Have the only backend compute all steps. 0, or ggml's status. :meth:`finish` is to follow."""
         (own,), status = plans, 0
         with self.locks:
-            for step in own:
-                if step is not self._ahead:
-                    status = self._record(0, step) or status
-                self._ahead = None
-                status = self._hand_out(0, step) or status
+            try:
+                for step in own:
+                    if step is not self._ahead:
+                        status = self._record(0, step) or status
+                    status = self._hand_out(0, step) or status
+            finally:
+                self._let_go()
         self._count(plans)
         return status
 
-    def finish(self) -> None:
-        """Wait for the only backend."""
-        with self.locks:
+    def finish(self, *, if_free: bool = False) -> None:
+        """Wait for the only backend; with ``if_free`` not while another thread uses the device."""
+        lock = self.backends[0].lock
+        if lock.acquire(blocking=not if_free):
+            try:
+                self._wait()
+            finally:
+                self._let_go()
+                lock.release()
+
+    def _let_go(self) -> None:
+        """Have the device no longer for what was recorded ahead."""
+        if self._ahead is not None:
             self._ahead = None
-            self._wait()
+            self.backends[0].lock.release()
 
     # ------------------------------------------------------------------ several devices
 

@@ -336,24 +336,35 @@ class Program(Traced):
         self._is_new = False
 
     def record(self) -> None:
-        """Have the only device record the beginning of the program, if it can, before the inputs are there. The driver
-        is to be locked from here to the end of the run, and finished if there is none.
+        """Have the only device record the beginning of the program, if it can, before the inputs are there; see
+        ``Driver.record``.
         """
         if not self._is_new:
             self.driver.record(self.steps)
 
-    def hand_over(self, meanwhile: Callable[[], object]) -> npt.NDArray[Any]:
-        """The result of a program with a ``landing``, as soon as it has arrived; ``meanwhile`` is called before. The
-        device may not be done then: call ``driver.finish``, also after an exception. Errors as :meth:`compute`.
+    def hand_over(
+        self, meanwhile: Callable[[], object], finish: Callable[[], object] | None = None
+    ) -> npt.NDArray[Any]:
+        """The result of a program with a ``landing``, as soon as it has arrived. Errors as :meth:`compute`.
+
+        Parameters
+        ----------
+        meanwhile
+            Called while the device computes, which may not be done afterwards: call ``driver.finish``, also after an
+            exception.
+        finish
+            Called where the result is not seen to arrive; default ``driver.finish``. To be given by who holds the lock
+            of another device, which is to be released before this one's is waited for.
         """
         assert self.landing is not None
         if self._is_new:
-            self.compute(meanwhile)
+            self.compute()
+            meanwhile()
             return self.result()
         self.landing.clear(0)
         _check(self.driver.begin(self.steps))
         meanwhile()
-        self.landing.wait(0, self.driver.finish)
+        self.landing.wait(0, finish or self.driver.finish)
         return self.result()
 
     def close(self) -> None:
