@@ -210,6 +210,9 @@ def nothing(devices: list[str], rounds: int) -> dict[str, float]:
                 with mode(group, on):
                     us = best(lambda p=program: group.driver.run(p.steps), rounds if size == 4096 else 3)
                     found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
+            if program.arrivals is not None:
+                us = best(lambda p=program: group.driver.run(p.steps, None, p.arrivals), rounds)
+                found[f"sum of {4 * size / 1024:,.0f} KiB, watching"] = us / 65
     return found
 
 
