@@ -29,8 +29,14 @@ _COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2
 #: Operations that ggml's Vulkan records before it hands them over without being asked.
 _MOST_NODES = 100
 
-#: Settings of ggml with which each operation, or piece of work, is waited for.
-_WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS")
+#: Settings of ggml with which each operation, piece of work, or graph is waited for.
+_WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS", "GGML_VK_DISABLE_ASYNC")
+
+#: A device of which ggml waits for each graph.
+_WAITED_FOR = "(DG1)"
+
+#: What may read sums of squares that ggml clears with the next graph, without waiting: no part ends with it.
+_NORM = (Op.RMS_NORM, Op.MUL)
 
 #: Operations of a first part. Recording them takes half as long as computing them.
 _HELD = 64
@@ -75,11 +81,11 @@ class Steps:
                 return self._parts(nodes, freeze)
             if _n_operations(nodes) <= _most_nodes():
                 return Step(self._held(nodes))
+        if _is_short(nodes):
+            _fill(graph.ptr, nodes)
+            return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
         head = next((i for i, p in enumerate(nodes) if p.op in _COUNTED), 0) if shared else 0
-        if head:
-            return self._in_two(nodes[:head], nodes[head:], freeze)
-        _fill(graph.ptr, nodes)
-        return Step(rest=(graph.ptr,))
+        return self._in_two(nodes[:head], nodes[head:], freeze) if head else Step(rest=(graph.ptr,))
 
     def _in_two(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
         """What comes before the first product as a graph of its own, and the rest.
@@ -91,7 +97,7 @@ class Steps:
         _keep_for_later([first, rest])
         made = self._expanded(first, 0)
         freeze(first)
-        return Step(rest=(made, self._filled(rest)))
+        return Step(rest=(made, self._expanded(rest, 0)))
 
     def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
         """A first part to be recorded ahead, and the rest as one or more parts.
@@ -155,7 +161,9 @@ def can_record_ahead(device: Device) -> bool:
     """Whether ggml's Vulkan keeps what it has recorded for a device, and hands over all of it when it is told to. Not
     for one that shares its memory with the processor, which does part of the work then.
     """
-    return device.type is DeviceType.GPU and not any(name in os.environ for name in _WITHOUT)
+    if device.type is not DeviceType.GPU or _WAITED_FOR in device.description:
+        return False
+    return not any(name in os.environ for name in _WITHOUT)
 
 
 def _most_nodes() -> int:
@@ -170,7 +178,7 @@ def _end_of_part(nodes: Sequence[Any], most: int) -> int:
     """How many nodes make a part of at most so many operations, if it can be made to end there.
 
     It ends before a product, with which ggml computes nothing that comes before, and none that it computes side by
-    side with another.
+    side with another, nor one of what was normalized just before.
     """
     end = count = 0
     before = None
@@ -179,7 +187,7 @@ def _end_of_part(nodes: Sequence[Any], most: int) -> int:
             continue
         if count > most and end:
             break
-        if p.op == Op.MUL_MAT and before != Op.MUL_MAT:
+        if p.op == Op.MUL_MAT and before not in (Op.MUL_MAT, *_NORM):
             end = i
         before = p.op
         count += 1
@@ -229,7 +237,7 @@ def _fill(graph: Any, nodes: Sequence[Any]) -> None:
     """
     view = next((p for p in nodes if p.op in VIEWS), None)
     n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
-    if view is not None and _is_short(nodes):
+    if view is not None:
         for _ in range(min(_n_fillers(n), size - n)):
             c.ggml_graph_add_node(graph, view)
 

@@ -146,6 +146,8 @@ class Driver(Closing):
         uses the device. It is this thread's until then, or until :meth:`finish`, one of which is to follow.
         """
         ((step,),) = plans
+        if self._ahead is not None:  # of a run that was interrupted twice
+            self.finish()
         if step.held and self.backends[0].lock.acquire(blocking=False):
             self._ahead = step
             # What computes nothing is handed out at once: with each graph, ggml has the device clear some memory.
@@ -204,6 +206,9 @@ class Driver(Closing):
                     for r, own in enumerate(steps[k + 1]):
                         status = self._record(r, own) or status
                     arrivals.wait(k, self._wait_for_events)
+        except BaseException:
+            self._wait_for_events()  # else what is recorded would be computed with sums that are not there: NaN
+            raise
         finally:
             self._wait()
         return status

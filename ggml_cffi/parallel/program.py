@@ -350,8 +350,8 @@ class Program(Traced):
         Parameters
         ----------
         meanwhile
-            Called while the device computes, which may not be done afterwards: call ``driver.finish``, also after an
-            exception.
+            Called while the device computes, the first time after that. It may not be done afterwards: call
+            ``driver.finish``, also after an exception.
         finish
             Called where the result is not seen to arrive; default ``driver.finish``. To be given by who holds the lock
             of another device, which is to be released before this one's is waited for.
