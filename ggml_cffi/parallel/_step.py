@@ -76,16 +76,15 @@ class Steps:
             Whether to have the step recorded ahead: all of it if ``shared``, else its beginning; if it is short.
         """
         nodes = graph.node_pointers()
-        if hold and _is_short(nodes):
-            if not shared:
-                return self._parts(nodes, freeze)
-            if _n_operations(nodes) <= _most_nodes():
-                return Step(self._held(nodes))
-        if _is_short(nodes):
-            _fill(graph.ptr, nodes)
-            return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
-        head = next((i for i, p in enumerate(nodes) if p.op in _COUNTED), 0) if shared else 0
-        return self._in_two(nodes[:head], nodes[head:], freeze) if head else Step(rest=(graph.ptr,))
+        if not _is_short(nodes):
+            head = next((i for i, p in enumerate(nodes) if p.op in _COUNTED), 0) if shared else 0
+            return self._in_two(nodes[:head], nodes[head:], freeze) if head else Step(rest=(graph.ptr,))
+        if hold and not shared:
+            return self._parts(nodes, freeze)
+        if hold and _n_operations(nodes) <= _most_nodes():
+            return Step(self._held(nodes))
+        _fill(graph.ptr, nodes)
+        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
 
     def _in_two(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
         """What comes before the first product as a graph of its own, and the rest.
@@ -124,8 +123,9 @@ class Steps:
         return Step(held, tuple(rest))
 
     def _held(self, nodes: Sequence[Any]) -> tuple[Any, ...]:
-        made = self._expanded(nodes, 1 + _n_fillers(len(nodes)))
-        for _ in range(1 + _n_fillers(len(nodes))):
+        more = 1 + _n_fillers(len(nodes))
+        made = self._expanded(nodes, more)
+        for _ in range(more):
             c.ggml_graph_add_node(made, _passed_over())
         return _nothing(), made
 
