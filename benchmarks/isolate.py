@@ -16,7 +16,7 @@ import numpy as np
 
 import ggml_cffi as ggml
 from benchmarks import save
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 
 SIZES = (16, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)  # bytes, there and back
 

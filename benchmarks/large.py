@@ -22,8 +22,8 @@ import numpy as np
 import ggml_cffi as ggml
 from benchmarks import save, shapes
 from ggml_cffi import models
-from ggml_cffi._gguf_layout import Planned, _head
-from ggml_cffi.stored import RawTensor
+from ggml_cffi.files.gguf.layout import Planned, _head
+from ggml_cffi.files.sources import RawTensor
 
 _ALIGN = 32
 

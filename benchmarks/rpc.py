@@ -17,12 +17,13 @@ import numpy as np
 
 import ggml_cffi as ggml
 from benchmarks import save
-from ggml_cffi import _lib, c, rpc
+from ggml_cffi import c, rpc
+from ggml_cffi.c import library
 
 
 def raw(endpoint: str) -> ggml.Device:
     """The first device as ggml's client has it: the process ends with the server."""
-    _lib.load("rpc")
+    library.load("rpc")
     registry = c.ggml_backend_rpc_add_server(endpoint.encode())
     return ggml.Device(c.ggml_backend_reg_dev_get(registry, 0))
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from ggml_cffi.dtypes import as_type, row_size
-from ggml_cffi.stored import RawTensor
+from ggml_cffi.core.dtypes import as_type, row_size
+from ggml_cffi.files.sources import RawTensor
 
 
 @dataclass(frozen=True)

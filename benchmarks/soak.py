@@ -405,7 +405,7 @@ def warm_up() -> None:
 
 def child(args: argparse.Namespace) -> int:
     """Plays, and reports every few seconds in a line of JSON."""
-    from ggml_cffi import _handle
+    from ggml_cffi.core.handle import live
 
     faulthandler.enable()
     warnings.simplefilter("ignore", ResourceWarning)
@@ -425,7 +425,7 @@ def child(args: argparse.Namespace) -> int:
             still = [p.doing for p in players if time.monotonic() - p.since > _STANDSTILL]
             counts = sum((player.counts for player in players), Counter())
             report = {"seconds": time.monotonic() - start, "resident": resident(), "counts": counts}
-            live = sum(_handle.live().values())
+            live = sum(live().values())
             sys.stdout.write(json.dumps(report | {"live": live, "failures": failures, "still": still}) + "\n")
             sys.stdout.flush()
             if still:

@@ -21,12 +21,13 @@ import numpy as np
 
 import ggml_cffi as ggml
 from benchmarks import save
-from ggml_cffi import c, dtypes
-from ggml_cffi.models.decoder import Rope
-from ggml_cffi.models.llama import Llama
-from ggml_cffi.models.runner import Batch
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
+from ggml_cffi.models.architectures.decoder import Rope
+from ggml_cffi.models.architectures.llama import Llama
+from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.tensor import TensorRunner
 from ggml_cffi.parallel import Program, Rank, TensorParallel, rank
-from ggml_cffi.parallel.tensor_runner import TensorRunner
 
 # layers, embedding, feed-forward, heads, KV heads, vocabulary
 SHAPES = {

@@ -9,13 +9,13 @@ import sys
 from codegen import emit, flat, headers, operations
 
 TARGETS = {
-    "ggml_cffi/_decl.py": emit.decl,
-    "ggml_cffi/c.py": emit.c_module,
-    "ggml_cffi/c.pyi": emit.c_stub,
+    "ggml_cffi/c/_decl.py": emit.decl,
+    "ggml_cffi/c/__init__.py": emit.c_module,
+    "ggml_cffi/c/__init__.pyi": emit.c_stub,
     "ggml_cffi/enums.py": emit.enums,
     "codegen/report.md": emit.report,
     "ggml_cffi/ops/__init__.py": operations.namespace,
-    "ggml_cffi/_flat_ops.py": flat.operations,
+    "ggml_cffi/flat/_ops.py": flat.operations,
     "docs/operations.md": operations.table,
 }
 

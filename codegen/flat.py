@@ -1,7 +1,7 @@
 """The operations and constants of ``ggml_cffi.flat``, in C's names and order of arguments.
 
 Most builders pass their arguments on as they are. ``CALLS`` has those that cannot: what numpy's order of axes turns
-round, what C has and the checked operation has not. ``to`` is :mod:`ggml_cffi._flat_args`.
+round, what C has and the checked operation has not. ``to`` is :mod:`ggml_cffi.flat._args`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from codegen.operations import builders, modules
 #: Builders that are not there, each with its reason.
 LEFT_OUT = {"ggml_flash_attn_back": "always ends the process: not adapted to what ggml_flash_attn_ext became"}
 
-#: Builders that are written by hand in ``ggml_cffi/flat.py``.
+#: Builders that are written by hand in ``ggml_cffi/flat/``.
 BY_HAND = {f"ggml_new_tensor{n}" for n in ("", "_1d", "_2d", "_3d", "_4d")} | {"ggml_dup_tensor"}
 
 #: Enums whose members are there under their C names.
@@ -216,7 +216,7 @@ def generated(headers: Headers) -> list[Function]:
 
 
 def operations(headers: Headers) -> str:
-    """``ggml_cffi/_flat_ops.py``."""
+    """``ggml_cffi/flat/_ops.py``."""
     functions = generated(headers)
     enums = sorted({"UnaryOp", "GluOp", *(enum_name(name) for name in ENUMS)})
     lines = [
@@ -229,12 +229,12 @@ def operations(headers: Headers) -> str:
         "",
         "from collections.abc import Callable, Sequence",
         "",
-        "from ggml_cffi import _flat_args as to",
         "from ggml_cffi import ops",
-        "from ggml_cffi.context import Context",
+        "from ggml_cffi.core.context import Context",
+        "from ggml_cffi.core.tensor import Tensor",
         f"from ggml_cffi.enums import {', '.join(enums)}",
+        "from ggml_cffi.flat import _args as to",
         "from ggml_cffi.ops.rope import RopeMode",
-        "from ggml_cffi.tensor import Tensor",
         "",
     ]
     constants = _constants(headers)

@@ -36,7 +36,9 @@ autodoc_typehints_format = "short"
 autodoc_type_aliases = {f"npt.{name}": f"numpy.typing.{name}" for name in ("ArrayLike", "DTypeLike")}
 suppress_warnings = ["config.cache"]
 #: What is handed on from inside to inside, and nobody else makes.
-nitpick_ignore = [("py:class", name) for name in ("ggml_cffi.models.arrange.Wish", "Arrivals", "Plans", "Step")]
+nitpick_ignore = [
+    ("py:class", name) for name in ("ggml_cffi.models.placement.arrange.Wish", "Arrivals", "Plans", "Step")
+]
 
 _NAPOLEON = Config(napoleon_use_rtype=False)
 #: Modules whose names are part of the reference as they are; all others' are given as ``ggml_cffi.name``.
@@ -114,7 +116,7 @@ def _is_section(paragraph: list[str]) -> bool:
 
 
 def _resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A reference by the module that defines a name, such as ``ggml_cffi.tensor.Tensor``, as ``ggml_cffi.Tensor``.
+    """A reference by the module that defines a name, such as ``ggml_cffi.core.tensor.Tensor``, as ``ggml_cffi.Tensor``.
 
     What is not ours is plain text: the build needs no network.
     """

@@ -5,11 +5,13 @@ objects (:class:`Device`, :class:`Backend`, :class:`Buffer`, :class:`Context`, :
 :class:`Scheduler`), operations (:mod:`ggml_cffi.ops`) and models (:mod:`ggml_cffi.models`).
 """
 
-from ggml_cffi._decl import GGML_VERSION
-from ggml_cffi.backend import Backend
-from ggml_cffi.buffer import Buffer, BufferType
-from ggml_cffi.context import Context
-from ggml_cffi.device import Capabilities, Device, DeviceType, Memory, device, devices
+from ggml_cffi.c._decl import GGML_VERSION
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.buffer import Buffer, BufferType
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import Capabilities, Device, DeviceType, Memory, device, devices, find_remote_with
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.transfer import HostBlock, pinned, transfer
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import GGUFType, Op, OpPool, Prec, ScaleFlag, ScaleMode, SortOrder, TriType, Type
 from ggml_cffi.errors import (
@@ -25,24 +27,31 @@ from ggml_cffi.errors import (
     RemoteError,
     UnsupportedOpError,
 )
-from ggml_cffi.gguf import GGUFFile, GGUFTensor, GGUFValue
-from ggml_cffi.gguf_write import write_gguf
-from ggml_cffi.gradients import gradients
-from ggml_cffi.graph import Graph
+from ggml_cffi.files.gguf.reader import GGUFFile, GGUFTensor, GGUFValue
+from ggml_cffi.files.gguf.writer import write_gguf
+from ggml_cffi.files.quantize import dequantize, quantize
+from ggml_cffi.files.quantize_file import choose_types, quantize_file, read_imatrix
+from ggml_cffi.files.safetensors import SafetensorsFile, from_safetensors
+from ggml_cffi.files.sources import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
-from ggml_cffi.quantize import dequantize, quantize
-from ggml_cffi.requantize import choose_types, quantize_file, read_imatrix
-from ggml_cffi.safetensors import SafetensorsFile, from_safetensors
-from ggml_cffi.scheduler import Scheduler, Split
-from ggml_cffi.session import Compiled, Program, Session
-from ggml_cffi.session_plan import DeviceNeed, SessionPlan, plan
-from ggml_cffi.stored import LazyTensor, RawTensor, StoredTensor
-from ggml_cffi.tensor import Tensor
-from ggml_cffi.train import SGD, AdamW, Optimizer
-from ggml_cffi.transfer import HostBlock, pinned, transfer
+from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.scheduler import Scheduler, Split
+from ggml_cffi.session.plan import DeviceNeed, SessionPlan, plan
+from ggml_cffi.session.session import Compiled, Program, Session
+from ggml_cffi.train.gradients import gradients
+from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
 
 __version__ = "0.1.0"
+
+
+def _find_remote(name: str) -> Device:
+    from ggml_cffi import rpc  # slow to import, and most programs have no remote devices
+
+    return rpc.device(name)
+
+
+find_remote_with(_find_remote)
 
 F32, F16, BF16, F64 = Type.F32, Type.F16, Type.BF16, Type.F64
 I8, I16, I32, I64 = Type.I8, Type.I16, Type.I32, Type.I64

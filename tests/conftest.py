@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi
-from ggml_cffi import _handle
+from ggml_cffi.core.handle import live
 
 ROOT = Path(__file__).resolve().parent.parent
 _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
@@ -67,10 +67,10 @@ def need(names: tuple[str, ...]) -> tuple[str, ...]:
 def nothing_left_behind() -> Iterator[None]:
     """Every C object that a test made is freed when it ends."""
     gc.collect()
-    before = _handle.live()
+    before = live()
     yield
     gc.collect()
-    left = _handle.live() - before
+    left = live() - before
     assert not left, f"C objects left behind: {dict(left)}"
 
 

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 
-from ggml_cffi._relay import ANSWERS, PROTOCOL, Command, pretend
+from ggml_cffi.rpc.proxy import ANSWERS, PROTOCOL, Command, pretend
 
 
 class Peer:

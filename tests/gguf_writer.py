@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ggml_cffi import dtypes
+from ggml_cffi.core import dtypes
 from ggml_cffi.enums import GGUFType, Type
 
 _PACK = {

@@ -14,7 +14,7 @@ import ggml_cffi as ggml
 from ggml_cffi import c, models
 from ggml_cffi.enums import Op
 from ggml_cffi.models import ARCHITECTURES
-from ggml_cffi.models.architecture import Inputs, LayerCache
+from ggml_cffi.models.architectures.base import Inputs, LayerCache
 
 DATA = Path(__file__).parent / "data"
 TRANSFORMERS = json.loads((DATA / "transformers.json").read_text())["logits"]

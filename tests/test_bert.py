@@ -14,11 +14,11 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import cli, models
-from ggml_cffi.models.bert import Bert
-from ggml_cffi.models.embedding import Embedder, batches
-from ggml_cffi.models.gemma3 import Gemma3
-from ggml_cffi.models.llama import Llama
-from ggml_cffi.models.weights import Weights
+from ggml_cffi.models.architectures.bert import Bert
+from ggml_cffi.models.architectures.gemma3 import Gemma3
+from ggml_cffi.models.architectures.llama import Llama
+from ggml_cffi.models.runners.embedding import Embedder, batches
+from ggml_cffi.models.runners.weights import Weights
 
 #: Lengths of texts for GPUs, 32 tokens together: software devices compile other shaders for more, for minutes.
 FEW = (9, 1, 4, 15)

@@ -146,7 +146,7 @@ def test_a_conversation_on_a_terminal(smollm2):
 
 def test_conversations_that_outgrow_the_context(smollm2):
     from ggml_cffi import models
-    from ggml_cffi.cli_run import _shortened
+    from ggml_cffi.cli.run import _shortened
 
     with models.load(smollm2, ["CPU"], n_ctx=128, n_threads=1) as model:
         messages = [{"role": "system", "content": "Be brief."}]

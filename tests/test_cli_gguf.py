@@ -172,7 +172,9 @@ def test_bad_usage(capsys):
 )
 def test_sizes(path, capsys, monkeypatch, text, size):
     seen = []
-    monkeypatch.setattr("ggml_cffi.requantize.quantize_file", lambda *a, max_bytes, **kw: seen.append(max_bytes) or ())
+    monkeypatch.setattr(
+        "ggml_cffi.files.quantize_file.quantize_file", lambda *a, max_bytes, **kw: seen.append(max_bytes) or ()
+    )
     run(capsys, "quantize", path, "q", "--type", "q4_k", "--max-size", text)
     assert seen == [size]
 

@@ -7,7 +7,8 @@ import pytest
 
 from codegen import headers, operations
 from codegen.__main__ import stale
-from ggml_cffi import _lib, c, enums
+from ggml_cffi import c, enums
+from ggml_cffi.c import library
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_every_public_function_is_bound_or_skipped_with_a_reason(parsed):
 
 
 def test_every_bound_function_is_in_its_library():
-    plugins = [p for p in _lib.PLUGINS if not _lib.available(p)]
+    plugins = [p for p in library.PLUGINS if not library.available(p)]
     names = [name for name, library in c._LIBRARY.items() if library not in plugins]
     assert len(names) > 600
     for name in names:

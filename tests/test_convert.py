@@ -10,8 +10,8 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import cli
-from ggml_cffi.models.bert import LONGEST_TEXT, Bert
-from ggml_cffi.models.convert import convert
+from ggml_cffi.models.architectures.bert import LONGEST_TEXT, Bert
+from ggml_cffi.models.convert.convert import convert
 
 save_file = pytest.importorskip("safetensors.numpy").save_file
 

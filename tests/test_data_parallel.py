@@ -18,7 +18,7 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import c
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 from ggml_cffi.parallel import DataParallel, release
 
 TWO = ["CPU", "CPU"]

@@ -10,7 +10,8 @@ import pytest
 from conftest import need
 
 import ggml_cffi as ggml
-from ggml_cffi import _layout, _text, draw
+from ggml_cffi.core import text as _text
+from ggml_cffi.viz import draw, layout
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "<b> & \"x\" 'größe' 漢字 \x1b[31m\x07 ]]> \u202e"
@@ -207,8 +208,8 @@ def test_no_two_boxes_overlap(rng):
     boxes, lanes = [], [0, 1, 0, 2, 1]
     for i in range(300):
         sources = sorted({int(k) for k in rng.integers(max(0, i - 40), i, 2)}) if i > 3 else []
-        boxes.append(_layout.Box(float(rng.integers(40, 200)), i // 60, sources, late=i <= 3))
-    at = _layout.place(boxes, lanes)
+        boxes.append(layout.Box(float(rng.integers(40, 200)), i // 60, sources, late=i <= 3))
+    at = layout.place(boxes, lanes)
     spots = sorted(zip(at.y, at.x, boxes, strict=True), key=lambda s: s[:2])
     for (y, x, box), (v, u, other) in pairwise(spots):
         assert v >= y

@@ -680,7 +680,7 @@ def test_values_outlive_an_allocation_that_fails():
 SETUP = """
 import gc, itertools, sys
 from ggml_cffi.flat import *
-from ggml_cffi import _handle
+from ggml_cffi.core.handle import live
 def run(devices):
     gpus = [ggml_vulkan_init(i) for i in range(devices)]
     cpu = ggml_backend_cpu_init()
@@ -710,7 +710,7 @@ for order in itertools.permutations(range(4)):
     free = [lambda: [ggml_vulkan_free(g) for g in gpus], lambda: ggml_backend_free(cpu),
             lambda: ggml_backend_sched_free(sched), lambda: ggml_free(ctx)]
     for i in (*order, *order): free[i]()
-    assert not _handle.live(), (order, _handle.live())
+    assert not live(), (order, live())
     for use in (lambda: ggml_get_f32(b), lambda: ggml_backend_sched_graph_compute(sched, graph),
                 lambda: ggml_backend_sched_reserve(sched, graph), lambda: ggml_neg(ctx, b)):
         try: use()
@@ -731,7 +731,7 @@ for _ in range(2):
     compute(made)
     del made
     gc.collect()
-    assert not _handle.live(), _handle.live()
+    assert not live(), live()
 kept = run(0)
 compute(kept)
 """)
@@ -747,7 +747,7 @@ for call in (lambda: ggml_backend_sched_new([]), lambda: ggml_backend_sched_new(
     try: call()
     except ValueError: pass
 gc.collect()
-assert not _handle.live(), _handle.live()
+assert not live(), live()
 """)
         == ""
     )

@@ -11,10 +11,10 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.cells import Cells
-from ggml_cffi.models.generation import common_length
-from ggml_cffi.models.sampling import Sampler
-from ggml_cffi.models.text import Pieces, stop_strings
+from ggml_cffi.models.generation.batcher import common_length
+from ggml_cffi.models.generation.detokenize import Pieces, stop_strings
+from ggml_cffi.models.generation.kv_slots import Cells
+from ggml_cffi.models.generation.sampling import Sampler
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def test_texts_at_once_are_each_as_alone(devices, path, rng):
 
 
 def several(model, ids, n, at_once):
-    from ggml_cffi.models.following import Request, follow_many
-    from ggml_cffi.models.generation import Timings
+    from ggml_cffi.models.generation.batcher import Timings
+    from ggml_cffi.models.generation.requests import Request, follow_many
 
     requests = [Request(one, Sampler(), n, frozenset()) for one in ids]
     for number, token in follow_many(model._generators[0], iter([*enumerate(requests)]), at_once, Timings()):

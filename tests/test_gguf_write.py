@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 import ggml_cffi as ggml
-from ggml_cffi import GGUFType, GGUFValue, c, dtypes
+from ggml_cffi import GGUFType, GGUFValue, c
+from ggml_cffi.core import dtypes
 
 SCALARS = {
     "u8": GGUFValue(200, GGUFType.UINT8),

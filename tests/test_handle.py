@@ -11,7 +11,7 @@ import pytest
 from conftest import need, run_python
 
 import ggml_cffi as ggml
-from ggml_cffi import _handle
+from ggml_cffi.core.handle import live
 
 
 def open_all(device):
@@ -35,7 +35,7 @@ def open_all(device):
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
 def test_any_order_of_closing(device):
     need((device,))
-    before = _handle.live()
+    before = live()
     orders = itertools.permutations(range(6)) if device == "CPU" else itertools.permutations(range(6), 6)
     for order in itertools.islice(orders, 0, None, 1 if device == "CPU" else 37):
         handles = open_all(device)
@@ -44,7 +44,7 @@ def test_any_order_of_closing(device):
             handles[i].close()
             assert handles[i].closed
         del handles
-        assert _handle.live() == before
+        assert live() == before
 
 
 def test_closed_use_raises():
@@ -89,11 +89,11 @@ def test_the_scheduler_keeps_what_it_computes_with():
 
 
 def test_a_handle_that_is_never_closed_warns_and_is_freed():
-    before = _handle.live()
+    before = live()
     with pytest.warns(ResourceWarning, match="Context was never closed"):
         ggml.Context()
     gc.collect()
-    assert _handle.live() == before
+    assert live() == before
 
 
 def test_closed_handles_do_not_warn():
@@ -128,10 +128,10 @@ def test_thousand_rounds_leave_nothing_behind():
 
     rounds(50)
     gc.collect()
-    before, live = resident(), _handle.live()
+    before, made = resident(), live()
     rounds(1000)
     gc.collect()
-    assert _handle.live() == live
+    assert live() == made
     assert resident() - before < 8 * 2**20
 
 

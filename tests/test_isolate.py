@@ -17,7 +17,7 @@ from conftest import relative_error, run_python
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.isolate import Stream, Worker
+from ggml_cffi.isolate.worker import Stream, Worker
 
 
 @pytest.fixture(scope="module")
@@ -596,7 +596,7 @@ import contextlib, gc, os, pathlib, sys, threading
 sys.path.insert(0, "tests")
 import numpy as np, isolated
 import ggml_cffi as ggml
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 
 def children():
     found = []
@@ -653,7 +653,7 @@ def test_the_child_dies_with_its_parent():
 import os, sys, time
 sys.path.insert(0, "tests")
 import isolated
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 worker = Worker(isolated.Crashes)
 worker.submit("hang_in_c")
 time.sleep(0.2)
@@ -680,7 +680,7 @@ def test_a_worker_left_at_exit_is_ended():
 import sys
 sys.path.insert(0, "tests")
 import isolated
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 worker = Worker(isolated.Crashes)
 worker.same(1)
 print(worker.pid)
@@ -694,7 +694,7 @@ def test_a_script_without_a_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""
 import numpy as np
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 print("started")
 SCALE = 3
 class Mine(Exception):
@@ -724,7 +724,7 @@ def test_ctrl_c_is_the_parents():
 import os, signal, sys, threading
 sys.path.insert(0, "tests")
 import isolated
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 os.setpgid(0, 0)
 with Worker(isolated.things) as worker:
     threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()
@@ -743,7 +743,7 @@ def test_a_fork_has_no_worker():
 import os, sys, warnings
 sys.path.insert(0, "tests")
 import isolated
-from ggml_cffi.isolate import Worker
+from ggml_cffi.isolate.worker import Worker
 with Worker(isolated.things) as worker:
     pid = os.fork()
     if not pid:

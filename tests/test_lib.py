@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
-from ggml_cffi import _lib
+from ggml_cffi.c import library
 
 _NO_OTHER_PLACE = """
-import ggml_cffi._lib as lib, pathlib, os
+import ggml_cffi.c.library as lib, pathlib, os
 real = lib._places
 lib._places = lambda: (p for p in real() if p[0].startswith("$"))
 """
@@ -62,13 +62,13 @@ def test_another_version_is_a_mismatch(tmp_path):
 
 
 def test_the_variable_wins(tmp_path):
-    folder = _lib.location()
+    folder = library.location()
     assert folder is not None
     for file in Path(folder).glob("libggml*"):
         if "vulkan" not in file.name:
             shutil.copy(file, tmp_path)
     done = run_python(
-        "from ggml_cffi import _lib; print(_lib.location(), _lib.available('vulkan'))",
+        "from ggml_cffi.c import library; print(library.location(), library.available('vulkan'))",
         GGML_CFFI_LIBRARY_PATH=str(tmp_path),
     )
     assert done.stdout.split() == [str(tmp_path), "False"]
@@ -76,7 +76,7 @@ def test_the_variable_wins(tmp_path):
 
 def test_the_prebuilt_wheel_is_enough():
     done = run_python(
-        "import ggml_cffi._lib as lib\nreal = lib._places\n"
+        "import ggml_cffi.c.library as lib\nreal = lib._places\n"
         "lib._places = lambda: (p for p in real() if 'wheel' in p[0])\n"
         "import ggml_cffi\nprint([d.name for d in ggml_cffi.devices()])\n"
     )
@@ -84,12 +84,12 @@ def test_the_prebuilt_wheel_is_enough():
 
 
 def test_a_missing_plugin_says_how_to_get_it(tmp_path):
-    folder = _lib.location()
+    folder = library.location()
     assert folder is not None
     for file in Path(folder).glob("libggml*.so.0"):
         shutil.copy(file, tmp_path)
     done = run_python(
-        "from ggml_cffi import _lib\ntry:\n    _lib.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
+        "from ggml_cffi.c import library\ntry:\n    library.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
         GGML_CFFI_LIBRARY_PATH=str(tmp_path),
     )
     assert "rpc plug-in" in done.stdout
@@ -150,7 +150,7 @@ def test_build_script_helps():
 
 
 def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
-    if _lib.location() != str(ROOT / "ggml_cffi" / "lib"):
+    if library.location() != str(ROOT / "ggml_cffi" / "lib"):
         pytest.skip("needs libraries built by build_lib.sh")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
     subprocess.run(build, check=True, capture_output=True)
@@ -159,7 +159,7 @@ def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True, capture_output=True)
-    code = "import ggml_cffi; from ggml_cffi import _lib; print(ggml_cffi.device('CPU').name, _lib.location())"
+    code = "import ggml_cffi; from ggml_cffi.c import library; print(ggml_cffi.device('CPU').name, library.location())"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split()[0] == "CPU"
     assert done.stdout.split()[1].startswith(str(tmp_path))

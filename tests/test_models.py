@@ -11,9 +11,9 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.chat import render
-from ggml_cffi.models.sampling import Sampler
-from ggml_cffi.models.weights import layer_of
+from ggml_cffi.models.generation.chat import render
+from ggml_cffi.models.generation.sampling import Sampler
+from ggml_cffi.models.runners.weights import layer_of
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "smollm2.json").read_text())["cases"]

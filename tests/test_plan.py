@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi import _text, cli, models
-from ggml_cffi.buffer import Buffer
-from ggml_cffi.cli_model import balance_of
-from ggml_cffi.context import Context
-from ggml_cffi.models import arrange, calibrate
-from ggml_cffi.models.staged import StagedRunner
-from ggml_cffi.models.weights import split_layers
+from ggml_cffi import cli, models
+from ggml_cffi.cli._model_args import balance_of
+from ggml_cffi.core import text as _text
+from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.context import Context
+from ggml_cffi.models.placement import arrange
+from ggml_cffi.models.placement import calibration as calibrate
+from ggml_cffi.models.runners.pipeline import StagedRunner
+from ggml_cffi.models.runners.weights import split_layers
 
 GIB = 2**30
 
@@ -332,7 +334,7 @@ def test_calibration_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_sketch_takes_no_memory(counted):
-    from ggml_cffi._sketch import Sketch
+    from ggml_cffi.core.dry_run import Sketch
 
     with Sketch() as sketch:
         t = sketch.new_tensor(ggml.F32, (1 << 20, 1 << 20))
@@ -403,7 +405,7 @@ def test_what_is_expected_in_a_shell(path, capsys):
 
 
 def test_scratch_is_reckoned_for_large_products():
-    from ggml_cffi.models.scratch import scratch_bytes
+    from ggml_cffi.models.placement.scratch import scratch_bytes
 
     with ggml.Context() as ctx:
         w, deep = ctx.new_tensor("f16", (512, 256)), ctx.new_tensor("f16", (512, 2048))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi import profile as profiles
+from ggml_cffi.viz import profile as profiles
 
 
 @pytest.fixture

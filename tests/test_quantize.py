@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi import Type, c, dtypes
+from ggml_cffi import Type, c
+from ggml_cffi.core import dtypes
 
 QUANTIZED = [t for t in Type if dtypes.is_quantized(t) and t not in dtypes.INTERNAL]
 #: ggml's limits on the root of the summed squared errors over n, for 2 cos(i) + 0.1.

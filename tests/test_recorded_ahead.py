@@ -14,8 +14,9 @@ from conftest import relative_error, run_python
 
 import ggml_cffi as ggml
 from ggml_cffi import c, ops, parallel
-from ggml_cffi._feasible import VIEWS
-from ggml_cffi.parallel import _arrivals, _step
+from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.parallel import step_graphs as _step
+from ggml_cffi.parallel.executors import arrivals as _arrivals
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Rank
 

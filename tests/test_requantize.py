@@ -9,8 +9,9 @@ import pytest
 from conftest import relative_error
 
 import ggml_cffi as ggml
-from ggml_cffi import GGUFType, Type, dtypes, models
-from ggml_cffi.requantize import FILE_TYPES
+from ggml_cffi import GGUFType, Type, models
+from ggml_cffi.core import dtypes
+from ggml_cffi.files.quantize_file import FILE_TYPES
 
 WIDE, NARROW, ODD = 256, 96, 40
 SHAPES = {

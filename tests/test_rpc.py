@@ -16,8 +16,9 @@ from conftest import need, relative_error, run_python
 from fake_rpc import Peer, Pretender, Talker
 
 import ggml_cffi as ggml
-from ggml_cffi import _remote, c, models, rpc
-from ggml_cffi._relay import Command
+from ggml_cffi import c, models, rpc
+from ggml_cffi.core.shapes import fits_in_32_bits
+from ggml_cffi.rpc.proxy import Command
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_a_server_listens_on_an_address_in_numbers(host):
 
 
 def test_an_address_that_others_can_reach_is_warned_of():
-    from ggml_cffi._rpc_server import warn_if_open
+    from ggml_cffi.rpc.server import warn_if_open
 
     for host in ("0.0.0.0", "192.168.0.7"):
         with pytest.warns(UserWarning, match="HAS NO AUTHENTICATION"):
@@ -381,8 +382,8 @@ def test_sizes_that_the_protocol_has_no_room_for(servers):
         large = ctx.new_tensor(ggml.F32, (2, 1 << 30))
         with pytest.raises(ValueError, match="cannot be on a remote device"):
             ctx.alloc(servers[0], [large])
-        assert _remote.fits(ctx.new_tensor(ggml.F32, (1, 1 << 30)).ptr)
-        assert not _remote.fits(ctx.new_tensor(ggml.F32, (1 << 32,)).ptr)
+        assert fits_in_32_bits(ctx.new_tensor(ggml.F32, (1, 1 << 30)).ptr)
+        assert not fits_in_32_bits(ctx.new_tensor(ggml.F32, (1 << 32,)).ptr)
 
 
 def test_threads_share_a_server(servers, rng):

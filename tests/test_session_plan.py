@@ -84,7 +84,7 @@ def test_what_make_may_not_return(rng):
 def test_the_example_in_the_docstring():
     import doctest
 
-    from ggml_cffi import session_plan
+    from ggml_cffi.session import plan as session_plan
 
     failed, tried = doctest.testmod(session_plan, extraglobs={"np": np})
     assert (failed, tried) == (0, 3)

@@ -13,11 +13,13 @@ from conftest import relative_error
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi._feasible import VIEWS
-from ggml_cffi.models import auto, calibrate
-from ggml_cffi.models.stage import Stage
-from ggml_cffi.models.staged import StagedRunner
-from ggml_cffi.parallel import _arrivals, _step
+from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.models.placement import auto
+from ggml_cffi.models.placement import calibration as calibrate
+from ggml_cffi.models.runners.pipeline import StagedRunner
+from ggml_cffi.models.runners.stage import Stage
+from ggml_cffi.parallel import step_graphs as _step
+from ggml_cffi.parallel.executors import arrivals as _arrivals
 from ggml_cffi.parallel.program import Program
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -305,9 +307,9 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
 
 def deal(model, prompts, n):
     """Token ids of several texts: the model has no vocabulary."""
-    from ggml_cffi.models.following import Request, follow_everywhere
-    from ggml_cffi.models.generation import Timings
-    from ggml_cffi.models.sampling import Sampler
+    from ggml_cffi.models.generation.batcher import Timings
+    from ggml_cffi.models.generation.requests import Request, follow_everywhere
+    from ggml_cffi.models.generation.sampling import Sampler
 
     requests = [Request(list(ids), Sampler(), n, frozenset()) for ids in prompts]
     timings = Timings()

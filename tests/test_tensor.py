@@ -5,7 +5,8 @@ import pytest
 from conftest import relative_error
 
 import ggml_cffi as ggml
-from ggml_cffi import c, dtypes
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
 
 #: Relative error of a round trip through each type.
 LOSS = {

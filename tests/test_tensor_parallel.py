@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
-from ggml_cffi.cut import pieces, rule_for
-from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, _arrivals, share_out, tensor
-from ggml_cffi.parallel._barrier import Barrier
-from ggml_cffi.parallel._memory import arrange
-from ggml_cffi.parallel._plan import levels
+from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, share_out
+from ggml_cffi.parallel import tensor_parallel as tensor
+from ggml_cffi.parallel.arena import arrange
+from ggml_cffi.parallel.executors import arrivals as _arrivals
+from ggml_cffi.parallel.executors.barrier import Barrier
+from ggml_cffi.parallel.shard import pieces, rule_for
+from ggml_cffi.parallel.step_plan import levels
 
 DIM, FF, LAYERS = 64, 96, 3
 

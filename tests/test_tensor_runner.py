@@ -7,13 +7,13 @@ from llama_float64 import HEAD, Reference, random_model
 from test_tensor_parallel import Ranks
 
 import ggml_cffi as ggml
-from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.gemma3 import Gemma3
-from ggml_cffi.models.llama import Llama
-from ggml_cffi.models.qwen3 import Qwen3
-from ggml_cffi.models.runner import Batch
-from ggml_cffi.parallel import tensor_runner
-from ggml_cffi.parallel.tensor_runner import TensorRunner
+from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.architectures.gemma3 import Gemma3
+from ggml_cffi.models.architectures.llama import Llama
+from ggml_cffi.models.architectures.qwen3 import Qwen3
+from ggml_cffi.models.runners import tensor as tensor_runner
+from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.tensor import TensorRunner
 
 N_PROMPT, WINDOW = 12, 5
 GEMMA = {"name": "gemma3", ".attention.sliding_window": WINDOW, ".attention.sliding_window_pattern": 2}

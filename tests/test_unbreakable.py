@@ -453,7 +453,7 @@ def test_weights_of_types_that_no_weight_has(tmp_path, rng, dtype):
     "template", ["{{ 1 + 'a' }}", "{% include 'x' %}", "{{ 1 / 0 }}", "{{ range(10**9) }}", "{{ strftime_now(5) }}"]
 )
 def test_broken_templates(template):
-    from ggml_cffi.models.chat import render
+    from ggml_cffi.models.generation.chat import render
 
     with pytest.raises(ggml.FormatError, match="chat template failed"):
         render(template, [])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi import _upload
-from ggml_cffi._upload import Job, upload
+from ggml_cffi.core import upload as uploads
+from ggml_cffi.core.upload import Job, upload
 
 DEVICES = [d.name for d in ggml.devices()]
 
@@ -15,8 +15,8 @@ DEVICES = [d.name for d in ggml.devices()]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Pieces that cut small tensors in several."""
-    monkeypatch.setattr(_upload, "_PIECE", 1 << 16)
-    monkeypatch.setattr(_upload, "_MANY", 1)
+    monkeypatch.setattr(uploads, "_PIECE", 1 << 16)
+    monkeypatch.setattr(uploads, "_MANY", 1)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def jobs_on(ctx, backends, rng):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_byte_arrives(backends, rng, monkeypatch, threads):
-    monkeypatch.setattr(_upload, "default_threads", lambda: threads * len(backends))
+    monkeypatch.setattr(uploads, "default_threads", lambda: threads * len(backends))
     seen = []
     with ggml.Context() as ctx:
         jobs, wanted = jobs_on(ctx, backends, rng)
@@ -95,7 +95,7 @@ def test_an_error_in_a_thread_is_raised_here(backends, rng, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(_upload, "copy_bytes", fail)
+    monkeypatch.setattr(uploads, "copy_bytes", fail)
     with ggml.Context() as ctx:
         jobs, _ = jobs_on(ctx, backends[:1], rng)
         with pytest.raises(MemoryError, match="no room"):

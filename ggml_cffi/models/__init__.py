@@ -6,16 +6,16 @@
 ...         print(piece, end="", flush=True)
 """
 
-from ggml_cffi.models.arrange import DeviceShare
-from ggml_cffi.models.convert import convert
+from ggml_cffi.models.architectures.registry import ARCHITECTURES
+from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
-from ggml_cffi.models.generation import Timings
+from ggml_cffi.models.generation.batcher import Timings
+from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.model import Model, load
-from ggml_cffi.models.opening import ARCHITECTURES
 from ggml_cffi.models.perplexity import Perplexity
-from ggml_cffi.models.plan import Plan, plan
-from ggml_cffi.models.sampling import Sampler
-from ggml_cffi.models.tokenizer import Tokenizer
+from ggml_cffi.models.placement.arrange import DeviceShare
+from ggml_cffi.models.placement.plan import Plan, plan
+from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",

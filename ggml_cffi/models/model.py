@@ -10,32 +10,32 @@ from typing import TypedDict, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi._handle import Closing
-from ggml_cffi.backend import Backend
-from ggml_cffi.device import Device
-from ggml_cffi.dtypes import as_type
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
-from ggml_cffi.gguf import GGUFFile
-from ggml_cffi.models import state
-from ggml_cffi.models.architecture import Architecture
-from ggml_cffi.models.arrange import Arrangement, Balance, Wish
-from ggml_cffi.models.auto import Use
-from ggml_cffi.models.chat import Message, render
-from ggml_cffi.models.embedding import Embedder, embed_everywhere
-from ggml_cffi.models.following import Request, Stream, follow, follow_everywhere
-from ggml_cffi.models.generation import Generator, Timings
-from ggml_cffi.models.opening import architecture_of, context_of, open_backends
+from ggml_cffi.files.gguf.reader import GGUFFile
+from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.architectures.registry import architecture_of, context_of, open_backends
+from ggml_cffi.models.generation import kv_snapshot as state
+from ggml_cffi.models.generation.batcher import Generator, Timings
+from ggml_cffi.models.generation.chat import Message, render
+from ggml_cffi.models.generation.detokenize import Pieces, pieces, stop_strings
+from ggml_cffi.models.generation.requests import Request, Stream, follow, follow_everywhere
+from ggml_cffi.models.generation.sampling import Sampler
+from ggml_cffi.models.load import open_runners
 from ggml_cffi.models.perplexity import Perplexity, perplexity
-from ggml_cffi.models.plan import Plan, Planner, check_options
-from ggml_cffi.models.runner import Runner
-from ggml_cffi.models.runners import open_runners
-from ggml_cffi.models.sampling import Sampler
-from ggml_cffi.models.text import Pieces, pieces, stop_strings
-from ggml_cffi.models.tokenizer import Tokenizer, check_tokens
-from ggml_cffi.models.weights import Progress, Share
-from ggml_cffi.scheduler import Scheduler
-from ggml_cffi.tensor import Tensor
+from ggml_cffi.models.placement.arrange import Arrangement, Balance, Wish
+from ggml_cffi.models.placement.auto import Use
+from ggml_cffi.models.placement.plan import Plan, Planner, check_options
+from ggml_cffi.models.runners.base import Runner
+from ggml_cffi.models.runners.embedding import Embedder, embed_everywhere
+from ggml_cffi.models.runners.weights import Progress, Share
+from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
+from ggml_cffi.scheduler.scheduler import Scheduler
 
 #: Messages of one chat.
 Chat = Sequence[Message]
@@ -246,8 +246,8 @@ class Model(Closing):
         max_tokens
             Most tokens to add to each; default until the model ends, or the context is full.
         temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
-            See :class:`~ggml_cffi.models.sampling.Sampler`. Temperature 0 is greedy. Of several texts each has a seed
-            of its own: ``seed`` plus its number.
+            See :class:`~ggml_cffi.models.generation.sampling.Sampler`. Temperature 0 is greedy. Of several texts each
+            has a seed of its own: ``seed`` plus its number.
         stop
             A text ends before any of these strings.
         reuse

@@ -8,8 +8,8 @@ from math import exp, sqrt
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.models.generation import Generator
-from ggml_cffi.models.weights import Progress
+from ggml_cffi.models.generation.batcher import Generator
+from ggml_cffi.models.runners.weights import Progress
 
 
 @dataclass(frozen=True)

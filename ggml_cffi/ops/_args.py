@@ -6,7 +6,7 @@ from operator import index
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.dtypes import INTERNAL, is_quantized
+from ggml_cffi.core.dtypes import INTERNAL, is_quantized
 from ggml_cffi.enums import Type
 
 INT_MAX = 2**31 - 1

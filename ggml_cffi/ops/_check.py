@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import block_size, type_size
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import block_size, type_size
+from ggml_cffi.core.shapes import check_bytes
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.tensor import Tensor, check_bytes
 
 FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ggml_cffi.dtypes import type_size
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX
 from ggml_cffi.ops._check import fail
-from ggml_cffi.tensor import Tensor
 
 
 def need_dense(op: str, **operands: Tensor) -> None:

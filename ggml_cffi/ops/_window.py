@@ -7,11 +7,11 @@ from enum import IntEnum
 from math import prod
 from typing import Any, TypeVar
 
-from ggml_cffi.dtypes import type_size
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import GROUPS, INT_MAX, integer
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail
-from ggml_cffi.tensor import Tensor
 
 Ints = int | Sequence[int]
 Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.shapes import check_shape, ne_of
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer, real
 from ggml_cffi.ops._check import broadcasts, check_result, fail, home
@@ -14,7 +16,6 @@ from ggml_cffi.ops._operands import need_dense, need_elements, need_int_rows, ne
 from ggml_cffi.ops._window import check_start
 from ggml_cffi.ops.rope import RopeMode, _rope
 from ggml_cffi.ops.rows import _limit
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 __all__ = [
     "get_rows_back",

@@ -12,7 +12,8 @@ from math import prod
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer
 from ggml_cffi.ops._check import check_result, fail, home
@@ -31,7 +32,6 @@ from ggml_cffi.ops._window import (
     slide,
     window_of,
 )
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "conv_1d",

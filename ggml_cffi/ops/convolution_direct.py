@@ -9,8 +9,9 @@ from __future__ import annotations
 from math import prod
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import type_size
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer
 from ggml_cffi.ops._check import contiguous_rows, fail, home
@@ -28,7 +29,6 @@ from ggml_cffi.ops._window import (
     slide,
     window_of,
 )
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "conv_2d_direct",

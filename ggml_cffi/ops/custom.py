@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi import c, dtypes
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import as_type, has_numpy
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import as_type, has_numpy
+from ggml_cffi.core.shapes import check_shape, ne_of
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._check import check_result, fail, home
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 __all__ = [
     "custom_4d",

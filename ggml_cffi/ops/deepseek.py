@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer, real
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.ops._operands import need_axes, need_rows
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "dsv4_hc_comb",

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import as_type, block_size, is_quantized
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import as_type, block_size, is_quantized
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import encodes, real
 from ggml_cffi.ops._check import FLOATS, broadcasts, check_result, contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "add",

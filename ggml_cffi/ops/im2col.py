@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from math import prod
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import as_type
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.shapes import check_shape, ne_of
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer
 from ggml_cffi.ops._check import check_result, fail, home
@@ -27,7 +29,6 @@ from ggml_cffi.ops._window import (
     slide,
     window_of,
 )
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 __all__ = [
     "col2im_1d",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import is_quantized
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import is_quantized
+from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import Prec, Type
 from ggml_cffi.ops._args import GROUPS
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.ops.elementwise import add
 from ggml_cffi.ops.rows import _limit
-from ggml_cffi.tensor import Head, Tensor
 
 __all__ = [
     "linear",

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import GROUPS, integer, real
 from ggml_cffi.ops._check import contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "group_norm",

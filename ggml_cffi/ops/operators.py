@@ -1,4 +1,4 @@
-"""What the operators of :class:`~ggml_cffi.tensor.Tensor` do: numpy's meaning, built from the operations.
+"""What the operators of :class:`~ggml_cffi.core.tensor.Tensor` do: numpy's meaning, built from the operations.
 
 Scalars and arrays may stand beside tensors. Arrays become constants of the result's context: their values are written
 when the graph is given memory.
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ggml_cffi import dtypes
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, Type
 from ggml_cffi.ops import elementwise, reduce, unary
 from ggml_cffi.ops import shape as shapes
 from ggml_cffi.ops._check import fail
 from ggml_cffi.ops.matmul import mul_mat
-from ggml_cffi.tensor import Tensor
 
 
 def as_tensor(value: Any, beside: Tensor) -> Any:

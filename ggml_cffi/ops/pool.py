@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import OpPool, Type
 from ggml_cffi.ops._args import INT_MAX, integer, real
 from ggml_cffi.ops._check import fail, home
 from ggml_cffi.ops._window import F32_F16, Ints, check_groups, check_sizes, check_start, integers, member
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "pool_1d",

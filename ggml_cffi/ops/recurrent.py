@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import GROUPS, INT_MAX, integer, real
 from ggml_cffi.ops._check import check_result, fail, home
 from ggml_cffi.ops._operands import need_axes, need_dense, need_elements, need_int, need_rows
 from ggml_cffi.ops._window import check_start
 from ggml_cffi.ops.rows import _limit
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "gated_delta_net",

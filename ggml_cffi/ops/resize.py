@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.shapes import check_shape, ne_of
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import ScaleFlag, ScaleMode, TriType, Type
 from ggml_cffi.ops._args import GROUPS, INT_MAX, integer, real
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
 from ggml_cffi.ops._window import check_groups, check_sizes, check_start, is_contiguous, member
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 __all__ = [
     "arange",

@@ -7,11 +7,11 @@ from enum import IntEnum
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import integer, real
 from ggml_cffi.ops._check import contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "RopeMode",

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, Type
 from ggml_cffi.ops._args import GROUPS, encodes
 from ggml_cffi.ops._check import FLOATS, check_result, check_separate, contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "add_id",

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from math import prod
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import INTERNAL, as_type, block_size, is_quantized, type_size
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import INTERNAL, as_type, block_size, is_quantized, type_size
+from ggml_cffi.core.shapes import check_shape, ne_of
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import encodes
 from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor, check_shape, ne_of
 
 __all__ = [
     "cast",

@@ -7,11 +7,11 @@ from math import ceil
 import numpy as np
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import SortOrder, Type
 from ggml_cffi.ops._args import integer
 from ggml_cffi.ops._check import check_result, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "argsort",

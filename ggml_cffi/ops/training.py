@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.buffer import read_only
-from ggml_cffi.context import Context
+from ggml_cffi.core.buffer import read_only
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import TensorFlag, Type
 from ggml_cffi.ops._check import fail, home
 from ggml_cffi.ops._operands import need_dense, need_elements, need_int, need_int_rows
 from ggml_cffi.ops._window import check_start
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "count_equal",

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
-from ggml_cffi.dtypes import INTEGERS, is_quantized, type_size
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.dtypes import INTEGERS, is_quantized, type_size
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import GROUPS, INT_MAX, encodes, integer
 from ggml_cffi.ops._check import FLOATS, check_separate, contiguous_rows, fail, home
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "acc",

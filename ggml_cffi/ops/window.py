@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._args import INT_MAX, integer
 from ggml_cffi.ops._check import check_result, fail, home
 from ggml_cffi.ops._window import check_sizes, integers, is_contiguous
-from ggml_cffi.tensor import Tensor
 
 __all__ = [
     "add_rel_pos",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.dtypes import as_array, as_type
+from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.enums import Type
 from ggml_cffi.parallel.program import Program
 from ggml_cffi.parallel.rank import Rank

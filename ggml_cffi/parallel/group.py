@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ggml_cffi._handle import Closing
-from ggml_cffi.backend import Backend
-from ggml_cffi.buffer import Buffer
-from ggml_cffi.device import Device
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.parallel.driver import Driver
+from ggml_cffi.parallel.executors.executor import Driver
 from ggml_cffi.parallel.function import ParallelFunction
-from ggml_cffi.transfer import HostBlock
 
 
 class Group(Closing):

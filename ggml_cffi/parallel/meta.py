@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi import c, dtypes, ops
-from ggml_cffi._handle import Closing, Handle
-from ggml_cffi.context import Context
-from ggml_cffi.cut import Cut, rule_for
-from ggml_cffi.device import Device, check_process, device_lock, registry_lock
-from ggml_cffi.device import device as find_device
-from ggml_cffi.dtypes import as_array, as_type
+from ggml_cffi import c, ops
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import Device, check_process, device_lock, registry_lock
+from ggml_cffi.core.device import device as find_device
+from ggml_cffi.core.dtypes import as_array, as_type
+from ggml_cffi.core.handle import Closing, Handle
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import BackendMetaSplitAxis as Axis
 from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import ClosedError, GgmlError, OutOfMemoryError, UnsupportedOpError
-from ggml_cffi.graph import Graph
-from ggml_cffi.tensor import Tensor
+from ggml_cffi.parallel.shard import Cut, rule_for
+from ggml_cffi.scheduler.graph import Graph
 
 _SAME = frozenset({Op.UNARY, Op.SCALE, Op.SQR, Op.SQRT, Op.SIN, Op.COS, Op.LOG, Op.CLAMP})
 _TWO = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.DIV})

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi import c, dtypes
-from ggml_cffi._feasible import check_ops, for_the_cpu
-from ggml_cffi._handle import Closing, Owner
-from ggml_cffi.backend import Backend
-from ggml_cffi.buffer import Buffer
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.handle import Closing, Owner
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
-from ggml_cffi.parallel._arrivals import Arrivals
-from ggml_cffi.parallel._memory import arrange
-from ggml_cffi.parallel._plan import Plan
-from ggml_cffi.parallel._step import can_record_ahead
+from ggml_cffi.parallel.arena import arrange
+from ggml_cffi.parallel.executors.arrivals import Arrivals
 from ggml_cffi.parallel.rank import Gathered, Rank
-from ggml_cffi.tensor import Tensor
+from ggml_cffi.parallel.step_graphs import can_record_ahead
+from ggml_cffi.parallel.step_plan import Plan
+from ggml_cffi.scheduler.checks import check_ops, for_the_cpu
 
 if TYPE_CHECKING:
     from ggml_cffi.parallel.group import Group

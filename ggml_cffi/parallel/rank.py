@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggml_cffi import c, ops
-from ggml_cffi.context import Context
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.tensor import Tensor
 
 #: Partial sums up to so many bytes are computed straight into the memory that the devices share, and all of them are
 #: read from there. Of larger ones, the device keeps what it computed and shares a copy.

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ggml_cffi._handle import Closing
-from ggml_cffi._made import opened
-from ggml_cffi.device import devices as all_devices
+from ggml_cffi.core.device import devices as all_devices
+from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
+from ggml_cffi.session.made import opened
 
 _logger = logging.getLogger("ggml_cffi.parallel")
 

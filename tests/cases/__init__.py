@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 import ggml_cffi as ggml
-from ggml_cffi import Type, dtypes
+from ggml_cffi import Type
+from ggml_cffi.core import dtypes
 
 Array = npt.NDArray[Any]
 Layout = Literal["contiguous", "gaps", "permuted", "transposed"] | tuple[int, ...]

@@ -19,7 +19,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 import ggml_cffi as ggml
-from ggml_cffi import Tensor, Type, dtypes, enums
+from ggml_cffi import Tensor, Type, enums
+from ggml_cffi.core import dtypes
 
 LAYOUTS = ("contiguous", "gaps", "permuted", "transposed", "offset", "overlapping")
 #: What an operand is, besides an input without memory. The first group has the operand's values, the second is refused.

@@ -25,7 +25,8 @@ from cases import rope
 import ggml_cffi as ggml
 from fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, first, options_of, parameters
 from fuzzing.child import Outcome
-from ggml_cffi import Op, Tensor, Type, c, dtypes
+from ggml_cffi import Op, Tensor, Type, c
+from ggml_cffi.core import dtypes
 
 ALLOWED = (ValueError, TypeError, IndexError, ggml.GgmlError)
 #: More elements than this are described but not computed.

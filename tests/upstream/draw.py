@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 import ggml_cffi as ggml
-from ggml_cffi import dtypes
+from ggml_cffi.core import dtypes
 
 Array = npt.NDArray[Any]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ggml_cffi import _lib
+from ggml_cffi.c import library
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "vendor" / "ggml"
@@ -86,7 +86,7 @@ def _fetch() -> None:
 
 
 def _libraries() -> Path:
-    folder = _lib.location()
+    folder = library.location()
     if folder is None:
         raise NoListError("ggml is one of the system's libraries: build_lib.sh makes one to link the program with")
     return Path(folder)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ggml_cffi.errors import FormatError
-from ggml_cffi.gguf import GGUFFile
+from ggml_cffi.files.gguf.reader import GGUFFile
 
 
 class TokenType(IntEnum):

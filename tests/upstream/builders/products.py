@@ -8,7 +8,8 @@ from types import SimpleNamespace as Params
 import numpy as np
 
 import ggml_cffi as ggml
-from ggml_cffi import c, dtypes
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
 from ggml_cffi.enums import OpHint
 from upstream.builders import builds
 from upstream.draw import Array, Inputs, mask, permute, times, view

@@ -1,0 +1,44 @@
+"""Log messages of the C library, passed on to :mod:`logging` as logger ``ggml_cffi.ggml``."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from typing import Any
+
+from ggml_cffi.c._decl import ffi
+from ggml_cffi.enums import LogLevel
+
+# logging is imported with the library, not with this package. These are its DEBUG, WARNING and ERROR.
+_DEBUG, _WARNING, _ERROR = 10, 30, 40
+_LEVELS = {
+    LogLevel.DEBUG: _DEBUG,
+    LogLevel.INFO: _DEBUG,  # ggml informs about every allocation: nothing that a user of Python asked to see
+    LogLevel.WARN: _WARNING,
+    LogLevel.ERROR: _ERROR,
+}
+_logger: Any = None
+_line = threading.local()  # messages come in fragments, each thread's its own
+
+
+@ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[untyped-decorator]
+def _receive(level: int, text: Any, _data: Any) -> None:
+    if level != LogLevel.CONT:
+        _line.level = _LEVELS.get(LogLevel(level), _DEBUG)
+        _line.text = ""
+    if not hasattr(_line, "level") or not _logger.isEnabledFor(_line.level):
+        return
+    _line.text += ffi.string(text).decode("utf-8", "replace")
+    if _line.text.endswith("\n"):
+        _logger.log(_line.level, "%s", _line.text.rstrip())
+        _line.text = ""
+
+
+def install(base: Any) -> None:
+    """Route the messages of the loaded library ``base`` here, until the interpreter exits."""
+    import logging
+
+    global _logger
+    _logger = logging.getLogger("ggml_cffi.ggml")
+    base.ggml_log_set(_receive, ffi.NULL)
+    atexit.register(base.ggml_log_set, ffi.NULL, ffi.NULL)

@@ -1,0 +1,170 @@
+"""Backends: an opened device, with its own stream of work."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.core.buffer import BufferType
+from ggml_cffi.core.device import Device, check_process, device_lock
+from ggml_cffi.core.device import device as find_device
+from ggml_cffi.core.handle import Handle
+from ggml_cffi.core.locks import DeviceLock
+from ggml_cffi.errors import GgmlError
+
+
+def default_threads() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Backend(Handle):
+    """An opened device.
+
+    Parameters
+    ----------
+    device
+        A :class:`Device`, or its name.
+    n_threads
+        CPU only: threads, 1 to 512; default all that this process may use. They are kept from run to run.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device, or the number of threads is out of range.
+    GgmlError
+        If the device cannot be opened.
+
+    C: ``ggml_backend_dev_init``.
+    """
+
+    __slots__ = ("_going", "_kept", "_pool", "aborting", "device", "lock")
+
+    def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
+        self.device = find_device(device)
+        """The device that was opened."""
+        # The CPU's backends share nothing; those of one GPU do.
+        self.lock = DeviceLock() if self.device.is_cpu else device_lock(self.device.ptr)
+        """Held while work is given to the backend: ggml allows one thread at a time."""
+        if n_threads is not None and not self.device.is_cpu:
+            raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
+        if n_threads is not None:
+            check_threads(n_threads)
+        check_process(self.device)
+        with self.device.guard():
+            pointer = c.ggml_backend_dev_init(self.device.ptr, c.NULL)
+        if not pointer:
+            raise GgmlError(f"the driver refused to open {self.device.name} ({self.device.description})")
+        self._kept: list[Any] = []
+        self._pool: list[Any] = []  # the thread pool, shared with the finalizer
+        self._going = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
+        self.aborting = False
+        """Whether :meth:`abort` was called since the last run started."""
+        super().__init__(pointer, partial(_free, self._pool, self._going), fork_safe=False)
+        if self.device.is_cpu:
+            self.n_threads = n_threads or default_threads()
+            # After each node, ggml's CPU asks a C function whether to stop. One of its own serves: is this tensor
+            # empty? A function in Python would cost microseconds a node.
+            is_empty = c.ffi.cast("ggml_abort_callback", c.ggml_is_empty)
+            c.ggml_backend_cpu_set_abort_callback(pointer, is_empty, self._going)
+
+    @property
+    def name(self) -> str:
+        """The device's name."""
+        return self.device.name
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of the CPU backend, 1 for others."""
+        self.ptr  # noqa: B018 - raises when closed
+        return int(self._pool[1]) if self._pool else 1
+
+    @n_threads.setter
+    def n_threads(self, n: int) -> None:
+        if not self.device.is_cpu:
+            raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
+        check_threads(n)
+        params = c.ffi.new("struct ggml_threadpool_params *")
+        c.ggml_threadpool_params_init(params, n)
+        with self.lock:
+            pool = c.ggml_threadpool_new(params)
+            if not pool:
+                raise GgmlError(f"{n} threads could not be started")
+            c.ggml_backend_cpu_set_threadpool(self.ptr, pool)
+            c.ggml_backend_cpu_set_n_threads(self.ptr, n)
+            old, self._pool[:] = list(self._pool), [pool, n]
+            if old:
+                c.ggml_threadpool_free(old[0])
+
+    @property
+    def buffer_type(self) -> BufferType:
+        """The kind of memory that the backend computes in."""
+        return BufferType(c.ggml_backend_get_default_buffer_type(self.ptr))
+
+    def supports_buffer_type(self, buffer_type: BufferType) -> bool:
+        """Whether the backend can read and write such memory without a copy."""
+        return bool(c.ggml_backend_supports_buft(self.ptr, buffer_type.ptr))
+
+    def abort(self) -> None:
+        """Stop the run in progress after its current node, from any thread: it raises :class:`AbortedError`.
+
+        Only the CPU can stop. Nothing happens where nothing runs.
+
+        C: ``ggml_backend_cpu_set_abort_callback``.
+        """
+        if not self.device.is_cpu:
+            raise ValueError(f"only the CPU can stop a run, not {self.name}")
+        self.ptr  # noqa: B018 - raises when closed
+        self._going.ne[0] = 0  # before the flag: a run that starts between the two stops, and the next one clears both
+        self.aborting = True
+
+    def clear_abort(self) -> None:
+        """Let the next run go on: called at the start of each."""
+        self.aborting = False
+        self._going.ne[0] = 1
+
+    def synchronize(self) -> None:
+        """Wait for all work given to this backend. C: ``ggml_backend_synchronize``."""
+        keep = self.owner  # another thread may close the backend meanwhile
+        with self.lock:
+            c.ggml_backend_synchronize(keep.cell[0])
+            self.lock.wait()
+            self._kept.clear()
+
+    def keep(self, what: list[Any]) -> None:
+        """Keep what asynchronous work uses alive until :meth:`synchronize`."""
+        self._kept += what
+
+    def close(self) -> None:
+        """Wait for the work given to the backend, and close it."""
+        # No lock but where there is work to wait for: the garbage collector closes what was forgotten, in any thread.
+        if not self.closed and self._kept:
+            with suppress(GgmlError):  # nothing is left to wait for
+                self.synchronize()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.name}{' closed' if self.closed else ''}>"
+
+
+def check_threads(n: int) -> int:
+    """``n``, if it is a number of threads that a CPU backend can have."""
+    if not isinstance(n, int) or not 1 <= n <= c.GGML_MAX_N_THREADS:
+        raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")
+    return n
+
+
+def _free(pool: list[Any], _going: Any, pointer: Any) -> None:
+    c.ggml_backend_free(pointer)
+    if pool:
+        c.ggml_threadpool_free(pool[0])
+
+
+def open_backend(which: Backend | Device | str | int) -> tuple[Backend, bool]:
+    """``which`` as a backend, and whether it was opened here (and is the caller's to close)."""
+    if isinstance(which, Backend):
+        return which, False
+    return Backend(which), True

@@ -1,0 +1,233 @@
+"""Buffers: memory of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.core.device import Device, check_process, device, device_lock
+from ggml_cffi.core.handle import Handle
+from ggml_cffi.core.locks import RemoteLock, free_when_unlocked
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.errors import OutOfMemoryError
+
+
+class BufferType:
+    """A kind of memory. Never freed; two objects for one kind are equal."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, pointer: Any) -> None:
+        self.ptr = pointer
+        """The C pointer (``ggml_backend_buffer_type_t``)."""
+
+    @classmethod
+    def of(cls, which: BufferType | Device | str) -> BufferType:
+        """``which`` itself, or the default memory of the device that it names."""
+        if isinstance(which, cls):
+            return which
+        found = device(which)  # type: ignore[arg-type]
+        with found.guard():  # the first use of a GPU opens it
+            return cls(c.ggml_backend_dev_buffer_type(found.ptr))
+
+    @property
+    def device(self) -> Device:
+        """The device whose memory it is; the CPU for the host's."""
+        pointer = c.ggml_backend_buft_get_device(self.ptr)
+        return Device(pointer) if pointer else device("CPU")
+
+    @property
+    def name(self) -> str:
+        """ggml's name for it."""
+        text: bytes = c.ffi.string(c.ggml_backend_buft_name(self.ptr))
+        return text.decode()
+
+    @property
+    def alignment(self) -> int:
+        """Every tensor starts at a multiple of this many bytes."""
+        return c.ggml_backend_buft_get_alignment(self.ptr)
+
+    @property
+    def max_size(self) -> int:
+        """The most bytes that a buffer for several tensors should have; one larger tensor may still fit."""
+        return c.ggml_backend_buft_get_max_size(self.ptr)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the processor can read it in place."""
+        return bool(c.ggml_backend_buft_is_host(self.ptr))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BufferType) and bool(self.ptr == other.ptr)
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"<BufferType {self.name}>"
+
+
+#: C pointers of buffers over memory that must not be written.
+read_only: set[Any] = set()
+
+
+class Buffer(Handle):
+    """A piece of device memory. Usually made by :meth:`Context.alloc`, which places tensors in it.
+
+    Parameters
+    ----------
+    buffer_type
+        A kind of memory, or a device (its default memory).
+    size
+        Bytes.
+    usage
+        ``Usage.WEIGHTS`` tells the scheduler to run nodes where their weights are.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has not that much left.
+
+    C: ``ggml_backend_buft_alloc_buffer``.
+    """
+
+    __slots__ = ("_on_close",)
+
+    def __init__(
+        self, buffer_type: BufferType | Device | str, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
+    ) -> None:
+        kind = BufferType.of(buffer_type)
+        usage = Usage(usage)
+        if not 0 < size < 2**63:
+            raise ValueError(f"a buffer has at least 1 byte and less than 2**63, not {size}")
+        check_process(kind.device)
+        lock = device_lock(kind.device.ptr)
+        free: Callable[[Any], None] = c.ggml_backend_buffer_free
+        if isinstance(lock, RemoteLock):
+            free = partial(free_when_unlocked, [lock], free, ())
+        self._on_close: Callable[[Buffer], None] | None = None
+        try:
+            with kind.device.guard(), lock:
+                pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, size)
+                if not pointer:
+                    raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
+                self._adopt(pointer, free, (), usage)
+                c.ggml_backend_buffer_get_base(pointer)  # a server is asked for it once
+            if zero:
+                with lock:
+                    c.ggml_backend_buffer_clear(pointer, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _adopt(self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle], usage: Usage) -> None:
+        super().__init__(pointer, free, parents, fork_safe=bool(c.ggml_backend_buffer_is_host(pointer)))
+        self._on_close = None
+        c.ggml_backend_buffer_set_usage(pointer, usage)
+
+    @classmethod
+    def over(cls, memory: Any, *, usage: Usage = Usage.ANY) -> Buffer:
+        """A buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
+
+        The memory must start at a multiple of 32 bytes; it is kept alive for as long as the buffer is in use. Tensors
+        in memory that is read-only cannot be written.
+
+        C: ``ggml_backend_cpu_buffer_from_ptr``.
+        """
+        view = c.ffi.from_buffer(memory)
+        start = int(c.ffi.cast("uintptr_t", view))
+        if start % 32 or not len(view):
+            raise ValueError(f"{len(view)} bytes at {start:#x}: the memory must start at a multiple of 32 bytes")
+        pointer = c.ggml_backend_cpu_buffer_from_ptr(view, len(view))
+        if memoryview(memory).readonly:
+            read_only.add(pointer)
+
+        def free(p: Any, _keep: Any = view) -> None:
+            read_only.discard(p)
+            c.ggml_backend_buffer_free(p)
+
+        self = cls.__new__(cls)
+        self._adopt(pointer, free, (), usage)
+        return self
+
+    @classmethod
+    def empty(cls, which: BufferType | Device | str, *, usage: Usage = Usage.ANY) -> Buffer:
+        """A buffer of no bytes: it names a device's memory without taking any.
+
+        C: ``ggml_backend_buft_alloc_buffer``.
+        """
+        kind = BufferType.of(which)
+        check_process(kind.device)
+        with kind.device.guard():
+            pointer = c.ggml_backend_buft_alloc_buffer(kind.ptr, 0)
+        self = cls.__new__(cls)
+        self._adopt(pointer, c.ggml_backend_buffer_free, (), usage)
+        return self
+
+    @classmethod
+    def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
+        """Host memory as a device's own, which it reads and writes through its link; None if it cannot.
+
+        Parameters
+        ----------
+        memory
+            Writable, from the start to the end of memory pages (``mmap.mmap(-1, size)``). It is kept alive for as
+            long as the buffer is in use.
+
+        C: ``ggml_backend_dev_buffer_from_host_ptr``.
+        """
+        found = device(which)
+        view = c.ffi.from_buffer(memory, require_writable=True)
+        # Vulkan can, and does not say so; for a backend that cannot, ggml would call a null pointer.
+        if not (found.capabilities.buffer_from_host_ptr or found.name.startswith("Vulkan")):
+            return None
+        check_process(found)
+        with found.guard(), device_lock(found.ptr):
+            pointer = c.ggml_backend_dev_buffer_from_host_ptr(found.ptr, view, len(view), len(view))
+        if not pointer:
+            return None
+        self = cls.__new__(cls)
+        self._adopt(pointer, lambda p, _keep=view: c.ggml_backend_buffer_free(p), (), Usage.ANY)  # type: ignore[misc]
+        return self
+
+    @property
+    def guard(self) -> AbstractContextManager[Any]:
+        """To be held while the memory is used: the lock of its device, none for the host's."""
+        return nullcontext() if self.is_host else device_lock(self.buffer_type.device.ptr)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return c.ggml_backend_buffer_get_size(self.ptr)
+
+    @property
+    def buffer_type(self) -> BufferType:
+        """The kind of memory."""
+        return BufferType(c.ggml_backend_buffer_get_type(self.ptr))
+
+    @property
+    def usage(self) -> Usage:
+        """What the buffer is used for."""
+        return Usage(c.ggml_backend_buffer_get_usage(self.ptr))
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the processor can read it in place."""
+        return bool(c.ggml_backend_buffer_is_host(self.ptr))
+
+    @property
+    def base(self) -> int:
+        """Address of the first byte; only host memory can be read there."""
+        return int(c.ffi.cast("uintptr_t", c.ggml_backend_buffer_get_base(self.ptr)))
+
+    def close(self) -> None:
+        """Give the memory up. Tensors in it can no longer be used; it is freed once no scheduler computes with it."""
+        if self._on_close and not self.closed:
+            self._on_close(self)
+        super().close()
+
+    def __repr__(self) -> str:
+        return "<Buffer closed>" if self.closed else f"<Buffer {self.buffer_type.name}, {self.size:,} bytes>"

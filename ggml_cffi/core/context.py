@@ -1,0 +1,394 @@
+"""Contexts: pools of tensor descriptions, and the placement of their data in buffers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.buffer import Buffer, BufferType
+from ggml_cffi.core.device import Device, device_lock
+from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.handle import Handle, Owner
+from ggml_cffi.core.shapes import check_bytes, check_shape, fits_in_32_bits, ne_of
+from ggml_cffi.core.tensor import Head, Tensor
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Type
+
+_FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
+
+
+class Context(Handle):
+    """Holds tensors: their shapes, types and how they are computed. Their data is in buffers.
+
+    ggml's pools have a fixed size and end the process when they are full; this one grows.
+
+    C: ``ggml_init``, ``ggml_free``.
+    """
+
+    __slots__ = (
+        "_buffers",
+        "_capacity",
+        "_chunks",
+        "_constants",
+        "_lock",
+        "_released",
+        "_room",
+        "calls",
+        "held",
+        "limits",
+        "serial",
+        "uses",
+    )
+
+    _serial = 0
+    readable: ClassVar[bool] = True
+    """Whether tensors that have a buffer have values, too."""
+
+    def __init__(self) -> None:
+        self._chunks = [_chunk(_FIRST_CHUNK)]
+        self._room = _FIRST_CHUNK
+        self._lock = threading.RLock()
+        self._buffers: list[Buffer] = []
+        self._released: set[Any] = set()
+        self._constants: dict[Any, npt.NDArray[Any]] = {}
+        self._capacity = _FIRST_CHUNK
+        self.calls: dict[Any, Any] = {}
+        """Operations written in Python: what ggml calls, by C pointer of the result."""
+        self.uses: dict[Context, Owner] = {}
+        """Other contexts whose tensors are operands here."""
+        self.held: dict[Any, frozenset[Any]] = {}
+        """Graphs that schedulers hold and that reach into this context, with the C pointers of their nodes."""
+        self.limits: dict[Any, int] = {}
+        """Integer tensors that are used as row numbers, each with the number of rows."""
+        Context._serial += 1
+        self.serial = Context._serial
+        """Contexts made later have a larger one."""
+        super().__init__(self._chunks[0], partial(_free_chunks, self._chunks))
+
+    def new_tensor(self, dtype: Type | str | int | npt.DTypeLike, shape: Sequence[int], *, name: str = "") -> Tensor:
+        """A tensor without data yet: an input, a weight or a cache.
+
+        Parameters
+        ----------
+        dtype
+            Element type.
+        shape
+            Up to 4 sizes in numpy's order, the contiguous axis last. The last must be whole blocks of ``dtype``.
+        name
+            At most 63 bytes are kept.
+
+        Raises
+        ------
+        TypeError
+            If ggml has no such type for tensors.
+        ValueError
+            If the shape is not possible.
+
+        C: ``ggml_new_tensor``.
+        """
+        dtype = as_type(dtype)
+        shape = check_shape(shape)
+        ne = ne_of(shape)
+        if dtype in dtypes.INTERNAL:
+            raise TypeError(f"{dtype.name} is a format inside ggml's products: tensors cannot have it")
+        check_bytes(dtype, ne)
+        tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
+        if name:
+            tensor.name = name
+        return tensor
+
+    def constant(self, values: npt.ArrayLike, dtype: Type | str | int | npt.DTypeLike = Type.F32) -> Tensor:
+        """A tensor whose values are given now, and written when it gets memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the values cannot be stored as ``dtype``.
+        """
+        array = np.asarray(values)
+        data = dtypes.to_bytes(array, as_type(dtype)).copy()
+        tensor = self.new_tensor(dtype, array.shape)
+        self.set_later(tensor, data)
+        return tensor
+
+    def set_later(self, tensor: Tensor, data: npt.NDArray[Any]) -> None:
+        """Have ``data``, its bytes, written to a tensor without memory as soon as it gets some.
+
+        Raises
+        ------
+        ValueError
+            If the tensor is another context's, is computed, or has memory already, or the bytes are not its.
+        """
+        self._check_allocatable(tensor)
+        if data.nbytes != tensor.nbytes:
+            raise ValueError(f"{tensor!r} takes {tensor.nbytes} bytes, not {data.nbytes}")
+        self._constants[tensor.ptr] = data
+
+    def later(self, tensor: Tensor) -> npt.NDArray[Any] | None:
+        """What will be written to a tensor when it gets memory, None where nothing will."""
+        return self._constants.get(tensor.ptr)
+
+    def build(
+        self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1, head: Head | None = None
+    ) -> Tensor:
+        """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. The caller has checked.
+
+        ``function`` gets the C context before ``args``. Where type and sizes of the result are known to be those of
+        ``head``, saying so saves reading them.
+        """
+        with self._lock:
+            if self._room < n:
+                self._grow(n)
+            self._room -= n
+            pointer = function(self.ptr, *args)
+        return Tensor(self, pointer, ndim, head if head is not None and head.dense else None)
+
+    def emit(self, function: Callable[..., Any], ndim: int, head: Head, *args: Any) -> Tensor:
+        """As :meth:`build` of one tensor with a dense head: what most nodes are, and quicker."""
+        with self._lock:
+            if not self._room:
+                self._grow(1)
+            self._room -= 1
+            return Tensor(self, function(self._cell[0] or self.ptr, *args), ndim, head)
+
+    def _grow(self, n: int) -> None:
+        self.ptr  # noqa: B018 - raises when closed
+        size = max(n, min(2 * self.n_tensors, _LARGEST_CHUNK))
+        chunk = _chunk(size)
+        self._chunks.append(chunk)
+        self._cell[0] = chunk
+        self._capacity += size
+        self._room = size
+
+    @property
+    def n_tensors(self) -> int:
+        """Tensors made so far, or a few more."""
+        return self._capacity - self._room
+
+    def use(self, other: Context) -> None:
+        """Keep ``other`` alive for as long as this context: its tensors are operands here."""
+        if other is not self and other not in self.uses:
+            self.uses[other] = other.owner
+
+    def holds(self, pointer: Any) -> bool:
+        """Whether the tensor at ``pointer`` lies in this context."""
+        address = int(c.ffi.cast("uintptr_t", pointer))
+        for chunk in self._chunks:
+            start = int(c.ffi.cast("uintptr_t", c.ggml_get_mem_buffer(chunk)))
+            if start <= address < start + c.ggml_get_mem_size(chunk):
+                return True
+        return False
+
+    def reachable(self) -> list[Context]:
+        """The context itself and all whose tensors its tensors were made from.
+
+        Raises
+        ------
+        ClosedError
+            If one of them is closed.
+        """
+        found = [self]
+        for context in found:
+            context.ptr  # noqa: B018 - raises when closed
+            found += [other for other in context.uses if other not in found]
+        return found
+
+    def alloc(
+        self,
+        on: BufferType | Device | str,
+        tensors: Iterable[Tensor] | None = None,
+        *,
+        usage: Usage = Usage.ANY,
+    ) -> list[Buffer]:
+        """Give tensors memory on a device, zeroed.
+
+        Parameters
+        ----------
+        on
+            Device, its name, or a kind of memory.
+        tensors
+            Tensors of this context; default all that are neither computed, nor views, nor allocated.
+        usage
+            ``Usage.WEIGHTS`` for weights: the scheduler runs nodes where their weights are.
+
+        Returns
+        -------
+        list of Buffer
+            The buffers made, more than one only where the device limits their size. The context owns them.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is another context's, is computed, or has memory already.
+        OutOfMemoryError
+            If the device has not enough.
+        """
+        with self._lock:
+            self.ptr  # noqa: B018 - raises when closed
+            return self._alloc(BufferType.of(on), tensors, usage)
+
+    def _alloc(self, kind: BufferType, tensors: Iterable[Tensor] | None, usage: Usage) -> list[Buffer]:
+        chosen = self._unallocated() if tensors is None else list(tensors)
+        for t in chosen:
+            self._check_allocatable(t)
+        if not kind.is_host and kind.device.is_remote:
+            _check_fits(chosen)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError("a tensor is listed twice")
+        made: list[Buffer] = []
+        try:
+            with nullcontext() if kind.is_host else device_lock(kind.device.ptr):
+                groups = pack(chosen, kind)
+            for group, size in groups:
+                buffer = Buffer(kind, size, usage=usage)
+                made.append(buffer)
+                address = c.ggml_backend_buffer_get_base(buffer.ptr)
+                for t, offset in group:
+                    self.put(t, buffer, address + offset)
+                    if t.ptr in self._constants:
+                        t.set_bytes(self._constants[t.ptr])
+                self.adopt(buffer)
+        except BaseException:
+            for t in chosen:  # as they were before
+                t.ptr.buffer = t.ptr.data = c.NULL
+            for buffer in made:
+                if buffer in self._buffers:
+                    self._buffers.remove(buffer)
+                buffer._on_close = None
+                buffer.close()
+            raise
+        for t in chosen if self._constants else ():
+            self._constants.pop(t.ptr, None)
+        return made
+
+    def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
+        """Place one tensor at ``address`` (``char *`` or ``void *``) inside ``buffer``, which this context then owns.
+
+        C: ``ggml_backend_tensor_alloc``.
+        """
+        self._check_allocatable(tensor)
+        if not buffer.is_host and buffer.buffer_type.device.is_remote:
+            _check_fits([tensor])
+        start = int(c.ffi.cast("uintptr_t", address))
+        with buffer.guard:
+            size = c.ggml_backend_buffer_get_alloc_size(buffer.ptr, tensor.ptr)
+            alignment = c.ggml_backend_buffer_get_alignment(buffer.ptr)
+            if start < buffer.base or start + size > buffer.base + buffer.size:
+                raise ValueError(f"{tensor!r} does not fit the buffer at that address")
+            if start % alignment:
+                raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
+            c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
+        self.adopt(buffer)
+        if tensor.ptr in self.limits:
+            try:
+                tensor.check_limit(tensor.numpy().reshape(-1).view(np.uint8))
+            except ValueError:
+                tensor.ptr.buffer = tensor.ptr.data = c.NULL
+                raise
+
+    def adopt(self, buffer: Buffer) -> None:
+        """Own ``buffer``: it closes with this context, and its tensors are unusable once it is closed."""
+        with self._lock:
+            self.ptr  # noqa: B018 - raises when closed
+            if buffer not in self._buffers:
+                self._buffers.append(buffer)
+                buffer._on_close = self._forget
+
+    def _forget(self, buffer: Buffer) -> None:
+        if buffer not in self._buffers:  # another thread closes the context
+            return
+        self._buffers.remove(buffer)
+        pointer = buffer.ptr
+        for t in self.tensors():
+            # A tensor without memory is told from one whose memory was given up: only the first may be an input.
+            if t.ptr.buffer == pointer:
+                self._released.add(t.ptr)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Buffers that this context owns."""
+        return tuple(self._buffers)
+
+    @property
+    def released(self) -> set[Any]:
+        """C pointers of the tensors whose memory was given up by closing its buffer."""
+        return self._released
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of this context, in the order in which they were made."""
+        self.ptr  # noqa: B018 - raises when closed
+        found = []
+        for chunk in self._chunks:
+            pointer = c.ggml_get_first_tensor(chunk)
+            while pointer:
+                found.append(Tensor(self, pointer, c.ggml_n_dims(pointer)))
+                pointer = c.ggml_get_next_tensor(chunk, pointer)
+        return found
+
+    def _unallocated(self) -> list[Tensor]:
+        return [t for t in self.tensors() if t.is_leaf and not t.ptr.buffer and not t.ptr.view_src]
+
+    def _check_allocatable(self, t: Tensor) -> None:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"a Tensor is needed, not {type(t).__name__}")
+        if t.context is not self:
+            raise ValueError(f"{t!r} belongs to another context")
+        if not t.is_leaf or t.ptr.view_src:
+            raise ValueError(f"{t!r} is computed or a view: the scheduler gives it memory")
+        if t.ptr.buffer:
+            raise ValueError(f"{t!r} has memory already")
+
+    def close(self) -> None:
+        """Close the context and its buffers. Its tensors can no longer be used."""
+        with getattr(self, "_lock", nullcontext()):  # not while another thread is making a tensor here
+            for buffer in tuple(getattr(self, "_buffers", ())):
+                buffer._on_close = None
+                buffer.close()
+            if not self.closed:
+                self._buffers.clear()
+                self.uses.clear()
+            super().close()
+
+    def __repr__(self) -> str:
+        return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"
+
+
+def _chunk(n: int) -> Any:
+    size = n * c.ggml_tensor_overhead()
+    return c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+
+
+def _free_chunks(chunks: list[Any], _current: Any) -> None:
+    for chunk in chunks:
+        c.ggml_free(chunk)
+
+
+def _check_fits(tensors: Iterable[Tensor]) -> None:
+    for t in tensors:
+        if not fits_in_32_bits(t.ptr):
+            raise ValueError(f"{t!r} cannot be on a remote device: its sizes do not fit the protocol's 32 bits")
+
+
+def pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:
+    """Offsets of the tensors in as few buffers as the largest allowed size permits."""
+    groups: list[tuple[list[tuple[Tensor, int]], int]] = []
+    group: list[tuple[Tensor, int]] = []
+    used, limit, alignment = 0, kind.max_size, kind.alignment
+    for t in tensors:
+        size = -(-c.ggml_backend_buft_get_alloc_size(kind.ptr, t.ptr) // alignment) * alignment
+        if group and used + size > limit:
+            groups.append((group, used))
+            group, used = [], 0
+        group.append((t, used))
+        used += size
+    if group:
+        groups.append((group, max(used, alignment)))
+    return groups

@@ -1,0 +1,241 @@
+"""Devices: what there is to compute on.
+
+>>> import ggml_cffi
+>>> for device in ggml_cffi.devices():
+...     print(device.name, device.description, device.memory().free)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ggml_cffi import c
+from ggml_cffi.c import library
+from ggml_cffi.core.locks import DeviceLock, Lock, RemoteLock
+from ggml_cffi.enums import BackendDevType
+from ggml_cffi.errors import GgmlError
+
+DeviceType = BackendDevType
+
+#: ggml's registry and its Vulkan device table have no locks of their own.
+registry_lock = threading.RLock()
+
+_transfer_locks: dict[Any, Lock] = {}
+
+
+class _Remote(NamedTuple):
+    name: str
+    description: str
+    link: RemoteLock
+
+
+_remote: dict[Any, _Remote] = {}  # by C pointer, those whose server is lost included: C keeps them too
+
+
+def device_lock(pointer: Any) -> Lock:
+    """One lock for each device, by its C pointer.
+
+    Backends of one GPU share a staging buffer for transfers, which ggml does not guard. Remote devices of one server
+    share its link, which raises if the server is lost.
+    """
+    lock = _transfer_locks.get(pointer)
+    if lock is None:
+        with registry_lock:
+            lock = _transfer_locks.setdefault(pointer, DeviceLock())
+    return lock
+
+
+_ORDER = {DeviceType.GPU: 0, DeviceType.IGPU: 1, DeviceType.META: 2, DeviceType.ACCEL: 3, DeviceType.CPU: 4}
+
+
+class Memory(NamedTuple):
+    """Memory of a device, in bytes."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device can do besides computing. C: ``ggml_backend_dev_caps``."""
+
+    asynchronous: bool
+    """Computes while the caller goes on."""
+    host_buffer: bool
+    """Has pinned host memory, which transfers faster."""
+    buffer_from_host_ptr: bool
+    """Can use memory that the host allocated."""
+    events: bool
+    """Can wait for one another's work without the host."""
+    mmap_support: bool
+    """Can load weights from a file mapping."""
+
+
+class Device:
+    """One device of ggml's registry. Devices are never freed; two objects for one device are equal."""
+
+    __slots__ = ("name", "ptr")
+
+    def __init__(self, pointer: Any) -> None:
+        self.ptr = pointer
+        """The C pointer (``ggml_backend_dev_t``)."""
+        remote = _remote.get(pointer)
+        self.name: str = remote.name if remote else c.ffi.string(c.ggml_backend_dev_name(pointer)).decode()
+        """ggml's name, such as ``"Vulkan0"`` or ``"CPU"``; a remote device's is ``"rpc://host:port"``."""
+
+    @property
+    def description(self) -> str:
+        """The hardware's name, which is not known of a remote device. C: ``ggml_backend_dev_description``."""
+        if self.is_remote:
+            return _remote[self.ptr].description
+        text: bytes = c.ffi.string(c.ggml_backend_dev_description(self.ptr))
+        return text.decode("utf-8", "replace").strip()
+
+    @property
+    def type(self) -> DeviceType:
+        """What kind of device this is; a remote one is called a GPU, whatever it is. C: ``ggml_backend_dev_type``."""
+        return DeviceType(c.ggml_backend_dev_type(self.ptr))
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether this is the processor."""
+        return self.type is DeviceType.CPU
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server computes; see :mod:`ggml_cffi.rpc`."""
+        return self.ptr in _remote
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` is its name, in any case, and for a remote device with ``rpc://`` or without."""
+        return self.name.lower() in (name.lower(), f"rpc://{name.lower()}")
+
+    def memory(self) -> Memory:
+        """Free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
+
+        C: ``ggml_backend_dev_memory``.
+        """
+        free, total = c.ffi.new("size_t *"), c.ffi.new("size_t *")
+        with self.guard():
+            c.ggml_backend_dev_memory(self.ptr, free, total)
+        return Memory(min(free[0], total[0]), total[0])  # some drivers report more free than there is
+
+    @property
+    def pci_id(self) -> str | None:
+        """PCI address such as ``"0000:c1:00.0"``, None where there is none."""
+        text = self._props().device_id
+        return c.ffi.string(text).decode() if text else None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the device can do besides computing."""
+        props = self._props()  # whose memory caps is in
+        caps = props.caps
+        names = ("async", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")
+        return Capabilities(*(bool(getattr(caps, name)) for name in names))
+
+    def _props(self) -> c.CData:
+        props = c.ffi.new("struct ggml_backend_dev_props *")
+        with self.guard():
+            c.ggml_backend_dev_get_props(self.ptr, props)
+        return props
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """To be held around calls to the driver: its tables have no locks. A remote device's is its server's alone."""
+        return _remote[self.ptr].link if self.is_remote else registry_lock
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device) and bool(self.ptr == other.ptr)
+
+    def __hash__(self) -> int:
+        return hash(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"<Device {self.name}: {self.description}>"
+
+
+def check_process(found: Device) -> None:
+    """Raise ``GgmlError`` if ``found`` is lost, or its driver was opened before this process was forked."""
+    if found.is_remote:
+        _remote[found.ptr].link.check()
+    elif not found.is_cpu and library.inherited("vulkan"):
+        raise GgmlError(
+            f"{found.name} cannot be used in a forked process whose parent used the driver: "
+            'start processes with multiprocessing.get_context("spawn")'
+        )
+
+
+def devices() -> list[Device]:
+    """All devices: GPUs first in the driver's order, remote devices that were connected after them, the CPU last.
+
+    The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
+    """
+    with registry_lock:
+        library.available("vulkan")
+        found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
+        found += [Device(pointer) for pointer, remote in _remote.items() if remote.link.usable]
+    return sorted(found, key=lambda d: _ORDER[d.type])
+
+
+def add_remote(pointer: Any, name: str, description: str, link: RemoteLock) -> None:
+    """List a device of a server, for as long as that is there."""
+    with registry_lock:
+        _remote[pointer] = _Remote(name, description, link)
+        _transfer_locks[pointer] = link
+
+
+def find_remote_with(find: Callable[[str], Device]) -> None:
+    """Let ``find`` look up names with a colon (``rpc://host:port``), which are of remote devices."""
+    global _find_remote
+    _find_remote = find
+
+
+def _no_remote(name: str) -> Device:
+    raise ValueError(f"there is no device {name!r}: import ggml_cffi, which knows remote devices")
+
+
+_find_remote = _no_remote
+
+
+def devices_of(link: RemoteLock) -> list[Device]:
+    """The devices of one server, in its order."""
+    with registry_lock:
+        return [Device(pointer) for pointer, remote in _remote.items() if remote.link is link]
+
+
+def device(which: str | Device | int) -> Device:
+    """The device of a name (any case), or at a position of :func:`devices`.
+
+    A name ``rpc://host:port`` (or ``host:port``) is the first device of a server there, and ``rpc://host:port/1`` its
+    second: it is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device; the message lists those there are.
+    RemoteError
+        If there is no server, or none that can be used.
+    """
+    if isinstance(which, Device):
+        return which
+    if isinstance(which, str) and ":" in which:
+        return _find_remote(which)
+    # The CPU is there without asking a GPU driver.
+    if isinstance(which, str) and which.upper() == "CPU":
+        with registry_lock:
+            return Device(c.ggml_backend_dev_by_type(DeviceType.CPU))
+    known = devices()
+    if isinstance(which, str):
+        for found in known:
+            if found.name.lower() == which.lower():
+                return found
+    elif not isinstance(which, int):
+        raise TypeError(f"a device is given by its name, position or Device object, not {which!r}")
+    elif 0 <= which < len(known):
+        return known[which]
+    names = ", ".join(d.name for d in known)
+    raise ValueError(f"there is no device {which!r}; this machine has {names}")

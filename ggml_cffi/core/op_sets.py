@@ -1,0 +1,6 @@
+"""Sets of operations that several packages ask about."""
+
+from ggml_cffi.enums import Op
+
+#: Operations that compute nothing: leaves, and other ways to look at a tensor's memory.
+VIEWS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.NONE})

@@ -1,0 +1,208 @@
+"""Moving data between devices.
+
+Devices that can import host memory (Vulkan: ``VK_EXT_external_memory_host``) read and write it themselves, at the speed
+of their link and without the processor. :class:`HostBlock` is such memory, imported by several devices at once: data
+goes from one GPU to another through it in chunks, one half being filled while the other is emptied.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.buffer import Buffer, BufferType
+from ggml_cffi.core.device import Device, device_lock, registry_lock
+from ggml_cffi.core.device import device as find_device
+from ggml_cffi.core.dtypes import INTEGERS
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.shapes import check_shape
+from ggml_cffi.core.tensor import HostMemory, Tensor
+from ggml_cffi.enums import Type
+
+_CHUNK = 16 << 20
+
+
+class HostBlock(Closing):
+    """Host memory that devices read and write by themselves.
+
+    Parameters
+    ----------
+    size
+        Bytes; rounded up to whole pages of 64 KiB.
+    devices
+        Devices that are to use it. Those that cannot import host memory are left out of :attr:`buffers`.
+
+    Raises
+    ------
+    ValueError
+        If ``size`` is not above 0.
+
+    C: ``ggml_backend_dev_buffer_from_host_ptr``.
+    """
+
+    def __init__(self, size: int, devices: Iterable[Device | str]) -> None:
+        if size <= 0:
+            raise ValueError(f"a block of host memory has at least 1 byte, not {size}")
+        page = 64 << 10  # larger than any device's granularity that is known
+        self.memory = mmap.mmap(-1, -(-size // page) * page)
+        """The memory, for the processor's use."""
+        self.buffers: dict[Device, Buffer] = {}
+        """The block as each device sees it."""
+        for which in devices:
+            if (buffer := Buffer.imported(which, self.memory)) is not None:
+                self.buffers[buffer.buffer_type.device] = buffer
+
+    def close(self) -> None:
+        """Give the memory back, once nothing uses it."""
+        for buffer in self.buffers.values():
+            buffer.close()
+        self.buffers.clear()
+
+
+def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: Device | str) -> npt.NDArray[Any]:
+    """An array in host memory that a device reads and writes by itself, quicker than other memory.
+
+    It is what ``Tensor.set_async`` and ``get_async`` need to be asynchronous. ggml's Vulkan takes such memory from the
+    first device whichever is asked for. An ordinary array where the device has no such memory.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If there is not enough.
+
+    C: ``ggml_backend_dev_host_buffer_type``.
+    """
+    found = find_device(device)
+    sizes, kind = check_shape(shape), np.dtype(dtype)
+    with registry_lock:
+        pointer = c.ggml_backend_dev_host_buffer_type(found.ptr)
+    n = prod(sizes) * kind.itemsize
+    if not pointer or not n:
+        return np.zeros(sizes, kind)
+    with Buffer(BufferType(pointer), n) as buffer:
+        memory = HostMemory(c.ffi.buffer(c.ggml_backend_buffer_get_base(buffer.ptr), n), [buffer.owner])
+    return np.asarray(memory).view(kind).reshape(sizes)
+
+
+def transfer(
+    src: Tensor, dst: Tensor, backends: Sequence[Backend] = (), *, block: HostBlock | None = None, chunk: int = _CHUNK
+) -> None:
+    """Copy the values of ``src`` to ``dst``, on other devices or the same, and wait.
+
+    Parameters
+    ----------
+    src, dst
+        Contiguous tensors of one type and shape, with memory.
+    backends
+        Backends of the two devices, to copy in order with other work of theirs; others are opened for the time.
+    block
+        Host memory for data on the way, of two chunks; default made for this call (which costs about as much as
+        copying it).
+    chunk
+        Bytes to move at a time.
+
+    Raises
+    ------
+    ValueError
+        If the tensors differ in type or shape, are not contiguous, or have no memory.
+
+    C: ``ggml_backend_tensor_copy_async``, ``ggml_backend_tensor_copy``.
+    """
+    for t in (src, dst):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"transfer takes tensors, not {type(t).__name__}")
+    if src.dtype is not dst.dtype or src.ne != dst.ne:
+        raise ValueError(f"{src!r} and {dst!r} differ in type or shape")
+    if src.dtype in INTEGERS:  # they may be row numbers, which are checked when they are set
+        dst.set(src.numpy())
+        return
+    keep = src.check_readable(), dst.check_writable()
+    if not (src.is_contiguous and dst.is_contiguous):
+        raise ValueError(f"transfer: {src!r} and {dst!r} must be contiguous")
+    here, there = (t.buffer_type.device for t in (src, dst) if t.buffer_type)
+    with ExitStack() as stack:
+        pumped = here != there and not here.is_cpu and not there.is_cpu and src.nbytes >= 2 * chunk
+        if pumped and block is None:
+            block = stack.enter_context(HostBlock(2 * chunk, (here, there)))
+        if pumped and block is not None and {here, there} <= block.buffers.keys():
+            found = {b.device: b for b in backends}
+            for d in {here, there} - found.keys():
+                found[d] = stack.enter_context(Backend(d))
+            for lock in sorted({found[here].lock, found[there].lock}, key=id):
+                stack.enter_context(lock)
+            _pump(src, dst, found[here], found[there], block, chunk)
+        elif src.nbytes:
+            for lock in sorted({device_lock(d.ptr) for d in (here, there)}, key=id):
+                stack.enter_context(lock)
+            c.ggml_backend_tensor_copy(src.ptr, dst.ptr)
+    del keep
+
+
+def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: HostBlock, chunk: int) -> None:
+    """Move chunk ``k`` out of one half of ``block`` while chunk ``k + 1`` comes into the other.
+
+    A copy is handed to the device when its backend is waited for: two threads wait at once.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+    chunk = min(chunk, len(block.memory) // 2)
+    total = src.nbytes
+    into, out_of = (DeviceBytes.of_buffer(block.buffers[b.device]) for b in (reader, writer))
+    source, target = DeviceBytes.of_tensor(src), DeviceBytes.of_tensor(dst)
+
+    def read(start: int) -> None:
+        n, half = min(chunk, total - start), start // chunk % 2 * chunk
+        copy_bytes(reader, source.part(start, n), into.part(half, n))
+
+    def write(start: int) -> None:
+        n, half = min(chunk, total - start), start // chunk % 2 * chunk
+        copy_bytes(writer, out_of.part(half, n), target.part(start, n))
+
+    with ThreadPoolExecutor(1) as other:
+        read(0)
+        for start in range(0, total, chunk):
+            writing = other.submit(write, start)
+            if start + chunk < total:
+                read(start + chunk)
+            writing.result()
+
+
+def copy_bytes(backend: Backend, a: Any, b: Any) -> None:
+    """Copy a part of :class:`DeviceBytes` to another of the same size, and wait."""
+    c.ggml_backend_tensor_copy_async(backend.ptr, backend.ptr, a, b)
+    c.ggml_backend_synchronize(backend.ptr)
+
+
+class DeviceBytes:
+    """A piece of a device's memory, parts of which can be copied."""
+
+    def __init__(self, buffer: Any, start: Any) -> None:
+        self.buffer = buffer
+        self.start = c.ffi.cast("char *", start)
+        self.kept: list[Any] = []
+
+    @classmethod
+    def of_buffer(cls, buffer: Buffer) -> DeviceBytes:
+        """All of a buffer's."""
+        return cls(buffer.ptr, c.ggml_backend_buffer_get_base(buffer.ptr))
+
+    @classmethod
+    def of_tensor(cls, t: Tensor) -> DeviceBytes:
+        """Those of a tensor with memory."""
+        root, offset = t.place()
+        return cls(root.buffer, c.ffi.cast("char *", root.data) + offset)
+
+    def part(self, offset: int, n: int) -> Any:
+        """``n`` bytes from ``offset`` on, as a tensor of bytes, which lives as long as this does."""
+        made = c.ffi.new("struct ggml_tensor *", {"type": Type.I8, "ne": [n, 1, 1, 1], "nb": [1, n, n, n]})
+        made.buffer, made.data = self.buffer, self.start + offset
+        self.kept.append(made)
+        return made

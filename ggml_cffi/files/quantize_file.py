@@ -1,0 +1,310 @@
+"""Model files in another type: which tensor gets which, and writing the new file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi import c
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.backend import default_threads
+from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.enums import GGUFType, Type
+from ggml_cffi.errors import FormatError
+from ggml_cffi.files.encode import importances
+from ggml_cffi.files.gguf.layout import Planned, Progress, write_planned
+from ggml_cffi.files.gguf.reader import GGUFFile, TensorInfo
+from ggml_cffi.files.gguf.values import GGUFValue
+
+T = Type
+
+# Weights that stay as they are, by parts of their names: small, and what a layer routes, mixes or places by.
+_KEPT = (
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "position_embd",
+    "token_types.weight",
+    "attn_rel_b.weight",
+    "ssm_conv1d",
+    "shortconv.conv.weight",
+    "time_mix_first.weight",
+    "time_mix_w0.weight",
+    "time_mix_w1.weight",
+    "time_mix_w2.weight",
+    "time_mix_v0.weight",
+    "time_mix_v1.weight",
+    "time_mix_v2.weight",
+    "time_mix_a0.weight",
+    "time_mix_a1.weight",
+    "time_mix_a2.weight",
+    "time_mix_g1.weight",
+    "time_mix_g2.weight",
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight",
+    "altup",
+    "laurel",
+    "per_layer_model_proj",
+    "indexer.k_proj.weight",
+    "indexer.q_proj.weight",
+    ".patch_embd",
+    ".patch_merger",
+    ".rel_pos",
+    "sam.pos_embd",
+    "sam.neck.",
+    "sam.net_",
+    "a.rvq.codebook",
+    "mm.a.code_embd",
+)
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+_OUTPUT = "output.weight"
+
+# Where rows are no whole blocks: a type of about the same precision with blocks of 32.
+_FALLBACK = {
+    **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS), T.IQ4_NL),
+    **dict.fromkeys((T.Q2_0, T.Q2_K, T.Q3_K, T.TQ1_0, T.TQ2_0), T.Q4_0),
+    T.Q4_K: T.Q5_0,
+    T.Q5_K: T.Q5_1,
+    T.Q6_K: T.Q8_0,
+}
+# The head, and the embeddings where they serve as head: errors there are errors of every token.
+_HEAD = {
+    **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS), T.Q5_K),
+    T.MXFP4: T.Q8_0,
+    T.Q8_0: T.Q8_0,
+}
+_EMBEDDED = {
+    **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS), T.Q2_K),
+    **dict.fromkeys((T.IQ2_S, T.IQ3_XXS), T.IQ3_S),
+    **dict.fromkeys((T.TQ1_0, T.TQ2_0, T.Q2_0), T.Q4_K),
+}
+_NEEDS_IMATRIX = frozenset({T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS})
+
+#: ``general.file_type`` of llama.cpp, which tells what most of a file is; of mixtures the plainest.
+FILE_TYPES = {
+    T.F32: 0,
+    T.F16: 1,
+    T.Q4_0: 2,
+    T.Q4_1: 3,
+    T.Q8_0: 7,
+    T.Q5_0: 8,
+    T.Q5_1: 9,
+    T.Q3_K: 11,
+    T.Q4_K: 14,
+    T.Q5_K: 16,
+    T.Q6_K: 18,
+    T.IQ2_XXS: 19,
+    T.IQ2_XS: 20,
+    T.Q2_K: 21,
+    T.IQ3_XXS: 23,
+    T.IQ1_S: 24,
+    T.IQ4_NL: 25,
+    T.IQ3_S: 26,
+    T.IQ2_S: 29,
+    T.IQ4_XS: 30,
+    T.IQ1_M: 31,
+    T.BF16: 32,
+    T.TQ1_0: 36,
+    T.TQ2_0: 37,
+    T.MXFP4: 38,
+    T.NVFP4: 39,
+    T.Q1_0: 40,
+    T.Q2_0: 41,
+}
+
+
+def quantize_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: Type | str,
+    *,
+    only: str | Iterable[str] | None = None,
+    keep: str | Iterable[str] | None = None,
+    imatrix: Mapping[str, npt.ArrayLike] | None = None,
+    max_bytes: int | None = None,
+    overwrite: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """Write the model ``source`` with its weights in another type.
+
+    Memory stays small whatever the model's size. ``target`` has its name only once it is complete, and nothing is left
+    if anything is raised; it may be ``source`` itself.
+
+    Parameters
+    ----------
+    source
+        A GGUF file; of a split model the first. Weights that are quantized already lose what the two types lose.
+    target
+        The file to write.
+    dtype
+        The type, such as ``"q4_k"``; see :func:`choose_types` for what gets it.
+    only, keep
+        Patterns of names (``"blk.*.ffn_*"``): tensors that do not match ``only``, or match ``keep``, stay as they are.
+    imatrix
+        Name of a tensor to how much each of its columns matters, as :func:`quantize` takes it; :func:`read_imatrix`
+        reads one. Types below 3 bits and IQ3_XXS need one.
+    max_bytes, overwrite
+        See :func:`write_gguf`.
+    threads
+        Default as many as there are processors.
+    progress
+        Called with bytes written and bytes in all.
+
+    Returns
+    -------
+    tuple of str
+        The files.
+
+    Raises
+    ------
+    FormatError
+        If ``source`` is no valid GGUF file.
+    TypeError, ValueError
+        If weights cannot be of that type, values are not finite, importances are missing or do not fit, a pattern
+        matches no tensor, or ``threads`` is below 1.
+    FileExistsError, OSError
+        See :func:`write_gguf`.
+    """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import
+
+    kind = as_type(dtype)
+    n_threads = threads if threads is not None else default_threads()
+    if n_threads < 1:
+        raise ValueError(f"threads must be at least 1, not {n_threads}")
+    with GGUFFile(source) as file:
+        types = choose_types(file, kind, only=only, keep=keep)
+        tensors = []
+        for name, info in file.tensors.items():
+            weights = _importances(info, types[name], imatrix or {})
+            tensors.append(Planned(name, types[name], info.shape, file[name], weights))
+        fields = {
+            **file.fields,
+            "general.quantization_version": GGUFValue(c.GGML_QNT_VERSION, GGUFType.UINT32),
+            "general.file_type": GGUFValue(FILE_TYPES[kind], GGUFType.UINT32),
+        }
+        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="ggml_cffi quantize")
+        try:
+            return write_planned(
+                os.fspath(target),
+                fields,
+                tensors,
+                max_bytes=max_bytes,
+                overwrite=overwrite,
+                progress=progress,
+                pool=pool,
+                ahead=2 * n_threads,
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def choose_types(
+    file: GGUFFile,
+    dtype: Type | str,
+    *,
+    only: str | Iterable[str] | None = None,
+    keep: str | Iterable[str] | None = None,
+) -> dict[str, Type]:
+    """The type that :func:`quantize_file` gives each tensor of a model.
+
+    Weights (``*weight``) with two axes or more get ``dtype``; norms, biases, and small weights that route or place keep
+    what they have. As in llama.cpp, the output head, and token embeddings that serve as one, get Q6_K instead (Q5_K if
+    the type is below 3 bits; Q8_0 stays Q8_0), and other token embeddings a finer type than those below 3 bits. Where
+    rows are no whole blocks, weights get a type with smaller ones: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K, Q4_0
+    for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
+
+    Raises
+    ------
+    TypeError
+        If there is no such type, or weights are not stored in it.
+    ValueError
+        If a pattern matches no tensor.
+    """
+    kind = as_type(dtype)
+    if kind not in FILE_TYPES:
+        known = ", ".join(t.name for t in FILE_TYPES)
+        raise TypeError(f"weights are not stored as {kind.name}; they can be {known}")
+    wanted = _matching(file, only) if only is not None else set(file.tensors)
+    wanted -= _matching(file, keep) if keep is not None else set()
+    tied = _OUTPUT not in file.tensors
+    return {
+        name: _target(info, kind, tied) if name in wanted and _is_weight(info) else info.dtype
+        for name, info in file.tensors.items()
+    }
+
+
+def _matching(file: GGUFFile, patterns: str | Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = {name for name in file.tensors if fnmatchcase(name, pattern)}
+        if not names:
+            raise ValueError(f"{file.path} has no tensor that matches {pattern!r}")
+        found |= names
+    return found
+
+
+def _is_weight(info: TensorInfo) -> bool:
+    matrix = any(n > 1 for n in info.shape[:-1])
+    number = info.dtype not in dtypes.INTEGERS and info.dtype not in dtypes.INTERNAL
+    return matrix and number and info.name.endswith("weight") and not any(part in info.name for part in _KEPT)
+
+
+def _target(info: TensorInfo, kind: Type, tied: bool) -> Type:
+    n = info.shape[-1]
+    if not dtypes.is_quantized(kind):
+        return kind
+    if info.name == _OUTPUT or (tied and info.name in _EMBEDDINGS):
+        kind = Type.Q8_0 if n % dtypes.block_size(kind) else _HEAD.get(kind, Type.Q6_K)
+    elif info.name in _EMBEDDINGS:
+        kind = _EMBEDDED.get(kind, kind)
+    if n % dtypes.block_size(kind):
+        kind = _FALLBACK.get(kind, kind)
+    return Type.F16 if n % dtypes.block_size(kind) else kind
+
+
+def _importances(info: TensorInfo, kind: Type, imatrix: Mapping[str, npt.ArrayLike]) -> npt.NDArray[np.float32] | None:
+    """What the matrix has for a tensor that becomes ``kind``; checked here, before anything is written."""
+    if kind is info.dtype or not dtypes.is_quantized(kind):
+        return None
+    if info.name in imatrix:
+        try:
+            return importances(imatrix[info.name], info.shape)
+        except ValueError as error:
+            raise ValueError(f"tensor {info.name!r}: {error}") from None
+    if kind in _NEEDS_IMATRIX:
+        what = "the importance matrix has nothing for it" if imatrix else "there is no importance matrix (imatrix)"
+        raise ValueError(f"tensor {info.name!r}: {kind.name} is useless without importances, and {what}")
+    return None
+
+
+def read_imatrix(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance matrix that ``llama-imatrix`` wrote as GGUF: name of a tensor to importances ``(experts, n)``.
+
+    Raises
+    ------
+    FormatError
+        If it is no such file. Of those that older versions wrote, ``llama-imatrix`` makes new ones.
+    """
+    found = {}
+    with GGUFFile(path) as file:
+        for name in file.tensors:
+            stem = name.removesuffix(".in_sum2")
+            if stem == name:
+                continue
+            if f"{stem}.counts" not in file.tensors:
+                raise FormatError(f"{file.path}: tensor {name!r} has no counts")
+            sums = np.asarray(file[name], np.float32)
+            counts = np.asarray(file[f"{stem}.counts"], np.float32).reshape(-1, 1)
+            sums = sums.reshape(-1, sums.shape[-1])
+            if len(counts) != len(sums):
+                raise FormatError(f"{file.path}: tensor {name!r} has {len(sums)} rows and {len(counts)} counts")
+            # What no token ever went through is as important as anything.
+            found[stem] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+    if not found:
+        raise FormatError(f"{file.path}: this is no importance matrix: it has no tensors named *.in_sum2")
+    return found

@@ -1,0 +1,1 @@
+"""Model architectures: sizes, tensors and graph of each, one file per architecture."""

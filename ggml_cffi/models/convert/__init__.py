@@ -1,0 +1,5 @@
+"""Conversion of Hugging Face folders to GGUF files."""
+
+from ggml_cffi.models.convert.convert import convert
+
+__all__ = ["convert"]

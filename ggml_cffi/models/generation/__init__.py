@@ -1,0 +1,1 @@
+"""Text generation: continuous batching, sampling, chat templates and the KV cache."""

@@ -1,0 +1,104 @@
+"""How fast a device multiplies: measured once for each kind of weight, and remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from ggml_cffi import ops
+from ggml_cffi.c._decl import GGML_VERSION
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.context import Context
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Type
+from ggml_cffi.models.fetch import cache_folder
+from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.scheduler import Scheduler
+
+_SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for devices that are software
+_TOKENS = (1, 512)  # as in decoding, and as in reading a prompt
+_RUNS = 5
+
+
+def seconds(backend: Backend, dtype: Type) -> float:
+    """Seconds for each element of a weight and each token: the geometric mean of decoding and reading a prompt.
+
+    Measured the first time, and then read from ``calibration.json`` in the cache folder, where it is kept for the
+    device's description, its threads, the type and the version of ggml.
+    """
+    known = _known()
+    found = known.get(key(backend, dtype))
+    if isinstance(found, float) and 0 < found < np.inf:
+        return found
+    each = [measure(backend, dtype, tokens) for tokens in _TOKENS]
+    result = float(np.exp(np.mean(np.log(each))))
+    _remember(known | {key(backend, dtype): result})
+    return result
+
+
+def remembered(what: str, measure: Callable[[], list[float]]) -> list[float]:
+    """Numbers that were measured before, or are now; kept as :func:`seconds` keeps its own."""
+    what = f"{what}, ggml {GGML_VERSION}"
+    known = _known()
+    found = known.get(what)
+    if isinstance(found, list) and found and all(isinstance(x, float) and 0 <= x < np.inf for x in found):
+        return found
+    result = measure()
+    _remember(_known() | {what: result})
+    return result
+
+
+def key(backend: Backend, dtype: Type) -> str:
+    """What a measurement holds for."""
+    threads = f", {backend.n_threads} threads" if backend.device.is_cpu else ""
+    return f"{backend.device.description}{threads}, {dtype.name}, ggml {GGML_VERSION}"
+
+
+def measure(backend: Backend, dtype: Type, tokens: int) -> float:
+    """Seconds of a product with so many tokens, for each element of the weight and each token: the best of a few."""
+    n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not backend.device.is_cpu else _SIZE // 4
+    with Context() as context:
+        weight = context.new_tensor(dtype, (n, n), name="weight")  # zeros take as long as anything
+        context.alloc(backend.buffer_type, [weight], usage=Usage.WEIGHTS)
+        x = context.new_tensor(Type.F32, (tokens, n), name="x")
+        context.alloc(backend.buffer_type, [x])
+        with Graph(ops.mul_mat(weight, x)) as graph, Scheduler([backend]) as scheduler:
+            scheduler.alloc(graph)
+            scheduler.compute(graph)  # shaders are compiled in the first run
+            times = []
+            for _ in range(_RUNS):
+                began = perf_counter()
+                scheduler.compute(graph)
+                times.append(perf_counter() - began)
+    return max(min(times), 1e-9) / (n * n * tokens)
+
+
+def path() -> Path:
+    """The file of what was measured."""
+    return cache_folder().parent / "calibration.json"
+
+
+def _known() -> dict[str, object]:
+    """What the file has; nothing where it is missing or is none of ours."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path().read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _remember(known: dict[str, object]) -> None:
+    """Write the file, whole or not at all. Where it cannot be written, the next call measures again."""
+    with suppress(OSError):
+        path().parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path().parent, suffix=".json")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(known, file, indent=1)
+        os.replace(name, path())

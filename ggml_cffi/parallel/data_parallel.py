@@ -1,0 +1,223 @@
+"""Data parallelism: the same function on every device, each call on one of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.errors import ClosedError
+from ggml_cffi.parallel.replicas import Replica, Replicas, Task
+
+_IN_FLIGHT = 32  # calls of map() that an executor has at once, where nobody says how many
+
+
+class Executor(Protocol):
+    """What runs calls: as in :mod:`concurrent.futures`."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Have ``function(*args)`` called; return its future."""
+
+
+class DataParallel(Closing):
+    """A replica on each device. A call goes to one that is free.
+
+    Parameters
+    ----------
+    make
+        Called with the name of a device: returns a function. Where it returns a context manager, that is entered, and
+        left at the end; a compiled function is closed with its session. A :class:`~ggml_cffi.isolate.Worker` makes a
+        replica that may crash alone.
+    devices
+        Devices or names, each as often as there are to be replicas on it. Default every GPU, or the CPU if there is
+        none.
+    executor
+        Something with ``submit(function, *args)`` that returns futures: where the calls run, instead of in threads of
+        this process. It may send them to other processes and machines. ``make`` and the names of devices go with them,
+        and are used there: each process makes as many replicas as it gets calls at once, at most one for each of
+        ``devices``, or of its own devices.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong kind, or there are no devices.
+    Exception
+        What ``make`` raises, if it does so for every device. A replica that fails alone is dropped, with a warning to
+        the logger ``ggml_cffi.parallel``.
+
+    Examples
+    --------
+    >>> def make(device):
+    ...     session = ggml.Session([device])
+    ...     return session.compile(lambda x: ggml.scale(x, 2.0))
+    >>> with DataParallel(make, ["CPU", "CPU"]) as double:
+    ...     [y.tolist() for y in double.map([np.ones(2), np.zeros(2)])]
+    [[2.0, 2.0], [0.0, 0.0]]
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str], Any],
+        devices: Iterable[Device | str] | None = None,
+        *,
+        executor: Executor | None = None,
+    ) -> None:
+        if not callable(make):
+            raise TypeError(f"make is a function of a device's name, not {type(make).__name__}")
+        if isinstance(devices, str | Device):
+            raise TypeError("devices is a sequence: put the one device in a list")
+        names = None if devices is None else [d.name if isinstance(d, Device) else d for d in devices]
+        if names is not None and not names:
+            raise ValueError("devices is empty")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._running: set[Any] = set()
+        self._task = Task(make, names)
+        self._local: Replicas | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        if executor is None:
+            self._local = self._task.replicas
+            executor = self._pool = ThreadPoolExecutor(len(self._local.all), thread_name_prefix="ggml_cffi replica")
+            try:
+                self._make_all(self._local, self._pool)
+            except BaseException:
+                self.close()
+                raise
+        self._executor = executor
+
+    def _make_all(self, replicas: Replicas, pool: ThreadPoolExecutor) -> None:
+        """Make the replicas, all at once."""
+        list(pool.map(replicas.prepare, replicas.all))
+        failed = [replica.error for replica in replicas.all if replica.error is not None]
+        if len(failed) == len(replicas.all):
+            raise failed[0]
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Replicas in this process, none with an executor: their devices, numbers of calls, and errors."""
+        return self._local.all if self._local is not None else ()
+
+    # ------------------------------------------------------------------ calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call a replica as soon as one is free, and wait for the result.
+
+        Raises
+        ------
+        Exception
+            What the function raises.
+        GgmlError
+            If all replicas were dropped.
+        ClosedError
+            If it is closed.
+        """
+        if self._local is not None:
+            return self._local(args, kwargs)  # in this thread
+        return self.submit(*args, **kwargs).result()
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As a call, in the background. The arguments must not change until the future is done.
+
+        A call that does not run yet can be cancelled.
+        """
+        with self._lock:
+            self._check_open()
+            future: Future[Any] = self._executor.submit(self._task, args, kwargs)
+            self._running.add(future)
+        future.add_done_callback(self._running.discard)
+        return future
+
+    async def run_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As a call, without blocking the event loop. Cancelling the task drops a call that waits."""
+        import asyncio
+
+        future = self.submit(*args, **kwargs)
+        if isinstance(future, Future):
+            return await asyncio.wrap_future(future)
+        return await asyncio.to_thread(future.result)
+
+    def map(self, *iterables: Iterable[Any], ordered: bool = True, in_flight: int | None = None) -> Iterator[Any]:
+        """Results for the elements of iterables, as the built-in ``map`` gives them, of several calls at once.
+
+        Elements are taken, and calls made, as results are asked for. An exception of a call is raised in its place, and
+        ends the iteration.
+
+        Parameters
+        ----------
+        iterables
+            One for each argument of the function; the shortest one counts.
+        ordered
+            False for results as soon as they are there.
+        in_flight
+            Calls that run or wait at once. Default two for each replica, 32 with an executor.
+        """
+        self._check_open()
+        if not iterables:
+            raise TypeError("map takes at least one iterable")
+        if in_flight is None:
+            in_flight = 2 * len(self.replicas) or _IN_FLIGHT
+        if in_flight < 1:
+            raise ValueError(f"in_flight must be at least 1, not {in_flight}")
+        return self._map(zip(*iterables, strict=False), ordered, in_flight)
+
+    def _map(self, arguments: Iterator[Any], ordered: bool, in_flight: int) -> Iterator[Any]:
+        pending: dict[Future[Any], None] = {}  # in order
+        finished: SimpleQueue[Future[Any]] = SimpleQueue()
+
+        def result() -> Any:
+            future = next(iter(pending)) if ordered else finished.get()
+            del pending[future]
+            return future.result()
+
+        try:
+            for args in arguments:
+                future = self.submit(*args)
+                pending[future] = None
+                if not ordered:
+                    future.add_done_callback(finished.put)
+                if len(pending) == in_flight:
+                    yield result()
+            while pending:
+                yield result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    # ------------------------------------------------------------------ the end
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this DataParallel is closed")
+
+    def close(self) -> None:
+        """Drop what waits, finish what runs, and close the replicas of this process.
+
+        An executor stays open, and its processes keep their replicas until they end; see
+        :func:`~ggml_cffi.parallel.release`.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        else:
+            for future in list(self._running):
+                future.cancel()
+            for future in list(self._running):
+                with suppress(Exception):
+                    future.result()
+        self._task.close()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<DataParallel closed>"
+        where = ", ".join(map(repr, self.replicas)) or repr(self._executor)
+        return f"<DataParallel: {where}>"

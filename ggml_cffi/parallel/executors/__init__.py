@@ -1,0 +1,1 @@
+"""Executors: how the graphs of a step are submitted to several devices."""

@@ -1,0 +1,237 @@
+"""Tensor parallelism: several devices share every layer.
+
+Each device has a part of the weights, and computes its part of each layer. Where the parts are to be added, each writes
+its own to host memory that all of them read and write by themselves, and reads the others' from there: no data goes
+through Python or the processor. A run so has steps, one more than sums; the devices wait for one another in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.core import dtypes
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import devices as all_devices
+from ggml_cffi.core.dtypes import as_array, as_type
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.upload import Job, upload
+from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import Type
+from ggml_cffi.files.gguf.reader import GGUFTensor
+from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.shard import MIRROR, Cut, pieces, rule_for
+
+
+class TensorParallel(Group):
+    """Devices that share every layer of a network.
+
+    Parameters
+    ----------
+    devices
+        GPUs, their names, or backends, which stay the caller's; default all. Or the CPU alone, which then has
+        everything.
+    half_above
+        Bytes beyond which partial sums travel as F16, which takes half the time. Default never: a partial sum beyond
+        65504 would be infinite.
+    threads
+        Whether each device has a thread that hands it its work; else one thread does so in turns. Default one for
+        each, where there are processors enough; but one thread for all where the steps of a function are short: it has
+        the next step recorded while the devices compute.
+    n_threads
+        CPU only: threads; default all that this process may use.
+
+    Raises
+    ------
+    ValueError
+        Without devices, with one twice, with the CPU among several, or a GPU that cannot use host memory.
+
+    Examples
+    --------
+    >>> with TensorParallel(["CPU"]) as group:
+    ...     up, down = group.weight(np.eye(3), ROWS), group.weight(np.eye(3), COLUMNS)
+    ...
+    ...     def block(rank, x):
+    ...         return x + rank.sum(ops.linear(ops.relu(ops.linear(x, up[rank])), down[rank]))
+    ...
+    ...     group.compile(block)(np.ones((1, 3)))
+    array([[2., 2., 2.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        devices: Iterable[Backend | Device | str] | None = None,
+        *,
+        half_above: int | None = None,
+        threads: bool | None = None,
+        n_threads: int | None = None,
+    ) -> None:
+        if isinstance(devices, str | Device):
+            raise TypeError("devices is a sequence: put the one device in a list")
+        self._opened: list[Backend] = []
+        self._contexts: list[Context] = []
+        try:
+            chosen: list[Backend] = []
+            for which in [d for d in all_devices() if not d.is_cpu] if devices is None else devices:
+                if not isinstance(which, Backend):
+                    which = Backend(which, n_threads=n_threads)
+                    self._opened.append(which)
+                chosen.append(which)
+            check_devices([b.device for b in chosen])
+            super().__init__(chosen, half_above=half_above, threads=threads)
+            self._contexts = [Context() for _ in chosen]
+        except BaseException:
+            for backend in self._opened:
+                backend.close()
+            raise
+
+    # ------------------------------------------------------------------ data on devices
+
+    def weight(
+        self,
+        values: npt.ArrayLike | GGUFTensor,
+        cut: Cut = MIRROR,
+        *,
+        dtype: Type | str | npt.DTypeLike | None = None,
+        name: str = "",
+    ) -> list[Tensor]:
+        """A weight, cut for the devices: each one's part, in order of ranks.
+
+        Parameters
+        ----------
+        values
+            An array, anything that numpy or DLPack can read, or a tensor of a GGUF file.
+        cut
+            How to cut it.
+        dtype
+            Type to store it in. Default the type it has; F32 for ``float64``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the values cannot be stored as ``dtype``, or cannot be cut so.
+        OutOfMemoryError
+            If a device has no room.
+        """
+        found = self.weights({name: values}, {"*": cut}, dtype=dtype)
+        return found[name]
+
+    def weights(
+        self,
+        values: Mapping[str, npt.ArrayLike | GGUFTensor],
+        rules: Mapping[str, Cut],
+        *,
+        dtype: Type | str | npt.DTypeLike | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, list[Tensor]]:
+        """Weights by name, each cut by the first of ``rules`` (pattern to cut) that its name fits, else mirrored.
+
+        >>> rules = {"*.up": ROWS, "*.down": COLUMNS}
+
+        Parameters
+        ----------
+        values, rules, dtype
+            As for :meth:`weight`, whose errors it raises; they name the weight.
+        progress
+            Called with bytes done and bytes in all.
+        """
+        n = len(self.backends)
+        sources = [_Source(name, value, rule_for(name, rules), dtype) for name, value in values.items()]
+        made = {
+            s.name: [
+                context.new_tensor(s.dtype, shape, name=s.name)
+                for context, shape in zip(self._contexts, s.shapes(n), strict=True)
+            ]
+            for s in sources
+        }
+        for context, backend, parts in zip(
+            self._contexts, self.backends, zip(*made.values(), strict=True), strict=False
+        ):
+            context.alloc(backend.buffer_type, [t for t in parts if t.size], usage=Usage.WEIGHTS)
+        stored = [s for s in sources if s.is_stored]
+        total, done = sum(t.nbytes for parts in made.values() for t in parts), 0
+
+        def report(part: int, _: int) -> None:
+            if progress:
+                progress(done + part, total)
+
+        # What is converted takes memory here: one weight at a time.
+        for together in [stored, *([s] for s in sources if not s.is_stored)]:
+            jobs = [Job(t, data) for s in together for t, data in zip(made[s.name], s.pieces(n), strict=True)]
+            upload([job for job in jobs if job.data.size], self.backends, report)
+            done += sum(job.data.size for job in jobs)
+        return made
+
+    def zeros(
+        self, shapes: Sequence[Sequence[int]], dtype: Type | str | npt.DTypeLike = Type.F32, *, name: str = ""
+    ) -> list[Tensor]:
+        """For each device a tensor full of zeros, of its own shape, to be written in place: a cache, a state."""
+        if len(shapes) != len(self.backends):
+            raise ValueError(f"{len(shapes)} shapes for {len(self.backends)} devices")
+        made = []
+        for context, backend, shape in zip(self._contexts, self._backends, shapes, strict=True):
+            t = context.new_tensor(as_type(dtype), shape, name=name)
+            if t.size:
+                context.alloc(backend.buffer_type, [t])
+            made.append(t)
+        return made
+
+    def close(self) -> None:
+        """Give everything up: functions, weights, devices."""
+        with self.lock:
+            super().close()
+            for context in self._contexts:
+                context.close()
+            for backend in self._opened:
+                backend.close()
+
+    def __repr__(self) -> str:
+        names = "closed" if self.closed else ", ".join(b.name for b in self._backends)
+        return f"<TensorParallel {names}>"
+
+
+def check_devices(devices: Sequence[Device]) -> None:
+    """Raise ValueError if such devices cannot share layers."""
+    if not devices:
+        raise ValueError("tensor parallelism needs a device: there is no GPU; ['CPU'] works too, alone")
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
+    if len(devices) > 1 and any(d.is_cpu for d in devices):
+        raise ValueError(
+            "the CPU cannot share layers with others: its parts would take as long as all of a GPU's; name GPUs "
+            "only, or the CPU alone"
+        )
+
+
+class _Source:
+    """Where a weight comes from."""
+
+    def __init__(
+        self, name: str, values: npt.ArrayLike | GGUFTensor, cut: Cut, dtype: Type | str | npt.DTypeLike | None
+    ) -> None:
+        self.name, self._cut = name, cut
+        self._values = values if isinstance(values, GGUFTensor) else as_array(values)
+        self.shape = self._values.shape
+        self._stored = self._values.dtype if isinstance(self._values, GGUFTensor) else as_type(self._values.dtype)
+        self.dtype = as_type(dtype) if dtype is not None else Type.F32 if self._stored is Type.F64 else self._stored
+        self.is_stored = isinstance(self._values, GGUFTensor) and self._stored is self.dtype
+        """Whether a file has the very bytes."""
+
+    def shapes(self, n: int) -> list[tuple[int, ...]]:
+        """What each of ``n`` devices gets."""
+        try:
+            return self._cut.shapes(self.dtype, self.shape, n)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}" if self.name else str(error)) from None
+
+    def pieces(self, n: int) -> list[npt.NDArray[np.uint8]]:
+        """The bytes for each."""
+        if isinstance(self._values, GGUFTensor) and self.is_stored:
+            raw = self._values.raw()
+        else:
+            raw = dtypes.to_bytes(np.asarray(self._values), self.dtype).reshape(-1).view(np.uint8)
+        return pieces(self.dtype, self.shape, raw, self._cut, n)

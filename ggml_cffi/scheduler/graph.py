@@ -1,0 +1,223 @@
+"""Graphs: what to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.handle import Handle
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.enums import Op
+
+# ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns the main thread's stack, and
+# other threads may have much smaller ones.
+_RECURSION_SAFE = 2_000
+# The fields that a scheduler writes: buffer, and everything from the operands to the data pointer.
+_TENSOR = "struct ggml_tensor"
+_SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
+_BUFFER = c.ffi.offsetof(_TENSOR, "buffer")
+
+
+class Graph(Handle):
+    """All that must be computed for some outputs, in an order that works.
+
+    Parameters
+    ----------
+    outputs
+        Tensors that will be read. Their memory is not reused during a run.
+
+    Raises
+    ------
+    ValueError
+        Without outputs, or if nothing has to be computed for them, or a scheduler holds some of the tensors.
+    ClosedError
+        If an output's context, or one whose tensors it needs, is closed.
+
+    C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
+    """
+
+    __slots__ = ("_nodes", "_order", "_saved", "contexts", "gradients", "members", "outputs")
+
+    def __init__(self, *outputs: Tensor) -> None:
+        if not outputs:
+            raise ValueError("a graph needs at least one output")
+        for t in outputs:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"outputs are tensors, not {type(t).__name__}")
+        self.outputs = outputs
+        """The tensors that will be read."""
+        self.gradients: dict[Tensor, Tensor] = {}
+        """The gradient by each parameter, for a graph from :meth:`backward`."""
+        self.contexts: list[Context] = []
+        """Every context whose tensors are part of the graph."""
+        for t in outputs:
+            self.contexts += [ctx for ctx in t.context.reachable() if ctx not in self.contexts]
+        keep = [ctx.owner for ctx in self.contexts]  # another thread may close them meanwhile
+        bound = sum(ctx.n_tensors for ctx in self.contexts) + 1
+        capacity = bound + bound // 3  # with room for the views that a short graph of a parallel function ends with
+        size = c.ggml_graph_overhead_custom(capacity, False) + 64
+        pool = c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
+        pointer = c.ggml_new_graph_custom(pool, capacity, False)
+        super().__init__(pointer, lambda _, pool=pool: c.ggml_free(pool), self.contexts)  # type: ignore[misc]
+        for t in outputs:
+            for step in steps(t) if bound > _RECURSION_SAFE else (t.ptr,):
+                c.ggml_build_forward_expand(pointer, step)
+        self._order = c.ggml_graph_nodes(pointer)
+        self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
+        self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
+        """C pointers of all nodes and leaves."""
+        self._saved: list[tuple[Any, bytes, bytes]] | None = None
+        try:
+            self.check_free()
+            if not self._nodes:
+                raise ValueError("there is nothing to compute: the outputs are inputs, weights or caches")
+        except ValueError:
+            self.close()
+            raise
+        for t in outputs:
+            c.ggml_set_output(t.ptr)
+        del keep
+
+    @classmethod
+    def backward(cls, loss: Tensor, params: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> Graph:
+        """A graph of ``loss``, ``outputs`` and the gradients of ``loss`` by ``params``; see :attr:`gradients`.
+
+        Errors as :func:`ggml_cffi.gradients`, which it calls.
+        """
+        from ggml_cffi.train.gradients import gradients
+
+        found = gradients(loss, params)
+        graph = cls(loss, *outputs, *found)
+        graph.gradients = dict(zip(params, found, strict=True))
+        return graph
+
+    def check_free(self) -> None:
+        """Raise ``ValueError`` if a scheduler holds this graph, or another with some of these nodes.
+
+        It has replaced their operands by copies, so that nothing else can be computed from them.
+        """
+        for ctx in self.contexts:
+            for other, nodes in ctx.held.copy().items():  # other threads' schedulers come and go
+                if not nodes.isdisjoint(self._nodes):
+                    raise ValueError(f"a scheduler holds {other!r} with some of these tensors: call its reset() first")
+
+    def hold(self) -> None:
+        """Mark the nodes as a scheduler's."""
+        nodes = frozenset(self._nodes)
+        for ctx in self.contexts:
+            ctx.held[self] = nodes
+
+    @property
+    def nodes(self) -> list[Tensor]:
+        """The computed tensors in order of computation."""
+        self.ptr  # noqa: B018 - raises when closed
+        return [self.wrap(p) for p in self._nodes]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Inputs, weights and caches: tensors that nothing computes."""
+        self.ptr  # noqa: B018 - raises when closed
+        return [self.wrap(p) for p in self.members if p.op == Op.NONE]
+
+    def wrap(self, pointer: Any) -> Tensor:
+        """A node or leaf by its C pointer."""
+        return Tensor(self.outputs[0].context, pointer, c.ggml_n_dims(pointer))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __contains__(self, t: object) -> bool:
+        return isinstance(t, Tensor) and t.ptr in self.members
+
+    @property
+    def n_tensors(self) -> int:
+        """Nodes and leaves together."""
+        return len(self.members)
+
+    def reorder(self, nodes: Sequence[Any]) -> None:
+        """Compute in the order of ``nodes``, the same C pointers, each after what it needs."""
+        self._nodes = list(nodes)
+        for i, p in enumerate(self._nodes):
+            self._order[i] = p
+
+    def calls(self) -> list[Any]:
+        """The nodes written in Python, as :class:`ggml_cffi.ops.custom.Call`."""
+        members = self.members
+        return [call for ctx in self.contexts for p, call in ctx.calls.items() if p in members]
+
+    def node_pointers(self) -> list[Any]:
+        """The nodes as C pointers."""
+        return self._nodes
+
+    def unallocated_leaves(self) -> Iterator[Tensor]:
+        """Leaves without memory, each as a tensor of the context that holds it."""
+        wanted = {p for p in self.members if p.op == Op.NONE and not p.view_src and not p.buffer}
+        for ctx in self.contexts if wanted else ():
+            for t in ctx.tensors():
+                if t.ptr in wanted:
+                    yield t
+
+    def save(self) -> None:
+        """Remember what a scheduler is about to overwrite: the operands it replaces by copies, and the memory."""
+        saved = []
+        for p in self.members:
+            raw = c.ffi.buffer(p, c.ffi.sizeof(_TENSOR))
+            saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
+        self._saved = saved
+
+    def saved_sources(self) -> Iterator[tuple[Any, list[Any]]]:
+        """Every node with its operands as they were at :meth:`save`: a scheduler puts copies in their place."""
+        pointers = c.ffi.typeof("struct ggml_tensor *[]")
+        by_node = dict(zip(self.members, self._saved or (), strict=False))
+        for p in self._nodes:
+            _, _, rest = by_node[p]
+            sources = c.ffi.from_buffer(pointers, rest[: c.GGML_MAX_SRC * 8])
+            yield p, [src if src else None for src in c.ffi.unpack(sources, c.GGML_MAX_SRC)]
+
+    def restore(self) -> None:
+        """Undo what a scheduler wrote since :meth:`save`, the order of the nodes included.
+
+        Whoever saved holds :attr:`owner`, so that this works for a closed graph too.
+        """
+        for raw, buffer, rest in self._saved or ():
+            raw[_BUFFER : _BUFFER + 8] = buffer
+            raw[_SRC:_DATA_END] = rest
+        for i, p in enumerate(self._nodes):
+            self._order[i] = p
+        for ctx in self.contexts:
+            ctx.held.pop(self, None)
+
+    def draw(self, path: str | PathLike[str] | None = None) -> str:
+        """The graph as an SVG document, written to ``path`` too. See :func:`ggml_cffi.viz.draw.svg`."""
+        from ggml_cffi.viz import draw
+
+        return draw.svg(self, path)
+
+    def __repr__(self) -> str:
+        return "<Graph closed>" if self.closed else f"<Graph {len(self)} nodes>"
+
+
+def _operands(nodes: list[Any]) -> Iterator[Any]:
+    for p in nodes:
+        for src in p.src:
+            if src:  # an operand left out may come before others
+                yield src
+                if src.view_src:
+                    yield src.view_src
+
+
+def steps(output: Tensor) -> Iterator[Any]:
+    """The operands of ``output`` before what uses them, found without recursion."""
+    done: set[Any] = set()
+    stack = [(output.ptr, False)]
+    while stack:
+        pointer, ready = stack.pop()
+        if ready:
+            yield pointer
+        elif pointer not in done:
+            done.add(pointer)
+            stack.append((pointer, True))
+            stack += [(src, False) for src in pointer.src if src]

@@ -1,0 +1,6 @@
+"""Training: gradients by reverse accumulation, and optimizers."""
+
+from ggml_cffi.train.gradients import gradients
+from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
+
+__all__ = ["SGD", "AdamW", "Optimizer", "gradients"]

@@ -1,0 +1,427 @@
+"""How long each node and each split of a graph takes."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import Any, NamedTuple
+
+from ggml_cffi import c
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.text import table
+from ggml_cffi.enums import Op
+from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.scheduler import Scheduler
+from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, op_name
+
+__all__ = ["Group", "NodeTime", "Profile", "SplitTime", "Times", "profile"]
+
+_ONE_A_VALUE = frozenset(
+    {
+        *(Op.ADD, Op.ADD1, Op.ACC, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.UNARY, Op.GLU),
+        *(Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS),
+    }
+)
+_SHOWN = 30
+
+
+class Times(NamedTuple):
+    """Seconds over several runs."""
+
+    min: float
+    median: float
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node."""
+
+    node: Tensor
+    op: str
+    """The operation, as the Python function is called."""
+    text: str
+    """Operation, name, shape and type."""
+    backend: str
+    split: int
+    seconds: Times
+    nbytes: int
+    """Bytes of its operands and its result, each counted once; of a table, the rows that are looked up."""
+    flop: int | None
+    """Additions and multiplications of a matrix product or attention, one for each value of an elementwise operation;
+    None for others."""
+
+    @property
+    def gflops(self) -> float | None:
+        """1e9 operations in a second."""
+        return _rate(self.flop, self.seconds.median)
+
+    @property
+    def gbps(self) -> float | None:
+        """1e9 bytes in a second."""
+        return _rate(self.nbytes, self.seconds.median)
+
+
+@dataclass(frozen=True)
+class SplitTime:
+    """One split: what is copied to it, and its nodes."""
+
+    backend: str
+    n_nodes: int
+    seconds: Times
+    """Copies and computation."""
+    copy_seconds: Times
+    """Copies alone, as far as ggml waits for them; the rest is part of the computation."""
+    copies: list[Copy]
+
+    @property
+    def copied(self) -> int:
+        """Bytes copied."""
+        return sum(copy.nbytes for copy in self.copies)
+
+
+@dataclass
+class Group:
+    """Nodes taken together: the sums of their medians, bytes and operations."""
+
+    n_nodes: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+    flop: int | None = 0
+    """None where that of one is not known."""
+
+    def add(self, row: NodeTime) -> None:
+        """Take one more."""
+        self.n_nodes += 1
+        self.seconds += row.seconds.median
+        self.nbytes += row.nbytes
+        self.flop = None if self.flop is None or row.flop is None else self.flop + row.flop
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What :func:`profile` measured. ``str()`` is a table."""
+
+    nodes: list[NodeTime]
+    """In order of computation, each measured by itself."""
+    splits: list[SplitTime]
+    """In order of computation, each measured by itself."""
+    total: Times
+    """Whole runs that nobody watched."""
+    runs: int
+    """Runs of each kind that were measured."""
+    events: list[dict[str, Any]] = field(repr=False)
+    """The fastest run node by node, as the trace has it."""
+
+    @property
+    def node_seconds(self) -> float:
+        """The sum of the nodes' medians: more than :attr:`total`, for nothing overlaps and each node is waited for."""
+        return sum(row.seconds.median for row in self.nodes)
+
+    @property
+    def split_seconds(self) -> float:
+        """The sum of the splits' medians. What exceeds :attr:`total` is what overlaps in a run."""
+        return sum(row.seconds.median for row in self.splits)
+
+    def by_op(self) -> dict[str, Group]:
+        """Nodes by operation, the slowest first."""
+        return _grouped(self.nodes, lambda row: row.op)
+
+    def by_backend(self) -> dict[str, Group]:
+        """Nodes by backend, the slowest first."""
+        return _grouped(self.nodes, lambda row: row.backend)
+
+    def trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the fastest run node by node for chrome://tracing or ui.perfetto.dev: a track for each backend.
+
+        Source: Google, Trace Event Format, 2016.
+        """
+        times = {"seconds, nobody watching": self.total.median, "seconds, node by node": self.node_seconds}
+        document = {"traceEvents": self.events, "displayTimeUnit": "ns", "otherData": times}
+        Path(path).write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+    def __str__(self) -> str:
+        whole = [
+            ("µs", "median", "least"),
+            ("whole run", _us(self.total.median), _us(self.total.min)),
+            ("split by split", _us(self.split_seconds), _us(sum(r.seconds.min for r in self.splits))),
+            ("node by node", _us(self.node_seconds), _us(sum(r.seconds.min for r in self.nodes))),
+        ]
+        parts = [table(whole, right=(1, 2)), self._split_table()]
+        for head, groups in (("backend", self.by_backend()), ("operation", self.by_op())):
+            parts.append(self._group_table(head, groups))
+        parts.append(self._node_table())
+        return "\n\n".join(parts)
+
+    def _split_table(self) -> str:
+        rows = [("split", "backend", "nodes", "µs", "%", "copying", "bytes in")]
+        for k, row in enumerate(self.splits):
+            time = row.seconds.median
+            share, copying = _share(time, self.split_seconds), _us(row.copy_seconds.median)
+            rows.append((str(k), row.backend, str(row.n_nodes), _us(time), share, copying, f"{row.copied:,}"))
+        return table(rows, right=(0, 2, 3, 4, 5, 6))
+
+    def _group_table(self, head: str, groups: dict[str, Group]) -> str:
+        rows = [(head, "nodes", "µs", "%", "GFLOP/s", "GB/s")]
+        for name, group in groups.items():
+            rates = _number(_rate(group.flop, group.seconds)), _number(_rate(group.nbytes, group.seconds))
+            share = _share(group.seconds, self.node_seconds)
+            rows.append((name, str(group.n_nodes), _us(group.seconds), share, *rates))
+        return table(rows, right=(1, 2, 3, 4, 5))
+
+    def _node_table(self) -> str:
+        rows = [("node", "backend", "µs", "least", "%", "GFLOP/s", "GB/s")]
+        ordered = sorted(self.nodes, key=lambda row: -row.seconds.median)
+        for row in ordered[:_SHOWN]:
+            time = row.seconds.median
+            numbers = _us(time), _us(row.seconds.min), _share(time, self.node_seconds)
+            rows.append((row.text, row.backend, *numbers, _number(row.gflops), _number(row.gbps)))
+        if rest := ordered[_SHOWN:]:
+            time = sum(row.seconds.median for row in rest)
+            least = sum(row.seconds.min for row in rest)
+            share = _share(time, self.node_seconds)
+            rows.append((f"{len(rest)} more", "", _us(time), _us(least), share, "", ""))
+        return table(rows, right=(2, 3, 4, 5, 6))
+
+
+def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, warmup: int = 1) -> Profile:
+    """Measure the nodes, the splits and the whole of a graph.
+
+    The graph runs ``warmup + 3 * runs`` times: as it is, then waiting after each split, then after each node. A node
+    that is waited for takes longer than in a run: there, the device goes on with the next. Times are those of the
+    host, launch included. Caches, and what nodes in place write to, change with every run as they would in any.
+
+    Parameters
+    ----------
+    scheduler
+        Computes.
+    graph
+        Default the one that the scheduler holds; it is allocated if none is held.
+    runs
+        Runs of each of the three kinds that are measured, at least 1.
+    warmup
+        Runs before, in which a GPU's kernels are compiled.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a number of runs is not possible, or there is no graph, or the scheduler holds another one.
+    GgmlError
+        As :meth:`Scheduler.compute`.
+
+    C: ``ggml_backend_sched_set_eval_callback``.
+    """
+    _check_runs(runs, "runs", 1)
+    _check_runs(warmup, "warmup", 0)
+    with scheduler.lock:
+        scheduler.ptr  # noqa: B018 - raises when closed
+        if graph is not None and scheduler.graph is None:
+            scheduler.alloc(graph)
+        for _ in range(warmup):
+            scheduler.compute(graph)
+        whole = []
+        for _ in range(runs):
+            start = perf_counter_ns()
+            scheduler.compute(graph)
+            whole.append((perf_counter_ns() - start) / 1e9)
+        seen = Snapshot.of(scheduler)
+        by_split = [_watch(scheduler, {part.nodes[-1].ptr for part in seen.splits}) for _ in range(runs)]
+        by_node = [_watch(scheduler, {t.ptr for part in seen.splits for t in part.nodes}) for _ in range(runs)]
+        # ggml may cut a split once more, where it needs too many copies: then its nodes are not launched together.
+        together = scheduler.n_splits == len(seen.splits)
+        splits = _splits(seen, by_split, together)
+        nodes = _nodes(seen, by_node)
+        fastest = min(by_node, key=lambda clock: clock.end - clock.start)
+        return Profile(nodes, splits, _times(whole), runs, _events(seen, nodes, fastest))
+
+
+def _check_runs(n: int, what: str, least: int) -> None:
+    if isinstance(n, bool):
+        raise TypeError(f"{what} is a number of runs, not {n}")
+    if not least <= operator.index(n) <= 1_000_000:
+        raise ValueError(f"{what} must be {least} to 1,000,000, not {n}")
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class _Clock:
+    """Notes when ggml asks about each node, and when those wanted are done."""
+
+    def __init__(self, wanted: Collection[Any], wait: Callable[[], None]) -> None:
+        self.wanted, self.wait = wanted, wait
+        self.asked: dict[Any, int] = {}
+        self.done: dict[Any, int] = {}
+        self.error: BaseException | None = None
+        self.start = self.end = 0
+        self.callback = c.ffi.callback("ggml_backend_sched_eval_callback", self._called)
+
+    def _called(self, p: Any, ask: bool, _data: Any) -> bool:
+        if self.error is not None:
+            return ask  # stops at the first node of this part and of each to come
+        try:
+            if not ask:
+                self.wait()
+                self.done[p] = perf_counter_ns()
+                return True
+            found = p in self.wanted
+            self.asked[p] = perf_counter_ns()
+            return found
+        except BaseException as error:  # KeyboardInterrupt
+            self.error = error
+            return ask
+
+
+def _watch(scheduler: Scheduler, wanted: Collection[Any]) -> _Clock:
+    clock = _Clock(wanted, scheduler.wait_for_servers)
+    c.ggml_backend_sched_set_eval_callback(scheduler.ptr, clock.callback, c.NULL)
+    try:
+        clock.start = perf_counter_ns()
+        scheduler.compute()
+        clock.end = perf_counter_ns()
+    finally:
+        c.ggml_backend_sched_set_eval_callback(scheduler.ptr, c.NULL, c.NULL)
+        if clock.error is not None:
+            raise clock.error
+    return clock
+
+
+def _splits(seen: Snapshot, clocks: list[_Clock], together: bool) -> list[SplitTime]:
+    found = []
+    for k, part in enumerate(seen.splits):
+        first, last = part.nodes[0].ptr, part.nodes[-1].ptr
+        copying, computing = [], []
+        for clock in clocks:
+            before = clock.done[seen.splits[k - 1].nodes[-1].ptr] if k else clock.start
+            copying.append((clock.asked[first] - before) / 1e9)
+            # Our questions about the nodes in between are over when the work begins.
+            computing.append((clock.done[last] - clock.asked[last if together else first]) / 1e9)
+        copies = [copy for copy in seen.copies if copy.split == k]
+        if not copies:
+            copying = [0.0] * len(clocks)
+        both = [a + b for a, b in zip(copying, computing, strict=True)]
+        found.append(SplitTime(part.backend, len(part.nodes), _times(both), _times(copying), copies))
+    return found
+
+
+def _nodes(seen: Snapshot, clocks: list[_Clock]) -> list[NodeTime]:
+    found = []
+    for k, part in enumerate(seen.splits):
+        for t in part.nodes:
+            seconds = _times([(clock.done[t.ptr] - clock.asked[t.ptr]) / 1e9 for clock in clocks])
+            sources = seen.sources[t.ptr]
+            row = NodeTime(
+                t, op_name(t), describe(t), part.backend, k, seconds, _traffic(t, sources), _flop(t, sources)
+            )
+            found.append(row)
+    return found
+
+
+def _times(seconds: list[float]) -> Times:
+    return Times(min(seconds), median(seconds))
+
+
+# ---------------------------------------------------------------------- counting
+
+
+def _size(p: Any, rows: int | None = None) -> int:
+    """Bytes of all rows of a tensor, or of so many, gaps left out."""
+    if rows is None:
+        rows = int(p.ne[1] * p.ne[2] * p.ne[3])
+    return c.ggml_row_size(p.type, p.ne[0]) * rows
+
+
+def _traffic(t: Tensor, sources: list[Any]) -> int:
+    p, op = t.ptr, t.op
+    if op is Op.GET_ROWS:
+        source, rows = sources
+        return _size(source, c.ggml_nelements(rows)) + _size(rows) + _size(p)
+    if op is Op.SET_ROWS:  # values, row numbers, and where they go
+        values, rows = sources[:2]
+        return _size(values) + _size(rows) + _size(p, int(values.ne[1] * values.ne[2] * values.ne[3]))
+    if op is Op.CPY:  # its second operand is only written
+        return _size(sources[0]) + _size(p)
+    total = _size(p)
+    for k, source in enumerate(dict.fromkeys(sources)):
+        size = _size(source)
+        if op is Op.MUL_MAT_ID and k == 0:  # no more experts than are asked for
+            experts = int(source.ne[2])
+            size = size // max(experts, 1) * min(experts, c.ggml_nelements(sources[2]))
+        total += size
+    return total
+
+
+def _flop(t: Tensor, sources: list[Any]) -> int | None:
+    op, size = t.op, t.size
+    if op in (Op.MUL_MAT, Op.MUL_MAT_ID):
+        return 2 * size * int(sources[0].ne[0])
+    if op is Op.OUT_PROD:
+        return 2 * size * int(sources[0].ne[1])
+    if op is Op.FLASH_ATTN_EXT:
+        q, k, v = sources[:3]
+        return 2 * int(q.ne[1] * q.ne[2] * q.ne[3] * k.ne[1] * (k.ne[0] + v.ne[0]))
+    return size if op in _ONE_A_VALUE else None
+
+
+def _rate(count: int | None, seconds: float) -> float | None:
+    return count / seconds / 1e9 if count is not None and seconds > 0 else None
+
+
+def _grouped(rows: Iterable[NodeTime], key: Callable[[NodeTime], str]) -> dict[str, Group]:
+    found: dict[str, Group] = {}
+    for row in rows:
+        found.setdefault(key(row), Group()).add(row)
+    return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[str, Any]]:
+    """A run as Chrome's trace viewer wants it: complete events, in microseconds."""
+    track = {name: i for i, name in enumerate(seen.backends)}
+    events: list[dict[str, Any]] = [_named("process_name", 0, "ggml_cffi, node by node")]
+    for name, i in track.items():
+        events += [_named("thread_name", i, name), {**_named("thread_sort_index", i, ""), "args": {"sort_index": i}}]
+
+    def event(kind: str, name: str, tid: int, start: int, end: int, args: dict[str, Any]) -> dict[str, Any]:
+        span = {"ts": (start - clock.start) / 1e3, "dur": (end - start) / 1e3}
+        return {"ph": "X", "cat": kind, "name": name, "pid": 1, "tid": tid, **span, "args": args}
+
+    before = clock.start
+    for k, part in enumerate(seen.splits):
+        tid, first, last = track[part.backend], part.nodes[0].ptr, part.nodes[-1].ptr
+        copies = [copy for copy in seen.copies if copy.split == k]
+        start = before if copies else clock.asked[first]
+        events.append(event("split", f"split {k}", tid, start, clock.done[last], {"nodes": len(part.nodes)}))
+        if copies:
+            what = [f"{copy.name} from {copy.source}: {copy.nbytes:,} bytes" for copy in copies]
+            args = {"bytes": sum(copy.nbytes for copy in copies), "tensors": what}
+            events.append(event("copy", "copy in", tid, start, clock.asked[first], args))
+        before = clock.done[last]
+    for row in nodes:
+        p = row.node.ptr
+        args = {"what": row.text, "split": row.split, "bytes": row.nbytes, "flop": row.flop}
+        events.append(event("node", row.op, track[row.backend], clock.asked[p], clock.done[p], args))
+    return events
+
+
+def _named(what: str, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": 1, "tid": tid, "args": {"name": name}}
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:,.1f}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
