@@ -70,7 +70,7 @@ def measured(
     before = {d: ggml.device(d).memory().free for d in used}
     start = time.perf_counter()
     with models.load(path, used, kind, n_ctx, expect=expect) as model, ThreadPoolExecutor(len(used)) as pool:
-        busy = [share.device for share in plan.shares if share.layers]
+        busy = [share.device for share in plan.devices if share.layers]
         found: dict[str, Any] = {"load_s": time.perf_counter() - start, "split": plan.split if busy[1:] else "one"}
         texts = len(used) if plan.split == "data" else 1
 
@@ -94,7 +94,7 @@ def measured(
             )
             found[case] = texts * times * n / seconds
         taken = {d: before[d] - ggml.device(d).memory().free for d in used}
-    shares = {share.device: share.total for share in plan.shares}
+    shares = {share.device: share.total for share in plan.devices}
     found["planned"] = [shares.get(d, 0) for d in used]
     found["taken"] = [taken[d] for d in used]
     return found

@@ -27,7 +27,7 @@ from ggml_cffi.models.architectures.decoder import Rope
 from ggml_cffi.models.architectures.llama import Llama
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.tensor import TensorRunner
-from ggml_cffi.parallel import Program, Rank, TensorParallel, rank
+from ggml_cffi.parallel import ParallelProgram, Rank, TensorParallel, rank
 
 # layers, embedding, feed-forward, heads, KV heads, vocabulary
 SHAPES = {
@@ -133,7 +133,7 @@ def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterato
         model.stage.clear()
 
 
-def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
+def breakdown(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
     """Microseconds of one run, by part."""
     driver, plans = model.group.driver, program.steps
     n, steps = len(plans), len(plans[0])
@@ -161,7 +161,7 @@ def breakdown(model: TensorRunner, program: Program, rounds: int) -> dict[str, f
     return found
 
 
-def phases(model: TensorRunner, program: Program, rounds: int) -> dict[str, float]:
+def phases(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
     """Microseconds of a step, by what the thread of the first device does; means of all steps."""
     driver, plans = model.group.driver, program.steps
     compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, driver._barrier.wait
@@ -200,7 +200,7 @@ def nothing(devices: list[str], rounds: int) -> dict[str, float]:
 
         def run(rank: Rank, x: ggml.Tensor) -> ggml.Tensor:
             for _ in range(64):
-                x = rank.sum(ggml.scale(x, 0.5))
+                x = rank.all_reduce(ggml.scale(x, 0.5))
             return x
 
         f = group.compile(run)

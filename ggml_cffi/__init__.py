@@ -38,7 +38,7 @@ from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler, Split
 from ggml_cffi.session.plan import DeviceNeed, SessionPlan, plan
-from ggml_cffi.session.session import Compiled, Program, Session
+from ggml_cffi.session.session import Compiled, Session, TracedProgram
 from ggml_cffi.train.gradients import gradients
 from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
 
@@ -109,7 +109,7 @@ __all__ = [
     "Optimizer",
     "OutOfMemoryError",
     "Prec",
-    "Program",
+    "TracedProgram",
     "RawTensor",
     "RemoteError",
     "SGD",

@@ -223,9 +223,9 @@ def test_a_loaded_model(devices, tmp_path, rng):
         assert relative_error(got, bert_float64.Reference(path).embed(texts, "mean")) < 5e-3
         assert model.embed(iter(texts), pooling="cls").shape == (4, 64)
         assert not np.allclose(np.linalg.norm(model.embed(texts, normalize=False), axis=1), 1, atol=0.1)
-        assert [layer for share in model.shares for layer in share.layers] == [0, 1, 2]
-        assert not any(share.cache_bytes or share.has_output for share in model.shares)
-        assert model.shares[0].compute_bytes > 0
+        assert [layer for share in model.placement for layer in share.layers] == [0, 1, 2]
+        assert not any(share.cache_bytes or share.has_output for share in model.placement)
+        assert model.placement[0].compute_bytes > 0
 
 
 def test_what_an_encoder_cannot_do(tmp_path, rng):

@@ -69,7 +69,7 @@ def test_texts_at_once_are_each_as_alone(devices, path, rng):
     with models.load(path, devices, n_ctx=512, n_batch=128) as model:
         want = [alone(model, one, 10) for one in ids]
         got = [[] for _ in ids]
-        for number, token in several(model, ids, 10, at_once=16):
+        for number, token in several(model, ids, 10, max_sequences=16):
             got[number].append(token)
         same = sum(a == b for a, b in zip(got, want, strict=True))
     # Products of one row and of many round differently: a token may differ where two were about equal.
@@ -77,12 +77,12 @@ def test_texts_at_once_are_each_as_alone(devices, path, rng):
     assert all(len(one) == 10 for one in got)
 
 
-def several(model, ids, n, at_once):
+def several(model, ids, n, max_sequences):
     from ggml_cffi.models.generation.batcher import Timings
     from ggml_cffi.models.generation.requests import Request, follow_many
 
     requests = [Request(one, Sampler(), n, frozenset()) for one in ids]
-    for number, token in follow_many(model._generators[0], iter([*enumerate(requests)]), at_once, Timings()):
+    for number, token in follow_many(model._generators[0], iter([*enumerate(requests)]), max_sequences, Timings()):
         if token is not None:
             yield number, token
 
@@ -92,15 +92,15 @@ def test_a_list_of_prompts(smollm2):
         texts = ["The capital of France is", "One, two, three,", "def add(a, b):"]
         want = ["".join(model.generate(text, 8)) for text in texts]
         got = ["", "", ""]
-        for number, piece in model.generate(texts, 8, at_once=2):
+        for number, piece in model.generate(texts, 8, max_sequences=2):
             got[number] += piece
         assert got == want
         assert list(model.generate([], 8)) == []
         assert model.timings.decoded_tokens == 0
         chats = [[{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Bye"}]]
         assert {number for number, _ in model.generate(chats, 4)} == {0, 1}
-        with pytest.raises(ValueError, match="at_once must be at least 1"):
-            model.generate(texts, 8, at_once=0)
+        with pytest.raises(ValueError, match="max_sequences must be at least 1"):
+            model.generate(texts, 8, max_sequences=0)
         # Each has a seed of its own, and the seeds repeat.
         again = [dict.fromkeys(range(3), "") for _ in range(2)]
         for found in again:
@@ -178,7 +178,7 @@ def test_texts_that_do_not_fit_together_wait(path, rng):
     with models.load(path, ["CPU"], n_ctx=256) as model:
         want = [alone(model, one, 40) for one in ids]
         got = [[], []]
-        for number, token in several(model, ids, 40, at_once=2):
+        for number, token in several(model, ids, 40, max_sequences=2):
             got[number].append(token)
         assert got == want
         one, two = (model.generate_tokens(text, 40, stop_at_end=False) for text in ids)

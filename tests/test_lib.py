@@ -89,7 +89,8 @@ def test_a_missing_plugin_says_how_to_get_it(tmp_path):
     for file in Path(folder).glob("libggml*.so.0"):
         shutil.copy(file, tmp_path)
     done = run_python(
-        "from ggml_cffi.c import library\ntry:\n    library.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
+        "from ggml_cffi.c import library\n"
+        "try:\n    library.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
         GGML_CFFI_LIBRARY_PATH=str(tmp_path),
     )
     assert "rpc plug-in" in done.stdout

@@ -98,7 +98,7 @@ def test_both_gpus_computed_layers(on_two_gpus):
     planned = {f"layer {i}": model.layer_backend(i).name for i in range(n)}
     assert {name: computed[name] for name in planned} == planned
     assert set(planned.values()) == {"Vulkan0", "Vulkan1"}
-    first, second, cpu = model.shares
+    first, second, cpu = model.placement
     assert first.layers == list(range(len(first.layers)))
     assert second.layers == list(range(len(first.layers), n))
     assert abs(len(first.layers) - len(second.layers)) <= n // 2
@@ -247,9 +247,9 @@ def test_what_a_gpu_cannot_read_stays_with_the_cpu(two_gpus, tmp_path, rng, monk
         computed = {t.name: backend.name for t, backend in model.assignment()}
         assert computed["logits"] == "CPU"
         assert computed["layer 2"] == "Vulkan1"
-        assert model.shares[-1].has_output
-        assert model.shares[-1].has_embeddings
-        assert not any(share.has_output or share.has_embeddings for share in model.shares[:2])
+        assert model.placement[-1].has_output
+        assert model.placement[-1].has_embeddings
+        assert not any(share.has_output or share.has_embeddings for share in model.placement[:2])
 
 
 def test_closed_models(tmp_path, rng):

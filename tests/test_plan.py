@@ -70,15 +70,15 @@ def check(path, devices, counted, **options):
             model.forward([1] * plan.n_batch, last=True)
         else:
             runner._prepared((plan.n_batch, runner.n_rows, 1))
-            assert model.scheduler.buffer_sizes() == {s.backend: s.compute_bytes for s in model.shares}
-        for planned, share in zip(plan.shares, model.shares, strict=True):
+            assert model.scheduler.buffer_sizes() == {s.backend: s.compute_bytes for s in model.placement}
+        for planned, share in zip(plan.devices, model.placement, strict=True):
             assert planned.layers == tuple(share.layers)
             assert close(planned.weight_bytes, share.weight_bytes)
             assert close(planned.cache_bytes, share.cache_bytes)
             assert close(planned.compute_bytes, share.compute_bytes)
             held = planned.weight_bytes - planned.mapped_bytes + planned.cache_bytes + staged * planned.compute_bytes
             # with GPUs, the real run has inputs on the devices twice: once to reserve, once now
-            times = min(len(plan.shares), 2)
+            times = min(len(plan.devices), 2)
             assert close(held + times * planned.input_bytes, counted.get(planned.device, 0)), (planned, counted)
             assert loaded.get(planned.device, 0) <= counted.get(planned.device, 0)
     return plan
@@ -94,7 +94,7 @@ def check(path, devices, counted, **options):
 )
 def test_the_cpu_takes_what_was_planned(path, counted, options):
     plan = check(path, ["CPU"], counted, **options)
-    assert plan.shares[-1].total > 0
+    assert plan.devices[-1].total > 0
     assert plan.kv_dtype == ("F32" if options.get("kv_dtype") == ggml.F32 else options.get("kv_dtype", "f16").upper())
 
 
@@ -105,7 +105,7 @@ def test_other_models_take_what_was_planned(tmp_path, rng, counted, variant):
 
 def test_smollm2_takes_what_was_planned(smollm2, counted):
     plan = check(smollm2, ["CPU"], counted, n_ctx=512, n_batch=64)
-    (share,) = plan.shares
+    (share,) = plan.devices
     assert share.mapped_bytes == share.weight_bytes > 80 * 2**20
 
 
@@ -114,7 +114,7 @@ def test_encoders_take_what_was_planned(tmp_path, rng, counted):
     plan = models.plan(path, ["CPU"], n_batch=48)
     assert not counted
     with models.load(path, ["CPU"], n_batch=48) as model:
-        (planned,), (share,) = plan.shares, model.shares
+        (planned,), (share,) = plan.devices, model.placement
         assert close(planned.compute_bytes, share.compute_bytes)
         assert close(planned.input_bytes + planned.weight_bytes - planned.mapped_bytes, sum(counted.values()))
     assert (planned.cache_bytes, planned.has_output, planned.has_embeddings) == (0, False, True)
@@ -124,7 +124,7 @@ def test_encoders_take_what_was_planned(tmp_path, rng, counted):
 def test_two_gpus_take_what_was_planned(two_gpus, path, counted, monkeypatch):
     memory(monkeypatch, Vulkan0=1 << 30, Vulkan1=1 << 30)  # they share the machine's, which others use meanwhile
     plan = check(path, two_gpus, counted, n_batch=16)
-    first, second, cpu = plan.shares
+    first, second, cpu = plan.devices
     assert first.layers
     assert second.layers
     assert not cpu.layers
@@ -140,7 +140,7 @@ def test_two_gpus_take_what_was_planned(two_gpus, path, counted, monkeypatch):
 def test_two_unequal_gpus_and_the_cpu_take_what_was_planned(two_gpus, path, counted, balance, layers):
     """In batches of 64 the first GPU computes with copies of the CPU's weights: they are counted too."""
     plan = check(path, two_gpus, counted, n_batch=64, balance=balance)
-    assert [share.layers for share in plan.shares] == layers
+    assert [share.layers for share in plan.devices] == layers
 
 
 # ---------------------------------------------------------------------- what does not fit
@@ -150,7 +150,7 @@ def test_too_small_a_cpu_is_refused_before_anything_is_made(path, counted, monke
     memory(monkeypatch, CPU=500_000)
     plan = models.plan(path, ["CPU"])
     assert not plan.fits
-    assert plan.shares[0].missing > 0
+    assert plan.devices[0].missing > 0
     assert "no: " in plan.table()
     assert "does not fit" in str(plan)
     with pytest.raises(ggml.OutOfMemoryError, match=r"m.gguf does not fit: CPU lacks .* These would fit: ") as caught:
@@ -179,7 +179,7 @@ def proposals(path, devices=("CPU",), **options):
 
 def test_each_kind_of_proposal(path, monkeypatch):
     monkeypatch.setattr(sys.modules["ggml_cffi.models.plan"], "devices", list)  # no others in this machine
-    (whole,) = models.plan(path, ["CPU"]).shares
+    (whole,) = models.plan(path, ["CPU"]).devices
     needed = whole.total - whole.mapped_bytes
     memory(monkeypatch, CPU=needed - 1)
     found = proposals(path)
@@ -211,7 +211,7 @@ def test_ratios_that_do_not_fit_are_refused(two_gpus, path, monkeypatch, counted
 def test_layers_that_no_gpu_has_room_for(two_gpus, path, monkeypatch):
     memory(monkeypatch, Vulkan0=600_000, Vulkan1=600_000)
     plan = models.plan(path, two_gpus, n_batch=16)
-    assert [share.layers for share in plan.shares] == [(1,), (2,), (0,)]
+    assert [share.layers for share in plan.devices] == [(1,), (2,), (0,)]
     assert plan.fits
     assert "CPU has 1 of 3 layers: the GPUs have no room for them." in plan.reasons
     assert "n_ctx=256" in plan.proposals
@@ -225,7 +225,7 @@ def test_layers_that_no_gpu_has_room_for(two_gpus, path, monkeypatch):
 def test_gpus_without_any_room_take_no_part(two_gpus, path, monkeypatch):
     memory(monkeypatch, Vulkan0=0, Vulkan1=0)
     plan = models.plan(path, two_gpus)
-    assert [share.total for share in plan.shares[:2]] == [0, 0]
+    assert [share.total for share in plan.devices[:2]] == [0, 0]
     assert any("GPUs do not compute with weights of the CPU" in reason for reason in plan.reasons)
 
 
@@ -235,7 +235,7 @@ def test_what_gpus_compute_with_needs_room_too(two_gpus, path, monkeypatch):
     small, large = (models.plan(path, ["Vulkan0"], n_batch=n) for n in (16, 512))
     assert small.fits
     assert large.fits
-    assert len(large.shares[0].layers) < len(small.shares[0].layers)
+    assert len(large.devices[0].layers) < len(small.devices[0].layers)
 
 
 # ---------------------------------------------------------------------- balance
@@ -299,13 +299,13 @@ def test_unequal_devices_by_speed(two_gpus, path, monkeypatch):
     fast = {"Vulkan0": 1e-9, "Vulkan1": 2e-9, "CPU": 1e-6}
     monkeypatch.setattr(calibrate, "seconds", lambda backend, dtype: fast[backend.name])
     plan = models.plan(path, two_gpus, n_batch=16, balance="speed")
-    assert [share.layers for share in plan.shares] == [(0, 1), (2,), ()]
+    assert [share.layers for share in plan.devices] == [(0, 1), (2,), ()]
     assert "Vulkan0 has 2 of 3 layers: its part is 67% by measured speed, within what fits." in plan.reasons
     fast["CPU"] = 1e-9
     plan = models.plan(path, ["Vulkan0", "CPU"], n_batch=16, balance="speed")
-    assert [len(share.layers) for share in plan.shares] in ([1, 2], [2, 1])
+    assert [len(share.layers) for share in plan.devices] in ([1, 2], [2, 1])
     with models.load(path, two_gpus, n_batch=16, balance="speed") as model:
-        assert [share.layers for share in model.shares] == [[0, 1], [2], []]
+        assert [share.layers for share in model.placement] == [[0, 1], [2], []]
 
 
 # ---------------------------------------------------------------------- calibration
@@ -334,9 +334,9 @@ def test_calibration_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_sketch_takes_no_memory(counted):
-    from ggml_cffi.core.dry_run import Sketch
+    from ggml_cffi.core.dry_run import DryRunContext
 
-    with Sketch() as sketch:
+    with DryRunContext() as sketch:
         t = sketch.new_tensor(ggml.F32, (1 << 20, 1 << 20))
         (buffer,) = sketch.alloc("CPU", usage=ggml.Usage.WEIGHTS)
         assert (buffer.size, buffer.usage, buffer.is_host) == (0, ggml.Usage.WEIGHTS, True)
@@ -359,7 +359,7 @@ def test_plans_as_text_and_json(path, capsys):
     assert cli.main(["plan", str(path), "--devices", "CPU", "--kv-type", "q8_0", "--balance", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["kv_dtype"], found["fits"], found["n_ctx"]) == ("Q8_0", True, 512)
-    (share,) = found["shares"]
+    (share,) = found["devices"]
     assert share["total"] == sum(share[f"{kind}_bytes"] for kind in ("weight", "cache", "compute", "input"))
 
 

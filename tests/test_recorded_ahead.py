@@ -17,7 +17,7 @@ from ggml_cffi import c, ops, parallel
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.parallel import step_graphs as _step
 from ggml_cffi.parallel.executors import arrivals as _arrivals
-from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import Rank
 
 DIM = 64
@@ -56,7 +56,7 @@ def test_what_is_recorded_waits_until_it_is_handed_out(gpu, weight, n, rng):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), n)
-        with Program(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             driver, ((step,),) = group.driver, program.steps
             assert step.held
             assert bool(step.rest) == (1 + 3 * n > _step._HELD)  # with the copy of the inputs
@@ -86,7 +86,7 @@ def test_what_was_recorded_and_given_up(gpu, weight, rng):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
-        with Program(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             program.puts[0][...] = 0
             program.compute()
             program.record()
@@ -105,7 +105,7 @@ def test_the_device_belongs_to_a_thread_while_something_is_recorded(gpu, weight,
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
-        with Program(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             driver, lock = group.driver, group.backends[0].lock
 
             def is_free():
@@ -136,7 +136,7 @@ def test_parts(gpu, weight):
     """Each ends before a product, the first is held, and the others are handed over as a whole."""
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 100)
-        with Program(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
+        with ParallelProgram(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
             ((step,),) = program.steps
             *held, nothing = step.held[::-1]
             assert step.rest[::2] == (nothing,) * (len(step.rest) // 2)
@@ -160,7 +160,7 @@ def test_steps_of_several_devices(two_gpus, weight, n, rng):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), n)
-        f = group.compile(lambda rank, x: function(rank, rank.sum(function(rank, x))))
+        f = group.compile(lambda rank, x: function(rank, rank.all_reduce(function(rank, x))))
         want = expected(2 * expected(x, weight, n), weight, n)
         for _ in range(20):
             assert relative_error(f(x), want) < 1e-2
@@ -174,7 +174,7 @@ def test_only_short_steps_are_held(two_gpus, weight, rows, rng):
     x = rng.standard_normal((rows, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 2)
-        f = group.compile(lambda rank, x: rank.sum(function(rank, x)))
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
         for _ in range(3):
             assert relative_error(f(x), 2 * expected(x, weight, 2)) < 1e-2
         assert [bool(own[0].held) for own in f.programs[0].steps] == 2 * [rows < 17]
@@ -189,7 +189,7 @@ def test_sums_that_come_late_do_not_hand_out_the_next_step(two_gpus, weight, rng
 
         def run(rank, x):
             for _ in range(4):
-                x = rank.sum(function(rank, x))
+                x = rank.all_reduce(function(rank, x))
             return x
 
         f = group.compile(run)
@@ -209,7 +209,7 @@ def test_an_interrupted_run_computes_with_sums_that_are_there(two_gpus, weight, 
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 20)
-        f = group.compile(lambda rank, x: function(rank, rank.sum(function(rank, x))))
+        f = group.compile(lambda rank, x: function(rank, rank.all_reduce(function(rank, x))))
         want = f(x)
         (program,) = f.programs
         monkeypatch.setattr(program.arrivals, "wait", lambda k, _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -232,7 +232,7 @@ def test_a_norm_is_not_cut_off(gpu, weight, rng):
                 x = ops.linear(h if i % 7 else ops.relu(h), w[rank])
             return x
 
-        with Program(group, [Rank(0, 1)], run, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+        with ParallelProgram(group, [Rank(0, 1)], run, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             ((step,),) = program.steps
             parts = [step.held[-1], *step.rest[1::2]]
             ends = [[c.ggml_graph_node(g, i).op for i in range(c.ggml_graph_n_nodes(g))] for g in parts]
@@ -246,7 +246,7 @@ def test_a_run_that_is_interrupted(two_gpus, weight, rng, monkeypatch):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 3)
-        f = group.compile(lambda rank, x: rank.sum(function(rank, rank.sum(function(rank, x)))))
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, rank.all_reduce(function(rank, x)))))
         want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
         f(x)
         (program,) = f.programs
@@ -266,7 +266,7 @@ def test_a_program_is_waited_for_the_first_time(two_gpus, weight, monkeypatch):
     called = []
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 2)
-        f = group.compile(lambda rank, x: rank.sum(function(rank, x)))
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
         for name in ("run_first", "run"):
             real = getattr(group.driver, name)
             monkeypatch.setattr(group.driver, name, lambda *a, n=name, real=real: (called.append(n), real(*a))[1])
@@ -298,7 +298,7 @@ with parallel.TensorParallel(gpus) as group:
     w = group.weight(2 * np.eye(64, dtype=np.float32))
     def run(rank, x):
         for _ in range(3):
-            x = rank.sum(ops.linear(ops.relu(ops.linear(x, w[rank])), w[rank]))
+            x = rank.all_reduce(ops.linear(ops.relu(ops.linear(x, w[rank])), w[rank]))
         return x
     f = group.compile(run)
     right = all((f(x) == 512 * x).all() for _ in range(20))
@@ -342,7 +342,7 @@ def test_watching_beside_other_work(two_gpus, weight, rng):
                     errors.append("differs")
 
         function = chain(group.weight(weight), 3)
-        f = group.compile(lambda rank, x: rank.sum(function(rank, rank.sum(function(rank, x)))))
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, rank.all_reduce(function(rank, x)))))
         want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
         f(x)
         timer = Timer(0, transfer)

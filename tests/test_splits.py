@@ -20,7 +20,7 @@ from ggml_cffi.models.runners.pipeline import StagedRunner
 from ggml_cffi.models.runners.stage import Stage
 from ggml_cffi.parallel import step_graphs as _step
 from ggml_cffi.parallel.executors import arrivals as _arrivals
-from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.program import ParallelProgram
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
@@ -59,7 +59,7 @@ def test_two_gpus_give_what_float64_does(two_gpus, path, split, rng):
         used = {backend.name for _, backend in model.assignment()}
         assert used == ({"Vulkan0"} if split == "data" else set(two_gpus))  # one text: the other replica waits
         assert model.layer_backend(0).name == "Vulkan0"
-        assert [len(share.layers) for share in model.shares if share.weight_bytes] == (
+        assert [len(share.layers) for share in model.placement if share.weight_bytes] == (
             [3, 3] if split in ("data", "tensor") else [1, 2]
         )
     with pytest.raises(ggml.ClosedError):
@@ -194,7 +194,7 @@ def test_large_batches_of_the_cpus_layers_go_to_the_gpu(two_gpus, path):
     with models.load(path, ["CPU"], n_batch=128) as model:
         want = model.forward(ids)
     with models.load(path, [two_gpus[0], "CPU"], "layer", balance=(1, 2), n_batch=128) as model:
-        assert {share.backend.name: bool(share.layers) for share in model.shares} == {two_gpus[0]: True, "CPU": True}
+        assert {share.backend.name: bool(share.layers) for share in model.placement} == {two_gpus[0]: True, "CPU": True}
         for n, where in ((1, {two_gpus[0], "CPU"}), (64, {two_gpus[0]})):
             got = model.forward(ids[:n])
             products = [backend.name for t, backend in model.assignment() if t.op is ggml.Op.MUL_MAT]
@@ -206,7 +206,7 @@ def test_large_batches_of_the_cpus_layers_go_to_the_gpu(two_gpus, path):
 def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatch):
     """The next batch's have other memory."""
     ids = [i % 50 for i in range(96)]
-    prepare, compute = Stage.prepare, Program.compute
+    prepare, compute = Stage.prepare, ParallelProgram.compute
     places, started, changed = [], [], threading.Condition()
 
     def note_prepare(self, *args):
@@ -226,7 +226,7 @@ def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatc
     with models.load(path, two_gpus[:1], n_batch=16) as model:
         want = model.forward(ids)
         monkeypatch.setattr(Stage, "prepare", note_prepare)
-        monkeypatch.setattr(Program, "compute", compute_late)
+        monkeypatch.setattr(ParallelProgram, "compute", compute_late)
         np.testing.assert_array_equal(model.forward(ids), want)
     assert len(set(places)) == 2
     assert all(a != b for a, b in pairwise(places))
@@ -247,12 +247,14 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
                     raise ggml.GgmlError("the computation failed: failed")
             return real(*args)
 
-        prepare, compute = stage.prepare, Program.compute
+        prepare, compute = stage.prepare, ParallelProgram.compute
         if what == "writing":
             monkeypatch.setattr(stage, "prepare", lambda *args: fail_at_second(prepare, True, *args))
         else:
             monkeypatch.setattr(
-                Program, "compute", lambda self, *args: fail_at_second(compute, self in stage.programs, self, *args)
+                ParallelProgram,
+                "compute",
+                lambda self, *args: fail_at_second(compute, self in stage.programs, self, *args),
             )
         with pytest.raises(ggml.GgmlError, match="the computation failed"):
             answers(model, [PROMPT * 4])
@@ -387,7 +389,7 @@ def test_every_split_takes_what_was_planned(two_gpus, path, split, monkeypatch):
     assert plan.split == split
     with models.load(path, two_gpus, split, n_batch=16) as model:
         model.forward(PROMPT, last=True)
-        for planned, share in zip(plan.shares, model.shares, strict=True):
+        for planned, share in zip(plan.devices, model.placement, strict=True):
             assert planned.device == share.backend.name
             for kind in ("weight_bytes", "cache_bytes", "compute_bytes"):
                 assert abs(getattr(planned, kind) - getattr(share, kind)) <= 0.03 * getattr(share, kind), kind
@@ -452,20 +454,20 @@ def test_auto_takes_what_is_never_far_from_the_best(two_gpus, path, costs):
         plan = models.plan(path, two_gpus, "auto", n_batch=16, **options)
         assert plan.reasons[0].startswith("Of the splits, ")
         assert plan.fits
-        return plan.split, [share.device for share in plan.shares if share.layers]
+        return plan.split, [share.device for share in plan.devices if share.layers]
 
     # Batches in flight are worth more than what handing over costs a token.
     assert chosen() == ("pipeline", list(two_gpus))
     costs["tensor"] = 0.5e-3, 0.05, 0.05
     assert chosen() == ("tensor", list(two_gpus))
     costs["tensor"] = 2e-3, 0.2, 0.2
-    assert chosen(n_texts=2) == ("data", list(two_gpus))
+    assert chosen(n_sequences=2) == ("data", list(two_gpus))
 
 
 def test_auto_takes_what_suits_what_is_expected(two_gpus, path, costs):
     def chosen(expect, **options):
         plan = models.plan(path, two_gpus, "auto", n_batch=16, expect=expect, **options)
-        return plan.split, len([share for share in plan.shares if share.layers]), plan.reasons[0]
+        return plan.split, len([share for share in plan.devices if share.layers]), plan.reasons[0]
 
     assert chosen((0, 64))[:2] == ("layer", 1)
     assert chosen((16, 0))[:2] == ("layer", 1)
@@ -478,7 +480,7 @@ def test_auto_takes_what_suits_what_is_expected(two_gpus, path, costs):
     assert chosen((16, 128))[:2] == ("layer", 1)
     assert chosen((1, 128))[:2] == ("tensor", 2)
     costs["tensor"] = 2e-3, 0.2, 0.2
-    assert chosen((128, 16), n_texts=2)[:2] == ("data", 2)
+    assert chosen((128, 16), n_sequences=2)[:2] == ("data", 2)
     for wrong in ((1, 2, 3), (0, 0), (-1, 4)):
         with pytest.raises(ValueError, match="expect is a number of tokens of a prompt and one of an answer"):
             chosen(wrong)
@@ -509,9 +511,9 @@ def test_auto_without_a_choice(two_gpus, path, costs, monkeypatch):
     assert " one prompt " not in plan.reasons[0]
     gpu_memory(monkeypatch, 600_000)
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
-    assert [len(share.layers) for share in plan.shares] == [1, 1, 1]
-    with pytest.raises(ValueError, match="n_texts must be at least 1, not 0"):
-        models.plan(path, two_gpus, "auto", n_texts=0)
+    assert [len(share.layers) for share in plan.devices] == [1, 1, 1]
+    with pytest.raises(ValueError, match="n_sequences must be at least 1, not 0"):
+        models.plan(path, two_gpus, "auto", n_sequences=0)
 
 
 def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):

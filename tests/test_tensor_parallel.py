@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
-from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, share_out
+from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, split_evenly
 from ggml_cffi.parallel import tensor_parallel as tensor
 from ggml_cffi.parallel.arena import arrange
 from ggml_cffi.parallel.executors import arrivals as _arrivals
 from ggml_cffi.parallel.executors.barrier import Barrier
-from ggml_cffi.parallel.shard import pieces, rule_for
+from ggml_cffi.parallel.shard import pieces, spec_for
 from ggml_cffi.parallel.step_plan import levels
 
 DIM, FF, LAYERS = 64, 96, 3
@@ -52,8 +52,8 @@ class Blocks:
             for i in range(LAYERS):
                 h = ops.mul(ops.rms_norm(x, 1e-5), w[f"{i}.norm"][rank])
                 h = ops.linear(ops.relu(ops.linear(h, w[f"{i}.up"][rank])), w[f"{i}.down"][rank])
-                x = ops.add(x, rank.sum(h))
-            return x, rank.gather(ops.linear(x, w["0.up"][rank]))
+                x = ops.add(x, rank.all_reduce(h))
+            return x, rank.all_gather(ops.linear(x, w["0.up"][rank]))
 
         return group.compile(run)
 
@@ -119,7 +119,7 @@ def test_what_gpus_compute_together_is_there_for_later(two_gpus, rows, rng):
             scaled = ops.mul(norm, w["scale"][rank])
             both = ops.linear(scaled, w["c"][rank])
             added = ops.add(both, norm)  # a product that the next step needs too
-            y = rank.sum(ops.linear(ops.linear(added, w["a"][rank]), w["b"][rank]))
+            y = rank.all_reduce(ops.linear(ops.linear(added, w["a"][rank]), w["b"][rank]))
             return ops.add(ops.add(y, both), ops.add(scaled, norm))
 
         f = group.compile(run)
@@ -195,12 +195,12 @@ def test_what_reads_a_sum_after_the_next_has_arrived(two_gpus, rng):
         whole = group.weight(w)
 
         def run(rank, x):
-            first = rank.sum(ops.scale(x, 2.0))
+            first = rank.all_reduce(ops.scale(x, 2.0))
             late = first
-            second = rank.sum(ops.scale(x, 3.0))
+            second = rank.all_reduce(ops.scale(x, 3.0))
             for _ in range(20):
                 late = ops.linear(late, whole[rank])
-            third = rank.sum(ops.scale(x, 5.0))
+            third = rank.all_reduce(ops.scale(x, 5.0))
             return ops.add(late, first), second, third
 
         f = group.compile(run)
@@ -221,8 +221,8 @@ def test_sums_that_cannot_be_seen_to_arrive(two_gpus, rng):
     w = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
     with parallel.TensorParallel(two_gpus) as group:
         whole = group.weight(w)
-        norms = group.compile(lambda rank, x: rank.sum(ops.rms_norm(ops.linear(x, whole[rank]), 1e-5)))
-        products = group.compile(lambda rank, x: rank.sum(ops.linear(x, whole[rank])))
+        norms = group.compile(lambda rank, x: rank.all_reduce(ops.rms_norm(ops.linear(x, whole[rank]), 1e-5)))
+        products = group.compile(lambda rank, x: rank.all_reduce(ops.linear(x, whole[rank])))
         for rows in (2, 300):
             x = rng.standard_normal((rows, DIM)).astype(np.float32)
             want = x.astype(np.float64) @ w.T
@@ -237,7 +237,7 @@ def test_numbers_that_look_as_if_they_had_not_arrived(two_gpus, monkeypatch):
     x = np.arange(DIM, dtype=np.float32)
     x.view(np.uint32)[[3, -1]] = _arrivals._UNWRITTEN
     with parallel.TensorParallel(two_gpus) as group:
-        f = group.compile(lambda rank, x: rank.sum(ops.scale(x, 2.0)))
+        f = group.compile(lambda rank, x: rank.all_reduce(ops.scale(x, 2.0)))
         f(x)
         (program,) = f.programs
         for _ in range(2):
@@ -295,7 +295,7 @@ def test_three_gpus_and_halves():
                 got, want = f(x)[0], blocks.expected(x)[0]
                 assert relative_error(got, want) < most, relative_error(got, want)
                 assert group.driver.computed == [4, 4, 4]
-                kinds = {s.slots[0].dtype.name for s in f.programs[0].ranks[0].sums}
+                kinds = {s.slots[0].dtype.name for s in f.programs[0].ranks[0].all_reduces}
                 assert kinds == {"F16" if half_above else "F32"}, kinds
     """
     run_python("\n".join(line[8:] for line in code.splitlines()), GGML_VK_VISIBLE_DEVICES="0,0,0")
@@ -307,7 +307,9 @@ def test_all_ranks_have_the_same_to_the_last_bit(rng):
         parts = group.weight(w, ROWS)
 
         def run(rank, x):
-            return rank.gather(rank.sum(ops.linear(x, ops.reshape(parts[rank], (8, 16), ctx=rank.context))), 0)
+            return rank.all_gather(
+                rank.all_reduce(ops.linear(x, ops.reshape(parts[rank], (8, 16), ctx=rank.context))), 0
+            )
 
         for rows in (2, 3000):
             got = group.compile(run)(rng.standard_normal((rows, 16)).astype(np.float32)).reshape(3, rows, 8)
@@ -325,10 +327,10 @@ def test_what_earlier_steps_computed_stays(rng):
             lower = ops.view(kept, (4, DIM), offset=4 * DIM * 4)
             half = ops.view(x, (8, DIM // 2), strides=(4 * DIM, 4), offset=rank.index * DIM * 2)
             partial = ops.linear(ops.cont(half), w[rank])
-            total = rank.sum(partial)
+            total = rank.all_reduce(partial)
             for _ in range(4):
-                total = rank.sum(ops.scale(ops.sqrt(ops.sqr(total)), 0.5))
-            return ops.add(total, kept), lower, rank.gather(partial, 0), partial
+                total = rank.all_reduce(ops.scale(ops.sqrt(ops.sqr(total)), 0.5))
+            return ops.add(total, kept), lower, rank.all_gather(partial, 0), partial
 
         total, lower, partials, first = group.compile(run)(a)
         np.testing.assert_allclose(total, np.abs(a) + 3 * a, rtol=1e-5)
@@ -341,7 +343,7 @@ def test_what_earlier_steps_computed_stays(rng):
 def test_a_last_step_that_only_the_first_rank_has(threads, rng):
     x = rng.standard_normal((2, 4)).astype(np.float32)
     with Ranks(3, threads=threads) as group:
-        f = group.compile(lambda rank, x: rank.sum(ops.scale(x, 2.0)))
+        f = group.compile(lambda rank, x: rank.all_reduce(ops.scale(x, 2.0)))
         for _ in range(3):
             np.testing.assert_allclose(f(x), 6 * x, rtol=1e-6)
         assert group.driver.computed == [6, 3, 3]
@@ -357,7 +359,7 @@ def test_caches_constants_and_row_numbers():
             mine = ops.view(x, (2, (4, 2)[rank.index]), strides=(24, 4), offset=(0, 16)[rank.index])
             written = ops.set_rows(cache[rank], ops.cont(mine), rows)
             seen = ops.mul(ops.get_rows(written, wanted), rank.context.constant([2.0]))
-            return rank.gather(seen)
+            return rank.all_gather(seen)
 
         f = group.compile(run)
         x = np.arange(12.0).reshape(2, 6)
@@ -400,16 +402,16 @@ def test_wrong_functions():
     with Ranks() as group:
         w = group.weight(np.ones((4, 4), np.float32))
         cases = [
-            (lambda rank, x: rank.sum(ops.cast(x, "f16")), ValueError, "sum takes contiguous F32"),
-            (lambda rank, x: rank.sum(ops.transpose(x)), ValueError, "sum takes contiguous F32"),
-            (lambda rank, x: rank.sum(3), TypeError, "sum takes a tensor, not int"),
-            (lambda rank, x: rank.gather(3), TypeError, "gather takes a tensor, not int"),
-            (lambda rank, x: rank.gather(x, 2), ValueError, "has no axis 2"),
+            (lambda rank, x: rank.all_reduce(ops.cast(x, "f16")), ValueError, "all_reduce takes contiguous F32"),
+            (lambda rank, x: rank.all_reduce(ops.transpose(x)), ValueError, "all_reduce takes contiguous F32"),
+            (lambda rank, x: rank.all_reduce(3), TypeError, "all_reduce takes a tensor, not int"),
+            (lambda rank, x: rank.all_gather(3), TypeError, "all_gather takes a tensor, not int"),
+            (lambda rank, x: rank.all_gather(x, 2), ValueError, "has no axis 2"),
             (lambda rank, x: 3, TypeError, "the function returned 3: tensors are needed"),
             (lambda rank, x: ops.scale(w[rank], 2.0), ValueError, "is no result that rank 0 could give"),
             (lambda rank, x: ops.add(x, ops.scale(w[rank], 2.0)), ValueError, "b does not broadcast"),
             (lambda rank, x: ops.linear(x, ops.scale(w[rank], 2.0)), ValueError, "is computed from weights alone"),
-            (lambda rank, x: rank.sum(x) if rank.index else x, ValueError, "all ranks must do the same"),
+            (lambda rank, x: rank.all_reduce(x) if rank.index else x, ValueError, "all ranks must do the same"),
             (lambda rank, x: (x,) * (rank.index + 1), ValueError, "all ranks must do the same"),
             (lambda rank, x: ops.map_custom1(x, print), ggml.UnsupportedOpError, "operations written in Python"),
         ]
@@ -437,7 +439,7 @@ def test_programs_are_kept_and_dropped():
         assert len(f.programs) == 16
         last = f.programs[-1]
         assert f.trace(np.ones(19)) is last
-        assert repr(last) == "<Program of 1 steps on 1 devices, [2] nodes>"
+        assert repr(last) == "<ParallelProgram of 1 steps on 1 devices, [2] nodes>"
         f.clear()
         assert not f.programs
         assert f(np.ones(3, np.float32)).tolist() == [2, 2, 2]
@@ -447,12 +449,12 @@ def test_programs_are_kept_and_dropped():
 
 
 def test_share_out():
-    assert share_out(8, 2) == (4, 4)
-    assert share_out(3, 2) == (1, 2)
-    assert share_out(9, 4) == (2, 2, 2, 3)
-    assert share_out(7, 2, whole=2) == (4, 3)
+    assert split_evenly(8, 2) == (4, 4)
+    assert split_evenly(3, 2) == (1, 2)
+    assert split_evenly(9, 4) == (2, 2, 2, 3)
+    assert split_evenly(7, 2, whole=2) == (4, 3)
     with pytest.raises(ValueError, match="the heads has 3 parts that stay whole, 2 at a time: too few for 3 devices"):
-        share_out(3, 3, "the heads", whole=2)
+        split_evenly(3, 3, "the heads", whole=2)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +508,7 @@ def test_wrong_cuts():
 
 def test_rules():
     rules = {"*.up": ROWS, "a.*": COLUMNS}
-    assert [rule_for(name, rules) for name in ("a.up", "a.down", "b.down")] == [ROWS, COLUMNS, MIRROR]
+    assert [spec_for(name, rules) for name in ("a.up", "a.down", "b.down")] == [ROWS, COLUMNS, MIRROR]
 
 
 def test_weights_from_a_file(tmp_path, rng):
@@ -528,7 +530,7 @@ def test_parts_of_one_row_are_put_together_in_place(rng):
     w = rng.standard_normal((128, 32)).astype(np.float32)
     with Ranks() as group:
         parts = group.weight(w, ROWS)
-        head = group.compile(lambda rank, x: rank.gather(ops.linear(x, parts[rank])))
+        head = group.compile(lambda rank, x: rank.all_gather(ops.linear(x, parts[rank])))
         for n in (1, 3):
             x = rng.standard_normal((n, 32)).astype(np.float32)
             assert relative_error(head(x), x.astype(np.float64) @ w.T.astype(np.float64)) < 1e-5

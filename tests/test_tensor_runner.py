@@ -99,7 +99,7 @@ def test_models_that_cannot_be_shared(on_the_cpu, tmp_path, rng):
         ):
             TensorRunner(Llama(file), ["CPU"] * 4, 256)
         with pytest.raises(ValueError, match="'llama' cannot be shared by several devices"):
-            Architecture.shares(Llama(file), 2)
+            Architecture.tensor_parallel(Llama(file), 2)
 
 
 def test_wrong_tokens_and_a_closed_model(on_the_cpu, tmp_path, rng):

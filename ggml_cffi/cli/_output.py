@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def placement(model: Model) -> str:
     """A table of what each device holds."""
     rows = [("device", "layers", "weights", "KV cache", "compute")]
-    for share in model.shares:
+    for share in model.placement:
         layers = f"{share.layers[0]}-{share.layers[-1]}" if share.layers else "-"
         what = [layers, *["output"] * share.has_output, *["embeddings"] * share.has_embeddings]
         text = " + ".join(w for w in what if w != "-") or "-"

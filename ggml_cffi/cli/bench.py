@@ -45,8 +45,8 @@ def _bench(args: argparse.Namespace) -> int:
     for devices in args.devices or [None]:
         n_ctx = max(args.prompt, args.decode) + 1
         with open_model(args, devices, n_ctx, n_batch=args.batch) as model:
-            where = ",".join(s.backend.name for s in model.shares if s.weight_bytes or s.layers)
-            size = sum(s.weight_bytes for s in model.shares)
+            where = ",".join(s.backend.name for s in model.placement if s.weight_bytes or s.layers)
+            size = sum(s.weight_bytes for s in model.placement)
             for test, n, measure in (("pp", args.prompt, _prompt), ("tg", args.decode, _decode)):
                 if n:
                     rates = measure(model, n, args.rounds)

@@ -15,7 +15,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 _NOWHERE = c.ffi.cast("void *", 1 << 12)  # any address but null: nothing reads or writes there
 
 
-class Sketch(Context):
+class DryRunContext(Context):
     """A context whose tensors get no memory where they would, but say on which device they would have it.
 
     That is enough for :meth:`Scheduler.reserve_size`, and for nothing else: do not compute with them.

@@ -13,16 +13,16 @@ from ggml_cffi.models.generation.batcher import Timings
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.model import Model, load
 from ggml_cffi.models.perplexity import Perplexity
-from ggml_cffi.models.placement.arrange import DeviceShare
-from ggml_cffi.models.placement.plan import Plan, plan
+from ggml_cffi.models.placement.arrange import DevicePlan
+from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
-    "DeviceShare",
+    "DevicePlan",
     "Model",
+    "ModelPlan",
     "Perplexity",
-    "Plan",
     "Sampler",
     "Timings",
     "Tokenizer",

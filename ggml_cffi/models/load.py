@@ -38,7 +38,7 @@ def open_runners(
         elif part.staged:
             yield StagedRunner(*given, where=part.where, in_flight=part.split == "pipeline")
         else:
-            compute = [share.compute_bytes for share in part.shares]
+            compute = [share.compute_bytes for share in part.devices]
             yield ScheduledRunner(*given, where=part.where, op_offload=part.op_offload, compute_bytes=compute)
 
 

@@ -30,10 +30,10 @@ from ggml_cffi.models.load import open_runners
 from ggml_cffi.models.perplexity import Perplexity, perplexity
 from ggml_cffi.models.placement.arrange import Arrangement, Balance, Wish
 from ggml_cffi.models.placement.auto import Use
-from ggml_cffi.models.placement.plan import Plan, Planner, check_options
+from ggml_cffi.models.placement.plan import ModelPlan, Planner, check_options
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.embedding import Embedder, embed_everywhere
-from ggml_cffi.models.runners.weights import Progress, Share
+from ggml_cffi.models.runners.weights import DevicePlacement, Progress
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     reuse: bool
-    at_once: int
+    max_sequences: int
 
 
 class Model(Closing):
@@ -70,7 +70,7 @@ class Model(Closing):
         wish: Wish,
         progress: Progress | None,
         arrangement: Arrangement,
-        plan: Plan,
+        plan: ModelPlan,
     ) -> None:
         self._file, self._backends = file, backends
         self.architecture = architecture
@@ -231,7 +231,7 @@ class Model(Closing):
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         reuse: bool = True,
-        at_once: int = 16,
+        max_sequences: int = 16,
     ) -> Iterator[str] | Iterator[tuple[int, str]]:
         """Continue a text, or answer a chat; yields pieces of text as they are decided.
 
@@ -241,8 +241,8 @@ class Model(Closing):
         ----------
         prompt
             Text, or messages for the model's chat template. Several of either in a list are computed together,
-            ``at_once`` of them in each run; the iterator then yields pairs of a prompt's number and a piece, in the
-            order in which they come.
+            ``max_sequences`` of them in each run; the iterator then yields pairs of a prompt's number and a piece, in
+            the order in which they come.
         max_tokens
             Most tokens to add to each; default until the model ends, or the context is full.
         temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
@@ -252,7 +252,7 @@ class Model(Closing):
             A text ends before any of these strings.
         reuse
             Take keys and values of the prompt's beginning from the cache where an earlier text has left them.
-        at_once
+        max_sequences
             Most texts of a list that grow at once.
 
         Raises
@@ -280,10 +280,10 @@ class Model(Closing):
 
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             return pieces(self._follow(request(prompt, 0)), self.tokenizer, stops)  # type: ignore[arg-type]
-        if at_once < 1:
-            raise ValueError(f"at_once must be at least 1, not {at_once}")
+        if max_sequences < 1:
+            raise ValueError(f"max_sequences must be at least 1, not {max_sequences}")
         requests = [request(one, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
-        return self._several(requests, at_once, stops)
+        return self._several(requests, max_sequences, stops)
 
     def generate_tokens(
         self,
@@ -312,10 +312,12 @@ class Model(Closing):
         self.timings = timings = Timings()
         yield from follow(self._choose(request), request, timings)
 
-    def _several(self, requests: list[Request], at_once: int, stops: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    def _several(
+        self, requests: list[Request], max_sequences: int, stops: tuple[str, ...]
+    ) -> Iterator[tuple[int, str]]:
         texts = [Pieces(self.tokenizer, stops) for _ in requests]
         self.timings = timings = Timings()
-        with closing(follow_everywhere(self._generators, requests, at_once, timings)) as tokens:
+        with closing(follow_everywhere(self._generators, requests, max_sequences, timings)) as tokens:
             for number, token in tokens:
                 text = texts[number]
                 piece = text.finish() if token is None else text.push(token)
@@ -403,7 +405,7 @@ class Model(Closing):
         Returns
         -------
         numpy.ndarray
-            float32, ``(n_texts, n_embd)``, in the order of the texts.
+            float32, ``(n_sequences, n_embd)``, in the order of the texts.
 
         Raises
         ------
@@ -428,17 +430,17 @@ class Model(Closing):
 
     def _reserve(self, embedder: Embedder) -> None:
         sizes = embedder.reserve()
-        for share in self._runners[-1].shares:
+        for share in self._runners[-1].placement:
             share.compute_bytes = sizes[share.backend]
 
     # ------------------------------------------------------------------ the rest
 
     @property
-    def shares(self) -> list[Share]:
+    def placement(self) -> list[DevicePlacement]:
         """What each device holds: layers, bytes of weights, caches and intermediate results."""
-        found = [share for runner in self._runners for share in runner.shares if not share.backend.device.is_cpu]
+        found = [share for runner in self._runners for share in runner.placement if not share.backend.device.is_cpu]
         # The CPU is every replica's.
-        return found + [share for share in self._runners[0].shares if share.backend.device.is_cpu]
+        return found + [share for share in self._runners[0].placement if share.backend.device.is_cpu]
 
     @property
     def scheduler(self) -> Scheduler:
@@ -465,7 +467,7 @@ class Model(Closing):
 
     def layer_backend(self, layer: int) -> Backend:
         """The backend where a layer's weights are; the first, where several have parts of it."""
-        return next(share.backend for share in self.shares if layer in share.layers)
+        return next(share.backend for share in self.placement if layer in share.layers)
 
     def _checked(self, tokens: Iterable[int]) -> list[int]:
         ids = check_tokens(tokens, self.architecture.n_vocab)
@@ -495,7 +497,7 @@ def load(
     n_threads: int | None = None,
     progress: Progress | None = None,
     balance: Balance = "memory",
-    n_texts: int = 1,
+    n_sequences: int = 1,
     expect: tuple[int, int] | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
@@ -527,7 +529,7 @@ def load(
         How the layers are shared out. ``"memory"``: in proportion to free memory. ``"speed"``: to how fast the devices
         multiply, measured the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or
         numbers, one for each GPU, and one for the CPU if that is to have a part: they are kept to, or refused.
-    n_texts
+    n_sequences
         How many texts will usually grow at once, for ``split="auto"`` to know.
     expect
         How many tokens a prompt and its answer will usually have, ``(4096, 128)``, for ``split="auto"``: it takes what
@@ -546,7 +548,7 @@ def load(
         and the message says what would fit.
     """
     check_options(split, n_batch)
-    use, kind = Use(n_texts, expect), as_type(kv_dtype)
+    use, kind = Use(n_sequences, expect), as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     try:

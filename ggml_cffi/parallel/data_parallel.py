@@ -17,7 +17,7 @@ from ggml_cffi.parallel.replicas import Replica, Replicas, Task
 _IN_FLIGHT = 32  # calls of map() that an executor has at once, where nobody says how many
 
 
-class Executor(Protocol):
+class TaskExecutor(Protocol):
     """What runs calls: as in :mod:`concurrent.futures`."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
@@ -65,7 +65,7 @@ class DataParallel(Closing):
         make: Callable[[str], Any],
         devices: Iterable[Device | str] | None = None,
         *,
-        executor: Executor | None = None,
+        executor: TaskExecutor | None = None,
     ) -> None:
         if not callable(make):
             raise TypeError(f"make is a function of a device's name, not {type(make).__name__}")

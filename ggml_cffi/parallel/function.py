@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.enums import Type
-from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import Rank
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class ParallelFunction:
 
     def __init__(self, group: Group, function: Callable[..., Any]) -> None:
         self.group, self.function = group, function
-        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._programs: OrderedDict[Any, ParallelProgram] = OrderedDict()
         self._lock = group.lock
 
     def __call__(self, *arrays: npt.ArrayLike) -> Any:
@@ -49,13 +49,13 @@ class ParallelFunction:
         with self._lock:
             return self._find(given).run(given)
 
-    def trace(self, *arrays: npt.ArrayLike) -> Program:
+    def trace(self, *arrays: npt.ArrayLike) -> ParallelProgram:
         """The program for arrays of such shapes and types, traced but not run."""
         with self._lock:
             return self._find([as_array(a) for a in arrays])
 
     @property
-    def programs(self) -> tuple[Program, ...]:
+    def programs(self) -> tuple[ParallelProgram, ...]:
         """What was traced, the last used last."""
         return tuple(self._programs.values())
 
@@ -66,13 +66,13 @@ class ParallelFunction:
                 program.close()
             self._programs.clear()
 
-    def _find(self, arrays: Sequence[npt.NDArray[Any]]) -> Program:
+    def _find(self, arrays: Sequence[npt.NDArray[Any]]) -> ParallelProgram:
         backends = self.group.backends
         key = tuple((a.shape, Type.F32 if a.dtype == np.float64 else as_type(a.dtype)) for a in arrays)
         program = self._programs.get(key)
         if program is None:
             ranks = [Rank(r, len(backends), self.group.half_above) for r in range(len(backends))]
-            program = Program(self.group, ranks, self.function, key)
+            program = ParallelProgram(self.group, ranks, self.function, key)
             self._programs[key] = program
             if len(self._programs) > _PROGRAMS:
                 _, oldest = self._programs.popitem(last=False)

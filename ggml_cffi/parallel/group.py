@@ -12,7 +12,7 @@ from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.parallel.executors.executor import Driver
+from ggml_cffi.parallel.executors.executor import Executor
 from ggml_cffi.parallel.function import ParallelFunction
 
 
@@ -42,9 +42,9 @@ class Group(Closing):
         self._compiled: list[ParallelFunction] = []
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: list[HostBlock | None] = [None, None]
-        self._driver: Driver | None = None
+        self._driver: Executor | None = None
         self.block(1)
-        self._driver = Driver(self._backends, threads=threads)
+        self._driver = Executor(self._backends, threads=threads)
 
     @property
     def backends(self) -> tuple[Backend, ...]:
@@ -69,7 +69,7 @@ class Group(Closing):
         return tuple(b.device for b in self.backends)
 
     @property
-    def driver(self) -> Driver:
+    def driver(self) -> Executor:
         """Runs the devices in step."""
         if self._driver is None:
             raise ClosedError(f"this {type(self).__name__} is closed")
@@ -133,8 +133,8 @@ class Group(Closing):
 
         It is traced for each device, once for each signature (shapes and types of the arrays), with a :class:`Rank`
         and the device's copies of the inputs. It takes the device's weights with ``w[rank]``, and adds up with
-        :meth:`Rank.sum` what the devices have computed in parts. It returns a tensor, :meth:`Rank.gather`, or a tuple
-        of such; all ranks must do the same.
+        :meth:`Rank.all_reduce` what the devices have computed in parts. It returns a tensor,
+        :meth:`Rank.all_gather`, or a tuple of such; all ranks must do the same.
         """
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):

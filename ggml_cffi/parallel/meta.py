@@ -28,7 +28,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import BackendMetaSplitAxis as Axis
 from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import ClosedError, GgmlError, OutOfMemoryError, UnsupportedOpError
-from ggml_cffi.parallel.shard import Cut, rule_for
+from ggml_cffi.parallel.shard import ShardSpec, spec_for
 from ggml_cffi.scheduler.graph import Graph
 
 _SAME = frozenset({Op.UNARY, Op.SCALE, Op.SQR, Op.SQRT, Op.SIN, Op.COS, Op.LOG, Op.CLAMP})
@@ -119,7 +119,9 @@ class MetaDevice(Closing):
             raise ClosedError("this MetaDevice is closed")
         return self._backend.ptr
 
-    def weight(self, values: npt.ArrayLike, cut: Cut, *, dtype: Type | str | None = None, name: str = "") -> Tensor:
+    def weight(
+        self, values: npt.ArrayLike, cut: ShardSpec, *, dtype: Type | str | None = None, name: str = ""
+    ) -> Tensor:
         """A weight, cut as ``cut`` says: one tensor here, pieces on the devices.
 
         Raises
@@ -166,9 +168,9 @@ class MetaDevice(Closing):
         self._states[t.ptr] = state
         return t
 
-    def weights(self, values: Mapping[str, npt.ArrayLike], rules: Mapping[str, Cut]) -> dict[str, Tensor]:
+    def weights(self, values: Mapping[str, npt.ArrayLike], rules: Mapping[str, ShardSpec]) -> dict[str, Tensor]:
         """Weights by name, each cut by the first of ``rules`` that its name fits, else mirrored."""
-        return {name: self.weight(array, rule_for(name, rules), name=name) for name, array in values.items()}
+        return {name: self.weight(array, spec_for(name, rules), name=name) for name, array in values.items()}
 
     def _check_room(self, nbytes: int) -> None:
         for found in self.devices:

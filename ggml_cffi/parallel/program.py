@@ -18,9 +18,9 @@ from ggml_cffi.enums import Op, Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel.arena import arrange
 from ggml_cffi.parallel.executors.arrivals import Arrivals
-from ggml_cffi.parallel.rank import Gathered, Rank
+from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.step_graphs import can_record_ahead
-from ggml_cffi.parallel.step_plan import Plan
+from ggml_cffi.parallel.step_plan import StepGraphs
 from ggml_cffi.scheduler.checks import check_ops, for_the_cpu
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _ALIGN = 256  # of what devices share; no device asks for more
 _WRITTEN_ONCE = frozenset({Op.MUL_MAT, Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.GLU})
 
 
-class Traced(Closing):
+class ParallelTrace(Closing):
     """One signature of a parallel function: a graph for each step of each device, and what memory that takes.
 
     Parameters
@@ -62,7 +62,7 @@ class Traced(Closing):
         self.backends = tuple(backends)
         self.ranks = list(ranks)
         """What was traced, for each device."""
-        self.plans: list[Plan] = []  # the graphs of each device
+        self.plans: list[StepGraphs] = []  # the graphs of each device
         try:
             self._layout = _Layout(inputs)
             self.inputs = [self._new_inputs(rank, inputs) for rank in self.ranks]
@@ -83,11 +83,11 @@ class Traced(Closing):
         self._single = not isinstance(found[0], tuple)
         results = [list(r) if isinstance(r, tuple) else [r] for r in found]
         self._check(results)
-        self._axes = [r.axis if isinstance(r, Gathered) else None for r in results[0]]
+        self._axes = [r.axis if isinstance(r, AllGather) else None for r in results[0]]
         self._outputs: list[list[tuple[Tensor, Tensor]]] = []  # of each rank, with where they go
         for rank, own in zip(self.ranks, results, strict=True):
             # What all have is taken from the first.
-            parts = [r.part if isinstance(r, Gathered) else r for r in own if rank.index == 0 or _is_part(r)]
+            parts = [r.part if isinstance(r, AllGather) else r for r in own if rank.index == 0 or _is_part(r)]
             self._outputs.append([(t, rank.context.new_tensor(t.dtype, t.shape, name="result")) for t in parts])
         self._blobs: list[tuple[Tensor, Tensor]] = []
         in_levels = not self.backends[0].device.is_cpu
@@ -98,18 +98,18 @@ class Traced(Closing):
                 source, target = (rank.context.new_tensor(Type.I32, (self._layout.size // 4,)) for _ in range(2))
                 self._blobs.append((source, target))
                 first.append(rank.context.build(c.ggml_cpy, 1, source.ptr, target.ptr))
-            self.plans.append(Plan(rank, first, outputs, in_levels=in_levels, hold=self._hold))
+            self.plans.append(StepGraphs(rank, first, outputs, in_levels=in_levels, hold=self._hold))
 
     def _check(self, results: Sequence[Sequence[Any]]) -> None:
         for rank, own in zip(self.ranks, results, strict=True):
             for r in own:
-                if not isinstance(r, Tensor | Gathered):
-                    raise TypeError(f"the function returned {r!r}: tensors are needed, or rank.gather(tensor)")
-                t = r.part if isinstance(r, Gathered) else r
+                if not isinstance(r, Tensor | AllGather):
+                    raise TypeError(f"the function returned {r!r}: tensors are needed, or rank.all_gather(tensor)")
+                t = r.part if isinstance(r, AllGather) else r
                 if not dtypes.has_numpy(t.dtype) or not t.size or rank.context not in t.context.reachable():
                     raise ValueError(f"{t!r} is no result that rank {rank.index} could give: cast it, or compute it")
-            mine = [s.partial.shape for s in rank.sums], [type(r) for r in own]
-            first = [s.partial.shape for s in self.ranks[0].sums], [type(r) for r in results[0]]
+            mine = [s.partial.shape for s in rank.all_reduces], [type(r) for r in own]
+            first = [s.partial.shape for s in self.ranks[0].all_reduces], [type(r) for r in results[0]]
             if mine != first:
                 raise ValueError(
                     f"rank {rank.index} adds up {mine[0]} and returns {len(mine[1])} results, rank 0 {first[0]} and "
@@ -119,7 +119,7 @@ class Traced(Closing):
     # ------------------------------------------------------------------ memory
 
     def _measure(self) -> None:
-        layout, sums = self._layout, self.ranks[0].sums
+        layout, sums = self._layout, self.ranks[0].all_reduces
         self._slot = max((_aligned(s.slots[0].nbytes) for s in sums), default=0)
         # Each sum has slots of its own, which nobody else writes or reads in a run. Where they are large, there are two
         # sets in turns: one is read, the other written.
@@ -151,7 +151,7 @@ class Traced(Closing):
             rank.context.close()
 
 
-class Program(Traced):
+class ParallelProgram(ParallelTrace):
     """A function traced, with memory, ready to run. The programs of one group take turns: they use the same memory,
     but for that of the host, of which those with another ``slot`` use another piece.
 
@@ -160,11 +160,11 @@ class Program(Traced):
     group
         The devices, and their memory.
     ranks, function, inputs
-        As for ``Traced``.
+        As for ``ParallelTrace``.
     slot
         As for ``Group.block``.
     ahead
-        As for ``Traced``.
+        As for ``ParallelTrace``.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Program(Traced):
         for r, (rank, plan, backend) in enumerate(zip(self.ranks, self.plans, self.backends, strict=True)):
             host = shared.buffers[backend.device]
             self._kept.append(host.owner)
-            for k, s in enumerate(rank.sums):
+            for k, s in enumerate(rank.all_reduces):
                 for j, t in enumerate(s.slots):
                     _place(t.ptr, host, self._slot_offset(k, j))
             at = self._ends[r]
@@ -235,11 +235,11 @@ class Program(Traced):
         """The places of all sums, if all steps can be recorded ahead, and each number is written once: by a copy, or by
         an operation that does so.
         """
-        sums, n = self.ranks[0].sums, len(self.ranks)
+        sums, n = self.ranks[0].all_reduces, len(self.ranks)
         if not sums or any(s.keeps for s in sums) or any(step.rest for own in self.steps for step in own):
             return None
         for rank, plan in zip(self.ranks, self.plans, strict=True):
-            if any(s.partial.ptr in plan.placed and s.partial.op not in _WRITTEN_ONCE for s in rank.sums):
+            if any(s.partial.ptr in plan.placed and s.partial.op not in _WRITTEN_ONCE for s in rank.all_reduces):
                 return None
         return Arrivals(
             [
@@ -260,7 +260,7 @@ class Program(Traced):
             return None
         return Arrivals([[part.reshape(-1).view(np.uint32)]])
 
-    def _alloc(self, plan: Plan, backend: Backend, host: Buffer, buffer: Buffer, r: int) -> None:
+    def _alloc(self, plan: StepGraphs, backend: Backend, host: Buffer, buffer: Buffer, r: int) -> None:
         """Give every tensor of one rank memory, and check what its device is to do."""
         layout, kind = self._layout, backend.buffer_type
         self._kept.append(buffer.owner)
@@ -338,7 +338,7 @@ class Program(Traced):
 
     def record(self) -> None:
         """Have the only device record the beginning of the program, if it can, before the inputs are there; see
-        ``Driver.record``.
+        ``Executor.record``.
         """
         if not self._is_new:
             self.driver.record(self.steps)
@@ -375,7 +375,7 @@ class Program(Traced):
 
     def __repr__(self) -> str:
         nodes = [sum(len(g) for g in plan.graphs) for plan in self.plans]
-        return f"<Program of {len(self.plans[0].graphs)} steps on {len(self.plans)} devices, {nodes} nodes>"
+        return f"<ParallelProgram of {len(self.plans[0].graphs)} steps on {len(self.plans)} devices, {nodes} nodes>"
 
 
 def _check(status: int) -> None:
@@ -420,4 +420,4 @@ def _adjoining(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any]
 
 
 def _is_part(result: Any) -> bool:
-    return isinstance(result, Gathered)
+    return isinstance(result, AllGather)

@@ -15,15 +15,15 @@ DIRECT = 64 << 10
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """A result of which each device has a part; see :meth:`Rank.gather`."""
+class AllGather:
+    """A result of which each device has a part; see :meth:`Rank.all_gather`."""
 
     part: Tensor
     axis: int
 
 
 @dataclass
-class Sum:
+class AllReduce:
     """Where the devices wait for one another: each shares its ``partial`` and reads the others'."""
 
     partial: Tensor
@@ -46,13 +46,13 @@ class Rank:
         """Number of devices."""
         self.context = Context()
         """Holds what is traced."""
-        self.sums: list[Sum] = []  # over devices, in order
+        self.all_reduces: list[AllReduce] = []  # over devices, in order
         self._half_above = half_above
 
     def __index__(self) -> int:
         return self.index
 
-    def sum(self, partial: Tensor) -> Tensor:
+    def all_reduce(self, partial: Tensor) -> Tensor:
         """The sum over all devices of what each has computed; all have it.
 
         Parameters
@@ -70,17 +70,17 @@ class Rank:
         What follows waits for all devices: a run has one step more than sums.
         """
         if not isinstance(partial, Tensor):
-            raise TypeError(f"sum takes a tensor, not {type(partial).__name__}")
+            raise TypeError(f"all_reduce takes a tensor, not {type(partial).__name__}")
         if partial.dtype is not Type.F32 or not partial.is_contiguous or not partial.size:
-            raise ValueError(f"sum takes contiguous F32 with elements (use cont or cast), not {partial!r}")
+            raise ValueError(f"all_reduce takes contiguous F32 with elements (use cont or cast), not {partial!r}")
         if self.n == 1:
             return partial
         half = self._half_above is not None and partial.nbytes > self._half_above
         keeps = half or partial.nbytes > DIRECT
         slots = [self.context.new_tensor(Type.F16 if half else Type.F32, partial.shape) for _ in range(self.n)]
         for r, slot in enumerate(slots):
-            slot.name = f"sum {len(self.sums)} of {r}"
-        self.sums.append(Sum(partial, slots, keeps))
+            slot.name = f"sum {len(self.all_reduces)} of {r}"
+        self.all_reduces.append(AllReduce(partial, slots, keeps))
         parts = [*slots[: self.index], partial, *slots[self.index + 1 :]] if keeps else list(slots)
         if half:  # ggml adds halves to singles, not singles to halves
             parts.insert(0, parts.pop(self.index))
@@ -91,7 +91,7 @@ class Rank:
             total = self.context.build(c.ggml_add, partial.ndim, total.ptr, part.ptr) if half else ops.add(total, part)
         return total
 
-    def gather(self, part: Tensor, axis: int = -1) -> Gathered:
+    def all_gather(self, part: Tensor, axis: int = -1) -> AllGather:
         """As a result of the function: the devices' parts one after another along ``axis``.
 
         Raises
@@ -100,7 +100,7 @@ class Rank:
             If there is no such axis.
         """
         if not isinstance(part, Tensor):
-            raise TypeError(f"gather takes a tensor, not {type(part).__name__}")
+            raise TypeError(f"all_gather takes a tensor, not {type(part).__name__}")
         if not -part.ndim <= axis < part.ndim:
             raise ValueError(f"{part!r} has no axis {axis}")
-        return Gathered(part, axis)
+        return AllGather(part, axis)

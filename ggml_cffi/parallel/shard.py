@@ -21,7 +21,7 @@ from ggml_cffi.enums import Type
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How one weight is cut: ``MIRROR``, ``ROWS``, ``COLUMNS``, or one of them with shares.
 
     Parameters
@@ -36,9 +36,9 @@ class Cut:
     axis: int | None
     shares: tuple[int, ...] = ()
 
-    def of(self, *shares: int) -> Cut:
+    def of(self, *shares: int) -> ShardSpec:
         """The same axis, so many parts for each device: ``ROWS.of(2, 1)``."""
-        return Cut(self.axis, shares)
+        return ShardSpec(self.axis, shares)
 
     def spans(self, dtype: Type, shape: Sequence[int], n: int) -> list[tuple[int, int]]:
         """First and last-plus-one of the axis for each of ``n`` devices.
@@ -66,7 +66,7 @@ class Cut:
                 )
             sizes = [unit * k for k in self.shares]
         else:
-            sizes = [k * block for k in share_out(size // block, n, f"{dtype.name} {tuple(shape)}")]
+            sizes = [k * block for k in split_evenly(size // block, n, f"{dtype.name} {tuple(shape)}")]
         edges = np.cumsum([0, *sizes]).tolist()
         return list(pairwise(edges))
 
@@ -79,15 +79,15 @@ class Cut:
         return [(*shape[:axis], stop - start, *shape[axis + 1 :]) for start, stop in spans]
 
 
-MIRROR = Cut(None)
+MIRROR = ShardSpec(None)
 """Every device has the whole."""
-ROWS = Cut(0)
+ROWS = ShardSpec(0)
 """Each device has some rows of ``(n_out, n_in)``: some outputs."""
-COLUMNS = Cut(-1)
+COLUMNS = ShardSpec(-1)
 """Each device has some columns of ``(n_out, n_in)``: some inputs. The products are to be summed."""
 
 
-def share_out(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple[int, ...]:
+def split_evenly(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple[int, ...]:
     """``units`` things for ``n`` devices, as evenly as goes, each share but the last a multiple of ``whole``.
 
     Raises
@@ -106,8 +106,8 @@ def share_out(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple[in
     return tuple(b - a for a, b in pairwise(edges))
 
 
-def pieces(
-    dtype: Type, shape: Sequence[int], raw: npt.NDArray[np.uint8], cut: Cut, n: int
+def shard_bytes(
+    dtype: Type, shape: Sequence[int], raw: npt.NDArray[np.uint8], cut: ShardSpec, n: int
 ) -> list[npt.NDArray[np.uint8]]:
     """The bytes ``raw`` of a tensor, cut for ``n`` devices: views of it, of columns with two axes."""
     if cut.axis is None:
@@ -125,6 +125,6 @@ def pieces(
     return found
 
 
-def rule_for(name: str, rules: Mapping[str, Cut]) -> Cut:
+def spec_for(name: str, rules: Mapping[str, ShardSpec]) -> ShardSpec:
     """The cut of the first pattern (``"*.down.weight"``) that ``name`` fits; :data:`MIRROR` where none does."""
     return next((cut for pattern, cut in rules.items() if fnmatchcase(name, pattern)), MIRROR)

@@ -35,7 +35,7 @@ _FUSED = frozenset(
 )
 
 
-class Plan:
+class StepGraphs:
     """The steps of one rank.
 
     Parameters
@@ -67,16 +67,16 @@ class Plan:
         self.graphs: list[Graph] = []
         """One for each step; none for the last where that gives nothing here."""
         self._step = self._steps()
-        wanted = [s.partial for s in rank.sums] + [t for t, _ in results]
+        wanted = [s.partial for s in rank.all_reduces] + [t for t, _ in results]
         nodes = self._needed(wanted)
         self._uses = Counter(src for p in nodes for src in (*p.src, p.view_src) if src)
         self._uses.update(t.ptr for t in wanted)
         self.steps: list[Step] = []
         """Their C graphs."""
         self._made = Steps()
-        ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.sums]
-        shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.sums)]
-        shared += [(t, target, len(rank.sums)) for t, target in results]
+        ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.all_reduces]
+        shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.all_reduces)]
+        shared += [(t, target, len(rank.all_reduces)) for t, target in results]
         for t, target, k in shared:
             ends[k].append(self._share(t, target, k))
         nodes += [t.ptr for tensors in ends for t in tensors]
@@ -108,7 +108,7 @@ class Plan:
 
     def _steps(self) -> dict[Any, int]:
         """The step of each tensor: what was made after a sum is in the next."""
-        starts = {s.slots[0].ptr for s in self.rank.sums}
+        starts = {s.slots[0].ptr for s in self.rank.all_reduces}
         step, found = 0, {}
         for t in self.rank.context.tensors():
             step += t.ptr in starts

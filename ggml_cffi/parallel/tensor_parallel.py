@@ -24,7 +24,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFTensor
 from ggml_cffi.parallel.group import Group
-from ggml_cffi.parallel.shard import MIRROR, Cut, pieces, rule_for
+from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
 
 class TensorParallel(Group):
@@ -56,7 +56,7 @@ class TensorParallel(Group):
     ...     up, down = group.weight(np.eye(3), ROWS), group.weight(np.eye(3), COLUMNS)
     ...
     ...     def block(rank, x):
-    ...         return x + rank.sum(ops.linear(ops.relu(ops.linear(x, up[rank])), down[rank]))
+    ...         return x + rank.all_reduce(ops.linear(ops.relu(ops.linear(x, up[rank])), down[rank]))
     ...
     ...     group.compile(block)(np.ones((1, 3)))
     array([[2., 2., 2.]], dtype=float32)
@@ -94,7 +94,7 @@ class TensorParallel(Group):
     def weight(
         self,
         values: npt.ArrayLike | GGUFTensor,
-        cut: Cut = MIRROR,
+        cut: ShardSpec = MIRROR,
         *,
         dtype: Type | str | npt.DTypeLike | None = None,
         name: str = "",
@@ -123,7 +123,7 @@ class TensorParallel(Group):
     def weights(
         self,
         values: Mapping[str, npt.ArrayLike | GGUFTensor],
-        rules: Mapping[str, Cut],
+        rules: Mapping[str, ShardSpec],
         *,
         dtype: Type | str | npt.DTypeLike | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -140,7 +140,7 @@ class TensorParallel(Group):
             Called with bytes done and bytes in all.
         """
         n = len(self.backends)
-        sources = [_Source(name, value, rule_for(name, rules), dtype) for name, value in values.items()]
+        sources = [_Source(name, value, spec_for(name, rules), dtype) for name, value in values.items()]
         made = {
             s.name: [
                 context.new_tensor(s.dtype, shape, name=s.name)
@@ -211,7 +211,7 @@ class _Source:
     """Where a weight comes from."""
 
     def __init__(
-        self, name: str, values: npt.ArrayLike | GGUFTensor, cut: Cut, dtype: Type | str | npt.DTypeLike | None
+        self, name: str, values: npt.ArrayLike | GGUFTensor, cut: ShardSpec, dtype: Type | str | npt.DTypeLike | None
     ) -> None:
         self.name, self._cut = name, cut
         self._values = values if isinstance(values, GGUFTensor) else as_array(values)
@@ -234,4 +234,4 @@ class _Source:
             raw = self._values.raw()
         else:
             raw = dtypes.to_bytes(np.asarray(self._values), self.dtype).reshape(-1).view(np.uint8)
-        return pieces(self.dtype, self.shape, raw, self._cut, n)
+        return shard_bytes(self.dtype, self.shape, raw, self._cut, n)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core import text as _text
 from ggml_cffi.core.device import Device
-from ggml_cffi.core.dry_run import Sketch
+from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.sources import StoredTensor
 from ggml_cffi.session.session import Compiled, Session
@@ -114,7 +114,7 @@ class _Planned(Session):
     def __init__(self, devices: Iterable[Device | str] | None) -> None:
         super().__init__(devices)
         self._weights.close()
-        self._weights = self._sketch = Sketch()
+        self._weights = self._sketch = DryRunContext()
 
     def taken(self, kind: Any) -> int:
         """Bytes of the session's own tensors in some kind of memory."""

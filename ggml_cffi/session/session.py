@@ -17,7 +17,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device, devices
-from ggml_cffi.core.dry_run import Sketch
+from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
@@ -282,12 +282,12 @@ class Compiled:
     def __init__(self, session: Session, function: Callable[..., Any]) -> None:
         self.session = session
         self.function = function
-        self._programs: OrderedDict[Any, Program] = OrderedDict()
-        self._last: Program | None = None
+        self._programs: OrderedDict[Any, TracedProgram] = OrderedDict()
+        self._last: TracedProgram | None = None
         self._lock = threading.RLock()
 
     @property
-    def programs(self) -> tuple[Program, ...]:
+    def programs(self) -> tuple[TracedProgram, ...]:
         """What was traced, the last used last."""
         with self._lock:
             return tuple(self._programs.values())
@@ -343,7 +343,7 @@ class Compiled:
                     self.session.backends[-1].abort()
             raise
 
-    def trace(self, *args: Any, **kwargs: Any) -> Program:
+    def trace(self, *args: Any, **kwargs: Any) -> TracedProgram:
         """The program for these arguments, traced but not run: its graph, scheduler and report."""
         program, _ = self._find(args, kwargs)
         return program
@@ -357,7 +357,7 @@ class Compiled:
         """
         backends = self.session.backends
         key = _flatten(args, []), _flatten(kwargs, []) if kwargs else None
-        context = Sketch()
+        context = DryRunContext()
         with Trace(self.function, key, context) as trace:
             sizes = dict.fromkeys(backends, 0)
             if trace.graph is not None:
@@ -373,7 +373,7 @@ class Compiled:
             self._programs.clear()
             self._last = None
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, list[npt.NDArray[Any]]]:
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TracedProgram, list[npt.NDArray[Any]]]:
         arrays: list[npt.NDArray[Any]] = []
         key = _flatten(args, arrays), _flatten(kwargs, arrays) if kwargs else None
         program = self._programs.get(key)
@@ -382,7 +382,7 @@ class Compiled:
         with self._lock:
             program = self._programs.get(key)
             if program is None:
-                program = Program(self.session, self.function, key)
+                program = TracedProgram(self.session, self.function, key)
                 self._programs[key] = program
                 if len(self._programs) > self.session.max_programs:
                     _, oldest = self._programs.popitem(last=False)
@@ -448,7 +448,7 @@ class Trace(Closing):
         self.context.close()
 
 
-class Program(Trace):
+class TracedProgram(Trace):
     """One traced signature of a compiled function."""
 
     def __init__(self, session: Session, function: Callable[..., Any], key: tuple[Any, Any]) -> None:
@@ -509,7 +509,7 @@ class Program(Trace):
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{t.dtype.name} {t.shape}" for t in self.inputs)
-        return f"<Program of {shapes}: {self.graph!r}>"
+        return f"<TracedProgram of {shapes}: {self.graph!r}>"
 
 
 class _Put:
@@ -546,7 +546,7 @@ def _never(_args: tuple[Any, ...]) -> None:
 
 
 def _replay(scheduler: Scheduler, puts: list[_Put], take: _Take) -> Callable[[tuple[Any, ...]], Any]:
-    """:attr:`Program.replay` for one plain output of plain inputs, as most functions have.
+    """:attr:`TracedProgram.replay` for one plain output of plain inputs, as most functions have.
 
     A run of one small node takes two microseconds in C: all that this needs is at hand when it is called.
     """

@@ -14,7 +14,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile, TensorInfo
-from ggml_cffi.parallel.shard import Cut
+from ggml_cffi.parallel.shard import ShardSpec
 
 #: ``pooling_type``. 0 leaves the choice to the user, for which the mean is the usual one.
 _POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
@@ -98,10 +98,10 @@ class Metadata:
 
 
 @dataclass(frozen=True)
-class Shares:
+class TensorParallelSpec:
     """How several devices share the layers of a model."""
 
-    cuts: Mapping[str, Cut]
+    cuts: Mapping[str, ShardSpec]
     """How weights are cut, by pattern of their names."""
     summed: frozenset[str]
     """The parts of a layer whose contributions are added up: ``attention``, ``feed_forward``."""
@@ -203,7 +203,7 @@ class Architecture(ABC):
         """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
 
-    def shares(self, n: int, *, whole_attention: bool = False) -> Shares:
+    def tensor_parallel(self, n: int, *, whole_attention: bool = False) -> TensorParallelSpec:
         """How ``n`` devices share the layers; with ``whole_attention`` each computes all heads, which takes more memory
         and half of the sums.
 

@@ -22,9 +22,9 @@ from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
-from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, Shares
+from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, TensorParallelSpec
 from ggml_cffi.ops import RopeMode
-from ggml_cffi.parallel.shard import COLUMNS, ROWS, Cut, share_out
+from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
 
 
 @dataclass(frozen=True)
@@ -188,24 +188,24 @@ class Decoder(Architecture):
     def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return self.norm("output_norm", x, weights)
 
-    def shares(self, n: int, *, whole_attention: bool = False) -> Shares:
+    def tensor_parallel(self, n: int, *, whole_attention: bool = False) -> TensorParallelSpec:
         """Each device has some KV heads with their query heads, and columns of the feed-forward part.
 
         Where there are fewer KV heads than devices, attention is computed by all of them.
         """
-        cuts: dict[str, Cut] = {"output.weight": ROWS}
+        cuts: dict[str, ShardSpec] = {"output.weight": ROWS}
         columns = self.n_heads // self.n_kv_heads * self.v_size  # of attn_output, to a KV head
         whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that make whole blocks
         heads: tuple[int, ...] = ()
         if not whole_attention and -(-self.n_kv_heads // whole) >= n:
-            heads = share_out(self.n_kv_heads, n, whole=whole)
+            heads = split_evenly(self.n_kv_heads, n, whole=whole)
             cuts |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
             cuts["*.attn_output.weight"] = COLUMNS.of(*heads)
         what = f"{self.file.path}: the feed-forward part"
-        parts = share_out(self.n_ff // self._block("ffn_down"), n, what)
+        parts = split_evenly(self.n_ff // self._block("ffn_down"), n, what)
         cuts |= {"*.ffn_gate.weight": ROWS.of(*parts), "*.ffn_up.weight": ROWS.of(*parts)}
         cuts["*.ffn_down.weight"] = COLUMNS.of(*parts)
-        return Shares(cuts, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
+        return TensorParallelSpec(cuts, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
 
     def _block(self, name: str) -> int:
         """Columns of a weight that stay together, in all layers."""

@@ -55,16 +55,16 @@ def follow(generator: Generator, request: Request, timings: Timings) -> Stream[i
 
 
 def follow_many(
-    generator: Generator, waiting: Iterator[tuple[int, Request]], at_once: int, timings: Timings
+    generator: Generator, waiting: Iterator[tuple[int, Request]], max_sequences: int, timings: Timings
 ) -> Stream[tuple[int, int | None]]:
-    """Continue several texts, ``at_once`` of them in each run: a later one begins as soon as one ends.
+    """Continue several texts, ``max_sequences`` of them in each run: a later one begins as soon as one ends.
 
     Yields pairs of a text's number and its next token, None where it has ended.
     """
     growing: dict[int, tuple[Growing, Request]] = {}
     try:
         while True:
-            for number, request in islice(waiting, at_once - len(growing)):
+            for number, request in islice(waiting, max_sequences - len(growing)):
                 if request.most:
                     text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
                     growing[number] = text, request
@@ -92,11 +92,11 @@ def follow_many(
 
 
 def follow_everywhere(
-    generators: Sequence[Generator], requests: Iterable[Request], at_once: int, timings: Timings
+    generators: Sequence[Generator], requests: Iterable[Request], max_sequences: int, timings: Timings
 ) -> Stream[tuple[int, int | None]]:
     """As :func:`follow_many`, by several generators at the same time; each takes the next text when it has room."""
     waiting = iter([*enumerate(requests)])
-    each = -(-at_once // len(generators))
+    each = -(-max_sequences // len(generators))
     if len(generators) == 1:
         yield from follow_many(generators[0], waiting, each, timings)
         return

@@ -14,7 +14,7 @@ from ggml_cffi.core import text as _text
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.device import Device
-from ggml_cffi.core.dry_run import Sketch
+from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement import calibration as calibrate
@@ -25,7 +25,7 @@ from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.pipeline import layers_of, stages_of
 from ggml_cffi.models.runners.scheduled import logits
 from ggml_cffi.models.runners.weights import (
-    Share,
+    DevicePlacement,
     Weights,
     cache_bytes,
     layer_bytes,
@@ -44,7 +44,7 @@ SPLITS = ("layer", "pipeline", "data", "tensor", "auto")
 
 
 @dataclass(frozen=True)
-class DeviceShare:
+class DevicePlan:
     """What one device is to hold, in bytes."""
 
     device: str
@@ -64,7 +64,7 @@ class DeviceShare:
     has_embeddings: bool
 
     @classmethod
-    def of(cls, share: Share, input_bytes: int = 0) -> DeviceShare:
+    def of(cls, share: DevicePlacement, input_bytes: int = 0) -> DevicePlan:
         """A share as a plan has it, with what its device has free now."""
         return cls(
             device=share.backend.name,
@@ -119,7 +119,7 @@ class Arrangement:
     """For each layer the index of its backend."""
     op_offload: bool
     """Whether GPUs compute large batches with weights of the CPU."""
-    shares: list[DeviceShare]
+    devices: list[DevicePlan]
     """The devices in order, the CPU last."""
     staged: bool = False
     """Whether the model is on GPUs whole, each of which computes its layers without a scheduler."""
@@ -136,24 +136,24 @@ class Arrangement:
     @property
     def fits(self) -> bool:
         """Whether every device has room."""
-        return all(share.fits for share in self.shares)
+        return all(share.fits for share in self.devices)
 
 
 def measure(
     architecture: Architecture, backends: Sequence[Backend], where: Sequence[int], wish: Wish, *, op_offload: bool
-) -> tuple[list[DeviceShare], bool]:
+) -> tuple[list[DevicePlan], bool]:
     """What each device would hold, counted for the largest batch, and whether GPUs compute in stages. Nothing is
     allocated.
 
     Where the CPU has no room for its caches, there is nothing more to count: a run then takes 0 bytes here.
     """
-    rows, sketches = n_rows(wish.n_ctx), list[Sketch]()
+    rows, sketches = n_rows(wish.n_ctx), list[DryRunContext]()
 
-    def sketch() -> Sketch:
-        sketches.append(Sketch())
+    def sketch() -> DryRunContext:
+        sketches.append(DryRunContext())
         return sketches[-1]
 
-    weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=Sketch())
+    weights = Weights(architecture, backends, rows, wish.kv_dtype, where=where, context=DryRunContext())
     sizes, own = dict.fromkeys(backends, 0), dict.fromkeys(backends, 0)
     batch = min(wish.n_batch, wish.n_ctx)
     try:
@@ -163,22 +163,22 @@ def measure(
                 with layers_of(weights, layers).measure([backends[i]], (batch, rows, 1)) as traced:
                     (sizes[backends[i]],) = traced.arena_sizes
                     own[backends[i]] = scratch_bytes(traced.plans[0].node_pointers())
-        elif weights.shares[-1].cache_bytes <= backends[-1].device.memory().free:
+        elif weights.placement[-1].cache_bytes <= backends[-1].device.memory().free:
             # Else it is hopeless, and the graph may be larger than operations can be.
             with Scheduler(backends, op_offload=op_offload) as scheduler:
                 sizes, scratch = _scheduled(architecture, weights, scheduler, wish, sketch)
-                own |= {s.backend: scratch for s in weights.shares if s.layers and not s.backend.device.is_cpu}
+                own |= {s.backend: scratch for s in weights.placement if s.layers and not s.backend.device.is_cpu}
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((s.taken for s in sketches), start=Counter())
-    for share in weights.shares:
+    for share in weights.placement:
         share.compute_bytes, share.scratch_bytes = sizes[share.backend], own[share.backend]
-    shares = [DeviceShare.of(share, inputs.pop(share.backend.buffer_type, 0)) for share in weights.shares]
+    shares = [DevicePlan.of(share, inputs.pop(share.backend.buffer_type, 0)) for share in weights.placement]
     return shares, bool(stages)
 
 
 def _scheduled(
-    architecture: Architecture, weights: Weights, scheduler: Scheduler, wish: Wish, sketch: Callable[[], Sketch]
+    architecture: Architecture, weights: Weights, scheduler: Scheduler, wish: Wish, sketch: Callable[[], DryRunContext]
 ) -> tuple[dict[Backend, int], int]:
     """Bytes of intermediate results, by the scheduler's own count, and what a GPU takes by itself."""
     if not architecture.causal:
@@ -238,9 +238,9 @@ def arrange_replicas(architecture: Architecture, backends: Sequence[Backend], wi
     cpu = len(backends) - 1
     found = [arrange_one(architecture, backends, wish, i) for i in range(cpu) or [cpu]]
     first = found[0]
-    shares = [replica.shares[0] for replica in found]
+    shares = [replica.devices[0] for replica in found]
     if cpu:
-        shares.append(first.shares[-1])
+        shares.append(first.devices[-1])
     return Arrangement(first.where, first.op_offload, shares, first.staged, "data", (), tuple(found))
 
 
@@ -258,7 +258,7 @@ def arrange_parts(architecture: Architecture, backends: Sequence[Backend], wish:
         held = tensor_runner.measure(
             architecture, own, wish.n_ctx, min(wish.n_batch, wish.n_ctx), wish.kv_dtype, whole_attention=whole
         )
-        shares = [DeviceShare.of(share) for share in held]
+        shares = [DevicePlan.of(share) for share in held]
         if all(share.fits for share in shares):
             break
     return Arrangement([], False, shares, split="tensor", members=members, whole_attention=whole)

@@ -33,14 +33,14 @@ _LEAST = 1.0  # seconds of runs: GPUs need a while until they are at speed
 class Use:
     """What a model is loaded for."""
 
-    n_texts: int = 1
+    n_sequences: int = 1
     """Texts that grow at once."""
     expect: tuple[int, int] | None = None
     """Tokens of a prompt, and of what is added to it; None if all may come."""
 
     def __post_init__(self) -> None:
-        if self.n_texts < 1:
-            raise ValueError(f"n_texts must be at least 1, not {self.n_texts}")
+        if self.n_sequences < 1:
+            raise ValueError(f"n_sequences must be at least 1, not {self.n_sequences}")
         if self.expect is not None and (len(self.expect) != 2 or min(self.expect) < 0 or not any(self.expect)):
             raise ValueError(f"expect is a number of tokens of a prompt and one of an answer, not {self.expect!r}")
 
@@ -73,7 +73,7 @@ def choose(
     is best.
 
     For each possible split the rates are reckoned of reading a prompt of one batch and of eight, and of decoding
-    ``n_texts`` texts at once. Of each rate a split has some part of the best that any split has; the one is chosen
+    ``n_sequences`` texts at once. Of each rate a split has some part of the best that any split has; the one is chosen
     whose smallest part is largest.
 
     Parameters
@@ -98,24 +98,24 @@ def choose(
 
 def _rates(architecture: Architecture, found: Arrangement, timer: Timer, wish: Wish, use: Use) -> Rates:
     batch, replicas = min(wish.n_batch, wish.n_ctx), max(len(found.replicas), 1)
-    stages = 1 if found.replicas or not found.staged else len([s for s in found.shares if s.layers])
+    stages = 1 if found.replicas or not found.staged else len([s for s in found.devices if s.layers])
     kind = "tensor" if found.split == "tensor" else "pipeline" if stages > 1 else "one"
 
     def seconds(n: int, n_batch: int) -> float:
         return timer.costs(kind, n, n_batch, whole_attention=found.whole_attention).of(architecture.n_layers)
 
-    together = -(-use.n_texts // replicas)  # texts of one replica
+    together = -(-use.n_sequences // replicas)  # texts of one replica
     decode = seconds(together, together)
     if use.expect is not None:
         prompt, answer = use.expect
         time = answer * decode + (together * seconds(prompt, batch) if prompt else 0.0)
-        return {f"{prompt:,} + {answer:,}": use.n_texts * (prompt + answer) / time}
+        return {f"{prompt:,} + {answer:,}": use.n_sequences * (prompt + answer) / time}
     # Several texts come to several replicas, one text to one of them.
-    busy, long = min(replicas, use.n_texts), min(_PROMPT * batch, wish.n_ctx)
+    busy, long = min(replicas, use.n_sequences), min(_PROMPT * batch, wish.n_ctx)
     return {
         "prompt": busy * batch / seconds(batch, batch),
         "long prompt": busy * long / seconds(long, batch),
-        "decode": use.n_texts / decode,
+        "decode": use.n_sequences / decode,
     }
 
 

@@ -21,7 +21,7 @@ from ggml_cffi.models.placement.arrange import (
     SPLITS,
     Arrangement,
     Balance,
-    DeviceShare,
+    DevicePlan,
     Wish,
     arrange,
     arrange_one,
@@ -38,7 +38,7 @@ _ANY_USE = Use()
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What each device would hold. Printed, a table. Made by :func:`plan`."""
 
     path: str
@@ -46,7 +46,7 @@ class Plan:
     n_batch: int
     kv_dtype: str
     split: str
-    shares: tuple[DeviceShare, ...]
+    devices: tuple[DevicePlan, ...]
     """The devices in order, the CPU last."""
     reasons: tuple[str, ...]
     """Why everything is where it is, a sentence for each decision."""
@@ -57,12 +57,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether :func:`~ggml_cffi.models.load` would load it."""
-        return all(share.fits for share in self.shares)
+        return all(share.fits for share in self.devices)
 
     def table(self) -> str:
         """The devices, with bytes of each kind."""
         rows = [("device", "layers", "weights", "KV cache", "compute", "inputs", "scratch", "total", "free", "fits")]
-        for s in self.shares:
+        for s in self.devices:
             sizes = (s.weight_bytes, s.cache_bytes, s.compute_bytes, s.input_bytes, s.scratch_bytes, s.total, s.free)
             fits = "yes" if s.fits else f"no: {_text.size(s.missing)} too few"
             rows.append((s.device, s.what, *map(_text.size, sizes), fits))  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON has it."""
         found = asdict(self) | {"fits": self.fits}
-        for share, entry in zip(self.shares, found["shares"], strict=True):
+        for share, entry in zip(self.devices, found["devices"], strict=True):
             entry |= {"total": share.total, "fits": share.fits}
         return found
 
@@ -94,9 +94,9 @@ def plan(
     n_batch: int = 512,
     kv_dtype: Type | str = Type.F16,
     balance: Balance = "memory",
-    n_texts: int = 1,
+    n_sequences: int = 1,
     expect: tuple[int, int] | None = None,
-) -> Plan:
+) -> ModelPlan:
     """What :func:`~ggml_cffi.models.load` would put where, and how many bytes it takes. Allocates none of it, but that
     ``split="auto"`` loads the model for a moment, to time it, if that is not known yet.
 
@@ -104,7 +104,7 @@ def plan(
     ----------
     path
         A GGUF file.
-    devices, split, n_ctx, n_batch, kv_dtype, balance, n_texts, expect
+    devices, split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expect
         As for :func:`~ggml_cffi.models.load`.
 
     Raises
@@ -121,7 +121,7 @@ def plan(
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
     check_options(split, n_batch)
-    use = Use(n_texts, expect)
+    use = Use(n_sequences, expect)
     with GGUFFile(path) as file:
         architecture = architecture_of(file)
         wish = Wish(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype))
@@ -191,7 +191,7 @@ class Planner:
         roomiest = max(gpus, key=lambda i: backends[i].device.memory().free)
         found["one"] = arrange_one(architecture, backends, wish, roomiest)
         found["pipeline"] = replace(layer, split="pipeline")
-        if self.use.n_texts > 1:
+        if self.use.n_sequences > 1:
             found["data"] = arrange_replicas(architecture, backends, wish)
         # What cannot be in stages cannot share layers either: the devices do not read the host's memory.
         found = {name: a for name, a in found.items() if a.fits and a.staged}
@@ -214,22 +214,22 @@ class Planner:
             return found
         lacking = "; ".join(
             f"{s.device} lacks {_text.size(s.missing)} of {_text.size(s.total - s.mapped_bytes)}"
-            for s in found.shares
+            for s in found.devices
             if not s.fits
         )
         proposals = "; ".join(self.proposals(found))
         name = os.path.basename(self.architecture.file.path)
         raise OutOfMemoryError(f"{name} does not fit: {lacking}. Nothing was allocated. These would fit: {proposals}")
 
-    def plan(self, found: Arrangement, *, propose: bool = True) -> Plan:
+    def plan(self, found: Arrangement, *, propose: bool = True) -> ModelPlan:
         """All that there is to say about an arrangement; proposals take the time of many."""
-        return Plan(
+        return ModelPlan(
             path=os.fspath(self.architecture.file.path),
             n_ctx=self.wish.n_ctx,
             n_batch=min(self.wish.n_batch, self.wish.n_ctx),
             kv_dtype=self.wish.kv_dtype.name,
             split=found.split,
-            shares=tuple(found.shares),
+            devices=tuple(found.devices),
             reasons=tuple(self.reasons(found)),
             proposals=tuple(self.proposals(found)) if propose else (),
         )
@@ -246,17 +246,17 @@ class Planner:
                 what = (
                     f"{'all' if found.whole_attention else 'some'} heads and some feed-forward columns of every layer"
                 )
-            yield f"Each of {', '.join(s.device for s in found.shares if s.layers)} has {what}."
+            yield f"Each of {', '.join(s.device for s in found.devices if s.layers)} has {what}."
             return
-        *gpus, cpu = found.shares
+        *gpus, cpu = found.devices
         backends = [self.backends[i] for i in found.members]
         n = self.architecture.n_layers
-        for share, backend in zip(found.shares, backends, strict=True):
+        for share, backend in zip(found.devices, backends, strict=True):
             if share.layers and (gpus or not backend.device.is_cpu):
                 yield f"{share.device} has {len(share.layers)} of {n} layers: {self._why(share, found)}."
         if not gpus:
             yield f"{cpu.device} has all {n} layers: it is the only device."
-        for share, backend in zip(found.shares, backends, strict=True):
+        for share, backend in zip(found.devices, backends, strict=True):
             if share.has_embeddings:
                 beside = found.where[0] == backends.index(backend)
                 why = "where the first layer is" if beside else "since the first layer's device cannot look them up"
@@ -265,18 +265,18 @@ class Planner:
                 yield f"The output is on {share.device}, where the last layer is."
         if not found.op_offload:
             yield "GPUs do not compute with weights of the CPU: one has no room for copies of them."
-        if not any(share.compute_bytes for share in found.shares):
+        if not any(share.compute_bytes for share in found.devices):
             yield "What a run takes was not counted: weights and caches alone are too large."
         if cpu.total > cpu.free and cpu.fits:
             yield f"{cpu.device} reads its weights from the file again and again: they are larger than its memory."
 
-    def _why(self, share: DeviceShare, found: Arrangement) -> str:
-        i = found.shares.index(share)
+    def _why(self, share: DevicePlan, found: Arrangement) -> str:
+        i = found.devices.index(share)
         if len(found.members) < len(self.backends):
             return "it has room for all"
         if self._given and self._parts:
             return f"its part is {self._parts[i] / sum(self._parts):.0%}, as was asked"
-        is_cpu = i == len(found.shares) - 1
+        is_cpu = i == len(found.devices) - 1
         if self._parts and self._parts[i]:
             return f"its part is {self._parts[i] / sum(self._parts):.0%} by measured speed, within what fits"
         if is_cpu:
@@ -286,12 +286,12 @@ class Planner:
     # ------------------------------------------------------------------ what else
 
     def proposals(self, found: Arrangement) -> list[str]:
-        """What would fit, each tried; see :attr:`Plan.proposals`."""
+        """What would fit, each tried; see :attr:`ModelPlan.proposals`."""
         if found.fits and found.split in ("data", "tensor"):
             return []
         if len(found.members) < len(self.backends) and found.fits:
             return []
-        *gpus, cpu = found.shares
+        *gpus, cpu = found.devices
         asked = bool(self._parts and self._parts[-1])  # for layers on the CPU
         if found.fits and (not gpus or not cpu.layers or asked):
             return []
@@ -301,7 +301,7 @@ class Planner:
                 other = self.arrange(wish)
             except ValueError:  # larger than operations can be
                 return False
-            return other.fits and (not found.fits or not other.shares[-1].layers)
+            return other.fits and (not found.fits or not other.devices[-1].layers)
 
         proposals = []
         if self._given:
@@ -353,16 +353,16 @@ class Planner:
         if others:
             return
         if found.fits:  # what is on the CPU would be there
-            cpu = found.shares[-1]
+            cpu = found.devices[-1]
             missing = cpu.weight_bytes + cpu.cache_bytes
         else:
-            missing = sum(share.missing for share in found.shares)
-        compute = max(share.compute_bytes + share.input_bytes + share.scratch_bytes for share in found.shares)
+            missing = sum(share.missing for share in found.devices)
+        compute = max(share.compute_bytes + share.input_bytes + share.scratch_bytes for share in found.devices)
         yield f"one more device with {_text.size(int(missing / _USABLE) + compute)} free"
 
     def _layers(self, found: Arrangement) -> str:
         n = self.architecture.n_layers
-        *gpus, cpu = found.shares
+        *gpus, cpu = found.devices
         each = [f"{len(s.layers)} of {n} layers on {s.device}" for s in gpus if s.layers]
         return ", ".join([*each, *([f"the rest on the {cpu.device}"] if cpu.layers else [])])
 

@@ -16,7 +16,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.models.architectures.base import Architecture, LayerCache
-from ggml_cffi.models.runners.weights import Progress, Share, Weights
+from ggml_cffi.models.runners.weights import DevicePlacement, Progress, Weights
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 KV_STEP = 256  # attention looks at a multiple of this many cache rows, so that one graph serves many tokens
@@ -71,7 +71,7 @@ class Runner(Closing, ABC):
     """Batches that are computed at the same time, if :meth:`run_all` gets as many."""
     n_together: int = 1
     """Batches that are worth giving to :meth:`run_all` together: the next is made while one is computed."""
-    shares: list[Share]
+    placement: list[DevicePlacement]
     """What each device holds."""
     placed: Weights | None = None
     """The weights, where each is whole on one device."""
@@ -169,7 +169,7 @@ class WholeRunner(Runner):
         self.architecture, self.n_batch, self.n_rows = architecture, n_batch, n_rows(n_ctx)
         self._scheduler: Scheduler | None = None  # there once all else is
         self.weights = self.placed = Weights(architecture, backends, self.n_rows, kv_dtype, progress, where=where)
-        self.shares, self.caches = self.weights.shares, [[cache] for cache in self.weights.cache]
+        self.placement, self.caches = self.weights.placement, [[cache] for cache in self.weights.cache]
 
     @property
     def closed(self) -> bool:

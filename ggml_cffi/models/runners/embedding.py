@@ -237,7 +237,7 @@ class Embedder(Closing):
                 context.new_tensor(Type.F32, (n, size), name=f"embedding_{name}.{layer}")
                 for name, size in zip("kv", self.architecture.kv_sizes, strict=True)
             )
-            context.alloc(self.weights.shares[target].backend.buffer_type, [k, v])
+            context.alloc(self.weights.placement[target].backend.buffer_type, [k, v])
             self._cache.append(LayerCache(k, v))
 
     def _drop(self, key: tuple[int, int]) -> None:

@@ -28,7 +28,7 @@ from ggml_cffi.models.runners.base import Batch, Logits, WholeRunner
 from ggml_cffi.models.runners.stage import Layers, Stage, key_of
 from ggml_cffi.models.runners.weights import Progress, Weights
 from ggml_cffi.parallel.group import Group
-from ggml_cffi.parallel.program import Program
+from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import DIRECT
 from ggml_cffi.scheduler.scheduler import Scheduler
 
@@ -46,7 +46,7 @@ def stages_of(weights: Weights) -> list[tuple[int, range]]:
     It is, where the CPU or a remote device takes part, and for encoders.
     """
     used = dict.fromkeys([weights.first, *weights.where, weights.head])
-    backends = [share.backend for share in weights.shares]
+    backends = [share.backend for share in weights.placement]
     if not weights.architecture.causal or not all(_reads_host_memory(backends[i]) for i in used):
         return []
     found, start = [], 0
@@ -116,7 +116,7 @@ class StagedRunner(WholeRunner):
             for i, layers in found:
                 stage = Stage(layers_of(self.weights, layers), Group([backends[i]]))
                 self.stages.append(stage)
-                (self.shares[i].compute_bytes,) = stage.reserve(n_batch, self.n_rows)
+                (self.placement[i].compute_bytes,) = stage.reserve(n_batch, self.n_rows)
             if in_flight or len(found) == 1:
                 self.n_in_flight, self.n_together = len(found), _TOGETHER
                 self._flows = [_Flow(stage) for stage in self.stages]
@@ -217,7 +217,7 @@ class _Flow:
 
     def start(
         self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
-    ) -> tuple[Future[Program], Future[Hidden]]:
+    ) -> tuple[Future[ParallelProgram], Future[Hidden]]:
         """Write the inputs of ``batch``, once the stage before has given ``x``, and compute it.
 
         Returns
@@ -228,7 +228,7 @@ class _Flow:
         written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
         return written, self._runner.submit(_compute, written, copied=copied)
 
-    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> Program:
+    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> ParallelProgram:
         if read is not None:
             read.exception()  # its own caller hears of it
         program = self._stage.prepare(batch, slot)
@@ -245,7 +245,7 @@ class _Flow:
         self._runner.shutdown()
 
 
-def _compute(written: Future[Program], *, copied: bool) -> Hidden:
+def _compute(written: Future[ParallelProgram], *, copied: bool) -> Hidden:
     program = written.result()
     program.compute()
     return program.result().copy() if copied else program.result()

@@ -68,7 +68,7 @@ class _Run(Closing):
 
 def logits(context: Context, weights: Weights, n: int, n_kv: int, n_out: int) -> tuple[Feed, Tensor]:
     """The graph for ``n`` tokens, ``n_kv`` cache rows and ``n_out`` results: its inputs, and the logits."""
-    architecture, backends = weights.architecture, [share.backend for share in weights.shares]
+    architecture, backends = weights.architecture, [share.backend for share in weights.placement]
     window = architecture.window > 0
     feed = Feed(context, backends, weights.where, weights.first, n, n_kv, n_out, window=window)
     hidden = architecture.hidden(weights.tensors, weights.cache, feed.inputs)
@@ -114,7 +114,7 @@ class ScheduledRunner(WholeRunner):
             if architecture.causal and (compute_bytes is None or len(backends) > 1):
                 self._reserve()
             elif compute_bytes is not None:
-                self.shares[0].compute_bytes = compute_bytes[0]
+                self.placement[0].compute_bytes = compute_bytes[0]
         except BaseException:
             self.close()
             raise
@@ -160,7 +160,7 @@ class ScheduledRunner(WholeRunner):
         """Make room for the largest prompt batch now."""
         with self._build((self.n_batch, self.n_rows, 1)) as run:
             sizes = self.scheduler.reserve(run.graph)
-        for share in self.weights.shares:
+        for share in self.weights.placement:
             share.compute_bytes = sizes[share.backend]
 
     def _drop(self, key: tuple[int, int, int]) -> None:

@@ -16,8 +16,8 @@ from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.parallel.group import Group
-from ggml_cffi.parallel.program import Program, Traced
-from ggml_cffi.parallel.rank import Gathered, Rank
+from ggml_cffi.parallel.program import ParallelProgram, ParallelTrace
+from ggml_cffi.parallel.rank import AllGather, Rank
 
 _PROGRAMS = 32  # graphs that are kept
 
@@ -45,7 +45,7 @@ class Layers:
         For each device the caches of all layers.
     summed
         The parts of a layer whose contributions several devices add up; see
-        :class:`~ggml_cffi.models.architectures.base.Shares`.
+        :class:`~ggml_cffi.models.architectures.base.TensorParallelSpec`.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Layers:
             found.append(batch.wanted)
         return found
 
-    def trace(self, rank: Rank, *inputs: Tensor) -> Tensor | Gathered:
+    def trace(self, rank: Rank, *inputs: Tensor) -> Tensor | AllGather:
         """The graph of one device: logits ``(n_out, n_vocab)``, or what goes into the next layer ``(n, n_embd)``."""
         architecture, weights, cache = self.architecture, self.weights[rank.index], self.caches[rank.index]
         start, positions, rows, mask, *more = inputs
         near = more.pop(0) if architecture.window else None
         wanted = more.pop() if self.is_last else positions  # which is not looked at before the last layer
-        sums = dict.fromkeys(self._summed, rank.sum)
+        sums = dict.fromkeys(self._summed, rank.all_reduce)
         given = Inputs(start, positions, rows, mask, wanted, near, sums=sums)
         x = architecture.embed(weights, given) if self.is_first else start
         x = architecture.through(self.layers, x, weights, cache, given)
@@ -93,12 +93,12 @@ class Layers:
             return x
         logits = architecture.logits(weights, architecture.finish(weights, x))
         logits.name = "logits"
-        return rank.gather(logits)
+        return rank.all_gather(logits)
 
-    def measure(self, backends: Sequence[Backend], key: Key) -> Traced:
+    def measure(self, backends: Sequence[Backend], key: Key) -> ParallelTrace:
         """The graph without memory, which says how much it would take."""
         n = len(backends)
-        return Traced(backends, [Rank(r, n) for r in range(n)], self.trace, self.inputs(*key))
+        return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.inputs(*key))
 
 
 class Stage(Closing):
@@ -114,8 +114,8 @@ class Stage(Closing):
 
     def __init__(self, layers: Layers, group: Group) -> None:
         self.layers, self.group = layers, group
-        self._programs: OrderedDict[tuple[Key, int], Program] = OrderedDict()
-        self._prepared: tuple[Batch, Program] | None = None  # whose inputs are written
+        self._programs: OrderedDict[tuple[Key, int], ParallelProgram] = OrderedDict()
+        self._prepared: tuple[Batch, ParallelProgram] | None = None  # whose inputs are written
 
     def reserve(self, n_batch: int, n_rows: int) -> list[int]:
         """Make room for the largest batch now, so that too little memory is found while loading.
@@ -133,7 +133,7 @@ class Stage(Closing):
         self._made((n_batch, n_rows, 1)).close()
         return self.group.arena_sizes()
 
-    def prepare(self, batch: Batch, slot: int = 0) -> Program:
+    def prepare(self, batch: Batch, slot: int = 0) -> ParallelProgram:
         """The graph for a batch, with all inputs that are known before the layers before have computed it.
 
         Parameters
@@ -148,7 +148,7 @@ class Stage(Closing):
         return program
 
     def prepare_ahead(self, batch: Batch) -> None:
-        """As :meth:`prepare`, and have the device record what it can; see ``Driver.record``."""
+        """As :meth:`prepare`, and have the device record what it can; see ``Executor.record``."""
         self.prepare(batch).record()
 
     def run(
@@ -187,7 +187,7 @@ class Stage(Closing):
         """Wait for the device; with ``if_free`` not while another thread uses it."""
         self.group.driver.finish(if_free=if_free)
 
-    def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> Program:
+    def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> ParallelProgram:
         """The graph for a batch, with all inputs."""
         if self._prepared is None or self._prepared[0] is not batch:
             self.prepare(batch)
@@ -196,7 +196,7 @@ class Stage(Closing):
         program.puts[0][...] = batch.tokens if x is None else x
         return program
 
-    def program(self, key: Key, slot: int = 0) -> Program:
+    def program(self, key: Key, slot: int = 0) -> ParallelProgram:
         """The graph for batches of a size; the last few are kept."""
         found = self._programs.get((key, slot))
         if found is None:
@@ -208,15 +208,15 @@ class Stage(Closing):
             self._programs.move_to_end((key, slot))
         return found
 
-    def _made(self, key: Key, slot: int = 0) -> Program:
+    def _made(self, key: Key, slot: int = 0) -> ParallelProgram:
         group = self.group
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
         inputs, ahead = self.layers.inputs(*key), not self.layers.is_first
-        return Program(group, ranks, self.layers.trace, inputs, slot, ahead=ahead)
+        return ParallelProgram(group, ranks, self.layers.trace, inputs, slot, ahead=ahead)
 
     @property
-    def programs(self) -> tuple[Program, ...]:
+    def programs(self) -> tuple[ParallelProgram, ...]:
         """The graphs that are kept, the last used last."""
         return tuple(self._programs.values())
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import Device
-from ggml_cffi.core.dry_run import Sketch
+from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -20,9 +20,9 @@ from ggml_cffi.models.architectures.base import Architecture, LayerCache
 from ggml_cffi.models.placement.scratch import scratch_bytes
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, n_rows
 from ggml_cffi.models.runners.stage import Layers, Stage
-from ggml_cffi.models.runners.weights import Progress, Share, is_across
-from ggml_cffi.parallel.program import Program
-from ggml_cffi.parallel.shard import rule_for
+from ggml_cffi.models.runners.weights import DevicePlacement, Progress, is_across
+from ggml_cffi.parallel.program import ParallelProgram
+from ggml_cffi.parallel.shard import spec_for
 from ggml_cffi.parallel.tensor_parallel import TensorParallel, check_devices
 from ggml_cffi.scheduler.scheduler import Scheduler
 
@@ -84,7 +84,7 @@ class TensorRunner(Runner):
         """The devices."""
         try:
             backends = self.group.backends
-            shares = architecture.shares(len(backends), whole_attention=whole_attention)
+            shares = architecture.tensor_parallel(len(backends), whole_attention=whole_attention)
             self.cuts = shares.cuts
             """How weights are cut."""
             source = _named(architecture) if weights is None else weights
@@ -98,7 +98,7 @@ class TensorRunner(Runner):
             layers = Layers(architecture, range(architecture.n_layers), parts, caches, shares.summed)
             self.stage = Stage(layers, self.group)
             """What computes."""
-            self.shares = _shares(layers, backends, self.stage.reserve(n_batch, self.n_rows))
+            self.placement = _shares(layers, backends, self.stage.reserve(n_batch, self.n_rows))
         except BaseException:
             self.close()
             raise
@@ -131,7 +131,7 @@ class TensorRunner(Runner):
         return [(t, backend) for t, backend in self.stage.assignment() if t.op not in VIEWS]
 
     @property
-    def programs(self) -> tuple[Program, ...]:
+    def programs(self) -> tuple[ParallelProgram, ...]:
         """The graphs that are kept, the last used last."""
         return self.stage.programs
 
@@ -165,13 +165,13 @@ def _cache_shape(n_rows: int, projection: Tensor) -> tuple[int, int]:
     return n_rows, projection.shape[0]
 
 
-def _shares(layers: Layers, backends: Sequence[Backend], sizes: Sequence[int]) -> list[Share]:
+def _shares(layers: Layers, backends: Sequence[Backend], sizes: Sequence[int]) -> list[DevicePlacement]:
     """What each device holds, with so many bytes of intermediate results."""
     found = []
     for backend, weights, caches, compute in zip(backends, layers.weights, layers.caches, sizes, strict=True):
         cache_bytes = sum(cache.k.nbytes + cache.v.nbytes for cache in caches)
         weight_bytes = sum(t.nbytes for t in weights.values())
-        found.append(Share(backend, [*layers.layers], weight_bytes, cache_bytes, compute))
+        found.append(DevicePlacement(backend, [*layers.layers], weight_bytes, cache_bytes, compute))
         found[-1].has_output = found[-1].has_embeddings = True
     return found
 
@@ -184,20 +184,20 @@ def measure(
     kv_dtype: Type,
     *,
     whole_attention: bool,
-) -> list[Share]:
+) -> list[DevicePlacement]:
     """What a :class:`TensorRunner` would hold on each device. Nothing is allocated; errors as there."""
     check_devices([b.device for b in backends])
     n, across = len(backends), is_across(backends[0], kv_dtype)
-    shares = architecture.shares(n, whole_attention=whole_attention)
+    shares = architecture.tensor_parallel(n, whole_attention=whole_attention)
     rows, layers = n_rows(n_ctx), range(architecture.n_layers)
     shapes = {name: t.shape for name, t in _named(architecture).items()}
     parts: list[dict[str, Tensor]] = []
     caches: list[list[LayerCache]] = []
     with ExitStack() as stack:
         for r, backend in enumerate(backends):
-            context = stack.enter_context(Sketch())
+            context = stack.enter_context(DryRunContext())
             kinds = {name: _info(architecture, name).dtype for name in shapes}
-            cut = {name: rule_for(name, shares.cuts).shapes(kinds[name], shape, n)[r] for name, shape in shapes.items()}
+            cut = {name: spec_for(name, shares.cuts).shapes(kinds[name], shape, n)[r] for name, shape in shapes.items()}
             parts.append({name: context.new_tensor(kinds[name], shape, name=name) for name, shape in cut.items()})
             context.alloc(backend.buffer_type, usage=Usage.WEIGHTS)
             caches.append([])

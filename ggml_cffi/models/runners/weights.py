@@ -9,7 +9,7 @@ from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.dry_run import Sketch
+from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size, row_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
@@ -21,13 +21,13 @@ from ggml_cffi.models.architectures.base import Architecture, LayerCache
 #: Called with bytes done and bytes in all while weights are loaded.
 Progress = Callable[[int, int], None]
 
-# Share of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
+# Part of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
 _USABLE = 0.85
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass
-class Share:
+class DevicePlacement:
     """What one device holds."""
 
     backend: Backend
@@ -140,7 +140,7 @@ class Weights:
     where
         For each layer the index of its backend; default :func:`split_layers`.
     context
-        What is to hold the tensors. With a :class:`~ggml_cffi.core.dry_run.Sketch` nothing is loaded.
+        What is to hold the tensors. With a :class:`~ggml_cffi.core.dry_run.DryRunContext` nothing is loaded.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Weights:
         self.tensors: dict[str, Tensor] = {}
         """Name to weight. ``output.weight`` is there even where it is tied to the embeddings."""
         self.cache: list[LayerCache] = []
-        self.shares = [Share(b) for b in backends]
+        self.placement = [DevicePlacement(b) for b in backends]
         self.context = Context() if context is None else context
         try:
             self._place(n_ctx, kv_dtype, where)
@@ -170,26 +170,26 @@ class Weights:
 
     @property
     def _sketched(self) -> bool:
-        return isinstance(self.context, Sketch)
+        return isinstance(self.context, DryRunContext)
 
     def _place(self, n_ctx: int, kind: Type, where: Sequence[int] | None) -> None:
         architecture = self.architecture
         check_cache(kind, architecture.kv_sizes)
         if where is None:
-            backends = [share.backend for share in self.shares]
+            backends = [share.backend for share in self.placement]
             where = split_layers(architecture, backends, cache_bytes(architecture, kind, n_ctx))
         self.where = list(where)
         """For each layer the index of its share."""
-        last = len(self.shares) - 1
+        last = len(self.placement) - 1
         # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
         # encoder adds to the embeddings goes with them.
         self.first = self.where[0]
         """The index of the share that has the embeddings."""
         head = self.where[-1] if architecture.causal else self.first
-        if not _can_look_up(self.shares[self.first].backend, architecture.info("token_embd.weight")):
+        if not _can_look_up(self.placement[self.first].backend, architecture.info("token_embd.weight")):
             self.first = last
         if architecture.causal and not _can_multiply(
-            self.shares[head].backend, architecture.info(architecture.output_tensor)
+            self.placement[head].backend, architecture.info(architecture.output_tensor)
         ):
             head = last
         self.head = head
@@ -199,8 +199,8 @@ class Weights:
             layer = layer_of(name)
             target = self.where[layer] if layer is not None else self.first if name == "token_embd.weight" else head
             self._add(name, architecture.info(name), target)
-        self.shares[head].has_output = architecture.causal
-        self.shares[self.first].has_embeddings = True
+        self.placement[head].has_output = architecture.causal
+        self.placement[self.first].has_embeddings = True
         if architecture.causal and "output.weight" not in self.tensors:
             if head == self.first:
                 self.tensors["output.weight"] = self.tensors["token_embd.weight"]
@@ -208,15 +208,15 @@ class Weights:
                 self._add("output.weight", architecture.info("token_embd.weight"), head)
         size_k, size_v = architecture.kv_sizes
         for layer, target in enumerate(self.where):
-            self.shares[target].layers.append(layer)
+            self.placement[target].layers.append(layer)
             if architecture.causal:
-                across = is_across(self.shares[target].backend, kind)
+                across = is_across(self.placement[target].backend, kind)
                 shape = (size_v, n_ctx) if across else (n_ctx, size_v)
                 k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
                 v = self.context.new_tensor(kind, shape, name=f"cache_v.{layer}")
                 self.cache.append(LayerCache(k, v, across))
-                self.shares[target].cache_bytes += k.nbytes + v.nbytes
-        for i, share in enumerate(self.shares):
+                self.placement[target].cache_bytes += k.nbytes + v.nbytes
+        for i, share in enumerate(self.placement):
             kept = [self.cache[layer] for layer in share.layers if self.cache]
             caches = [t for cache in kept for t in (cache.k, cache.v)]
             streamed = [
@@ -233,11 +233,11 @@ class Weights:
         tensor = self.context.new_tensor(info.dtype, info.shape, name=name)
         self.tensors[name] = tensor
         self._pending.append((tensor, info, target))
-        self.shares[target].weight_bytes += info.nbytes
-        if self._mapped(self.shares[target], info):
-            self.shares[target].mapped_bytes += info.nbytes
+        self.placement[target].weight_bytes += info.nbytes
+        if self._mapped(self.placement[target], info):
+            self.placement[target].mapped_bytes += info.nbytes
 
-    def _mapped(self, share: Share, info: TensorInfo) -> bool:
+    def _mapped(self, share: DevicePlacement, info: TensorInfo) -> bool:
         return share.backend.device.is_cpu and info.offset % 32 == 0
 
     def _load(self, progress: Progress | None) -> None:
@@ -247,7 +247,7 @@ class Weights:
         mapped = 0
         # In the file's order, so that a disk reads ahead.
         for tensor, info, target in sorted(self._pending, key=lambda entry: (entry[1].part, entry[1].offset)):
-            if not self._mapped(self.shares[target], info):
+            if not self._mapped(self.placement[target], info):
                 jobs.append(Job(tensor, file.raw(info.name)))
                 continue
             if info.part not in mappings:
@@ -259,7 +259,7 @@ class Weights:
         if progress and mapped:
             progress(mapped, total)
         report = None if progress is None else (lambda done, _: progress(mapped + done, total))
-        upload(jobs, [share.backend for share in self.shares], report)
+        upload(jobs, [share.backend for share in self.placement], report)
         del self._pending
 
     def close(self) -> None:

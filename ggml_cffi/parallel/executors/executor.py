@@ -25,7 +25,7 @@ _SPARE = 2  # processors for each device from which on each has a thread
 _EMPTY = Step()
 
 
-class Driver(Closing):
+class Executor(Closing):
     """Runs steps on several backends.
 
     Parameters
