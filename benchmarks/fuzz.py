@@ -15,10 +15,7 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 _BATCH, _EACH = 500, 50
 _child: Any = None
@@ -59,8 +56,8 @@ def main() -> int:
 
 
 def repeat(text: str, devices: tuple[str, ...]) -> int:
-    from fuzzing.calls import parse
-    from fuzzing.child import Child
+    from tests.fuzzing.calls import parse
+    from tests.fuzzing.child import Child
 
     child = Child("calls", devices)
     outcome = child.ask(parse(text))
@@ -72,8 +69,8 @@ def repeat(text: str, devices: tuple[str, ...]) -> int:
 def batch(kind: str, devices: tuple[str, ...], ops: str | None, seed: int, n: int, known: frozenset[str]) -> Any:
     """One batch, in a process of the pool, which keeps one child."""
     global _child
-    from fuzzing import calls, files, hunt
-    from fuzzing.child import Child
+    from tests.fuzzing import calls, files, hunt
+    from tests.fuzzing.child import Child
 
     if _child is None:
         _child = Child(kind, devices)
@@ -91,7 +88,7 @@ def batch(kind: str, devices: tuple[str, ...], ops: str | None, seed: int, n: in
 
 
 def run(kind: str, total: int, args: argparse.Namespace, devices: tuple[str, ...]) -> Any:
-    from fuzzing.hunt import Tally
+    from tests.fuzzing.hunt import Tally
 
     tally, start, done = Tally(), time.monotonic(), 0
     waiting: dict[Future[Any], int] = {}

@@ -12,17 +12,14 @@ import argparse
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 from benchmarks import save
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 COLUMNS = ("listed", "rebuilt", "ran", "agreed", "unsupported", "too large", "refused", "other")
 
 
 def main() -> int:
-    from upstream import listing, runner
+    from tests.upstream import listing, runner
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", help="operations, by upstream's names (default: all)")
@@ -67,7 +64,7 @@ def find_gpu(devices: list[str]) -> None:
 
 def table(outcomes: list) -> dict[str, dict[str, int]]:
     """How many cases of each operation came how far; the last row is the sum."""
-    from upstream import runner
+    from tests.upstream import runner
 
     counts: dict[str, Counter[str]] = {}
     for o in outcomes:

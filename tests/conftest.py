@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ggml_cffi
 from ggml_cffi.core.handle import live
+from tests.support import need
 
-ROOT = Path(__file__).resolve().parent.parent
 _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
 
 if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
@@ -53,16 +52,6 @@ def two_gpus() -> tuple[str, str]:
     return need(("Vulkan0", "Vulkan1"))  # type: ignore[return-value]
 
 
-def need(names: tuple[str, ...]) -> tuple[str, ...]:
-    """``names``, if the machine has such devices; else the test is skipped, and says what is missing."""
-    missing = set(names) - {d.name for d in ggml_cffi.devices()}
-    if missing:
-        pytest.skip(
-            f"no {', '.join(sorted(missing))}: needs the Vulkan plug-in, a loader and a driver (see make setup)"
-        )
-    return names
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Every C object that a test made is freed when it ends."""
@@ -86,22 +75,3 @@ def smollm2() -> Path:
     from ggml_cffi.models import fetch
 
     return fetch("smollm2")
-
-
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The norm of the difference over the norm of the reference."""
-    want = np.asarray(want, np.float64)
-    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30))
-
-
-def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter."""
-    return subprocess.run(
-        [sys.executable, "-X", "dev", "-c", code],
-        capture_output=True,
-        text=True,
-        check=check,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, **env},
-    )

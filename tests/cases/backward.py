@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import RopeMode, Type
+from tests.cases import Array, In, case, reference
 
 
 def differences(function: Callable[[Array], Array], x: Array, grad: Array) -> Array:

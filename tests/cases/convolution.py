@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.im2col import BF16, F16, channels_after_places, windows
+from tests.cases import Array, In, case, reference
+from tests.cases.im2col import BF16, F16, channels_after_places, windows
 
 
 def convolve(kernel: Array, x: Array, *window: Any) -> Array:

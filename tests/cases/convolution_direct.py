@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.convolution import conv_2d, conv_2d_dw, conv_3d
-from cases.im2col import F16
+from tests.cases import Array, In, case, reference
+from tests.cases.convolution import conv_2d, conv_2d_dw, conv_3d
+from tests.cases.im2col import F16
 
 
 @reference

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cases import Array, In, case, reference
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
 
 
 def cube(out: Array, a: Array) -> None:

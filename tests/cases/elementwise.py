@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
 
 
 def tiled(small: Array, big: Array) -> Array:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.unary import gelu, gelu_erf, gelu_quick, relu, sigmoid, silu
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
+from tests.cases.unary import gelu, gelu_erf, gelu_quick, relu, sigmoid, silu
 
 
 def halves(a: Array) -> tuple[Array, Array]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
 
 F16, BF16 = Type.F16, Type.BF16
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.im2col import F16, each
 from ggml_cffi.enums import OpPool
+from tests.cases import Array, In, case, reference
+from tests.cases.im2col import F16, each
 
 MAX, AVG = OpPool.MAX, OpPool.AVG
 

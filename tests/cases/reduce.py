@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
+from tests.cases import Array, In, case, reference
 
 
 @reference

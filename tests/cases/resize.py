@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.im2col import F16
 from ggml_cffi.enums import ScaleFlag, ScaleMode, TriType
+from tests.cases import Array, In, case, reference
+from tests.cases.im2col import F16
 
 NEAREST, BILINEAR, BICUBIC = ScaleMode.NEAREST, ScaleMode.BILINEAR, ScaleMode.BICUBIC
 CORNERS, ANTIALIAS = ScaleFlag.ALIGN_CORNERS, ScaleFlag.ANTIALIAS

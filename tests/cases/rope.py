@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import RopeMode, Type
+from tests.cases import Array, In, case, reference
 
 
 def rotated(a: Array, angles: Array, n_dims: int, mode: RopeMode, factor: float = 1.0) -> Array:

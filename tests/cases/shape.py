@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
 
 
 @reference

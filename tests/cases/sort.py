@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi.enums import SortOrder
+from tests.cases import Array, In, case, reference
 
 
 @reference

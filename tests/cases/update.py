@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
 from ggml_cffi import Type
+from tests.cases import Array, In, case, reference
 
 
 def part(a: Array, b: Array, strides: Sequence[int] | None, offset: int) -> tuple[Array, Array]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 import ggml_cffi as ggml
-from cases import Array, In, case, reference
-from cases.im2col import F16
+from tests.cases import Array, In, case, reference
+from tests.cases.im2col import F16
 
 
 @reference

@@ -14,13 +14,13 @@ from functools import cache
 from math import prod
 from typing import Any
 
-import cases
 import numpy as np
 from hypothesis import strategies as st
 
 import ggml_cffi as ggml
 from ggml_cffi import Tensor, Type, enums
 from ggml_cffi.core import dtypes
+from tests import cases
 
 LAYOUTS = ("contiguous", "gaps", "permuted", "transposed", "offset", "overlapping")
 #: What an operand is, besides an input without memory. The first group has the operand's values, the second is refused.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-TESTS = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #: Seconds that one job may take.
 LIMIT = 20
 _GPU_LIMIT = 300  # a software GPU compiles one shader for a matrix product for 100 s
@@ -61,7 +61,7 @@ class Child:
     """The child process, seen from outside. :meth:`ask` never raises for what a job does to it."""
 
     def __init__(self, kind: str, devices: tuple[str, ...] = ("CPU",)) -> None:
-        self.command = [sys.executable, "-m", "fuzzing.child", kind, ",".join(devices)]
+        self.command = [sys.executable, "-m", "tests.fuzzing.child", kind, ",".join(devices)]
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         self.process: subprocess.Popen[bytes] | None = None
         self._start()
@@ -69,7 +69,7 @@ class Child:
     def _start(self) -> None:
         jobs, self.jobs = os.pipe()
         self.outcomes, outcomes = os.pipe()
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         # Memory that is not written keeps a pattern: what reads it disagrees, instead of finding zeros.
         env = {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": "glibc.malloc.perturb=165", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -114,7 +114,7 @@ class Child:
             return Outcome("hang", stage, frames[0] if frames else "", text[-3000:])
         name = signal.Signals(-code).name if code < 0 else f"exit {code}"
         where = said[0] if said else next((f for f in frames if "ggml_cffi/" in f), "")
-        what = where.replace(str(TESTS.parent), "").removeprefix('File "/')
+        what = where.replace(str(ROOT), "").removeprefix('File "/')
         return Outcome("death", stage, f"{name} {what}", text[-3000:])
 
     def close(self) -> None:
@@ -164,9 +164,9 @@ def main() -> None:
     """Fork workers until the jobs end."""
     kind, devices, jobs, outcomes = sys.argv[1], tuple(sys.argv[2].split(",")), int(sys.argv[3]), int(sys.argv[4])
     if kind == "calls":
-        from fuzzing.perform import Calls as Kind  # imported before the fork, so that each fork is quick
+        from tests.fuzzing.perform import Calls as Kind  # imported before the fork, so that each fork is quick
     else:
-        from fuzzing.files import Files as Kind  # type: ignore[assignment]
+        from tests.fuzzing.files import Files as Kind  # type: ignore[assignment]
     while True:
         pid = os.fork()
         if not pid:

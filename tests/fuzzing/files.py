@@ -13,15 +13,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf_writer
-import llama_float64
 import numpy as np
 from hypothesis import strategies as st
 
 import ggml_cffi as ggml
-from fuzzing.child import Outcome
 from ggml_cffi import models
 from ggml_cffi.enums import GGUFType
+from tests.fuzzing.child import Outcome
+from tests.support import gguf_writer, llama_float64
 
 #: ``plain`` has every kind of value, ``model`` can be loaded, ``vocabulary`` has a tokenizer too, ``first`` and
 #: ``second`` are parts of a model in two files, ``real`` is SmolLM2's header, with zeros where its weights are.

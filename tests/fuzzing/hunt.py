@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from fuzzing.child import Child, Outcome
+from tests.fuzzing.child import Child, Outcome
 
 #: Most tries, and seconds, spent on making one defect small.
 _TRIES, _SECONDS = 600, 40.0

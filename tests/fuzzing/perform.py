@@ -18,15 +18,15 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import cases
 import numpy as np
-from cases import rope
 
 import ggml_cffi as ggml
-from fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, first, options_of, parameters
-from fuzzing.child import Outcome
 from ggml_cffi import Op, Tensor, Type, c
 from ggml_cffi.core import dtypes
+from tests import cases
+from tests.cases import rope
+from tests.fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, first, options_of, parameters
+from tests.fuzzing.child import Outcome
 
 ALLOWED = (ValueError, TypeError, IndexError, ggml.GgmlError)
 #: More elements than this are described but not computed.

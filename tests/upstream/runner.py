@@ -21,11 +21,11 @@ from time import perf_counter
 import numpy as np
 
 import ggml_cffi as ggml
-from upstream import judge
-from upstream.builders import load
-from upstream.draw import Array, Inputs, work
-from upstream.listing import Listed
-from upstream.text import parse, size
+from tests.upstream import judge
+from tests.upstream.builders import load
+from tests.upstream.draw import Array, Inputs, work
+from tests.upstream.listing import Listed
+from tests.upstream.text import parse, size
 
 AGREED, DIFFERED, RAN = "agreed", "differed", "ran"
 REFUSED, MISSING, UNSUPPORTED, LARGE = "refused", "missing", "unsupported", "too large"
@@ -167,12 +167,12 @@ def _child(cases: Sequence[Listed], devices: Sequence[str], max_work: int, timeo
         json.dump({"cases": [asdict(case) for case in cases], "devices": list(devices), "max_work": max_work}, order)
         order.seek(0)
         child = subprocess.Popen(
-            [sys.executable, "-m", "upstream.runner"],
+            [sys.executable, "-m", "tests.upstream.runner"],
             stdin=order,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
         )
         done, late, ready = 0, threading.Event(), False
         try:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import ggml_cffi as ggml
-from upstream.draw import Inputs
+from tests.upstream.draw import Inputs
 
 Builder = Callable[[Inputs, SimpleNamespace], ggml.Tensor]
 BUILDERS: dict[str, Builder] = {}

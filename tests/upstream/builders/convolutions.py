@@ -6,8 +6,8 @@ from types import SimpleNamespace as Params
 
 import ggml_cffi as ggml
 from ggml_cffi.enums import OpPool
-from upstream.builders import builds
-from upstream.draw import Inputs, permute, view
+from tests.upstream.builders import builds
+from tests.upstream.draw import Inputs, permute, view
 
 
 @builds("POOL_1D")

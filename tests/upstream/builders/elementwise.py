@@ -7,8 +7,8 @@ from types import SimpleNamespace as Params
 
 import ggml_cffi as ggml
 from ggml_cffi.enums import SortOrder
-from upstream.builders import builds
-from upstream.draw import Inputs, permute, times, view
+from tests.upstream.builders import builds
+from tests.upstream.draw import Inputs, permute, times, view
 
 _UNARY = "ABS SGN NEG STEP TANH ELU RELU SIGMOID GELU GELU_QUICK SILU HARDSWISH HARDSIGMOID EXP EXPM1 SOFTPLUS GELU_ERF"
 _ROUND = "FLOOR CEIL ROUND TRUNC"

@@ -11,8 +11,8 @@ import ggml_cffi as ggml
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.enums import OpHint
-from upstream.builders import builds
-from upstream.draw import Array, Inputs, mask, permute, times, view
+from tests.upstream.builders import builds
+from tests.upstream.draw import Array, Inputs, mask, permute, times, view
 
 
 @builds("MUL_MAT")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace as Params
 
 import ggml_cffi as ggml
-from upstream.builders import builds
-from upstream.draw import Inputs, permute, view
+from tests.upstream.builders import builds
+from tests.upstream.draw import Inputs, permute, view
 
 
 @builds("SSM_CONV")

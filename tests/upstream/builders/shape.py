@@ -6,8 +6,8 @@ from types import SimpleNamespace as Params
 
 import ggml_cffi as ggml
 from ggml_cffi.enums import ScaleFlag, ScaleMode, TriType
-from upstream.builders import builds
-from upstream.draw import Inputs, lower, permute, times, view
+from tests.upstream.builders import builds
+from tests.upstream.draw import Inputs, lower, permute, times, view
 
 
 @builds("GET_ROWS")

@@ -1,0 +1,172 @@
+"""The loader: what is loaded when, from where, and what is said when there is nothing."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggml_cffi.c import library
+from tests.support import ROOT, run_python
+
+_NO_OTHER_PLACE = """
+import ggml_cffi.c.library as lib, pathlib, os
+real = lib._places
+lib._places = lambda: (p for p in real() if p[0].startswith("$"))
+"""
+
+
+def test_import_loads_no_library_and_no_driver():
+    done = run_python(
+        "import ggml_cffi, ggml_cffi.c, ggml_cffi.models\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'libggml' not in maps and 'libvulkan' not in maps, maps\n"
+        "ggml_cffi.Context().close()\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'libggml-base' in maps and 'libvulkan' not in maps\n"
+    )
+    assert done.stderr.count("Error") == 0
+
+
+def test_nothing_found_lists_every_place_and_the_remedy(tmp_path):
+    done = run_python(
+        f"{_NO_OTHER_PLACE}\nfrom ggml_cffi import Context\n"
+        "try:\n    Context()\nexcept ImportError as error:\n    print(type(error).__name__, error)\n",
+        GGML_CFFI_LIBRARY_PATH=f"{tmp_path}:{tmp_path / 'missing'}",
+    )
+    text = done.stdout
+    assert text.startswith("LibraryNotFoundError")
+    assert f"{tmp_path}\n" in text
+    assert "libggml-base.so.0 in it" in text
+    assert "no such folder" in text
+    assert "pip install libggml-python" in text
+    assert "build_lib.sh" in text
+
+
+def test_another_version_is_a_mismatch(tmp_path):
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler to make a library of another version")
+    source = tmp_path / "fake.c"
+    source.write_text('const char *ggml_version(void) { return "0.19.0"; }\n')
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libggml-base.so.0", source], check=True)
+    done = run_python(
+        f"{_NO_OTHER_PLACE}\nfrom ggml_cffi import Context\n"
+        "try:\n    Context()\nexcept ImportError as error:\n    print(type(error).__name__, error)\n",
+        GGML_CFFI_LIBRARY_PATH=str(tmp_path),
+    )
+    assert done.stdout.startswith("LibraryMismatchError")
+    assert "version 0.19.0, not 0.20.2" in done.stdout
+
+
+def test_the_variable_wins(tmp_path):
+    folder = library.location()
+    assert folder is not None
+    for file in Path(folder).glob("libggml*"):
+        if "vulkan" not in file.name:
+            shutil.copy(file, tmp_path)
+    done = run_python(
+        "from ggml_cffi.c import library; print(library.location(), library.available('vulkan'))",
+        GGML_CFFI_LIBRARY_PATH=str(tmp_path),
+    )
+    assert done.stdout.split() == [str(tmp_path), "False"]
+
+
+def test_the_prebuilt_wheel_is_enough():
+    done = run_python(
+        "import ggml_cffi.c.library as lib\nreal = lib._places\n"
+        "lib._places = lambda: (p for p in real() if 'wheel' in p[0])\n"
+        "import ggml_cffi\nprint([d.name for d in ggml_cffi.devices()])\n"
+    )
+    assert done.stdout.strip() == "['CPU']"
+
+
+def test_a_missing_plugin_says_how_to_get_it(tmp_path):
+    folder = library.location()
+    assert folder is not None
+    for file in Path(folder).glob("libggml*.so.0"):
+        shutil.copy(file, tmp_path)
+    done = run_python(
+        "from ggml_cffi.c import library\n"
+        "try:\n    library.load('rpc')\nexcept ImportError as error:\n    print(error)\n",
+        GGML_CFFI_LIBRARY_PATH=str(tmp_path),
+    )
+    assert "rpc plug-in" in done.stdout
+    assert "build_lib.sh" in done.stdout
+
+
+def test_messages_of_the_library_reach_logging():
+    done = run_python(
+        "import logging; logging.basicConfig(level=logging.DEBUG, format='%(name)s %(levelname)s')\n"
+        "from ggml_cffi import c\n"
+        "assert not c.ggml_backend_load(b'/nonexistent.so')\n"
+    )
+    assert "ggml_cffi.ggml ERROR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message"),
+    [
+        (["--nonsense"], {}, "unknown option --nonsense"),
+        (["--source-only"], {"GGML_SOURCE_DIR": "."}, "holds no CMakeLists.txt"),
+    ],
+)
+def test_build_script_says_what_is_wrong(arguments, env, message):
+    done = subprocess.run(
+        [ROOT / "build_lib.sh", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **env},
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_build_script_refuses_another_tree(tmp_path):
+    tree = tmp_path / "ggml"
+    for name in ("cmake", "include", "src"):
+        (tree / name).mkdir(parents=True)
+        (tree / name / "x").write_text("not ggml")
+    (tree / "CMakeLists.txt").write_text("")
+    (tree / "ggml.pc.in").write_text("")
+    done = subprocess.run(
+        [ROOT / "build_lib.sh", "--source-only"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "GGML_SOURCE_DIR": str(tree)},
+    )
+    assert done.returncode != 0
+    assert "not ggml 0.20.2 as pinned" in done.stderr
+    assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
+
+
+def test_build_script_helps():
+    done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
+    for option in ("--native", "--portable", "VULKAN_SDK", "GGML_SOURCE_DIR"):
+        assert option in done.stdout
+
+
+def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
+    if library.location() != str(ROOT / "ggml_cffi" / "lib"):
+        pytest.skip("needs libraries built by build_lib.sh")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "py3-none-linux" in wheel.name
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", wheel], check=True, capture_output=True)
+    code = "import ggml_cffi; from ggml_cffi.c import library; print(ggml_cffi.device('CPU').name, library.location())"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split()[0] == "CPU"
+    assert done.stdout.split()[1].startswith(str(tmp_path))
+
+
+def test_importing_brings_in_nothing_slow():
+    """What takes longer to import than this package, and is needed by few calls, comes with those calls."""
+    done = run_python("import sys, numpy; a = set(sys.modules); import ggml_cffi; print(*sorted(set(sys.modules) - a))")
+    assert not {"asyncio", "concurrent.futures", "socket", "ssl", "logging", "tokenizers"} & set(done.stdout.split())

@@ -1,0 +1,117 @@
+"""Devices, backends and buffers."""
+
+import numpy as np
+import pytest
+
+import ggml_cffi as ggml
+from tests.support import need
+
+
+def test_the_cpu_is_last_and_always_there():
+    found = ggml.devices()
+    assert found[-1].is_cpu
+    assert found[-1].name == "CPU"
+    assert found[-1].type is ggml.DeviceType.CPU
+    assert [d.is_cpu for d in found].count(True) == 1
+
+
+def test_what_a_device_tells(devices):
+    for name in devices:
+        d = ggml.device(name.lower())
+        assert d.name == name
+        assert d.description
+        memory = d.memory()
+        assert 0 < memory.free <= memory.total
+        assert d.pci_id is None or ":" in d.pci_id
+        assert d.is_cpu == (name == "CPU")
+        assert d.capabilities.asynchronous == (not d.is_cpu)
+        assert d == ggml.device(name)
+        assert len({d, ggml.device(name)}) == 1
+        assert name in repr(d)
+
+
+def test_by_position():
+    assert ggml.device(0) == ggml.devices()[0]
+
+
+@pytest.mark.parametrize("which", ["Vulkan99", "", 99, -1])
+def test_no_such_device_lists_those_there_are(which):
+    with pytest.raises(ValueError, match=r"there is no device .*this machine has .*CPU"):
+        ggml.device(which)
+
+
+def test_backend(devices):
+    with ggml.Backend(devices[0]) as backend:
+        assert backend.name == devices[0]
+        assert backend.device == ggml.device(devices[0])
+        assert backend.supports_buffer_type(backend.buffer_type)
+        backend.synchronize()
+        assert devices[0] in repr(backend)
+
+
+def test_threads_of_the_cpu():
+    with ggml.Backend("CPU", n_threads=2) as cpu:
+        assert cpu.n_threads == 2
+        cpu.n_threads = 1
+        assert cpu.n_threads == 1
+        for n in (0, -1, 513):
+            with pytest.raises(ValueError, match="1 to 512"):
+                cpu.n_threads = n
+    with pytest.raises(ValueError, match="1 to 512"):
+        ggml.Backend("CPU", n_threads=0)
+
+
+def test_threads_are_the_cpus_alone():
+    need(("Vulkan0",))
+    with pytest.raises(ValueError, match="n_threads is for the CPU"):
+        ggml.Backend("Vulkan0", n_threads=2)
+    with ggml.Backend("Vulkan0") as gpu:
+        assert gpu.n_threads == 1
+        with pytest.raises(ValueError, match="n_threads is for the CPU"):
+            gpu.n_threads = 2
+
+
+def test_buffer(devices):
+    with ggml.Buffer(devices[0], 1000, usage=ggml.Usage.WEIGHTS) as buffer:
+        assert buffer.size >= 1000
+        assert buffer.usage is ggml.Usage.WEIGHTS
+        assert buffer.is_host == (devices[0] == "CPU")
+        assert buffer.buffer_type == ggml.BufferType.of(devices[0])
+        assert buffer.buffer_type.alignment >= 1
+        assert buffer.base % buffer.buffer_type.alignment == 0
+        assert buffer.buffer_type.name in repr(buffer)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_buffer_of_no_size(size):
+    with pytest.raises(ValueError, match="a buffer has at least 1 byte"):
+        ggml.Buffer("CPU", size)
+
+
+def test_buffer_beyond_memory(devices):
+    with pytest.raises(ggml.OutOfMemoryError, match="no room"):
+        ggml.Buffer(devices[0], 2**50)
+
+
+def test_out_of_memory_is_a_memory_error():
+    assert issubclass(ggml.OutOfMemoryError, MemoryError)
+
+
+def test_buffer_over_python_memory():
+    raw = np.zeros(4096 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    memory = raw[start : start + 4096]
+    with ggml.Buffer.over(memory) as buffer, ggml.Context() as ctx:
+        assert buffer.size == 4096
+        t = ctx.new_tensor(ggml.F32, (4, 4))
+        ctx.put(t, buffer, buffer.base + 64)
+        ctx.adopt(buffer)
+        t.set(np.ones((4, 4)))
+        assert memory[64:128].view(np.float32).tolist() == [1.0] * 16
+        with pytest.raises(ValueError, match="has memory already"):
+            ctx.put(t, buffer, buffer.base)
+        for where, message in ((4096, "does not fit"), (4064, "does not fit"), (1, "not at a multiple")):
+            with pytest.raises(ValueError, match=message):
+                ctx.put(ctx.new_tensor(ggml.F32, (4, 4)), buffer, buffer.base + where)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        ggml.Buffer.over(raw[start + 1 : start + 100])

@@ -1,0 +1,104 @@
+"""The documentation: every Python block runs and prints what the page says, and the site builds without warnings."""
+
+import os
+import re
+import subprocess
+import sys
+import zlib
+
+import pytest
+from markdown_it import MarkdownIt
+
+import ggml_cffi
+from ggml_cffi import flat, models
+from tests.support import ROOT, need, run_python
+
+DOCS = ROOT / "docs"
+PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+
+
+def fences(name):
+    """The fenced blocks of a page: language, first line counted from 0, text."""
+    tokens = MarkdownIt().parse((DOCS / name).read_text())
+    return [(t.info.strip(), t.map[0] + 1, t.content) for t in tokens if t.type == "fence"]
+
+
+def code(name):
+    """The Python of a page, on the lines where it is there: tracebacks name them."""
+    lines = []
+    for language, start, text in fences(name):
+        if language == "python":
+            lines += [""] * (start - len(lines)) + text.splitlines()
+    return "\n".join(lines)
+
+
+def gpus(name):
+    """How many Vulkan devices a page says that it needs, in the lines before its title."""
+    found = re.match(r"---\ngpus: (\d)\n---\n", (DOCS / name).read_text())
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if code(name)])
+def test_code(name):
+    # In one process, in order, as a reader would; on the CPU so that it takes seconds, where it needs no more.
+    n = gpus(name)
+    visible = "99"
+    if n:
+        need(tuple(f"Vulkan{i}" for i in range(n)))
+        visible = os.environ.get("GGML_VK_VISIBLE_DEVICES", "")
+    env = {"GGML_VK_VISIBLE_DEVICES": visible} if visible else {}
+    done = run_python(code(name), check=False, **env)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    for language, _, text in fences(name):
+        if language == "output":
+            assert text in done.stdout
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_fences(name):
+    """No block escapes: Python is run, output is compared, and the rest is commands and directives."""
+    for language, _, _ in fences(name):
+        assert language in ("python", "output", "console", "r", "c", "text") or language.startswith("{")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("sphinx")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", str(DOCS), str(out)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "GGML_VK_VISIBLE_DEVICES": "99"},
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def documented(site):
+    """Every Python name that the site has a description of."""
+    raw = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    lines = zlib.decompress(raw).decode().splitlines()
+    return {line.split()[0] for line in lines if re.match(r"\S+ py:", line)}
+
+
+def test_reference_has_all_public_names(site):
+    names = documented(site)
+    modules = {"ggml_cffi": ggml_cffi, "ggml_cffi.flat": flat, "ggml_cffi.models": models}
+    want = {f"{where}.{name}" for where, module in modules.items() for name in module.__all__}
+    assert sorted(want - names) == []
+
+
+def test_table_of_operations_is_part_of_the_site(site):
+    assert "ggml_soft_max_ext" in (site / "operations.html").read_text()
+
+
+def test_links_lead_somewhere():
+    # Those to files of the repository, which Sphinx does not follow.
+    for name in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (DOCS / name).read_text()):
+            assert (DOCS / name).parent.joinpath(target).exists(), f"{name}: {target}"

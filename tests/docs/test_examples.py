@@ -1,0 +1,86 @@
+"""Every example, and every Python block of the README, runs."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.support import ROOT, need, run_python
+
+EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
+APART = ["demo.py", "serve.py"]  # have tests of their own
+GUIDE = [name for name in EXAMPLES if name.startswith("guide/")]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
+
+
+def run(name, **env):
+    command = [sys.executable, ROOT / "examples" / name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*APART, *GUIDE)])
+def test_example(name):
+    package = NEEDS.get(name)
+    if package and not find_spec(package):
+        pytest.skip(f"needs {package}: pip install ggml-cffi[cluster]")
+    assert run(name, RAY_USAGE_STATS_ENABLED="0")
+
+
+@pytest.mark.parametrize("name", GUIDE)
+def test_guide_uses_what_there_is(name):
+    """On two GPUs each listing shows what it is for; on none it says what is missing."""
+    need(("Vulkan0", "Vulkan1"))
+    assert "Vulkan" in run(name) or name.endswith(("devices.py", "asynchronous.py"))
+    out = run(name, GGML_VK_VISIBLE_DEVICES="99")
+    assert re.search("missing|machine has 0", out)
+
+
+@pytest.mark.parametrize("name", ["scheduler.py", "placement.py"])
+@pytest.mark.parametrize("way", ["flat", "objects"])
+def test_guide_needs_a_second_gpu(way, name):
+    need(("Vulkan0",))
+    assert "machine has 1" in run(f"guide/{way}/{name}", GGML_VK_VISIBLE_DEVICES="0")
+
+
+@pytest.mark.parametrize("name", ["two_devices.py", "placement.py"])
+def test_example_with_the_cpu_alone(name):
+    assert "CPU" in run(name, GGML_VK_VISIBLE_DEVICES="99")
+
+
+def test_two_devices_are_both_used(two_gpus):
+    out = run("two_devices.py")
+    assert "MUL_MAT  on Vulkan0" in out
+    assert "MUL_MAT  on Vulkan1" in out
+
+
+def test_demo():
+    need(("Vulkan0", "Vulkan1"))
+    out = run("demo.py")
+    assert re.search(r"Vulkan0 +GPU|Vulkan0 +CPU", out)
+    assert re.search(r"Vulkan0 +0-\d+ .*[\d.]+ MiB", out)
+    assert re.search(r"Vulkan1 +\d+-29 \+ output +[\d.]+ MiB", out)
+    assert "Paris" in out
+    assert re.search(r"prompt: \d+ tokens, [\d.]+ tokens/s; decode: \d+ tokens, [\d.]+ tokens/s", out)
+    assert re.search(r"computed on Vulkan0 \(\d+ nodes\), Vulkan1 \(\d+ nodes\)", out)
+
+
+def test_readme_has_code():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[b.strip().splitlines()[0] for b in BLOCKS])
+def test_readme_code(block):
+    # The code that a reader runs, on the CPU so that it takes seconds.
+    done = run_python(block, GGML_VK_VISIBLE_DEVICES="99")
+    assert done.stdout
+    assert "Warning" not in done.stderr

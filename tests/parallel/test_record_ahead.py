@@ -1,0 +1,356 @@
+"""What ggml's Vulkan records, and hands to devices when it is told to.
+
+All of it rests on how ggml does that, which another ggml may do otherwise: these tests fail then.
+"""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Timer
+
+import numpy as np
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi import c, ops, parallel
+from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.parallel import step_graphs as _step
+from ggml_cffi.parallel.executors import arrivals as _arrivals
+from ggml_cffi.parallel.program import ParallelProgram
+from ggml_cffi.parallel.rank import Rank
+from tests.support import relative_error, run_python
+
+DIM = 64
+
+
+@pytest.fixture
+def gpu(two_gpus):
+    return two_gpus[0]
+
+
+@pytest.fixture
+def weight(rng):
+    return (rng.standard_normal((DIM, DIM)) / 8).astype(np.float32)
+
+
+def chain(w, n):
+    """``n`` products, each after a norm, and what graphs may be cut after."""
+
+    def run(rank, x):
+        for _ in range(n):
+            x = ops.linear(ops.relu(ops.rms_norm(x, 1e-5)), w[rank])
+        return x
+
+    return run
+
+
+def expected(x, w, n):
+    x = x.astype(np.float64)
+    for _ in range(n):
+        x = np.maximum(x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5), 0) @ w.T
+    return x
+
+
+@pytest.mark.parametrize("n", [1, 8, 20, 21, 22, 33, 34, 80])
+def test_what_is_recorded_waits_until_it_is_handed_out(gpu, weight, n, rng):
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), n)
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+            driver, ((step,),) = group.driver, program.steps
+            assert step.held
+            assert bool(step.rest) == (1 + 3 * n > _step._HELD)  # with the copy of the inputs
+            program.record()  # nothing, before it has run once
+            for k in (1.0, 2.0, 3.0):
+                program.puts[0][...] = x
+                program.takes[0][0][...] = k
+                if k == 1.0:
+                    program.compute()
+                else:
+                    program.puts[0][...] = 0
+                    program.record()
+                    time.sleep(0.02)
+                    assert (program.takes[0][0] == k).all()
+                    program.puts[0][...] = x  # what it is to be computed with
+                    if k == 2.0:
+                        program.compute()
+                    else:
+                        program.hand_over(lambda: None)
+                        driver.finish()
+                assert relative_error(program.result(), expected(x, weight, n)) < 1e-2
+            assert driver.computed == [3]
+
+
+def test_what_was_recorded_and_given_up(gpu, weight, rng):
+    """It is computed when the device is waited for, and the next run gets its own."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), 3)
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+            program.puts[0][...] = 0
+            program.compute()
+            program.record()
+            group.driver.finish()
+            program.puts[0][...] = x
+            program.compute()
+            assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
+
+
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(10)
+
+
+def test_the_device_belongs_to_a_thread_while_something_is_recorded(gpu, weight, rng):
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), 3)
+        with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+            driver, lock = group.driver, group.backends[0].lock
+
+            def is_free():
+                return in_a_thread(lambda: lock.acquire(blocking=False) and (lock.release() or True))
+
+            program.puts[0][...] = x
+            for _ in range(2):
+                program.compute()
+                program.record()
+                assert not is_free()
+                in_a_thread(lambda: driver.finish(if_free=True))  # it is not
+                assert not is_free()
+                program.compute()
+                assert is_free()
+                program.record()
+                driver.finish()
+                assert is_free()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lock.acquire).result()
+                program.record()  # nothing: another thread uses the device
+                assert driver._ahead is None
+                pool.submit(lock.release).result()
+            program.compute()
+            assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
+
+
+def test_parts(gpu, weight):
+    """Each ends before a product, the first is held, and the others are handed over as a whole."""
+    with parallel.TensorParallel([gpu]) as group:
+        function = chain(group.weight(weight), 100)
+        with ParallelProgram(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
+            ((step,),) = program.steps
+            *held, nothing = step.held[::-1]
+            assert step.rest[::2] == (nothing,) * (len(step.rest) // 2)
+            parts = [
+                [c.ggml_graph_node(graph, i).op for i in range(c.ggml_graph_n_nodes(graph))]
+                for graph in (*held, *step.rest[1::2])
+            ]
+            counts = [
+                sum(op in (ggml.Op.MUL_MAT, ggml.Op.UNARY, ggml.Op.RMS_NORM, ggml.Op.CPY) for op in part)
+                for part in parts
+            ]
+            assert sum(counts) == 301
+            assert all(most - 3 < n <= most for n, most in zip(counts[:-1], (64, 100, 100), strict=True))
+            assert [part[0] for part in parts[1:]] == 3 * [ggml.Op.MUL_MAT]
+            assert parts[0][-1] == ggml.Op.SUM  # without memory
+
+
+@pytest.mark.parametrize("n", [2, 60])
+def test_steps_of_several_devices(two_gpus, weight, n, rng):
+    """Those with more operations than ggml records at a time are not held, and their sums not watched."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), n)
+        f = group.compile(lambda rank, x: function(rank, rank.all_reduce(function(rank, x))))
+        want = expected(2 * expected(x, weight, n), weight, n)
+        for _ in range(20):
+            assert relative_error(f(x), want) < 1e-2
+        (program,) = f.programs
+        assert {bool(step.held) for own in program.steps for step in own} == {n == 2}
+        assert (program.arrivals is None) == (n == 60)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_only_short_steps_are_held(two_gpus, weight, rows, rng):
+    x = rng.standard_normal((rows, DIM)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), 2)
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
+        for _ in range(3):
+            assert relative_error(f(x), 2 * expected(x, weight, 2)) < 1e-2
+        assert [bool(own[0].held) for own in f.programs[0].steps] == 2 * [rows < 17]
+
+
+def test_sums_that_come_late_do_not_hand_out_the_next_step(two_gpus, weight, rng, monkeypatch):
+    """Devices are waited for without what they have recorded: it would be computed with sums of before."""
+    monkeypatch.setattr(_arrivals, "_PATIENCE", 0.0)
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), 20)
+
+        def run(rank, x):
+            for _ in range(4):
+                x = rank.all_reduce(function(rank, x))
+            return x
+
+        f = group.compile(run)
+        f(x)
+        (program,) = f.programs
+        program.arrivals.patience = 0.0
+        want = x
+        for _ in range(4):
+            want = 2 * expected(want, weight, 20)
+        for _ in range(5):
+            assert relative_error(f(x), want) < 1e-2
+        assert program.arrivals.late > 5
+
+
+def test_an_interrupted_run_computes_with_sums_that_are_there(two_gpus, weight, rng, monkeypatch):
+    """What is recorded is computed then, but not with the mark of what is not there, which is a NaN."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), 20)
+        f = group.compile(lambda rank, x: function(rank, rank.all_reduce(function(rank, x))))
+        want = f(x)
+        (program,) = f.programs
+        monkeypatch.setattr(program.arrivals, "wait", lambda k, _: (_ for _ in ()).throw(KeyboardInterrupt))
+        for _ in range(10):
+            program.takes[0][0][...] = 0
+            with pytest.raises(KeyboardInterrupt):
+                f(x)
+            assert relative_error(program.takes[0][0], want) < 1e-5
+
+
+def test_a_norm_is_not_cut_off(gpu, weight, rng):
+    """ggml may clear the sum of squares that a norm reads with the next graph, without waiting."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel([gpu]) as group:
+        w, scale = group.weight(weight), group.weight(np.ones(DIM, np.float32))
+
+        def run(rank, x):
+            for i in range(60):
+                h = ops.mul(ops.rms_norm(x, 1e-5), scale[rank])
+                x = ops.linear(h if i % 7 else ops.relu(h), w[rank])
+            return x
+
+        with ParallelProgram(group, [Rank(0, 1)], run, [(x.shape, ggml.Type.F32)], ahead=True) as program:
+            ((step,),) = program.steps
+            parts = [step.held[-1], *step.rest[1::2]]
+            ends = [[c.ggml_graph_node(g, i).op for i in range(c.ggml_graph_n_nodes(g))] for g in parts]
+            assert len(parts) > 2
+            for ops_of in ends[:-1]:
+                computing = [op for op in ops_of if op not in (*VIEWS, ggml.Op.SUM)]
+                assert computing[-1] == ggml.Op.UNARY
+
+
+def test_a_run_that_is_interrupted(two_gpus, weight, rng, monkeypatch):
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), 3)
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, rank.all_reduce(function(rank, x)))))
+        want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
+        f(x)
+        (program,) = f.programs
+
+        def interrupt(k, _synchronize):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(program.arrivals, "wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                f(x)
+        assert relative_error(f(x), want) < 1e-2
+
+
+def test_a_program_is_waited_for_the_first_time(two_gpus, weight, monkeypatch):
+    """ggml may hand out what is recorded, if it needs more memory than for what it computed before."""
+    called = []
+    with parallel.TensorParallel(two_gpus) as group:
+        function = chain(group.weight(weight), 2)
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
+        for name in ("run_first", "run"):
+            real = getattr(group.driver, name)
+            monkeypatch.setattr(group.driver, name, lambda *a, n=name, real=real: (called.append(n), real(*a))[1])
+        for _ in range(3):
+            f(np.ones((1, DIM)))
+        f(np.ones((2, DIM)))
+    assert called == ["run_first", "run", "run", "run_first"]
+
+
+def test_what_is_passed_over(gpu):
+    """The graph that computes nothing, alone."""
+    with ggml.Backend(gpu) as backend, ggml.Context() as ctx:
+        x = ctx.new_tensor("f32", (4,))
+        ctx.alloc(backend.buffer_type)
+        x.set(np.ones(4))
+        assert c.ggml_backend_graph_compute(backend.ptr, _step._nothing()) == 0
+        assert c.ggml_graph_n_nodes(_step._nothing()) == 1
+        np.testing.assert_array_equal(x.numpy(), np.ones(4))
+
+
+CODE = """
+import json
+import numpy as np
+import ggml_cffi as ggml
+from ggml_cffi import ops, parallel
+gpus = [d.name for d in ggml.devices() if not d.is_cpu][:2]
+x = np.arange(64, dtype=np.float32)[None]
+with parallel.TensorParallel(gpus) as group:
+    w = group.weight(2 * np.eye(64, dtype=np.float32))
+    def run(rank, x):
+        for _ in range(3):
+            x = rank.all_reduce(ops.linear(ops.relu(ops.linear(x, w[rank])), w[rank]))
+        return x
+    f = group.compile(run)
+    right = all((f(x) == 512 * x).all() for _ in range(20))
+    program = f.programs[0]
+    held = [bool(s.held) for own in program.steps for s in own]
+    print(json.dumps([bool(right), any(held), all(held), program.arrivals is not None]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "want"),
+    [
+        ({}, [True, True, True, True]),
+        ({"GGML_VK_MAX_NODES_PER_SUBMIT": "3"}, [True, True, False, False]),
+        ({"GGML_VK_MAX_NODES_PER_SUBMIT": "4"}, [True, True, True, True]),
+        ({"GGML_VK_PERF_LOGGER": "1"}, [True, False, False, False]),
+        ({"GGML_VK_SERIALIZE_SUBMISSIONS": "1"}, [True, False, False, False]),
+        ({"GGML_VK_DISABLE_ASYNC": "1"}, [True, False, False, False]),
+        ({"GGML_VK_DISABLE_FUSION": "1"}, [True, True, True, True]),
+    ],
+)
+@pytest.mark.usefixtures("two_gpus")
+def test_settings_of_ggml(env, want):
+    assert json.loads(run_python(CODE, **env).stdout.splitlines()[-1]) == want
+
+
+def test_watching_beside_other_work(two_gpus, weight, rng):
+    """Backends of the same devices, and transfers, while steps are recorded."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    big = rng.standard_normal((64, 64)).astype(np.float32)
+    stopped = False
+    errors = []
+    with parallel.TensorParallel(two_gpus) as group, ggml.Backend(two_gpus[0]) as other, ggml.Context() as ctx:
+        t = ctx.new_tensor("f32", big.shape)
+        ctx.alloc(other.buffer_type)
+
+        def transfer():
+            while not stopped:
+                t.set(big)
+                if not (t.numpy() == big).all():
+                    errors.append("differs")
+
+        function = chain(group.weight(weight), 3)
+        f = group.compile(lambda rank, x: rank.all_reduce(function(rank, rank.all_reduce(function(rank, x)))))
+        want = 2 * expected(2 * expected(x, weight, 3), weight, 3)
+        f(x)
+        timer = Timer(0, transfer)
+        timer.start()
+        try:
+            for _ in range(100):
+                assert relative_error(f(x), want) < 1e-2
+        finally:
+            stopped = True
+            timer.join()
+    assert not errors

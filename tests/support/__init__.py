@@ -1,0 +1,48 @@
+"""Helpers that several test modules use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import ggml_cffi
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The root of the checkout."""
+DATA = ROOT / "tests" / "data"
+"""The folder of reference outputs."""
+
+
+def need(names: tuple[str, ...]) -> tuple[str, ...]:
+    """``names``, if the machine has such devices; else the test is skipped, and says what is missing."""
+    missing = set(names) - {d.name for d in ggml_cffi.devices()}
+    if missing:
+        import pytest  # worker processes of the tests import this module too
+
+        pytest.skip(
+            f"no {', '.join(sorted(missing))}: needs the Vulkan plug-in, a loader and a driver (see make setup)"
+        )
+    return names
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """The norm of the difference over the norm of the reference."""
+    want = np.asarray(want, np.float64)
+    return float(np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30))
+
+
+def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-c", code],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
