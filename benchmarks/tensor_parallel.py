@@ -135,7 +135,7 @@ def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterato
 
 def breakdown(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
     """Microseconds of one run, by part."""
-    driver, plans = model.group.driver, program.steps
+    driver, plans = model.group.executor, program.steps
     n, steps = len(plans), len(plans[0])
     compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
     found: dict[str, float] = {"steps": steps}
@@ -163,7 +163,7 @@ def breakdown(model: TensorRunner, program: ParallelProgram, rounds: int) -> dic
 
 def phases(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
     """Microseconds of a step, by what the thread of the first device does; means of all steps."""
-    driver, plans = model.group.driver, program.steps
+    driver, plans = model.group.executor, program.steps
     compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, driver._barrier.wait
     now = time.perf_counter
     spent = np.zeros((len(plans), 3))
@@ -209,10 +209,10 @@ def nothing(devices: list[str], rounds: int) -> dict[str, float]:
             program = f.trace(x)
             for name, on in MODES:
                 with mode(group, on):
-                    us = best(lambda p=program: group.driver.run(p.steps), rounds if size == 4096 else 3)
+                    us = best(lambda p=program: group.executor.run(p.steps), rounds if size == 4096 else 3)
                     found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
             if program.arrivals is not None:
-                us = best(lambda p=program: group.driver.run(p.steps, None, p.arrivals), rounds)
+                us = best(lambda p=program: group.executor.run(p.steps, None, p.arrivals), rounds)
                 found[f"sum of {4 * size / 1024:,.0f} KiB, watching"] = us / 65
     return found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
+
+from ggml_cffi.core.text import table
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -55,18 +56,6 @@ class _Bar(AbstractContextManager["Progress | None"]):
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows in columns, the first a heading; ``right`` names the columns that are aligned right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def gib(n: int) -> str:

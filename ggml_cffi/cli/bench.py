@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._model_args import add_model, open_model
-from ggml_cffi.cli._output import gib, progress_bar, table
+from ggml_cffi.cli._output import gib, progress_bar
+from ggml_cffi.core.text import table
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model

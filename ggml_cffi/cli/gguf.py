@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ggml_cffi.cli._output import mib, progress_bar, table
+from ggml_cffi.cli._output import mib, progress_bar
+from ggml_cffi.core.text import table
 from ggml_cffi.enums import GGUFType
 from ggml_cffi.files.gguf.reader import GGUFFile, GGUFValue
 

@@ -19,7 +19,8 @@ from ggml_cffi.cli import gguf as cli_gguf
 from ggml_cffi.cli import plan as cli_plan
 from ggml_cffi.cli import rpc as cli_rpc
 from ggml_cffi.cli import run as cli_run
-from ggml_cffi.cli._output import gib, table
+from ggml_cffi.cli._output import gib
+from ggml_cffi.core.text import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

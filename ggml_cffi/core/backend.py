@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.core.buffer import BufferType
-from ggml_cffi.core.device import Device, check_process, device_lock
+from ggml_cffi.core.device import Device, check_process, device_lock, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import DeviceLock
@@ -161,6 +162,42 @@ def _free(pool: list[Any], _going: Any, pointer: Any) -> None:
     c.ggml_backend_free(pointer)
     if pool:
         c.ggml_threadpool_free(pool[0])
+
+
+def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int | None = None) -> list[Backend]:
+    """Open devices in order, by default every GPU; the CPU, which takes what no GPU can, is added last if missing.
+
+    Parameters
+    ----------
+    chosen
+        Devices or their names, the preferred first.
+    n_threads
+        Threads of the CPU; default all that this process may use.
+
+    Raises
+    ------
+    TypeError
+        If ``chosen`` is one device instead of a sequence.
+    ValueError
+        If there is no such device, or the CPU is not last.
+    """
+    if isinstance(chosen, str | Device):
+        raise TypeError("devices is a sequence: put the one device in a list")
+    opened: list[Backend] = []
+    try:
+        for which in gpus() if chosen is None else chosen:
+            opened.append(Backend(which))
+        if any(b.device.is_cpu for b in opened[:-1]):
+            raise ValueError("the CPU comes last: it takes what no device before it can compute or has room for")
+        if not opened or not opened[-1].device.is_cpu:
+            opened.append(Backend("CPU"))
+        if n_threads is not None:
+            opened[-1].n_threads = n_threads
+    except BaseException:
+        for backend in opened:
+            backend.close()
+        raise
+    return opened
 
 
 def open_backend(which: Backend | Device | str | int) -> tuple[Backend, bool]:

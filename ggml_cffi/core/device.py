@@ -181,6 +181,14 @@ def devices() -> list[Device]:
     return sorted(found, key=lambda d: _ORDER[d.type])
 
 
+def gpus() -> list[Device]:
+    """Return every GPU in the order of :func:`devices`: the default wherever no devices are named.
+
+    Remote devices that were connected are among them. The CPU and its helpers (``ACCEL``) are not.
+    """
+    return [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
+
+
 def add_remote(pointer: Any, name: str, description: str, link: RemoteLock) -> None:
     """List a device of a server, for as long as that is there."""
     with registry_lock:

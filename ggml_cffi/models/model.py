@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Closing
@@ -19,7 +19,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.architectures.registry import architecture_of, context_of, open_backends
+from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.generation import kv_snapshot as state
 from ggml_cffi.models.generation.batcher import Generator, Timings
 from ggml_cffi.models.generation.chat import Message, render

@@ -42,9 +42,9 @@ class Group(Closing):
         self._compiled: list[ParallelFunction] = []
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: list[HostBlock | None] = [None, None]
-        self._driver: Executor | None = None
+        self._executor: Executor | None = None
         self.block(1)
-        self._driver = Executor(self._backends, threads=threads)
+        self._executor = Executor(self._backends, threads=threads)
 
     @property
     def backends(self) -> tuple[Backend, ...]:
@@ -55,13 +55,13 @@ class Group(Closing):
         ClosedError
             If this is closed.
         """
-        self.driver  # noqa: B018 - raises when closed
+        self.executor  # noqa: B018 - raises when closed
         return self._backends
 
     @property
     def closed(self) -> bool:
         """Whether this is closed."""
-        return self._driver is None
+        return self._executor is None
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -69,11 +69,11 @@ class Group(Closing):
         return tuple(b.device for b in self.backends)
 
     @property
-    def driver(self) -> Executor:
+    def executor(self) -> Executor:
         """Runs the devices in step."""
-        if self._driver is None:
+        if self._executor is None:
             raise ClosedError(f"this {type(self).__name__} is closed")
-        return self._driver
+        return self._executor
 
     # ------------------------------------------------------------------ memory that programs use in turns
 
@@ -150,7 +150,7 @@ class Group(Closing):
             compiled, self._compiled = self._compiled, []
             for made in compiled:
                 made.clear()
-            driver, self._driver = self._driver, None
+            driver, self._executor = self._executor, None
             if driver is not None:
                 driver.close()
             for arena in self._arenas:

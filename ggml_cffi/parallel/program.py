@@ -177,7 +177,7 @@ class ParallelProgram(ParallelTrace):
         *,
         ahead: bool = False,
     ) -> None:
-        self.driver = group.driver
+        self.executor = group.executor
         self._kept: list[Owner] = []
         super().__init__(group.backends, ranks, function, inputs, ahead=ahead)
         try:
@@ -329,11 +329,11 @@ class ParallelProgram(ParallelTrace):
             If a device reports failure.
         """
         if not self._is_new:
-            _check(self.driver.run(self.steps, meanwhile, self.arrivals))
+            _check(self.executor.run(self.steps, meanwhile, self.arrivals))
             return
         if meanwhile is not None:
             meanwhile()
-        _check(self.driver.run_first(self.steps))
+        _check(self.executor.run_first(self.steps))
         self._is_new = False
 
     def record(self) -> None:
@@ -341,7 +341,7 @@ class ParallelProgram(ParallelTrace):
         ``Executor.record``.
         """
         if not self._is_new:
-            self.driver.record(self.steps)
+            self.executor.record(self.steps)
 
     def hand_over(
         self, meanwhile: Callable[[], object], finish: Callable[[], object] | None = None
@@ -363,9 +363,9 @@ class ParallelProgram(ParallelTrace):
             meanwhile()
             return self.result()
         self.landing.clear(0)
-        _check(self.driver.begin(self.steps))
+        _check(self.executor.begin(self.steps))
         meanwhile()
-        self.landing.wait(0, finish or self.driver.finish)
+        self.landing.wait(0, finish or self.executor.finish)
         return self.result()
 
     def close(self) -> None:

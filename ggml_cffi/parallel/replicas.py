@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ggml_cffi.core.device import devices as all_devices
+from ggml_cffi.core.device import gpus
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
 from ggml_cffi.session.made import opened
@@ -149,8 +149,7 @@ class Replicas(Closing):
 
 def default_devices() -> list[str]:
     """Names of all GPUs; where there is none, of the CPU."""
-    found = [device.name for device in all_devices()]
-    return found[:-1] or found
+    return [device.name for device in gpus()] or ["CPU"]
 
 
 # ---------------------------------------------------------------------- in other processes

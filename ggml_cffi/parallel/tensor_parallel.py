@@ -15,8 +15,7 @@ import numpy.typing as npt
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device
-from ggml_cffi.core.device import devices as all_devices
+from ggml_cffi.core.device import Device, gpus
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
@@ -76,7 +75,7 @@ class TensorParallel(Group):
         self._contexts: list[Context] = []
         try:
             chosen: list[Backend] = []
-            for which in [d for d in all_devices() if not d.is_cpu] if devices is None else devices:
+            for which in gpus() if devices is None else devices:
                 if not isinstance(which, Backend):
                     which = Backend(which, n_threads=n_threads)
                     self._opened.append(which)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from ggml_cffi import c
 from ggml_cffi.c import library
 from ggml_cffi.core.backend import check_threads, default_threads
-from ggml_cffi.core.device import Device, devices
+from ggml_cffi.core.device import Device, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import GgmlError, RemoteError
@@ -130,8 +130,7 @@ def _to_offer(chosen: Sequence[Device | str] | None) -> list[Device]:
     if isinstance(chosen, str | Device):
         raise TypeError("devices is a sequence: put the one device in a list")
     if chosen is None:
-        found = [d for d in devices() if not d.is_remote]
-        return [d for d in found if not d.is_cpu] or found
+        return [d for d in gpus() if not d.is_remote] or [find_device("CPU")]
     # By name first: a server that connects to others would hide that they are lost.
     named = [d for d in chosen if isinstance(d, str) and ":" in d]
     found = [] if named else [find_device(d) for d in chosen]

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
-from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device, devices
+from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.handle import Closing
@@ -65,8 +65,6 @@ class Session(Closing):
         n_threads: int | None = None,
         max_programs: int = 16,
     ) -> None:
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
         if max_programs < 1:
             raise ValueError(f"max_programs must be at least 1, not {max_programs}")
         self.max_programs = max_programs
@@ -76,12 +74,7 @@ class Session(Closing):
         self._weights = Context()
         self._backends: list[Backend] = []
         try:
-            for which in _gpus() if devices is None else devices:
-                self._backends.append(Backend(which))
-            if not self._backends or not self._backends[-1].device.is_cpu:
-                self._backends.append(Backend("CPU"))
-            if n_threads is not None:
-                self._backends[-1].n_threads = n_threads
+            self._backends += open_backends(devices, n_threads)
             Scheduler(self._backends).close()  # which checks them
         except BaseException:
             self.close()
@@ -243,10 +236,6 @@ class Session(Closing):
     def __repr__(self) -> str:
         names = "closed" if self._weights.closed else ", ".join(b.name for b in self._backends)
         return f"<Session {names}>"
-
-
-def _gpus() -> list[Device]:
-    return [d for d in devices() if not d.is_cpu]
 
 
 def _in_place(source: StoredTensor | npt.NDArray[Any], kind: Type) -> npt.NDArray[np.uint8] | None:

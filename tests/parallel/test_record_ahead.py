@@ -57,7 +57,7 @@ def test_what_is_recorded_waits_until_it_is_handed_out(gpu, weight, n, rng):
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), n)
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
-            driver, ((step,),) = group.driver, program.steps
+            driver, ((step,),) = group.executor, program.steps
             assert step.held
             assert bool(step.rest) == (1 + 3 * n > _step._HELD)  # with the copy of the inputs
             program.record()  # nothing, before it has run once
@@ -90,7 +90,7 @@ def test_what_was_recorded_and_given_up(gpu, weight, rng):
             program.puts[0][...] = 0
             program.compute()
             program.record()
-            group.driver.finish()
+            group.executor.finish()
             program.puts[0][...] = x
             program.compute()
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
@@ -106,7 +106,7 @@ def test_the_device_belongs_to_a_thread_while_something_is_recorded(gpu, weight,
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
-            driver, lock = group.driver, group.backends[0].lock
+            driver, lock = group.executor, group.backends[0].lock
 
             def is_free():
                 return in_a_thread(lambda: lock.acquire(blocking=False) and (lock.release() or True))
@@ -268,8 +268,8 @@ def test_a_program_is_waited_for_the_first_time(two_gpus, weight, monkeypatch):
         function = chain(group.weight(weight), 2)
         f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
         for name in ("run_first", "run"):
-            real = getattr(group.driver, name)
-            monkeypatch.setattr(group.driver, name, lambda *a, n=name, real=real: (called.append(n), real(*a))[1])
+            real = getattr(group.executor, name)
+            monkeypatch.setattr(group.executor, name, lambda *a, n=name, real=real: (called.append(n), real(*a))[1])
         for _ in range(3):
             f(np.ones((1, DIM)))
         f(np.ones((2, DIM)))

@@ -81,7 +81,7 @@ def test_ranks_compute_what_one_would(n, threads, rng):
                 assert got.shape == want.shape
                 assert relative_error(got, want) < 1e-5
         steps = LAYERS + 1 if n > 1 else 1
-        assert group.driver.computed == [3 * steps] * n
+        assert group.executor.computed == [3 * steps] * n
         assert [len(p.plans[0].graphs) for p in f.programs] == [steps] * 3
 
 
@@ -96,7 +96,7 @@ def test_gpus_compute_what_one_would(devices, threads, rng):
                 for got, want in zip(f(x), blocks.expected(x), strict=True):
                     assert relative_error(got, want) < 2e-3
         n = len(devices)
-        assert group.driver.computed == [4 * (LAYERS + 1 if n > 1 else 1)] * n
+        assert group.executor.computed == [4 * (LAYERS + 1 if n > 1 else 1)] * n
         for program in f.programs:
             for rank, name in zip(program.ranks, devices, strict=True):
                 own = [t for t in rank.context.tensors() if t.op is ggml.Op.MUL_MAT]
@@ -168,8 +168,8 @@ def test_each_way_to_drive_gpus(two_gpus, rows, watched, threads, rng):
     """All give the same."""
     blocks = Blocks(rng)
     with parallel.TensorParallel(two_gpus, threads=threads) as group:
-        assert not group.driver.watches
-        group.driver.watches = watched
+        assert not group.executor.watches
+        group.executor.watches = watched
         f = blocks.network(group)
         x = rng.standard_normal((rows, DIM)).astype(np.float32)
         want = blocks.expected(x)
@@ -185,7 +185,7 @@ def test_each_way_to_drive_gpus(two_gpus, rows, watched, threads, rng):
 def test_sums_are_watched_unless_threads_are_asked_for(two_gpus):
     for threads, watched in ((None, True), (False, False), (True, False)):
         with parallel.TensorParallel(two_gpus, threads=threads) as group:
-            assert group.driver.watches == watched
+            assert group.executor.watches == watched
 
 
 def test_what_reads_a_sum_after_the_next_has_arrived(two_gpus, rng):
@@ -294,7 +294,7 @@ def test_three_gpus_and_halves():
                 x = rng.standard_normal((12, 64)).astype(np.float32)
                 got, want = f(x)[0], blocks.expected(x)[0]
                 assert relative_error(got, want) < most, relative_error(got, want)
-                assert group.driver.computed == [4, 4, 4]
+                assert group.executor.computed == [4, 4, 4]
                 kinds = {s.slots[0].dtype.name for s in f.programs[0].ranks[0].all_reduces}
                 assert kinds == {"F16" if half_above else "F32"}, kinds
     """
@@ -346,7 +346,7 @@ def test_a_last_step_that_only_the_first_rank_has(threads, rng):
         f = group.compile(lambda rank, x: rank.all_reduce(ops.scale(x, 2.0)))
         for _ in range(3):
             np.testing.assert_allclose(f(x), 6 * x, rtol=1e-6)
-        assert group.driver.computed == [6, 3, 3]
+        assert group.executor.computed == [6, 3, 3]
         alone = group.compile(lambda rank, x: ops.scale(x, 2.0))
         np.testing.assert_array_equal(alone(x), 2 * x)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.device import Device, devices
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
@@ -50,32 +47,3 @@ def context_of(architecture: Architecture, n_ctx: int | None) -> int:
     if n_ctx is not None and not 1 <= n_ctx <= limit:
         raise ValueError(f"n_ctx must be 1 to {limit}, the context that the model was trained for, not {n_ctx}")
     return n_ctx or min(limit, _DEFAULT_CTX)
-
-
-def open_backends(chosen: Sequence[Device | str] | None, n_threads: int | None = None) -> list[Backend]:
-    """Backends of the devices, by default of every GPU; the CPU is added last.
-
-    Raises
-    ------
-    ValueError
-        If there is no such device, or the CPU is not last.
-    """
-    if isinstance(chosen, str | Device):
-        raise TypeError("devices is a sequence: put the one device in a list")
-    names = [d for d in devices() if d.type.name in ("GPU", "IGPU")] if chosen is None else list(chosen)
-    opened: list[Backend] = []
-    try:
-        for which in names:
-            backend = Backend(which)
-            opened.append(backend)
-        if any(b.device.is_cpu for b in opened[:-1]):
-            raise ValueError("the CPU comes last: it takes what no device before it has room for")
-        if not opened or not opened[-1].device.is_cpu:
-            opened.append(Backend("CPU"))
-        if n_threads is not None:
-            opened[-1].n_threads = n_threads
-    except BaseException:
-        for backend in opened:
-            backend.close()
-        raise
-    return opened

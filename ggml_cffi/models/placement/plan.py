@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ggml_cffi.core import text as _text
-from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.device import Device, devices
+from ggml_cffi.core.backend import Backend, open_backends
+from ggml_cffi.core.device import Device, gpus
 from ggml_cffi.core.dtypes import as_type, block_size
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.architectures.registry import architecture_of, context_of, open_backends
+from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.placement.arrange import (
     SPLITS,
     Arrangement,
@@ -347,7 +347,7 @@ class Planner:
     def _more(self, found: Arrangement) -> Iterator[str]:
         """More devices: those of the machine that were left out, else one that there would have to be."""
         used = {b.device for b in self.backends}
-        others = [d for d in devices() if not d.is_cpu and d not in used]
+        others = [d for d in gpus() if d not in used]
         for device in others:
             yield f"{device.name} as well, which has {_text.size(device.memory().free)} free"
         if others:

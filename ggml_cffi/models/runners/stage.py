@@ -185,7 +185,7 @@ class Stage(Closing):
 
     def finish(self, *, if_free: bool = False) -> None:
         """Wait for the device; with ``if_free`` not while another thread uses it."""
-        self.group.driver.finish(if_free=if_free)
+        self.group.executor.finish(if_free=if_free)
 
     def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> ParallelProgram:
         """The graph for a batch, with all inputs."""

@@ -135,8 +135,8 @@ def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, m
         (graph,) = second.programs[-1].plans[0].graphs
         assert len(graph) > 12 >= sum(t.op not in VIEWS for t in held_nodes(graph, held)) > 6
         assert sum(len(held_nodes(graph, part)) for part in (held, *rest)) == len(graph)
-        counts, record = [], second.group.driver.record
-        monkeypatch.setattr(second.group.driver, "record", lambda plans: (counts.append(done(runner)), record(plans)))
+        counts, record = [], second.group.executor.record
+        monkeypatch.setattr(second.group.executor, "record", lambda plans: (counts.append(done(runner)), record(plans)))
         model.clear_cache()
         assert answers(model, [PROMPT, PROMPT[:5]], 6) == want
         assert len(counts) >= 10
@@ -145,7 +145,7 @@ def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, m
 
 def done(runner):
     """How many runs of each stage were begun."""
-    return [stage.group.driver.computed[0] for stage in runner.stages]
+    return [stage.group.executor.computed[0] for stage in runner.stages]
 
 
 def held_nodes(graph, pointer):

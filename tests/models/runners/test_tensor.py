@@ -41,7 +41,7 @@ def check(path, devices, rng, kind=Llama, most=1e-2, **options):
         got += [run(model, ids[i : i + 1], i) for i in range(N_PROMPT, len(ids))]
         assert relative_error(np.concatenate(got), want) < most
         steps = len(model.programs[0].plans[0].graphs)
-        assert model.group.driver.computed == [4 * steps] * len(devices)
+        assert model.group.executor.computed == [4 * steps] * len(devices)
         for rank, tensors in enumerate(zip(*model.weights.values(), strict=True)):
             assert {t.buffer_type.device.name for t in tensors} == {devices[rank]}
         heads = [w.shape[0] // HEAD for w in model.weights["blk.0.attn_k.weight"]]
