@@ -170,14 +170,14 @@ def test_a_long_prompt_in_batches(smollm2, on_cpu):
 def test_the_cpu_reads_a_prompt_in_parts(on_cpu, monkeypatch):
     """What is read first need not look at cache rows of what comes after."""
     runner = on_cpu._runners[0]
-    assert runner.ranges(0, 512) == [(0, 256), (256, 512)]
+    assert runner.batch_ranges(0, 512) == [(0, 256), (256, 512)]
     tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]
     looked_at = []
     run = runner.run
     monkeypatch.setattr(runner, "run", lambda batch: looked_at.append(batch.mask.shape) or run(batch))
     in_parts = on_cpu.forward(tokens)
     assert looked_at == [(150, 256), (150, 512)]
-    monkeypatch.setattr(runner, "n_at_once", None)
+    monkeypatch.setattr(runner, "best_prefill_batch", None)
     assert relative_error(in_parts, on_cpu.forward(tokens)) < 0.1
     assert looked_at[2:] == [(300, 512)]
 
@@ -313,7 +313,7 @@ def test_progress_is_told(tmp_path, rng):
         ({"llama.block_count": 0}, "block_count is 0, not a positive number"),
         ({"llama.block_count": "x"}, "'llama.block_count' is 'x', not a int"),
         ({"llama.embedding_length": 32}, "shape"),
-        ({"llama.attention.head_count_kv": 3}, "4 heads are no multiple of 3 KV heads"),
+        ({"llama.attention.head_count_kv": 3}, "4 query heads are not a multiple of 3 KV heads"),
         ({"llama.rope.dimension_count": 7}, "impossible rotary"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
         ({"llama.expert_count": 8}, "mixtures of experts"),

@@ -1,4 +1,4 @@
-"""What an architecture tells the rest: its sizes, which tensors belong to which layer, and how to build its graph."""
+"""Interface between an architecture and the rest of the package: sizes, tensors by layer, and the graph of a step."""
 
 from __future__ import annotations
 
@@ -16,62 +16,61 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile, TensorInfo
 from ggml_cffi.parallel.shard import ShardSpec
 
-#: ``pooling_type``. 0 leaves the choice to the user, for which the mean is the usual one.
+#: ``pooling_type``. 0 leaves the choice to the user; the mean is the usual choice.
 _POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
 _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one run over ``n`` tokens."""
+    """Input tensors of one step over ``n`` tokens."""
 
     tokens: Tensor
     """Token ids, I32 ``(n,)``."""
     positions: Tensor
-    """Positions in the text, I32 ``(n,)``."""
-    rows: Tensor
-    """Where in the cache the tokens' keys and values go, I64 ``(n,)``."""
+    """Positions of the tokens in their sequences, I32 ``(n,)``."""
+    kv_slots: Tensor
+    """KV slots that receive the tokens' keys and values, I64 ``(n,)``."""
     mask: Tensor
-    """What each token may look at, F16 ``(n, n_kv)``: 0 or ``-inf``."""
-    wanted: Tensor
-    """Tokens whose results are wanted, in their order, I32 ``(n_out,)``. Where that is all of them, an architecture
-    leaves it out of its graph."""
-    near: Tensor | None = None
-    """As ``mask``, for layers with a sliding window; there if the architecture has a :attr:`~Architecture.window`."""
+    """Attention mask, F16 ``(n, n_kv)``: 0 where a token attends to a KV slot, ``-inf`` elsewhere."""
+    output_ids: Tensor
+    """Tokens with an output, in order, I32 ``(n_out,)``. If every token has one, the graph does not use this input."""
+    window_mask: Tensor | None = None
+    """Mask of the layers with a sliding window; None if the architecture has no :attr:`~Architecture.window`."""
     layers: Sequence[Inputs] = ()
-    """For each layer the inputs where it is computed, if each device has its own."""
+    """Inputs of each layer, on the device of the layer, if devices have inputs of their own."""
     sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    """Where several devices share the layers: what adds up their contributions to ``attention``, ``feed_forward``."""
+    """All-reduce of ``attention`` and ``feed_forward``, if several devices compute each layer."""
 
-    def at(self, layer: int) -> Inputs:
-        """The inputs for a layer: positions, rows and masks."""
+    def for_layer(self, layer: int) -> Inputs:
+        """Return the inputs for a layer: positions, rows and masks."""
         return self.layers[layer] if self.layers else self
 
-    def added(self, part: str, contribution: Tensor) -> Tensor:
-        """What a part of a layer adds to the tokens, over all devices."""
+    def all_reduced(self, part: str, contribution: Tensor) -> Tensor:
+        """Return the sum over all devices of what one part of a layer adds to the tokens."""
         return self.sums[part](contribution) if part in self.sums else contribution
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer."""
+    """Keys and values of one layer in the KV cache."""
 
     k: Tensor
     """``(n_ctx, size)``."""
     v: Tensor
     """``(n_ctx, size)``, or its transpose."""
-    across: bool = False
-    """Whether ``v`` is ``(size, n_ctx)``, for attention as two products instead of flash attention."""
+    v_transposed: bool = False
+    """True if ``v`` is ``(size, n_ctx)``: attention is then two matrix products instead of flash attention."""
 
 
 class Metadata:
-    """Typed access to the metadata of a model file, with errors that name the key."""
+    """Typed access to the metadata of a model file. Errors name the key."""
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
         self.file, self.architecture = file, architecture
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of ``{architecture}.{key}``, checked for its type."""
+        """Return the value of ``{architecture}.{key}``; raise FormatError if it has another type."""
         name = f"{self.architecture}.{key}"
         value = self.file.metadata.get(name, default)
         if value is None:
@@ -82,15 +81,15 @@ class Metadata:
             raise FormatError(f"{self.file.path}: {name!r} is {value!r}, not a {kind.__name__}")
         return value
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        """An integer above 0 (and of a size that C can hold)."""
+    def positive_int(self, key: str, default: int | None = None) -> int:
+        """Return an integer above 0 that fits a C ``int``."""
         value: int = self.get(key, int, default)
         if not 0 < value < 2**31:
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a positive number")
         return value
 
-    def at_least_0(self, key: str, default: float | None = None) -> float:
-        """A finite number that is not negative."""
+    def nonnegative(self, key: str, default: float | None = None) -> float:
+        """Return a finite number that is not negative."""
         value: float = self.get(key, float, default)
         if not (isfinite(value) and value >= 0):
             raise FormatError(f"{self.file.path}: {self.architecture}.{key} is {value}, not a number of 0 or more")
@@ -99,16 +98,16 @@ class Metadata:
 
 @dataclass(frozen=True)
 class TensorParallelSpec:
-    """How several devices share the layers of a model."""
+    """Division of a model's layers among several devices."""
 
-    cuts: Mapping[str, ShardSpec]
-    """How weights are cut, by pattern of their names."""
-    summed: frozenset[str]
-    """The parts of a layer whose contributions are added up: ``attention``, ``feed_forward``."""
+    shards: Mapping[str, ShardSpec]
+    """Shard specification of the weights, by pattern of their names."""
+    all_reduced: frozenset[str]
+    """Parts of a layer whose contributions are all-reduced: ``attention``, ``feed_forward``."""
 
 
 class Architecture(ABC):
-    """A family of models. One subclass, in one file, for each.
+    """Base class of a family of models. Each architecture is one subclass in one file.
 
     Parameters
     ----------
@@ -118,7 +117,7 @@ class Architecture(ABC):
     Raises
     ------
     FormatError
-        If the file lacks something or sizes contradict one another.
+        If the file lacks a key or a tensor, or sizes contradict one another.
     """
 
     name: ClassVar[str]
@@ -129,16 +128,16 @@ class Architecture(ABC):
     n_vocab: int
     n_ctx_train: int
     kv_sizes: tuple[int, int]
-    """Elements of a token's keys and values in one layer."""
+    """Number of elements of a token's keys, and of its values, in one layer."""
     window: int = 0
-    """Tokens that layers with a sliding window look back at, their own included; 0 where there are no such layers."""
+    """Tokens to which a layer with a sliding window attends, the token itself included; 0 without such layers."""
     causal: ClassVar[bool] = True
-    """Whether tokens look at those before them, through a cache. An encoder's look at their whole text instead: it
-    has no cache, and its mask is ``(n, n)``."""
+    """True for a decoder: a token attends to earlier tokens, through the KV cache. An encoder attends to the whole
+    sequence: it has no cache, and its mask is ``(n, n)``."""
     pooling: str
-    """How a text's embedding comes from its tokens': ``mean``, ``cls`` (the first) or ``last``."""
-    longest_text: int = 0
-    """Most tokens of a text for its embedding to be as in training; 0 where that is all that fit the context."""
+    """Way to get the embedding of a text from those of its tokens: ``mean``, ``cls`` (the first) or ``last``."""
+    max_sequence_length: int = 0
+    """Most tokens of a text in training, for embeddings; 0 if the context is the only limit."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -149,17 +148,20 @@ class Architecture(ABC):
         self.pooling = _POOLINGS[pooling]
         self.read(meta)
         if self.n_layers > len(file.tensors):  # before a list is made of that many
-            raise FormatError(f"{file.path}: {self.n_layers} layers, but only {len(file.tensors)} tensors")
+            raise FormatError(
+                f"{file.path}: the metadata declares {self.n_layers} layers, but the file has only "
+                f"{len(file.tensors)} tensors"
+            )
         self.shapes = dict(self.expected_tensors())
         for name, shape in self.shapes.items():
-            info = self.info(name)
+            info = self.tensor_info(name)
             if info.shape != shape:
                 raise FormatError(f"{file.path}: tensor {name!r} has shape {info.shape}; {shape} is expected")
             if info.dtype in _NO_WEIGHTS:
                 raise FormatError(f"{file.path}: tensor {name!r} has type {info.dtype.name}, which no weight can have")
 
-    def info(self, name: str) -> TensorInfo:
-        """The file's tensor of this name, or FormatError."""
+    def tensor_info(self, name: str) -> TensorInfo:
+        """Return the file's tensor of this name; raise FormatError if there is none."""
         info = self.file.tensors.get(name)
         if info is None:
             raise FormatError(f"{self.file.path}: the model has no tensor {name!r}")
@@ -167,23 +169,23 @@ class Architecture(ABC):
 
     @abstractmethod
     def read(self, meta: Metadata) -> None:
-        """Set the sizes from the metadata."""
+        """Read the sizes from the metadata into attributes."""
 
     @abstractmethod
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every tensor that the graph uses, with the shape that it must have."""
+        """Yield the name of every tensor that the graph uses, with the shape that it must have."""
 
     def hidden(self, weights: Mapping[str, Tensor], cache: Sequence[LayerCache], inputs: Inputs) -> Tensor:
-        """The graph from ``inputs`` to the normalized results of the last layer ``(n_out, n_embd)``."""
-        x = self.through(range(self.n_layers), self.embed(weights, inputs), weights, cache, inputs)
-        return self.finish(weights, x)
+        """Build the graph from ``inputs`` to the normalized results of the last layer, ``(n_out, n_embd)``."""
+        x = self.build_layers(range(self.n_layers), self.embed(weights, inputs), weights, cache, inputs)
+        return self.final_norm(weights, x)
 
     @abstractmethod
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        """The graph from ``inputs`` to what goes into the first layer, ``(n, n_embd)``."""
+        """Build the graph from ``inputs`` to the input of the first layer, ``(n, n_embd)``."""
 
     @abstractmethod
-    def through(
+    def build_layers(
         self,
         layers: Iterable[int],
         x: Tensor,
@@ -191,30 +193,36 @@ class Architecture(ABC):
         cache: Sequence[LayerCache],
         inputs: Inputs,
     ) -> Tensor:
-        """The graph through some layers, one after another: F32 ``(n, n_embd)`` in and out, ``(n_out, n_embd)`` after
-        the last layer of all.
+        """Build the graph through some layers in order. Tokens are F32 ``(n, n_embd)``; after the last layer of the
+        model ``(n_out, n_embd)``.
         """
 
-    def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """The graph from the last layer to normalized results, both ``(n_out, n_embd)``."""
+    def final_norm(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Build the graph from the last layer to normalized results, both ``(n_out, n_embd)``."""
         return x
 
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """The graph from :meth:`hidden` to logits ``(n_out, n_vocab)``."""
+        """Build the graph from the result of :meth:`hidden` to logits ``(n_out, n_vocab)``."""
         return ops.mul_mat(weights["output.weight"], hidden)
 
     def tensor_parallel(self, n: int, *, whole_attention: bool = False) -> TensorParallelSpec:
-        """How ``n`` devices share the layers; with ``whole_attention`` each computes all heads, which takes more memory
-        and half of the sums.
+        """Return the division of the layers among ``n`` devices.
+
+        Parameters
+        ----------
+        n
+            Number of devices.
+        whole_attention
+            True if each device computes all heads. That takes more memory and half as many all-reduces.
 
         Raises
         ------
         ValueError
-            If they cannot, or the model is too small.
+            If the architecture has no tensor parallelism, or the model is too small for ``n`` devices.
         """
-        raise ValueError(f"models of architecture {self.name!r} cannot be shared by several devices, layer by layer")
+        raise ValueError(f"architecture {self.name!r} has no tensor parallelism: use one device, or pipeline stages")
 
     @property
     def output_tensor(self) -> str:
-        """The tensor of the output head; the token embeddings where the two are tied."""
+        """Name of the output head's tensor: the token embeddings where the file ties the two."""
         return "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"

@@ -1,6 +1,6 @@
-"""The BERT architecture: an encoder whose tokens look at their whole text; for embeddings.
+"""BERT, an encoder for embeddings: each token attends to the whole text.
 
-Source: Devlin et al., BERT, 2018; pooled as in Reimers and Gurevych, Sentence-BERT, 2019.
+Source: Devlin et al., BERT, 2018; pooling as in Reimers and Gurevych, Sentence-BERT, 2019.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.errors import FormatError, GgmlError
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata
 
-#: Where a converted model says after how many tokens sentence-transformers cuts a text. GGUF has no key for it.
-LONGEST_TEXT = "sentence_transformers.max_seq_length"
+#: Key of a converted model for the number of tokens at which sentence-transformers cuts a text. GGUF defines none.
+MAX_SEQUENCE_LENGTH = "sentence_transformers.max_seq_length"
 
 
 class Bert(Architecture):
@@ -24,25 +24,28 @@ class Bert(Architecture):
     causal = False
 
     def read(self, meta: Metadata) -> None:
-        self.n_layers = meta.positive("block_count")
-        self.n_embd = meta.positive("embedding_length")
-        self.n_ff = meta.positive("feed_forward_length")
-        self.n_heads = meta.positive("attention.head_count")
-        self.n_ctx_train = meta.positive("context_length")
+        self.n_layers = meta.positive_int("block_count")
+        self.n_embd = meta.positive_int("embedding_length")
+        self.n_ff = meta.positive_int("feed_forward_length")
+        self.n_heads = meta.positive_int("attention.head_count")
+        self.n_ctx_train = meta.positive_int("context_length")
         self.kv_sizes = (0, 0)
         self.eps = meta.get("attention.layer_norm_epsilon", float)
         if self.n_embd % self.n_heads or not self.eps >= 0:
-            raise FormatError(f"{self.file.path}: {self.n_heads} heads or a norm's epsilon of {self.eps} cannot be")
+            raise FormatError(
+                f"{self.file.path}: {self.n_heads} heads for {self.n_embd} elements, or a norm's epsilon of "
+                f"{self.eps}, are impossible"
+            )
         if meta.get("attention.causal", bool, False):
-            raise FormatError(f"{self.file.path}: a BERT with causal attention is not supported")
-        longest = self.file.metadata.get(LONGEST_TEXT, 0)
+            raise FormatError(f"{self.file.path}: BERT with causal attention is not supported")
+        longest = self.file.metadata.get(MAX_SEQUENCE_LENGTH, 0)
         if not isinstance(longest, int) or longest < 0:
-            raise FormatError(f"{self.file.path}: {LONGEST_TEXT!r} is {longest!r}, not a number of tokens")
-        self.longest_text = longest
+            raise FormatError(f"{self.file.path}: {MAX_SEQUENCE_LENGTH!r} is {longest!r}, not a number of tokens")
+        self.max_sequence_length = longest
         (self.n_vocab, _), (self.n_types, _) = self._table("token_embd.weight"), self._table("token_types.weight")
 
     def _table(self, name: str) -> tuple[int, ...]:
-        shape = self.info(name).shape
+        shape = self.tensor_info(name).shape
         return shape if len(shape) == 2 else (0, 0)
 
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -65,14 +68,14 @@ class Bert(Architecture):
             yield from pair(f"blk.{i}.layer_output_norm", embd)
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        # Every token is of type 0: pairs of texts, where the second would be of type 1, are for other tasks.
+        # Type 1 marks the second text of a pair, which tasks other than embedding use.
         first = inputs.tokens.context.constant([0], "i32")
         x = ops.get_rows(weights["token_embd.weight"], inputs.tokens)
         x = ops.add(x, ops.get_rows(weights["position_embd.weight"], inputs.positions))
         x = ops.add(x, ops.get_rows(weights["token_types.weight"], first))
         return self._norm("token_embd_norm", x, weights)
 
-    def through(
+    def build_layers(
         self,
         layers: Iterable[int],
         x: Tensor,
@@ -81,9 +84,9 @@ class Bert(Architecture):
         inputs: Inputs,
     ) -> Tensor:
         for i in layers:
-            h = self._attention(i, x, weights, inputs.at(i).mask)
-            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.positions.shape:
-                h, x = ops.get_rows(h, inputs.wanted), ops.get_rows(x, inputs.wanted)
+            h = self._attention(i, x, weights, inputs.for_layer(i).mask)
+            if i == self.n_layers - 1 and inputs.output_ids.shape != inputs.positions.shape:
+                h, x = ops.get_rows(h, inputs.output_ids), ops.get_rows(x, inputs.output_ids)
             x = self._norm(f"blk.{i}.attn_output_norm", ops.add(x, h), weights)
             h = ops.gelu_erf(_linear(f"blk.{i}.ffn_up", x, weights))
             h = _linear(f"blk.{i}.ffn_down", h, weights)
@@ -92,7 +95,7 @@ class Bert(Architecture):
         return x
 
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        raise GgmlError(f"{self.file.path}: an encoder has no logits and generates no text; it is for embeddings")
+        raise GgmlError(f"{self.file.path}: an encoder has no logits and generates no text: use it for embeddings")
 
     def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         n, size = x.shape[0], self.n_embd // self.n_heads

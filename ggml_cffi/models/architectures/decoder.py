@@ -1,12 +1,12 @@
-"""What llama-like decoders share: RMS norms, rotary positions, grouped-query attention, a gated feed-forward part.
+"""Llama-like decoders: RMS norms, rotary positions, grouped-query attention and a gated feed-forward part.
 
-A layer is built from parts that can be used one by one: :meth:`Decoder.attention` and :meth:`Decoder.feed_forward` go
-from normalized tokens to what is added to them, :meth:`Decoder.add` adds it. The parts take their number of heads and
-of feed-forward columns from the weights that they are given, so that several devices can each compute a slice of a
-part, whose results are summed before they are added.
+A layer consists of two parts. :meth:`Decoder.attention` and :meth:`Decoder.feed_forward` map normalized tokens to a
+contribution, which :meth:`Decoder.add` adds to the tokens. A part takes its number of heads or of feed-forward columns
+from the weights that it gets. So each of several devices can compute a shard of a part; an all-reduce sums the
+contributions of the devices before they are added.
 
-The order of the nodes is one that ggml's Vulkan backend fuses: norm and weight; norm, weight, rotation and the write to
-the cache; a product with one row and the additions after it.
+ggml's Vulkan backend fuses the nodes in the order in which they are built here: norm and weight; norm, weight, rotation
+and the write to the cache; a product with one row and the additions after it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
 
 @dataclass(frozen=True)
 class Rope:
-    """How queries and keys are rotated; :func:`~ggml_cffi.ops.rope_ext` says what the numbers mean."""
+    """Rotary position embedding of queries and keys, with the parameters of :func:`~ggml_cffi.ops.rope_ext`."""
 
     mode: RopeMode
     n_dims: int
@@ -43,31 +43,33 @@ class Rope:
 
     @classmethod
     def read(cls, meta: Metadata, mode: RopeMode, head_size: int) -> Rope:
-        """What a model file says.
+        """Return the rotary parameters of a model file.
 
         Raises
         ------
         FormatError
-            If the numbers are impossible, or the scaling is of an unknown kind.
+            If a number is impossible, or the type of scaling is unknown.
         """
         scaling = meta.get("rope.scaling.type", str, "linear")
         if scaling not in ("none", "linear", "yarn"):
             raise FormatError(f"{meta.file.path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
-        factor = meta.at_least_0("rope.scaling.factor", 0.0) if scaling != "none" else 0.0
+        factor = meta.nonnegative("rope.scaling.factor", 0.0) if scaling != "none" else 0.0
         rope = cls(
             mode,
-            n_dims=meta.positive("rope.dimension_count", head_size),
-            freq_base=meta.at_least_0("rope.freq_base", 10000.0),
+            n_dims=meta.positive_int("rope.dimension_count", head_size),
+            freq_base=meta.nonnegative("rope.freq_base", 10000.0),
             freq_scale=1.0 / factor if factor else 1.0,
         )
         if scaling == "yarn":
             rope = replace(
                 rope,
-                n_ctx_orig=meta.positive("rope.scaling.original_context_length", meta.positive("context_length")),
-                ext_factor=meta.at_least_0("rope.scaling.yarn_ext_factor", 1.0),
-                attn_factor=meta.at_least_0("rope.scaling.attn_factor", 1.0),
-                beta_fast=meta.at_least_0("rope.scaling.yarn_beta_fast", 32.0),
-                beta_slow=meta.at_least_0("rope.scaling.yarn_beta_slow", 1.0),
+                n_ctx_orig=meta.positive_int(
+                    "rope.scaling.original_context_length", meta.positive_int("context_length")
+                ),
+                ext_factor=meta.nonnegative("rope.scaling.yarn_ext_factor", 1.0),
+                attn_factor=meta.nonnegative("rope.scaling.attn_factor", 1.0),
+                beta_fast=meta.nonnegative("rope.scaling.yarn_beta_fast", 32.0),
+                beta_slow=meta.nonnegative("rope.scaling.yarn_beta_slow", 1.0),
             )
         if (
             rope.n_dims % 2
@@ -79,66 +81,68 @@ class Rope:
         return rope
 
     def __call__(self, x: Tensor, positions: Tensor, freq_factors: Tensor | None) -> Tensor:
-        """``x`` ``(n, heads, head_size)``, each token rotated by its position."""
+        """Rotate ``x`` ``(n, heads, head_size)``, each token by its position."""
         return ops.rope_ext(x, positions, freq_factors, **vars(self))
 
 
 class Decoder(Architecture):
-    """Llama-like models. A subclass says in what it differs from llama.
+    """Base class of llama-like models. A subclass states its differences from llama.
 
     Raises
     ------
     FormatError
-        Also if the file has tensors that the graph does not use: leaving them out would give wrong answers.
+        Also if the file has tensors that the graph does not use: without them the answers would be wrong.
     """
 
     rope_mode: ClassVar[RopeMode] = RopeMode.NORMAL
-    """Which elements of a head are rotated together."""
+    """Elements of a head that form a pair of the rotation."""
     head_norms: ClassVar[bool] = False
-    """Whether each head of queries and keys is normalized."""
+    """True if each head of queries and keys is normalized."""
     post_norms: ClassVar[bool] = False
-    """Whether what a part adds to the tokens is normalized."""
+    """True if the contribution of each part is normalized before it is added to the tokens."""
 
     n_heads: int
-    """Heads of queries."""
+    """Number of query heads."""
     n_kv_heads: int
-    """Heads of keys and of values; divides :attr:`n_heads`."""
+    """Number of key heads and of value heads; divides :attr:`n_heads`."""
     n_ff: int
-    """Columns of the feed-forward part."""
+    """Number of columns of the feed-forward part."""
     head_size: int
-    """Elements of a head of queries or keys."""
+    """Number of elements of a query or key head."""
     v_size: int
-    """Elements of a head of values."""
+    """Number of elements of a value head."""
     attention_cap: float = 0.0
-    """Scores ``s`` become ``cap * tanh(s / cap)``; 0 for none."""
+    """Soft cap of the scores: ``s`` becomes ``cap * tanh(s / cap)``; 0 for none."""
 
     def __init__(self, file: GGUFFile) -> None:
         super().__init__(file)
         unknown = file.tensors.keys() - self.shapes.keys()
         if unknown:
             raise FormatError(
-                f"{file.path}: {len(unknown)} tensors are not known to architecture {self.name}, such as "
+                f"{file.path}: architecture {self.name} does not know {len(unknown)} tensors, such as "
                 f"{min(unknown)!r}: without them the results would be wrong"
             )
 
     def read(self, meta: Metadata) -> None:
-        self.n_layers = meta.positive("block_count")
-        self.n_embd = meta.positive("embedding_length")
-        self.n_ff = meta.positive("feed_forward_length")
-        self.n_heads = meta.positive("attention.head_count")
-        self.n_kv_heads = meta.positive("attention.head_count_kv", self.n_heads)
-        self.n_ctx_train = meta.positive("context_length")
+        self.n_layers = meta.positive_int("block_count")
+        self.n_embd = meta.positive_int("embedding_length")
+        self.n_ff = meta.positive_int("feed_forward_length")
+        self.n_heads = meta.positive_int("attention.head_count")
+        self.n_kv_heads = meta.positive_int("attention.head_count_kv", self.n_heads)
+        self.n_ctx_train = meta.positive_int("context_length")
         if self.n_heads % self.n_kv_heads:
-            raise FormatError(f"{self.file.path}: {self.n_heads} heads are no multiple of {self.n_kv_heads} KV heads")
+            raise FormatError(
+                f"{self.file.path}: {self.n_heads} query heads are not a multiple of {self.n_kv_heads} KV heads"
+            )
         if meta.get("expert_count", int, 0):
             raise FormatError(f"{self.file.path}: mixtures of experts are not supported yet")
-        self.head_size = meta.positive("attention.key_length", max(self.n_embd // self.n_heads, 1))
-        self.v_size = meta.positive("attention.value_length", self.head_size)
+        self.head_size = meta.positive_int("attention.key_length", max(self.n_embd // self.n_heads, 1))
+        self.v_size = meta.positive_int("attention.value_length", self.head_size)
         self.kv_sizes = (self.n_kv_heads * self.head_size, self.n_kv_heads * self.v_size)
-        self.eps = meta.at_least_0("attention.layer_norm_rms_epsilon")
-        self.scale = meta.at_least_0("attention.scale", 0.0) or 1.0 / sqrt(self.head_size)
+        self.eps = meta.nonnegative("attention.layer_norm_rms_epsilon")
+        self.scale = meta.nonnegative("attention.scale", 0.0) or 1.0 / sqrt(self.head_size)
         self.rope = Rope.read(meta, self.rope_mode, self.head_size)
-        embeddings = self.info("token_embd.weight").shape
+        embeddings = self.tensor_info("token_embd.weight").shape
         self.n_vocab = embeddings[0] if len(embeddings) == 2 else 0
 
     def expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -166,7 +170,7 @@ class Decoder(Architecture):
         yield "output_norm.weight", (embd,)
         yield self.output_tensor, (self.n_vocab, embd)
 
-    def through(
+    def build_layers(
         self,
         layers: Iterable[int],
         x: Tensor,
@@ -175,73 +179,75 @@ class Decoder(Architecture):
         inputs: Inputs,
     ) -> Tensor:
         for i in layers:
-            part = self.attention(i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.at(i))
-            if i == self.n_layers - 1 and inputs.wanted.shape != inputs.positions.shape:
-                # The rest only for the tokens whose results are wanted.
-                part, x = ops.get_rows(part, inputs.wanted), ops.get_rows(x, inputs.wanted)
-            x = self.add(f"blk.{i}.post_attention_norm", x, inputs.added("attention", part), weights)
+            part = self.attention(
+                i, self.norm(f"blk.{i}.attn_norm", x, weights), weights, cache[i], inputs.for_layer(i)
+            )
+            if i == self.n_layers - 1 and inputs.output_ids.shape != inputs.positions.shape:
+                # After the last attention, only the tokens with an output matter.
+                part, x = ops.get_rows(part, inputs.output_ids), ops.get_rows(x, inputs.output_ids)
+            x = self.add(f"blk.{i}.post_attention_norm", x, inputs.all_reduced("attention", part), weights)
             part = self.feed_forward(i, self.norm(f"blk.{i}.ffn_norm", x, weights), weights)
-            x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.added("feed_forward", part), weights)
+            x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.all_reduced("feed_forward", part), weights)
             x.name = f"layer {i}"
         return x
 
-    def finish(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def final_norm(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return self.norm("output_norm", x, weights)
 
     def tensor_parallel(self, n: int, *, whole_attention: bool = False) -> TensorParallelSpec:
-        """Each device has some KV heads with their query heads, and columns of the feed-forward part.
+        """Divide the KV heads, with their query heads, and the feed-forward columns among ``n`` devices.
 
-        Where there are fewer KV heads than devices, attention is computed by all of them.
+        With fewer KV heads than devices, each device computes the whole attention.
         """
-        cuts: dict[str, ShardSpec] = {"output.weight": ROWS}
-        columns = self.n_heads // self.n_kv_heads * self.v_size  # of attn_output, to a KV head
-        whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that make whole blocks
+        shards: dict[str, ShardSpec] = {"output.weight": ROWS}
+        columns = self.n_heads // self.n_kv_heads * self.v_size  # columns of attn_output for one KV head
+        whole = lcm(self._block("attn_output"), columns) // columns  # KV heads that fill whole quantization blocks
         heads: tuple[int, ...] = ()
         if not whole_attention and -(-self.n_kv_heads // whole) >= n:
             heads = split_evenly(self.n_kv_heads, n, whole=whole)
-            cuts |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
-            cuts["*.attn_output.weight"] = COLUMNS.of(*heads)
+            shards |= {f"*.attn_{x}.{kind}": ROWS.of(*heads) for x in "qkv" for kind in ("weight", "bias")}
+            shards["*.attn_output.weight"] = COLUMNS.of(*heads)
         what = f"{self.file.path}: the feed-forward part"
         parts = split_evenly(self.n_ff // self._block("ffn_down"), n, what)
-        cuts |= {"*.ffn_gate.weight": ROWS.of(*parts), "*.ffn_up.weight": ROWS.of(*parts)}
-        cuts["*.ffn_down.weight"] = COLUMNS.of(*parts)
-        return TensorParallelSpec(cuts, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
+        shards |= {"*.ffn_gate.weight": ROWS.of(*parts), "*.ffn_up.weight": ROWS.of(*parts)}
+        shards["*.ffn_down.weight"] = COLUMNS.of(*parts)
+        return TensorParallelSpec(shards, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
 
     def _block(self, name: str) -> int:
-        """Columns of a weight that stay together, in all layers."""
-        return lcm(*(block_size(self.info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
+        """Return the number of columns of a weight that one device must hold together, over all layers."""
+        return lcm(*(block_size(self.tensor_info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         return ops.get_rows(weights["token_embd.weight"], inputs.tokens)
 
     def norm(self, name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """``x`` divided by the root of the mean square of its last axis, times the weight of that name."""
+        """Divide ``x`` by the root mean square of its last axis, and multiply it by the weight of that name."""
         return ops.mul(ops.rms_norm(x, self.eps), weights[f"{name}.weight"])
 
     def add(self, post_norm: str, x: Tensor, part: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Tokens ``x`` and what a part of a layer adds to them, which goes through a norm in some architectures."""
+        """Add to the tokens ``x`` what a part of a layer computed, normalized first in some architectures."""
         return ops.add(x, self.norm(post_norm, part, weights) if self.post_norms else part)
 
     def is_local(self, i: int) -> bool:
-        """Whether layer ``i`` looks back at :attr:`window` tokens only."""
+        """Return True if layer ``i`` attends to the last :attr:`window` tokens only."""
         return False
 
     def layer_rope(self, i: int) -> Rope:
-        """How layer ``i`` rotates."""
+        """Return the rotary embedding of layer ``i``."""
         return self.rope
 
     def attention(self, i: int, h: Tensor, weights: Mapping[str, Tensor], cache: LayerCache, inputs: Inputs) -> Tensor:
-        """What the attention of layer ``i`` adds to the tokens.
+        """Compute what the attention of layer ``i`` adds to the tokens.
 
         Parameters
         ----------
         h
             Normalized tokens, ``(n, n_embd)``.
         weights
-            Those of the layer; with rows of ``attn_q``, ``attn_k`` and ``attn_v``, and columns of ``attn_output``, for
-            some of the heads only, the sum is over these.
+            Weights of the layer. They may be a shard: rows of ``attn_q``, ``attn_k`` and ``attn_v``, and columns of
+            ``attn_output``, for some of the heads. The result is then the contribution of these heads.
         cache
-            The layer's, for as many heads.
+            Cache of the layer, for the same heads.
 
         Returns
         -------
@@ -251,40 +257,40 @@ class Decoder(Architecture):
         Raises
         ------
         ValueError
-            If the layer has a sliding window, and ``inputs`` no mask for it.
+            If the layer has a sliding window, but ``inputs`` has no mask for it.
         """
         n = h.shape[0]
-        mask = inputs.near if self.is_local(i) else inputs.mask
+        mask = inputs.window_mask if self.is_local(i) else inputs.mask
         if mask is None:
-            raise ValueError(f"layer {i} has a sliding window of {self.window} tokens: inputs.near must be given")
+            raise ValueError(f"layer {i} has a sliding window of {self.window} tokens: set inputs.window_mask")
         q = self._heads(i, "attn_q", h, weights, inputs)
         k = self._heads(i, "attn_k", h, weights, inputs)
-        # A view, not a reshape: from the rotation, over the view, into the cache is one step for the Vulkan backend.
-        k = _cached(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs.rows, mask)
+        # The Vulkan backend fuses rotation, view and write to the cache into one step, but not with a reshape.
+        k = _store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs.kv_slots, mask)
         v = self._project(i, "attn_v", h, weights)
         q = ops.permute(q, (1, 0, 2))
-        if cache.across:
-            v = _cached_across(cache.v, v, self.v_size, inputs.rows, mask)
+        if cache.v_transposed:
+            v = _store_transposed(cache.v, v, self.v_size, inputs.kv_slots, mask)
             scores = ops.mul_mat(k, q)
             if self.attention_cap:
                 scores = ops.scale(ops.tanh(ops.scale(scores, self.scale / self.attention_cap)), self.attention_cap)
             p = ops.soft_max_ext(scores, mask, scale=1.0 if self.attention_cap else self.scale)
             out = ops.cont(ops.permute(ops.mul_mat(v, p), (1, 0, 2)))
         else:
-            v = _cached(cache.v, v, self.v_size, inputs.rows, mask)
+            v = _store(cache.v, v, self.v_size, inputs.kv_slots, mask)
             out = ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], ops.reshape(out, (n, -1)))
 
     def feed_forward(self, i: int, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """What the feed-forward part of layer ``i`` adds to the tokens.
+        """Compute what the feed-forward part of layer ``i`` adds to the tokens.
 
         Parameters
         ----------
         h
             Normalized tokens, ``(n, n_embd)``.
         weights
-            Those of the layer; with some of the rows of ``ffn_gate`` and ``ffn_up``, and the same columns of
-            ``ffn_down``, the sum is over these.
+            Weights of the layer. They may be a shard: some rows of ``ffn_gate`` and ``ffn_up``, and the same columns of
+            ``ffn_down``. The result is then the contribution of these.
 
         Returns
         -------
@@ -296,32 +302,32 @@ class Decoder(Architecture):
         return ops.mul_mat(weights[f"blk.{i}.ffn_down.weight"], self.gated(gate, up))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """The gated linear unit of the feed-forward part."""
+        """Apply the gated linear unit of the feed-forward part."""
         return ops.swiglu_split(gate, up)
 
     def _project(self, i: int, name: str, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         return ops.linear(h, weights[f"blk.{i}.{name}.weight"], weights.get(f"blk.{i}.{name}.bias"))
 
     def _heads(self, i: int, name: str, h: Tensor, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        """Queries or keys ``(n, heads, head_size)``, rotated."""
+        """Compute the rotated queries or keys, ``(n, heads, head_size)``."""
         x = ops.reshape(self._project(i, name, h, weights), (h.shape[0], -1, self.head_size))
         if self.head_norms:
             x = self.norm(f"blk.{i}.{name}_norm", x, weights)
         return self.layer_rope(i)(x, inputs.positions, weights.get("rope_freqs.weight"))
 
 
-def _cached(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
-    """Write ``new`` (n, heads * head_size) into the cache; what the tokens may look at, as (heads, n_kv, head_size)."""
+def _store(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
+    """Write ``new`` (n, heads * head_size) into the cache, and return the slots in use as (heads, n_kv, head_size)."""
     written = ops.set_rows(cache, new, rows)
     heads = new.shape[1] // head_size
     strides = (cache.nb[1], dtypes.row_size(cache.dtype, head_size), dtypes.type_size(cache.dtype))
     return ops.permute(ops.view(written, (mask.shape[1], heads, head_size), strides=strides), (1, 0, 2))
 
 
-def _cached_across(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
-    """As :func:`_cached` for a cache ``(size, n_ctx)``: what the tokens may look at, as (heads, head_size, n_kv)."""
+def _store_transposed(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
+    """Do as :func:`_store` for a cache ``(size, n_ctx)``, and return the slots in use as (heads, head_size, n_kv)."""
     (n, size), (_, n_ctx) = new.shape, cache.shape
-    # Each element is a row of its own, and each of `size` blocks of rows takes its elements at the same row numbers.
+    # set_rows writes whole rows: here each element is a row, and all `size` blocks use the same row numbers.
     elements = ops.view(new, (size, n, 1), strides=(new.nb[0], new.nb[1], new.nb[0]))
     written = ops.set_rows(ops.reshape(cache, (size, n_ctx, 1), ctx=new.context), elements, rows)
     strides = (head_size * cache.nb[1], cache.nb[1], cache.nb[0])

@@ -1,6 +1,6 @@
-"""The gemma3 architecture: most layers look back at a window of tokens, every sixth at all of them; GeGLU.
+"""Gemma 3: sliding-window attention in most layers, full attention in every sixth, and GeGLU.
 
-Its norms multiply by ``1 + weight``; files in GGUF hold that sum, so that here they are norms like others.
+Gemma's norms multiply by ``1 + weight``. GGUF files hold that sum, so the norms here are ordinary ones.
 Source: Gemma Team, Gemma 3 Technical Report, 2025.
 """
 
@@ -18,8 +18,8 @@ from ggml_cffi.models.architectures.base import Inputs, Metadata
 from ggml_cffi.models.architectures.decoder import Decoder, Rope
 from ggml_cffi.ops import RopeMode
 
-_PATTERN = 6  # layers from one that looks at all tokens to the next, where the file does not say
-_LAYERS_27B = 62  # this size divides the scores by another root than the others; no key of a file tells
+_PATTERN = 6  # default distance from one layer with full attention to the next
+_LAYERS_27B = 62  # the 27B model scales its scores differently, and only its number of layers identifies it
 
 
 class Gemma3(Decoder):
@@ -34,26 +34,28 @@ class Gemma3(Decoder):
         super().read(meta)
         if self.n_layers == _LAYERS_27B and not meta.get("attention.scale", float, 0.0):
             self.scale = 1.0 / sqrt(self.n_embd // self.n_heads)
-        self.attention_cap = meta.at_least_0("attn_logit_softcapping", 0.0)
-        self.logit_cap = meta.at_least_0("final_logit_softcapping", 0.0)
+        self.attention_cap = meta.nonnegative("attn_logit_softcapping", 0.0)
+        self.logit_cap = meta.nonnegative("final_logit_softcapping", 0.0)
         self.window = meta.get("attention.sliding_window", int, 0)
         if not 0 <= self.window < 2**31:
-            raise FormatError(f"{self.file.path}: a sliding window of {self.window} tokens cannot be")
+            raise FormatError(f"{self.file.path}: the sliding window of {self.window} tokens is impossible")
         self._read_pattern(meta)
-        # Windows are short: their positions need no scaling.
-        base = meta.at_least_0("rope.freq_base_swa", 0.0) or 10000.0
+        # A window is shorter than the context in training, so its positions need no scaling.
+        base = meta.nonnegative("rope.freq_base_swa", 0.0) or 10000.0
         self.local_rope = Rope(self.rope_mode, self.rope.n_dims, base)
 
     def _read_pattern(self, meta: Metadata) -> None:
         key = "attention.sliding_window_pattern"
         given = meta.file.metadata.get(f"{self.name}.{key}")
         self._local: list[bool] | None = None
-        if isinstance(given, list | np.ndarray):  # for each layer, whether it is local
+        if isinstance(given, list | np.ndarray):  # one flag per layer
             self._local = [bool(local) for local in given]
             if len(self._local) != self.n_layers:
-                raise FormatError(f"{self.file.path}: {self.name}.{key} is for {len(given)} layers of {self.n_layers}")
+                raise FormatError(
+                    f"{self.file.path}: {self.name}.{key} has {len(given)} flags for {self.n_layers} layers"
+                )
         else:
-            self._period = meta.positive(key, _PATTERN)
+            self._period = meta.positive_int(key, _PATTERN)
 
     def is_local(self, i: int) -> bool:
         if not self.window:

@@ -1,6 +1,7 @@
-"""The llama architecture: RMS norm, rotary positions, grouped-query attention, SwiGLU.
+"""Llama: RMS norm, rotary positions, grouped-query attention, SwiGLU.
 
-Source: Touvron et al., LLaMA, 2023. SmolLM2, Llama 2 and 3, Mistral and many others are of this kind.
+Llama 2 and 3, SmolLM2, Mistral and many other models use this architecture.
+Source: Touvron et al., LLaMA, 2023.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The qwen2 architecture: llama with biases for queries, keys and values, and another order of rotated elements.
+"""Qwen 2 and 2.5: llama with biases for queries, keys and values, and other pairs of rotated elements.
 
-Source: Yang et al., Qwen2 Technical Report, 2024. Qwen 2 and 2.5.
+Source: Yang et al., Qwen2 Technical Report, 2024.
 """
 
 from __future__ import annotations

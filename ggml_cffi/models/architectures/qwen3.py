@@ -1,6 +1,6 @@
-"""The qwen3 architecture: qwen2 with normalized queries and keys in place of their biases.
+"""Qwen 3 without experts: qwen2 with normalized queries and keys in place of their biases.
 
-Source: Yang et al., Qwen3 Technical Report, 2025. Its models without experts.
+Source: Yang et al., Qwen3 Technical Report, 2025.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opening a model: which architecture a file has, and the backends of the devices that were asked for."""
+"""Registry of the architectures, and the context length of a model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from ggml_cffi.models.architectures.llama import Llama
 from ggml_cffi.models.architectures.qwen2 import Qwen2
 from ggml_cffi.models.architectures.qwen3 import Qwen3
 
-#: Architectures by their name in GGUF. A new one is one more file, and a line here.
-ARCHITECTURES: dict[str, type[Architecture]] = {cls.name: cls for cls in (Bert, Gemma3, Llama, Qwen2, Qwen3)}
+#: Architectures by their name in GGUF. A new architecture is one file in this folder and one line here.
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "bert": Bert,
+    "gemma3": Gemma3,
+    "llama": Llama,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+}
 
 _DEFAULT_CTX = 4096
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
-    """The architecture of a model file, checked.
+    """Return the architecture of a model file, after checks of its metadata and tensors.
 
     Raises
     ------
     FormatError
-        If it is none that is known, or the file lacks something.
+        If the architecture is unknown, or the file lacks a key or a tensor.
     """
     name: Any = file.metadata.get("general.architecture")
     cls = ARCHITECTURES.get(name) if isinstance(name, str) else None
@@ -36,12 +42,12 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def context_of(architecture: Architecture, n_ctx: int | None) -> int:
-    """The context to use: ``n_ctx``, by default what the model was trained for, at most 4096.
+    """Return the context length to use: ``n_ctx``, by default the length in training, at most 4096.
 
     Raises
     ------
     ValueError
-        If it is larger than what the model was trained for, or not positive.
+        If ``n_ctx`` is larger than the length in training, or not positive.
     """
     limit = architecture.n_ctx_train
     if n_ctx is not None and not 1 <= n_ctx <= limit:

@@ -1,4 +1,4 @@
-"""BERT and its sentence encoders: from Hugging Face's names and files to GGUF's."""
+"""Conversion of BERT and its sentence encoders: tensor names, sizes, pooling and WordPiece vocabulary."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from ggml_cffi.errors import FormatError
-from ggml_cffi.models.architectures.bert import LONGEST_TEXT
-from ggml_cffi.models.convert.huggingface import Family, Metadata, Source
+from ggml_cffi.models.architectures.bert import MAX_SEQUENCE_LENGTH
+from ggml_cffi.models.convert.huggingface import HuggingFaceFolder, Metadata, ModelFamily
 
 _NAMES = {
     "embeddings.word_embeddings": "token_embd",
@@ -26,50 +26,50 @@ _NAMES = {
 _POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}
 _WORD = "\u2581"
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
-#: GGUF's keys of the tokens that have a purpose, with the texts that such tokens have unless a file says otherwise.
+#: Special tokens: the default text of each, and its keys in GGUF.
 _SPECIAL = {
     "cls": ("[CLS]", ("bos_token_id", "cls_token_id")),
-    "sep": ("[SEP]", ("eos_token_id", "seperator_token_id")),  # GGUF's spelling
+    "sep": ("[SEP]", ("eos_token_id", "seperator_token_id")),  # "seperator" is the spelling in GGUF
     "unk": ("[UNK]", ("unknown_token_id",)),
     "pad": ("[PAD]", ("padding_token_id",)),
     "mask": ("[MASK]", ("mask_token_id",)),
 }
 
 
-def _metadata(source: Source) -> Metadata:
-    source.must("hidden_act", "gelu", None)
-    source.must("position_embedding_type", "absolute", None)
+def _metadata(source: HuggingFaceFolder) -> Metadata:
+    source.require("hidden_act", "gelu", None)
+    source.require("position_embedding_type", "absolute", None)
     sizes = {
-        "bert.block_count": source.size("num_hidden_layers"),
-        "bert.context_length": source.size("max_position_embeddings"),
-        "bert.embedding_length": source.size("hidden_size"),
-        "bert.feed_forward_length": source.size("intermediate_size"),
-        "bert.attention.head_count": source.size("num_attention_heads"),
+        "bert.block_count": source.positive_int("num_hidden_layers"),
+        "bert.context_length": source.positive_int("max_position_embeddings"),
+        "bert.embedding_length": source.positive_int("hidden_size"),
+        "bert.feed_forward_length": source.positive_int("intermediate_size"),
+        "bert.attention.head_count": source.positive_int("num_attention_heads"),
         "bert.attention.layer_norm_epsilon": float(source.config.get("layer_norm_eps", 1e-12)),
         "bert.attention.causal": False,
-        "tokenizer.ggml.token_type_count": source.size("type_vocab_size"),
+        "tokenizer.ggml.token_type_count": source.positive_int("type_vocab_size"),
     }
     return sizes | _sentence_encoder(source) | _vocabulary(source)
 
 
-def _sentence_encoder(source: Source) -> Metadata:
-    """What makes a sentence encoder of an encoder: how tokens are pooled, and where texts are cut."""
+def _sentence_encoder(source: HuggingFaceFolder) -> Metadata:
+    """Return the metadata of a sentence encoder: how tokens are pooled, and where texts are truncated."""
     found: Metadata = {}
     for module in source.json("modules.json") or ():
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
             found["bert.pooling_type"] = _pooling(source, module["path"])
         elif kind not in ("Transformer", "Normalize"):
-            raise FormatError(f"{source.folder / 'modules.json'}: GGUF has no place for a {kind} module")
+            raise FormatError(f"{source.folder / 'modules.json'}: GGUF cannot describe a {kind} module")
     longest = (source.json("sentence_bert_config.json") or {}).get("max_seq_length")
     if longest is not None:
-        found[LONGEST_TEXT] = int(longest)
+        found[MAX_SEQUENCE_LENGTH] = int(longest)
     return found
 
 
-def _pooling(source: Source, folder: str) -> int:
+def _pooling(source: HuggingFaceFolder, folder: str) -> int:
     config = source.json(f"{folder}/config.json") or {}
-    # One name, or as earlier versions wrote it, a switch for each way.
+    # Newer versions of sentence-transformers write one name, older ones a flag for each way of pooling.
     name = config.get("pooling_mode")
     names = [name] if isinstance(name, str) else [k for k, on in config.items() if on and k.startswith("pooling_mode_")]
     ways = [n.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for n in names]
@@ -78,17 +78,19 @@ def _pooling(source: Source, folder: str) -> int:
     return _POOLINGS[ways[0]]
 
 
-def _vocabulary(source: Source) -> Metadata:
-    """WordPiece as GGUF has it: the beginning of a word is marked, where Hugging Face marks what continues one."""
+def _vocabulary(source: HuggingFaceFolder) -> Metadata:
+    """Return the WordPiece vocabulary as GGUF stores it: GGUF marks the first token of a word, Hugging Face the tokens
+    after it.
+    """
     whole, settings = source.json("tokenizer.json") or {}, source.json("tokenizer_config.json") or {}
     added = {entry["content"]: entry for entry in whole.get("added_tokens", ())}
     ids: dict[str, int] = {**_words(source, whole), **{text: entry["id"] for text, entry in added.items()}}
     named = {name: _special_text(source, name) for name in _SPECIAL}
     special = {*named.values(), *(text for text, entry in added.items() if entry.get("special"))}
-    purposes = [(text, key) for name, text in named.items() for key in _SPECIAL[name][1]]
-    n = source.size("vocab_size")
+    special_keys = [(text, key) for name, text in named.items() for key in _SPECIAL[name][1]]
+    n = source.positive_int("vocab_size")
     if max(ids.values()) >= n:
-        raise FormatError(f"{source.folder}: a token has the id {max(ids.values())}, but the model has {n} tokens")
+        raise FormatError(f"{source.folder}: token id {max(ids.values())} is too large: the model has {n} tokens")
     texts, types = [f"[PAD{i}]" for i in range(n)], [_UNUSED] * n
     for text, i in ids.items():
         bare = text in special or (text[:1], text[-1:]) == ("[", "]")
@@ -104,12 +106,12 @@ def _vocabulary(source: Source) -> Metadata:
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.normalizer.lowercase": bool(lower),
         "tokenizer.ggml.normalizer.strip_accents": bool(lower if strip is None else strip),
-        **{f"tokenizer.ggml.{key}": ids[text] for text, key in purposes if text in ids},
+        **{f"tokenizer.ggml.{key}": ids[text] for text, key in special_keys if text in ids},
     }
 
 
-def _words(source: Source, tokenizer: Metadata) -> dict[str, int]:
-    """Every token's id, but for those that were added."""
+def _words(source: HuggingFaceFolder, tokenizer: Metadata) -> dict[str, int]:
+    """Return the id of every token of the vocabulary, without the added tokens."""
     if not tokenizer:
         path = source.folder / "vocab.txt"
         if not path.is_file():
@@ -122,8 +124,8 @@ def _words(source: Source, tokenizer: Metadata) -> dict[str, int]:
     return words
 
 
-def _special_text(source: Source, name: str) -> str:
-    """The text of the token for a purpose, as the tokenizer's files say."""
+def _special_text(source: HuggingFaceFolder, name: str) -> str:
+    """Return the text of the special token ``name``, such as ``cls``, from the tokenizer's files."""
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         entry = (source.json(file) or {}).get(f"{name}_token")
         text = entry.get("content") if isinstance(entry, dict) else entry
@@ -132,12 +134,12 @@ def _special_text(source: Source, name: str) -> str:
     return _SPECIAL[name][0]
 
 
-BERT = Family(
+BERT = ModelFamily(
     architecture="bert",
     names=_NAMES,
-    # The pooler and the heads are for other tasks than embeddings.
-    dropped=re.compile(r"pooler\.|cls\.|embeddings\.position_ids$"),
+    # Only tasks other than embeddings use the pooler and the heads.
+    ignored=re.compile(r"pooler\.|cls\.|embeddings\.position_ids$"),
     metadata=_metadata,
     prefix="bert.",
-    exact=frozenset({"position_embd.weight", "token_types.weight"}),
+    always_f32=frozenset({"position_embd.weight", "token_types.weight"}),
 )

@@ -1,4 +1,4 @@
-"""What a conversion is made of: a Hugging Face folder, and what one family of models needs."""
+"""A Hugging Face folder as the source of a conversion, and the description of a model family."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.safetensors import SafetensorsFile, from_safetensors
 
-#: Key to value, as GGUF's metadata.
+#: GGUF metadata: key to value.
 Metadata = dict[str, Any]
 
 
-class Source:
+class HuggingFaceFolder:
     """A Hugging Face folder.
 
     Raises
@@ -27,18 +27,18 @@ class Source:
     FileNotFoundError
         If there is no such folder, or no ``config.json`` in it.
     FormatError
-        If that is not JSON.
+        If ``config.json`` is not JSON.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         config = self.json("config.json")
         if config is None:
-            raise FileNotFoundError(f"{self.folder} has no config.json: a folder of a Hugging Face model is needed")
+            raise FileNotFoundError(f"{self.folder} has no config.json: give the folder of a Hugging Face model")
         self.config: dict[str, Any] = config
 
     def json(self, name: str) -> Any:
-        """The content of a JSON file, None if there is no such file."""
+        """Return the content of a JSON file; None if the folder has no such file."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -47,29 +47,31 @@ class Source:
         except ValueError as error:
             raise FormatError(f"{path} is not JSON: {error}") from None
 
-    def size(self, key: str) -> int:
-        """A positive integer from ``config.json``."""
+    def positive_int(self, key: str) -> int:
+        """Return a positive integer from ``config.json``."""
         value = self.config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise FormatError(f"{self.folder / 'config.json'}: {key!r} is {value!r}, not a positive number")
         return value
 
-    def must(self, key: str, *allowed: Any) -> None:
-        """Refuse a setting of ``config.json`` that GGUF cannot say. None among the allowed means that it may lack."""
+    def require(self, key: str, *allowed: Any) -> None:
+        """Raise FormatError unless a setting of ``config.json`` has one of the allowed values. None stands for a
+        missing setting.
+        """
         value = self.config.get(key)
         if value not in allowed:
             known = ", ".join(repr(a) for a in allowed if a is not None)
             raise FormatError(f"{self.folder / 'config.json'}: {key} {value!r} is not supported; {known} is")
 
     def weights(self) -> SafetensorsFile:
-        """The tensors, by name.
+        """Open the tensors, by name.
 
         Raises
         ------
         FileNotFoundError
-            If there are none.
+            If the folder has no safetensors file.
         FormatError
-            If they are not in safetensors files.
+            If a file is not valid.
         """
         for name in ("model.safetensors.index.json", "model.safetensors"):
             if (self.folder / name).is_file():
@@ -78,32 +80,32 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Family:
-    """How one family of models is converted."""
+class ModelFamily:
+    """Description of a model family: how its tensors and metadata are converted."""
 
     architecture: str
     """``general.architecture``."""
     names: Mapping[str, str]
-    """The model's names of tensors to GGUF's, without ``.weight`` and ``.bias``; ``{}`` is the layer."""
-    dropped: re.Pattern[str]
-    """Tensors that are of no use."""
-    metadata: Callable[[Source], Metadata]
-    """Sizes and vocabulary."""
+    """Tensor names of the model to those of GGUF, without ``.weight`` and ``.bias``; ``{}`` is the layer."""
+    ignored: re.Pattern[str]
+    """Names of the tensors that the architecture does not use."""
+    metadata: Callable[[HuggingFaceFolder], Metadata]
+    """Function that returns sizes and vocabulary."""
     prefix: str = ""
-    """What names begin with in some models of the family."""
-    exact: frozenset[str] = frozenset()
-    """GGUF names of tables that stay F32 whatever type is chosen."""
+    """Prefix that tensor names have in some models of the family."""
+    always_f32: frozenset[str] = frozenset()
+    """GGUF names of tables that stay F32 whatever the chosen type."""
 
     def rename(self, name: str) -> str | None:
-        """GGUF's name of a tensor; None if it is dropped.
+        """Return the name of a tensor in GGUF; None if the tensor is ignored.
 
         Raises
         ------
         FormatError
-            If the name is unknown: a model is not converted in part.
+            If the name is unknown: a model without one of its tensors would give wrong answers.
         """
         short = name.removeprefix(self.prefix)
-        if self.dropped.match(short):
+        if self.ignored.match(short):
             return None
         stem, _, kind = short.rpartition(".")
         layer = re.search(r"\.(\d+)\.", stem)
@@ -114,7 +116,7 @@ class Family:
         return f"{known.format(layer and layer[1])}.{kind}"
 
     def type_of(self, name: str, shape: tuple[int, ...], chosen: Type) -> Type:
-        """The type to store a tensor in: matrices as chosen, vectors and small tables exact."""
-        if len(shape) < 2 or name in self.exact:
+        """Return the type to store a tensor in: ``chosen`` for matrices, F32 for vectors and small tables."""
+        if len(shape) < 2 or name in self.always_f32:
             return Type.F32
         return Type.F16 if shape[-1] % dtypes.block_size(chosen) else chosen

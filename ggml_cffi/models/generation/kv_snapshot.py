@@ -1,4 +1,4 @@
-"""What the KV cache holds, to a file and back."""
+"""Snapshots of the KV cache: kept sequences, with their keys and values, to a GGUF file and back."""
 
 from __future__ import annotations
 
@@ -17,165 +17,179 @@ from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.files.gguf.writer import write_gguf
 from ggml_cffi.models.architectures.base import LayerCache
-from ggml_cffi.models.generation.batcher import Generator
+from ggml_cffi.models.generation.batcher import Batcher
 
-_KIND = "ggml_cffi.kv_cache"
+_PREFIX = "ggml_cffi.kv_cache"
 Bytes = npt.NDArray[np.uint8]
 
-#: Where a text is: the generator that keeps it, the rows of its cache, the tokens.
-_Text = tuple[Generator, npt.NDArray[np.int64], list[int]]
+#: A kept sequence: its batcher, its slots in the order of its tokens, its token ids.
+_Kept = tuple[Batcher, npt.NDArray[np.int64], list[int]]
 
 
-def save(generators: Sequence[Generator], path: str | os.PathLike[str]) -> int:
-    """Write the texts that are kept in the caches of a model's replicas, the latest last; the number of their tokens.
+def save(batchers: Sequence[Batcher], path: str | os.PathLike[str]) -> int:
+    """Write the kept sequences of a model's replicas, the latest last, and return the number of their tokens.
 
-    A GGUF file: for text ``i`` its tokens ``i.tokens`` ``(n,)``, and for each layer the stored bytes of its keys and
-    values, ``i.k.LAYER`` and ``i.v.LAYER``, as I8 ``(n, bytes of a token)``.
+    The file is GGUF. It has for sequence ``i`` the token ids ``i.tokens`` ``(n,)``, and for each layer the stored bytes
+    of keys and values, ``i.k.LAYER`` and ``i.v.LAYER``, as I8 ``(n, bytes of a token)``.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
     """
-    texts: list[_Text] = []
+    kept: list[_Kept] = []
     with ExitStack() as stack:
-        for generator in generators:
-            stack.enter_context(generator.lock)
-            generator.settle()
-            texts += [(generator, generator.cells.rows(sequence), ids) for sequence, ids in generator.kept.items()]
-        metadata = _description(generators[0]) | {f"{_KIND}.texts": len(texts)}
-        write_gguf(path, metadata, _contents(texts))
-    return sum(len(ids) for *_, ids in texts)
+        for batcher in batchers:
+            cache = stack.enter_context(batcher.exclusive())
+            kept += [(batcher, cache.slots.slots_of(cache_id), ids) for cache_id, ids in cache.kept.items()]
+        metadata = _fingerprint(batchers[0]) | {f"{_PREFIX}.texts": len(kept)}
+        write_gguf(path, metadata, _contents(kept))
+    return sum(len(ids) for *_, ids in kept)
 
 
-def load(generator: Generator, path: str | os.PathLike[str]) -> int:
-    """Put the texts of a file into the cache, and keep them; the number of their tokens.
+def load(batcher: Batcher, path: str | os.PathLike[str]) -> int:
+    """Read sequences into the cache, keep them there, and return the number of their tokens.
 
     Raises
     ------
     FormatError
-        If the file was not written by :func:`save`, or by another model, or with another type of cache.
+        If :func:`save` did not write the file, or another model did, or the cache has another type.
     ValueError
-        If the cache is too small.
+        If the cache has too few slots.
     """
-    with GGUFFile(path) as file, generator.lock:
-        for key, value in _description(generator).items():
+    with GGUFFile(path) as file, batcher.exclusive() as cache:
+        for key, value in _fingerprint(batcher).items():
             found = file.metadata.get(key)
             if found != value:
-                raise FormatError(f"{path}: not this model's cache: {key} is {found!r}, not {value!r}")
-        texts = [_tokens(file, i, generator) for i in range(_count(file))]
-        n = sum(len(ids) for ids in texts)
-        if n > len(generator.cells):
-            raise ValueError(f"{path} holds {n} tokens; the cache has room for {len(generator.cells)}")
-        for i, ids in enumerate(texts):
-            sequence = generator.free_rows(len(ids))
-            rows = generator.cells.take(sequence, 0, len(ids))
+                raise FormatError(f"{path} is no snapshot of this model's KV cache: {key} is {found!r}, not {value!r}")
+        sequences = [_tokens(file, i, batcher) for i in range(_count(file))]
+        n = sum(len(ids) for ids in sequences)
+        if n > len(cache.slots):
+            raise ValueError(
+                f"{path} holds {n} tokens, and the KV cache has {len(cache.slots)} slots: load the model with a larger "
+                f"n_ctx"
+            )
+        for i, ids in enumerate(sequences):
+            cache_id = batcher.allocate(len(ids))
+            slots = cache.slots.allocate(cache_id, 0, len(ids))
             try:
-                for name, caches, part in _parts(generator, i):
-                    _spread(caches, part, rows, _stored(file, name, len(ids)))
+                for name, caches, part in _parts(batcher, i):
+                    _write(caches, part, slots, _stored(file, name, len(ids)))
             except BaseException:
-                generator.cells.drop(sequence)
+                cache.slots.release(cache_id)
                 raise
-            generator.kept[sequence] = ids
+            cache.kept[cache_id] = ids
     return n
 
 
-def _description(generator: Generator) -> dict[str, Any]:
-    """What must be the same for a cache to make sense."""
-    architecture, cache = generator.runner.architecture, generator.runner.caches[0][0]
+def _fingerprint(batcher: Batcher) -> dict[str, Any]:
+    """Return the metadata in which a file and a model must agree."""
+    architecture, cache = batcher.runner.architecture, batcher.cache.layers[0][0]
     return {
         "general.architecture": architecture.name,
-        f"{_KIND}.version": 1,
-        f"{_KIND}.layers": architecture.n_layers,
-        f"{_KIND}.key_type": cache.k.dtype.name,
-        f"{_KIND}.value_type": cache.v.dtype.name,
-        f"{_KIND}.key_size": architecture.kv_sizes[0],
-        f"{_KIND}.value_size": architecture.kv_sizes[1],
-        f"{_KIND}.vocabulary": architecture.n_vocab,
+        f"{_PREFIX}.version": 1,
+        f"{_PREFIX}.layers": architecture.n_layers,
+        f"{_PREFIX}.key_type": cache.k.dtype.name,
+        f"{_PREFIX}.value_type": cache.v.dtype.name,
+        f"{_PREFIX}.key_size": architecture.kv_sizes[0],
+        f"{_PREFIX}.value_size": architecture.kv_sizes[1],
+        f"{_PREFIX}.vocabulary": architecture.n_vocab,
     }
 
 
 def _count(file: GGUFFile) -> int:
-    count = file.metadata.get(f"{_KIND}.texts")
+    """Return the number of sequences in a file."""
+    count = file.metadata.get(f"{_PREFIX}.texts")
     if not isinstance(count, int) or not 0 <= count <= len(file.tensors):
-        raise FormatError(f"{file.path}: {_KIND}.texts is {count!r}, not a number of texts")
+        raise FormatError(f"{file.path}: {_PREFIX}.texts is {count!r}, not the number of sequences in the file")
     return count
 
 
-def _tokens(file: GGUFFile, i: int, generator: Generator) -> list[int]:
+def _tokens(file: GGUFFile, i: int, batcher: Batcher) -> list[int]:
+    """Return the token ids of sequence ``i``, checked."""
     if f"{i}.tokens" not in file.tensors:
-        raise FormatError(f"{file.path}: text {i} has no tokens")
+        raise FormatError(f"{file.path}: sequence {i} has no tokens")
     ids = file.array(f"{i}.tokens")
-    n_vocab = generator.runner.architecture.n_vocab
+    n_vocab = batcher.runner.architecture.n_vocab
     if ids.dtype != np.int32 or ids.ndim != 1 or ids.min() < 0 or ids.max() >= n_vocab:
-        raise FormatError(f"{file.path}: the tokens of text {i} are none of this model")
+        raise FormatError(f"{file.path}: the tokens of sequence {i} are not ids from 0 to {n_vocab - 1}")
     found: list[int] = ids.tolist()
     return found
 
 
 def _stored(file: GGUFFile, name: str, n: int) -> Bytes:
+    """Return the bytes of a tensor of ``n`` tokens: ``(n, bytes of a token)``."""
     info = file.tensors.get(name)
     if info is None or len(info.shape) != 2 or info.shape[0] != n:
-        raise FormatError(f"{file.path}: {name!r} is missing, or is not of {n} tokens")
+        raise FormatError(f"{file.path}: tensor {name!r} is missing, or does not have {n} rows")
     return file.raw(name).reshape(n, -1)
 
 
-def _parts(generator: Generator, i: int) -> Iterator[tuple[str, list[Sequence[LayerCache]], str]]:
-    """Keys and values of each layer: the name in the file, and the caches that hold them, those together that hold
-    the same heads. Of several devices each has some heads, or has all where there are fewer heads than devices.
+def _parts(batcher: Batcher, i: int) -> Iterator[tuple[str, list[Sequence[LayerCache]], str]]:
+    """Yield for keys and values of each layer the tensor's name in the file, the caches, and ``"k"`` or ``"v"``.
+
+    Caches with the same heads stand together. Each of several devices has some of the heads, or has all heads where
+    there are fewer heads than devices.
     """
-    for layer, caches in enumerate(generator.runner.caches):
-        for part, size in zip("kv", generator.runner.architecture.kv_sizes, strict=True):
-            cut = sum(_width(cache, part) for cache in caches) == size
-            yield f"{i}.{part}.{layer}", [[cache] for cache in caches] if cut else [caches], part
+    for layer, caches in enumerate(batcher.cache.layers):
+        for part, size in zip("kv", batcher.runner.architecture.kv_sizes, strict=True):
+            divided = sum(_width(cache, part) for cache in caches) == size
+            yield f"{i}.{part}.{layer}", [[cache] for cache in caches] if divided else [caches], part
 
 
 def _width(cache: LayerCache, part: str) -> int:
-    """Elements of a token's keys or values."""
-    return cache.k.shape[1] if part == "k" else cache.v.shape[0 if cache.across else 1]
+    """Return the elements of one token's keys or values."""
+    return cache.k.shape[1] if part == "k" else cache.v.shape[0 if cache.v_transposed else 1]
 
 
-def _contents(texts: list[_Text]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    for i, (generator, rows, ids) in enumerate(texts):
+def _contents(kept: list[_Kept]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield the tensors of a snapshot."""
+    for i, (batcher, slots, ids) in enumerate(kept):
         yield f"{i}.tokens", np.asarray(ids, np.int32)
-        for name, caches, part in _parts(generator, i):
-            each = [_gather(cache, part, rows) for cache, *_ in caches]
+        for name, caches, part in _parts(batcher, i):
+            each = [_gather(cache, part, slots) for cache, *_ in caches]
             yield name, np.concatenate(each, axis=1).view(np.int8)
 
 
-def _gather(cache: LayerCache, part: str, rows: npt.NDArray[np.int64]) -> Bytes:
-    """The stored bytes of some tokens' keys or values: ``(n, bytes of a token)``."""
+def _gather(cache: LayerCache, part: str, slots: npt.NDArray[np.int64]) -> Bytes:
+    """Return the stored bytes of some slots' keys or values: ``(n, bytes of a token)``."""
     tensor = cache.k if part == "k" else cache.v
-    if part == "v" and cache.across:
-        return np.ascontiguousarray(_elements(tensor)[:, rows].swapaxes(0, 1)).reshape(len(rows), -1)
-    end = int(rows.max()) + 1
-    return tensor.get_bytes(0, end * tensor.nb[1]).reshape(end, -1)[rows]
+    if part == "v" and cache.v_transposed:
+        return np.ascontiguousarray(_elements(tensor)[:, slots].swapaxes(0, 1)).reshape(len(slots), -1)
+    end = int(slots.max()) + 1
+    return tensor.get_bytes(0, end * tensor.nb[1]).reshape(end, -1)[slots]
 
 
-def _spread(caches: list[Sequence[LayerCache]], part: str, rows: npt.NDArray[np.int64], stored: Bytes) -> None:
-    """Undo :func:`_gather`, for all caches."""
+def _write(caches: list[Sequence[LayerCache]], part: str, slots: npt.NDArray[np.int64], stored: Bytes) -> None:
+    """Write the bytes that :func:`_gather` read, divided among the caches as the heads are."""
     sizes = [row_size((cache.k if part == "k" else cache.v).dtype, _width(cache, part)) for cache, *_ in caches]
     if stored.shape[1] != sum(sizes):
         raise FormatError(f"a token's keys or values take {sum(sizes)} bytes, not {stored.shape[1]}")
     for same, end, size in zip(caches, accumulate(sizes), sizes, strict=True):
         for cache in same:
-            _scatter(cache, part, rows, stored[:, end - size : end])
+            _scatter(cache, part, slots, stored[:, end - size : end])
 
 
-def _scatter(cache: LayerCache, part: str, rows: npt.NDArray[np.int64], stored: Bytes) -> None:
+def _scatter(cache: LayerCache, part: str, slots: npt.NDArray[np.int64], stored: Bytes) -> None:
+    """Write the bytes of some slots' keys or values into one cache."""
     tensor = cache.k if part == "k" else cache.v
-    if part == "v" and cache.across:
-        whole = _elements(tensor)
-        whole[:, rows] = stored.reshape(len(rows), -1, whole.shape[2]).swapaxes(0, 1)
-        tensor.set_bytes(whole)
+    if part == "v" and cache.v_transposed:
+        elements = _elements(tensor)
+        elements[:, slots] = stored.reshape(len(slots), -1, elements.shape[2]).swapaxes(0, 1)
+        tensor.set_bytes(elements)
         return
-    for first, last in _runs(rows):
-        start = int(rows[first]) * tensor.nb[1]
+    for first, last in _contiguous(slots):
+        start = int(slots[first]) * tensor.nb[1]
         tensor.set_bytes(np.ascontiguousarray(stored[first:last]), start)
 
 
 def _elements(tensor: Tensor) -> Bytes:
-    """The bytes of a cache ``(size, n_ctx)`` as ``(size, n_ctx, bytes of an element)``."""
+    """Return the bytes of a transposed cache ``(size, n_ctx)`` as ``(size, n_ctx, bytes of an element)``."""
     size, n_ctx = tensor.shape
     return tensor.get_bytes().reshape(size, n_ctx, type_size(tensor.dtype))
 
 
-def _runs(rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Pieces of ``rows`` whose numbers follow one another."""
-    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+def _contiguous(slots: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Return the index ranges of ``slots`` in which each slot follows the one before."""
+    edges = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
     return pairwise(edges)

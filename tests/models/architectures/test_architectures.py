@@ -88,13 +88,13 @@ def test_random_models_against_float64(devices, tmp_path, rng, variant):
 
 
 @pytest.mark.parametrize("variant", ON_THE_CPU)
-def test_what_metadata_and_tensors_can_say(tmp_path, rng, variant):
+def test_each_variant_of_metadata_and_tensors_against_float64(tmp_path, rng, variant):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **ON_THE_CPU[variant])
     check_against_float64(path, ["CPU"], rng)
 
 
 @pytest.mark.parametrize("which", TRANSFORMERS)
-def test_as_transformers_computes(tmp_path, which):
+def test_logits_agree_with_transformers(tmp_path, which):
     """The same weights in Hugging Face's implementation; see ``make_transformers.py``."""
     path, want = make_transformers.build(which, tmp_path), np.array(TRANSFORMERS[which])
     np.testing.assert_allclose(llama_float64.Reference(path).forward(make_transformers.TOKENS), want, atol=5e-6)
@@ -103,7 +103,7 @@ def test_as_transformers_computes(tmp_path, which):
 
 
 @pytest.mark.parametrize(("change", "scale"), [({}, 1 / 4), ({".attention.scale": 0.5}, 0.5)])
-def test_the_27b_divides_its_scores_by_another_root(tmp_path, rng, change, scale):
+def test_gemma3_27b_scales_its_scores_by_the_embedding_size(tmp_path, rng, change, scale):
     """By that of 64 elements over 4 heads, not of the 32 of a head, unless the file has a scale."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name="gemma3", n_layers=62, **change)
     with ggml.GGUFFile(path) as file:
@@ -118,7 +118,7 @@ def gemma3():
     return models.fetch("gemma3")
 
 
-def test_gemma3_on_the_cpu_continues_as_llama_cpp_does(gemma3):
+def test_gemma3_on_the_cpu_generates_the_tokens_of_llama_cpp(gemma3):
     with models.load(gemma3, ["CPU"], n_ctx=256, n_threads=2) as model:
         assert model.architecture.window == 512
         assert [i for i in range(18) if not model.architecture.is_local(i)] == [5, 11, 17]
@@ -127,7 +127,7 @@ def test_gemma3_on_the_cpu_continues_as_llama_cpp_does(gemma3):
             assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
 
 
-def test_gemma3_on_two_gpus_continues_as_exact_arithmetic_does(gemma3):
+def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3):
     with models.load(gemma3, need(("Vulkan0", "Vulkan1")), n_ctx=256, n_batch=1) as model:
         for case in EXACT:
             want = decided(case, 0.1)[:8]
@@ -150,10 +150,10 @@ class Parts:
         self.inputs = Inputs(
             tokens=self.constant(np.arange(n), "i32"),
             positions=self.constant(np.arange(n), "i32"),
-            rows=self.constant(np.arange(n), "i64"),
+            kv_slots=self.constant(np.arange(n), "i64"),
             mask=self.constant(past, "f16"),
-            wanted=self.constant(np.arange(n - n_out, n), "i32"),
-            near=self.constant(past, "f16"),
+            output_ids=self.constant(np.arange(n - n_out, n), "i32"),
+            window_mask=self.constant(past, "f16"),
         )
 
     def constant(self, values, dtype="f32"):
@@ -177,7 +177,7 @@ class Parts:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_slices_of_a_part_add_up_to_the_whole(tmp_path, rng, name):
+def test_shards_of_a_part_sum_to_the_whole_part(tmp_path, rng, name):
     """What several devices compute: a part with some of its heads, or of its columns."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(ON_ALL_DEVICES | {"llama": {}})[name])
     h_values = rng.standard_normal((5, 64)).astype(np.float32)
@@ -214,7 +214,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_nodes_that_can_be_fused_follow_one_another(tmp_path, rng, name):
+def test_nodes_that_vulkan_fuses_are_adjacent(tmp_path, rng, name):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(ON_ALL_DEVICES | {"llama": {}})[name])
     for n_out in (1, 5):
         with Parts(path, n_out=n_out) as it:
@@ -232,13 +232,13 @@ def test_nodes_that_can_be_fused_follow_one_another(tmp_path, rng, name):
             assert nodes.count(run) == count - broken, run
 
 
-def test_windows_need_a_mask(tmp_path, rng):
+def test_a_layer_with_a_sliding_window_needs_its_mask(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **GEMMA3)
     with Parts(path) as it:
-        inputs, h = replace(it.inputs, near=None), it.constant(np.ones((it.n, 64)))
+        inputs, h = replace(it.inputs, window_mask=None), it.constant(np.ones((it.n, 64)))
         weights = it.weights()
         it.architecture.attention(2, h, weights, it.cache(), inputs)
-        with pytest.raises(ValueError, match=r"layer 1 has a sliding window of 8 tokens: inputs.near must be given"):
+        with pytest.raises(ValueError, match=r"layer 1 has a sliding window of 8 tokens: set inputs.window_mask"):
             it.architecture.attention(1, h, weights, it.cache(), inputs)
 
 
@@ -251,9 +251,12 @@ def test_windows_need_a_mask(tmp_path, rng):
         ({"name": "mamba"}, "architecture 'mamba' is not supported; .*gemma3, llama, qwen2, qwen3.* are"),
         (
             {"more": {"blk.1.attn_output.bias": np.ones(64)}},
-            "1 tensors are not known to architecture llama, such as 'blk.1",
+            "architecture llama does not know 1 tensors, such as 'blk.1",
         ),
-        ({"name": "qwen2", "more": {"blk.0.attn_q_norm.weight": np.ones(32)}}, "not known to architecture qwen2"),
+        (
+            {"name": "qwen2", "more": {"blk.0.attn_q_norm.weight": np.ones(32)}},
+            "architecture qwen2 does not know 1 tensors",
+        ),
         ({"name": "qwen3", "n_layers": 2, ".block_count": 3}, "no tensor 'blk.2"),
         ({".attention.scale": -1.0}, "attention.scale is -1.0, not a number of 0 or more"),
         ({".attention.layer_norm_rms_epsilon": float("nan")}, "epsilon is nan, not a number of 0 or more"),
@@ -263,15 +266,15 @@ def test_windows_need_a_mask(tmp_path, rng):
         ({".rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported; none, linear and yarn are"),
         ({".rope.scaling.factor": -2.0}, "rope.scaling.factor is -2.0"),
         ({**YARN, ".rope.scaling.original_context_length": 0}, "original_context_length is 0, not a positive number"),
-        ({**WINDOW, ".attention.sliding_window": 2**31}, "a sliding window of 2147483648 tokens cannot be"),
+        ({**WINDOW, ".attention.sliding_window": 2**31}, "the sliding window of 2147483648 tokens is impossible"),
         ({**WINDOW, ".attention.sliding_window_pattern": 0}, "sliding_window_pattern is 0, not a positive number"),
-        ({**WINDOW, ".attention.sliding_window_pattern": [1, 0]}, "sliding_window_pattern is for 2 layers of 3"),
+        ({**WINDOW, ".attention.sliding_window_pattern": [1, 0]}, "sliding_window_pattern has 2 flags for 3 layers"),
         ({**WINDOW, ".attention.sliding_window_pattern": "x"}, "sliding_window_pattern' is 'x', not a int"),
         ({"name": "gemma3", ".final_logit_softcapping": float("inf")}, "final_logit_softcapping is inf"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_files_that_are_no_model(tmp_path, rng, change, message):
+def test_invalid_model_files_are_refused(tmp_path, rng, change, message):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **change)
     with pytest.raises(ggml.FormatError, match=message):
         models.load(path, ["CPU"])

@@ -84,7 +84,7 @@ def test_random_models_against_float64(devices, tmp_path, rng, variant):
         assert len(used & set(devices)) == min(len(devices), model.architecture.n_layers)
 
 
-def test_the_cpu_is_exact(tmp_path, rng):
+def test_embeddings_on_the_cpu_are_exact(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     texts = random_texts(rng, (9, 1, 21, 33))
     reference = bert_float64.Reference(path)
@@ -98,7 +98,7 @@ def test_the_cpu_is_exact(tmp_path, rng):
             assert relative_error(plain / lengths[:, None], want) < 1e-5
 
 
-def test_many_texts_in_several_runs_keep_their_order(tmp_path, rng):
+def test_many_texts_in_several_batches_keep_their_order(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     texts = random_texts(rng, rng.integers(1, 30, 50))
     with embedder(path) as model:
@@ -117,7 +117,7 @@ def test_a_text_may_be_longer_than_a_batch(tmp_path, rng):
 
 
 @pytest.mark.parametrize(("n_ctx", "changes"), [(16, {}), (40, {"sentence_transformers.max_seq_length": 16})])
-def test_texts_that_are_too_long_are_cut_before_their_end_token(tmp_path, rng, n_ctx, changes):
+def test_long_texts_are_truncated_before_their_end_token(tmp_path, rng, n_ctx, changes):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng, **changes)
     (long,) = random_texts(rng, (40,))
     with embedder(path, n_ctx=n_ctx) as model:
@@ -126,7 +126,7 @@ def test_texts_that_are_too_long_are_cut_before_their_end_token(tmp_path, rng, n
         assert relative_error(model.embed([long]), model.embed([long[:16]])) > 1e-3
 
 
-def test_graphs_are_kept_and_others_may_use_the_scheduler_between(tmp_path, rng):
+def test_graphs_are_reused_and_others_may_use_the_scheduler_in_between(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     texts = random_texts(rng, (5, 7))
     with embedder(path, n_batch=400) as model, ggml.Context() as ctx:
@@ -155,7 +155,7 @@ def test_graphs_are_kept_and_others_may_use_the_scheduler_between(tmp_path, rng)
     [(Llama, {}), (Gemma3, {".attention.sliding_window": 4, ".attention.sliding_window_pattern": 2})],
     ids=["llama", "gemma3 with a window"],
 )
-def test_models_that_generate_text_embed_too(tmp_path, rng, architecture, changes):
+def test_decoders_embed_texts_too(tmp_path, rng, architecture, changes):
     """Logits of the last token come from its vector: those of the reference, for each of several texts in one run."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name=architecture.name, **changes)
     texts = random_texts(rng, (9, 1, 21, 30))
@@ -169,7 +169,7 @@ def test_models_that_generate_text_embed_too(tmp_path, rng, architecture, change
         np.testing.assert_array_equal(cut, model.embed([(texts[0] * 8)[:64]], pooling="last"))
 
 
-def test_embeddings_and_answers_of_one_model_do_not_disturb_one_another(tmp_path, rng):
+def test_embedding_and_generation_of_one_model_do_not_disturb_each_other(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
     texts = random_texts(rng, (9, 30))
     with models.load(path, ["CPU"], n_ctx=64, n_threads=1) as model:
@@ -183,7 +183,7 @@ def test_embeddings_and_answers_of_one_model_do_not_disturb_one_another(tmp_path
         assert list(model.generate_tokens([1, 2, 3], 8, stop_at_end=False)) == answer
 
 
-def test_two_threads_on_one_model(tmp_path, rng):
+def test_two_threads_may_use_one_model(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     texts = [random_texts(rng, lengths) for lengths in ((3, 5), (30, 2, 20))]
     wrong = []
@@ -203,7 +203,7 @@ def test_two_threads_on_one_model(tmp_path, rng):
     assert not wrong
 
 
-def test_runs_take_what_fits_them():
+def test_batches_are_filled_up_to_their_token_limit():
     assert [*batches([], 8)] == []
     texts = [[0] * n for n in (3, 5, 1, 9, 8, 2)]
     assert [[len(t) for t in run] for run in batches(texts, 8)] == [[3, 5], [1], [9], [8], [2]]
@@ -212,7 +212,7 @@ def test_runs_take_what_fits_them():
 # ---------------------------------------------------------------------- through the model
 
 
-def test_a_loaded_model(devices, tmp_path, rng):
+def test_a_loaded_encoder_embeds_texts(devices, tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     texts = random_texts(rng, FEW)
     with models.load(path, devices, n_threads=1) as model:
@@ -225,7 +225,7 @@ def test_a_loaded_model(devices, tmp_path, rng):
         assert model.placement[0].compute_bytes > 0
 
 
-def test_what_an_encoder_cannot_do(tmp_path, rng):
+def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     with models.load(path, ["CPU"], n_threads=1) as model:
         for call in (lambda: model.forward([1]), lambda: next(model.generate_tokens([1], stop_at_end=False))):
@@ -249,7 +249,7 @@ def test_what_an_encoder_cannot_do(tmp_path, rng):
 # ---------------------------------------------------------------------- what is refused
 
 
-def test_wrong_texts_and_arguments(tmp_path, rng):
+def test_wrong_texts_and_arguments_are_refused(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     with embedder(path) as model:
         assert model.embed([]).shape == (0, 64)
@@ -271,14 +271,14 @@ def test_wrong_texts_and_arguments(tmp_path, rng):
         ({"bert.block_count": 4}, "no tensor 'blk.3"),
         ({"bert.embedding_length": 32}, "shape"),
         ({"bert.context_length": 41}, r"'position_embd.weight' has shape \(40, 64\); \(41, 64\) is expected"),
-        ({"bert.attention.head_count": 3}, "3 heads or a norm's epsilon"),
-        ({"bert.attention.layer_norm_epsilon": -1.0}, "epsilon of -1.0 cannot be"),
+        ({"bert.attention.head_count": 3}, "3 heads for 64 elements, or a norm's epsilon"),
+        ({"bert.attention.layer_norm_epsilon": -1.0}, "epsilon of -1.0, are impossible"),
         ({"bert.attention.causal": True}, "causal attention is not supported"),
         ({"bert.pooling_type": 4}, r"pooling type 4 is not supported; \[0, 1, 2, 3\] are"),
         ({"sentence_transformers.max_seq_length": "x"}, "max_seq_length' is 'x', not a number of tokens"),
     ],
 )
-def test_files_that_are_no_encoder(tmp_path, rng, change, message):
+def test_invalid_encoder_files_are_refused(tmp_path, rng, change, message):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng, **change)
     with ggml.GGUFFile(path) as file, pytest.raises(ggml.FormatError, match=message):
         Bert(file)
@@ -288,7 +288,7 @@ def test_files_that_are_no_encoder(tmp_path, rng, change, message):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
-def test_all_minilm_embeds_as_sentence_transformers_does(devices, minilm, dtype):
+def test_all_minilm_agrees_with_sentence_transformers(devices, minilm, dtype):
     cases = GOLDEN["cases"] if devices == ("CPU",) else GOLDEN["cases"][:3]
     tokens, want = [case["tokens"] for case in cases], np.array([case["embedding"] for case in cases])
     with embedder(minilm(dtype), devices, n_ctx=512, n_batch=512) as model:
@@ -333,7 +333,7 @@ def test_the_command_writes_an_array(minilm, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_refuses_in_one_line(tmp_path, rng, capsys):
+def test_the_command_reports_an_error_in_one_line(tmp_path, rng, capsys):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     for arguments, message in (
         (["-t", "x", "--devices", "CPU"], "tokenizer 'no_vocab'"),

@@ -1,4 +1,4 @@
-"""Hugging Face folders to GGUF files."""
+"""Conversion of Hugging Face folders to GGUF files, and the command ``convert``."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import cli
-from ggml_cffi.models.architectures.bert import LONGEST_TEXT, Bert
+from ggml_cffi.models.architectures.bert import MAX_SEQUENCE_LENGTH, Bert
 from ggml_cffi.models.convert.convert import convert
 from tests.support import bert_float64
 
@@ -46,7 +46,7 @@ MODULES = [
 
 
 def tensors(rng, prefix="", gamma="weight", beta="bias"):
-    """The weights of the little encoder under Hugging Face's names."""
+    """Return the weights of a small encoder under their names in Hugging Face's files."""
     found = {
         "embeddings.word_embeddings.weight": (N, EMBD),
         "embeddings.position_embeddings.weight": (20, EMBD),
@@ -75,7 +75,7 @@ def tensors(rng, prefix="", gamma="weight", beta="bias"):
 
 @pytest.fixture
 def folder(tmp_path, rng):
-    """A little sentence encoder as sentence-transformers writes it."""
+    """Write a small sentence encoder as sentence-transformers does."""
     path = tmp_path / "little"
     (path / "1_Pooling").mkdir(parents=True)
     save_file(tensors(rng), path / "model.safetensors")
@@ -91,7 +91,7 @@ def folder(tmp_path, rng):
 
 
 def change(path, **changes):
-    """Put other values into a JSON file; None takes a key out."""
+    """Change values of a JSON file; None removes a key."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
@@ -101,13 +101,13 @@ def converted(folder, dtype="f32"):
     return ggml.GGUFFile(folder / "out.gguf")
 
 
-def test_names_shapes_and_metadata(folder):
+def test_names_shapes_and_metadata_are_converted(folder):
     weights = pytest.importorskip("safetensors.numpy").load_file(folder / "model.safetensors")
     with converted(folder) as file:
-        architecture = Bert(file)  # every tensor is there, of the right shape
+        architecture = Bert(file)  # raises if a tensor is missing or has a wrong shape
         assert len(file.tensors) == len(architecture.shapes)
         assert (architecture.n_layers, architecture.n_heads, architecture.n_vocab) == (2, 2, N)
-        assert (architecture.pooling, architecture.longest_text, architecture.n_ctx_train) == ("mean", 16, 20)
+        assert (architecture.pooling, architecture.max_sequence_length, architecture.n_ctx_train) == ("mean", 16, 20)
         assert file.metadata["general.name"] == "little"
         assert file.metadata["general.file_type"] == 0
         for ours, theirs in (
@@ -121,7 +121,7 @@ def test_names_shapes_and_metadata(folder):
     assert np.isfinite(bert_float64.Reference(folder / "out.gguf").embed([[3, 6, 4]], "mean")).all()
 
 
-def test_vocabulary(folder):
+def test_the_vocabulary_is_converted(folder):
     change(folder / "tokenizer.json", added_tokens=[*TOKENIZER["added_tokens"], {"id": 10, "content": "["}])
     with converted(folder) as file:
         key = lambda name: file.metadata[f"tokenizer.ggml.{name}"]  # noqa: E731
@@ -133,7 +133,7 @@ def test_vocabulary(folder):
         assert key("token_type_count") == 2
 
 
-def test_vocabulary_from_plain_text(folder):
+def test_the_vocabulary_may_come_from_plain_text(folder):
     with converted(folder) as file:
         want = file.metadata["tokenizer.ggml.tokens"]
     (folder / "tokenizer.json").unlink()
@@ -155,7 +155,7 @@ def test_vocabulary_from_plain_text(folder):
         (None, False, False),
     ],
 )
-def test_case_and_accents(folder, normalizer, lower, strip):
+def test_the_normalizer_sets_case_and_accents(folder, normalizer, lower, strip):
     change(folder / "tokenizer.json", normalizer=normalizer)
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
     with converted(folder) as file:
@@ -164,7 +164,7 @@ def test_case_and_accents(folder, normalizer, lower, strip):
 
 
 @pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("q8_0", 7), ("bf16", 32)])
-def test_types(folder, dtype, number):
+def test_matrices_get_the_type_that_was_asked_for(folder, dtype, number):
     with converted(folder) as file:
         want = {name: file.array(name).copy() for name in file.tensors}
     with converted(folder, dtype) as file:
@@ -175,7 +175,7 @@ def test_types(folder, dtype, number):
             np.testing.assert_allclose(file.array(name), want[name], rtol=8e-3, atol=2e-2 if dtype == "q8_0" else 1e-6)
 
 
-def test_rows_that_are_no_whole_blocks_become_f16(folder, rng):
+def test_rows_that_do_not_fill_whole_blocks_become_f16(folder, rng):
     change(folder / "config.json", intermediate_size=40)
     weights = tensors(rng)
     for i in range(2):
@@ -188,8 +188,8 @@ def test_rows_that_are_no_whole_blocks_become_f16(folder, rng):
         assert file.tensors["blk.0.ffn_up.weight"].dtype is ggml.Q8_0
 
 
-def test_other_ways_to_write_the_same_model(folder, rng):
-    """A prefix, the names of old TensorFlow checkpoints, heads for other tasks, and several files."""
+def test_prefixes_old_names_and_several_files_give_the_same_model(folder, rng):
+    """Convert a prefix, the names of old TensorFlow checkpoints, heads for other tasks, and several files."""
     with converted(folder) as file:
         want = {name: file.array(name).copy() for name in file.tensors}
     old = tensors(np.random.default_rng(42), "bert.", "gamma", "beta")
@@ -207,7 +207,7 @@ def test_other_ways_to_write_the_same_model(folder, rng):
             np.testing.assert_array_equal(file.array(name), values)
 
 
-def test_bfloat16(folder, rng):
+def test_bfloat16_weights_are_converted(folder, rng):
     values = tensors(rng)
     header, blob = {}, b""
     for name, array in values.items():
@@ -231,18 +231,18 @@ def test_bfloat16(folder, rng):
     ],
     ids=str,
 )
-def test_poolings(folder, config, pooling):
+def test_each_pooling_is_converted(folder, config, pooling):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
     with converted(folder) as file:
         assert file.metadata["bert.pooling_type"] == pooling
 
 
-def test_encoders_that_are_no_sentence_encoders(folder):
+def test_an_encoder_without_sentence_transformers_files_uses_the_mean(folder):
     (folder / "modules.json").unlink()
     (folder / "sentence_bert_config.json").unlink()
     with converted(folder) as file:
         assert "bert.pooling_type" not in file.metadata
-        assert LONGEST_TEXT not in file.metadata
+        assert MAX_SEQUENCE_LENGTH not in file.metadata
         assert Bert(file).pooling == "mean"
 
 
@@ -257,22 +257,22 @@ def test_encoders_that_are_no_sentence_encoders(folder):
         ("config.json", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; 'gelu' is"),
         ("config.json", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ("config.json", {"hidden_size": "x"}, "'hidden_size' is 'x', not a positive number"),
-        ("config.json", {"vocab_size": 10}, "a token has the id 10, but the model has 10 tokens"),
+        ("config.json", {"vocab_size": 10}, "token id 10 is too large: the model has 10 tokens"),
         ("tokenizer.json", {"model": {"type": "BPE", "vocab": {}}}, "not BERT's WordPiece"),
-        ("tokenizer.json", {"model": None}, r"not as BertModel has it: KeyError\('model'\)"),
+        ("tokenizer.json", {"model": None}, r"another structure than BertModel needs: KeyError\('model'\)"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, r"pooling by \['mean', 'max'\] is not supported"),
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False}, r"pooling by \[\] is not supported"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_models_that_cannot_be_said_in_gguf(folder, file, changes, message):
+def test_models_that_gguf_cannot_describe_are_refused(folder, file, changes, message):
     change(folder / file, **changes)
     with pytest.raises(ggml.FormatError, match=message):
         convert(folder, folder / "out.gguf")
     assert not (folder / "out.gguf").exists()
 
 
-def test_folders_that_are_no_model(folder, tmp_path, rng):
+def test_folders_without_a_model_are_refused(folder, tmp_path, rng):
     target = folder / "out.gguf"
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         convert(tmp_path, target)
@@ -285,7 +285,7 @@ def test_folders_that_are_no_model(folder, tmp_path, rng):
         with pytest.raises(ggml.FormatError, match=message):
             convert(folder, target)
     (folder / "modules.json").write_text(json.dumps([*MODULES, {"path": "3_Dense", "type": "x.models.Dense"}]))
-    with pytest.raises(ggml.FormatError, match="GGUF has no place for a Dense module"):
+    with pytest.raises(ggml.FormatError, match="GGUF cannot describe a Dense module"):
         convert(folder, target)
     (folder / "modules.json").write_text("{")
     with pytest.raises(ggml.FormatError, match=r"modules\.json is not JSON"):
@@ -297,13 +297,13 @@ def test_folders_that_are_no_model(folder, tmp_path, rng):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
         convert(folder, target)
-    with pytest.raises(TypeError, match="cannot convert to Q4_0: F32, F16, BF16, Q8_0 are possible"):
+    with pytest.raises(TypeError, match="cannot convert to Q4_0; choose one of F32, F16, BF16, Q8_0"):
         convert(folder, target, "q4_0")
     with pytest.raises(TypeError, match="no element type for 'f17'"):
         convert(folder, target, "f17")
 
 
-def test_without_the_library_the_error_says_what_to_install(folder, monkeypatch):
+def test_without_safetensors_the_error_names_the_package_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"pip install 'ggml-cffi\[models\]'"):
         convert(folder, folder / "out.gguf")
@@ -312,13 +312,13 @@ def test_without_the_library_the_error_says_what_to_install(folder, monkeypatch)
 # ---------------------------------------------------------------------- the command
 
 
-def test_the_command(folder, capsys):
+def test_the_command_prints_a_summary(folder, capsys):
     target = folder / "out.gguf"
     assert cli.main(["convert", str(folder), str(target), "--type", "f32"]) == 0
     assert capsys.readouterr().out == f"{target}: bert, 37 tensors, 0.1 MiB\n"
 
 
-def test_the_command_fails_in_one_line(tmp_path):
+def test_the_command_reports_an_error_in_one_line(tmp_path):
     command = [sys.executable, "-m", "ggml_cffi", "convert", tmp_path, tmp_path / "out.gguf"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 2
