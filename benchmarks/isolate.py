@@ -21,7 +21,7 @@ from ggml_cffi.isolate.worker import Worker
 SIZES = (16, 4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20)  # bytes, there and back
 
 
-def make(device: str) -> ggml.Compiled:
+def make(device: str) -> ggml.CompiledFunction:
     session = ggml.Session([device], n_threads=1)
     return session.compile(lambda x: ggml.scale(x, 2.0))
 

@@ -84,7 +84,7 @@ def sessions(gpus: list[str], n: int) -> dict[str, float]:
 
         functions.append(session.compile(f))
 
-    def run(which: list[ggml.Compiled]) -> None:
+    def run(which: list[ggml.CompiledFunction]) -> None:
         for future in [f.submit(x) for _ in range(50) for f in which]:
             future.result()
 

@@ -37,8 +37,7 @@ from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler, Split
-from ggml_cffi.session.plan import DeviceNeed, SessionPlan, plan
-from ggml_cffi.session.session import Compiled, Session, TracedProgram
+from ggml_cffi.session import CompiledFunction, Session, SessionDevicePlan, SessionPlan, TracedProgram, plan
 from ggml_cffi.train.gradients import gradients
 from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
 
@@ -87,10 +86,10 @@ __all__ = [
     "BufferType",
     "Capabilities",
     "ClosedError",
-    "Compiled",
+    "CompiledFunction",
     "Context",
     "Device",
-    "DeviceNeed",
+    "SessionDevicePlan",
     "DeviceType",
     "FormatError",
     "GGUFFile",

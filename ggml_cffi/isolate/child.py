@@ -20,7 +20,7 @@ from operator import attrgetter
 from typing import Any
 
 from ggml_cffi.isolate.channel import Channel, Packet, pack
-from ggml_cffi.session.made import opened
+from ggml_cffi.session.factory import open_product
 
 _LONGEST_RECORD = 32 << 10  # characters of a log message: more does not pass through the socket at once
 
@@ -111,7 +111,7 @@ class _Server:
         logging.captureWarnings(True)
         if isinstance(make, str):
             make = pkgutil.resolve_name(make)
-        self.made = opened(make(*args), self.stack)
+        self.made = open_product(make(*args), self.stack)
         return "value", None
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from ggml_cffi.core.device import gpus
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
-from ggml_cffi.session.made import opened
+from ggml_cffi.session.factory import open_product
 
 _logger = logging.getLogger("ggml_cffi.parallel")
 
@@ -42,7 +42,7 @@ class Replica(Closing):
         """Call ``make``, once."""
         if self._function is not None:
             return
-        function = opened(self._make(self.device), self._stack)
+        function = open_product(self._make(self.device), self._stack)
         if not callable(function):
             kind = type(function).__name__
             raise TypeError(f"make returned a {kind}, which cannot be called: return a function that uses it")

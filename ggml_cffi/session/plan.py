@@ -1,4 +1,4 @@
-"""What a session would take, and where, before anything is allocated."""
+"""Plans of sessions: the bytes that a session would take on each device, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.sources import StoredTensor
-from ggml_cffi.session.session import Compiled, Session
+from ggml_cffi.session.compiled import CompiledFunction
+from ggml_cffi.session.session import Session
 
 
 @dataclass(frozen=True)
-class DeviceNeed:
-    """What one device would hold, in bytes."""
+class SessionDevicePlan:
+    """Bytes that a session would take on one device."""
 
     device: str
     weight_bytes: int
-    """Of the session's own tensors."""
+    """Bytes of the session's own tensors: weights, caches and states."""
     compute_bytes: int
-    """Of inputs and intermediate results."""
+    """Bytes of inputs and intermediate tensors."""
     free: int
-    """What the device says that it has free."""
+    """Bytes that are free now, as the device reports."""
 
     @property
     def total(self) -> int:
-        """All that would be on the device."""
+        """All bytes that the session would take on the device."""
         return self.weight_bytes + self.compute_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the device has room for it."""
+        """True if the device has enough free memory."""
         return self.total <= self.free
 
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """What each device would hold. Printed, a table. Made by :func:`plan`."""
+    """Bytes that a session would take on each device, made by :func:`plan`. ``str`` gives a table."""
 
-    needs: tuple[DeviceNeed, ...]
+    devices: tuple[SessionDevicePlan, ...]
     """The devices in order, the CPU last."""
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room."""
-        return all(need.fits for need in self.needs)
+        """True if every device has enough free memory."""
+        return all(device.fits for device in self.devices)
 
     def table(self) -> str:
-        """The devices, with bytes of each kind."""
+        """Return a table of the devices and their bytes."""
         rows = [("device", "weights", "compute", "total", "free", "fits")]
-        for need in self.needs:
-            sizes = [_text.size(n) for n in (need.weight_bytes, need.compute_bytes, need.total, need.free)]
-            fits = "yes" if need.fits else f"no: {_text.size(need.total - need.free)} too few"
-            rows.append((need.device, *sizes, fits))  # type: ignore[arg-type]
+        for d in self.devices:
+            sizes = [_text.size(n) for n in (d.weight_bytes, d.compute_bytes, d.total, d.free)]
+            fits = "yes" if d.fits else f"no: {_text.size(d.total - d.free)} too few"
+            rows.append((d.device, *sizes, fits))  # type: ignore[arg-type]
         return _text.table(rows, right=range(1, 5))
 
     def __str__(self) -> str:
@@ -65,60 +66,67 @@ class SessionPlan:
 
 
 def plan(
-    make: Callable[[Session], Compiled], *args: Any, devices: Iterable[Device | str] | None = None, **kwargs: Any
+    make: Callable[[Session], CompiledFunction],
+    *args: Any,
+    devices: Iterable[Device | str] | None = None,
+    **kwargs: Any,
 ) -> SessionPlan:
-    """What a session with its weights, and a run of its function, would take on each device. Nothing is allocated.
+    """Return the bytes that a session with its weights, and a run of its function, would take on each device.
+
+    Nothing is allocated.
 
     Parameters
     ----------
     make
-        Called with a session, for which it makes weights and compiles a function, which it returns. What the session
-        is given is not copied anywhere: of files only the headers are read.
+        Called with a session. It makes weights there, and returns a function that the session has compiled. No values
+        are copied: of files only the headers are read.
     args, kwargs
-        What the function would be called with.
+        The arguments that the function would be called with.
     devices
         As for :class:`Session`.
 
     Raises
     ------
     TypeError
-        If ``make`` returns something else.
+        If ``make`` does not return a function that its session has compiled.
     Exception
-        What ``make`` and the function raise.
+        Any exception of ``make`` and of the function.
 
     Examples
     --------
     >>> def make(session):
     ...     w = session.weight(np.zeros((1024, 1024), np.float32))
     ...     return session.compile(lambda x: x @ w.T)
-    >>> cpu = plan(make, np.zeros((2, 1024), np.float32), devices=["CPU"]).needs[-1]
+    >>> cpu = plan(make, np.zeros((2, 1024), np.float32), devices=["CPU"]).devices[-1]
     >>> cpu.weight_bytes
     4194304
     """
-    with _Planned(devices) as session:
-        made = make(session)
-        if not isinstance(made, Compiled) or made.session is not session:
-            raise TypeError(f"make returned {made!r}: a function that the session has compiled is needed")
-        sizes = made.reserve_size(*args, **kwargs)
+    with _DryRunSession(devices) as session:
+        function = make(session)
+        if not isinstance(function, CompiledFunction) or function.session is not session:
+            raise TypeError(
+                f"make returned {function!r}: a function that the session has compiled is needed (session.compile)"
+            )
+        sizes = function.reserve_size(*args, **kwargs)
         return SessionPlan(
             tuple(
-                DeviceNeed(b.name, session.taken(b.buffer_type), sizes[b.device], b.device.memory().free)
+                SessionDevicePlan(b.name, session.weight_bytes(b.buffer_type), sizes[b.device], b.device.memory().free)
                 for b in session.backends
             )
         )
 
 
-class _Planned(Session):
-    """A session whose tensors have a place, and no memory."""
+class _DryRunSession(Session):
+    """A session whose tensors are assigned to devices, and have no memory."""
 
     def __init__(self, devices: Iterable[Device | str] | None) -> None:
         super().__init__(devices)
         self._weights.close()
-        self._weights = self._sketch = DryRunContext()
+        self._weights = self._dry_run = DryRunContext()
 
-    def taken(self, kind: Any) -> int:
-        """Bytes of the session's own tensors in some kind of memory."""
-        return self._sketch.taken[kind]
+    def weight_bytes(self, buffer_type: Any) -> int:
+        """Return the bytes of the session's own tensors in buffers of this type."""
+        return self._dry_run.taken[buffer_type]
 
-    def _fill(self, t: Tensor, source: StoredTensor | npt.NDArray[Any]) -> None:
-        """Nothing: there is no memory."""
+    def _upload(self, t: Tensor, source: StoredTensor | npt.NDArray[Any]) -> None:
+        """Do nothing: a dry run has no memory."""

@@ -225,7 +225,7 @@ def test_asyncio_stops_what_it_awaits():
     sent = interrupt()
     raises(KeyboardInterrupt, lambda: asyncio.run(main(), debug=False))
     check(sent)
-    session.start(lambda: None).result()
+    session.submit(lambda: None).result()
     check(sent)
     np.testing.assert_array_equal(f(x, 5), x)
     nothing_left()

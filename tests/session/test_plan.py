@@ -1,6 +1,9 @@
-"""What a session would take: as much as it takes when it is made."""
+"""Plans of sessions: they agree with the bytes that the session takes once it is open."""
 
 from __future__ import annotations
+
+import doctest
+import importlib
 
 import numpy as np
 import pytest
@@ -8,8 +11,8 @@ import pytest
 import ggml_cffi as ggml
 
 
-def maker(devices, rng):
-    """Two products, their weights on the first and the last device."""
+def factory(devices, rng):
+    """Return a ``make`` function of two matrix products with weights on the first and the last device."""
     w = rng.standard_normal((96, 64)).astype(np.float32), rng.standard_normal((32, 96)).astype(np.float32)
 
     def make(s):
@@ -21,28 +24,29 @@ def maker(devices, rng):
     return make
 
 
-def test_planned_as_taken(devices, rng):
-    make, x = maker(devices, rng), rng.standard_normal((4, 64))
+def test_the_plan_agrees_with_the_open_session(devices, rng):
+    make, x = factory(devices, rng), rng.standard_normal((4, 64))
     plan = ggml.plan(make, x, devices=devices)
-    assert [need.device for need in plan.needs] == [*dict.fromkeys([*devices, "CPU"])]
+    assert [device.device for device in plan.devices] == [*dict.fromkeys([*devices, "CPU"])]
     assert plan.fits
     with ggml.Session(devices) as s:
         compiled = make(s)
         program = compiled.trace(x)
         report = program.scheduler.report()
-        for need, backend in zip(plan.needs, s.backends, strict=True):
+        for device, backend in zip(plan.devices, s.backends, strict=True):
             memory = report.memory[backend.name]
-            state = 4 * 32 * 4 if backend.name == devices[-1] else 0  # an input to the report
+            # The report counts the state as an input.
+            state = 4 * 32 * 4 if backend.name == devices[-1] else 0
             slack = 3 * 256  # each tensor begins at a multiple of the alignment
-            assert 0 <= need.weight_bytes - (memory.weights + state) <= slack
-            assert 0 <= need.compute_bytes - (memory.compute + memory.inputs - state) <= slack
-            assert need.total == need.weight_bytes + need.compute_bytes
-            assert compiled.reserve_size(x)[backend.device] == need.compute_bytes
+            assert 0 <= device.weight_bytes - (memory.weights + state) <= slack
+            assert 0 <= device.compute_bytes - (memory.compute + memory.inputs - state) <= slack
+            assert device.total == device.weight_bytes + device.compute_bytes
+            assert compiled.reserve_size(x)[backend.device] == device.compute_bytes
         # The real function still works.
         assert compiled(x).shape == (4, 32)
 
 
-def test_nothing_is_allocated_or_read(rng, monkeypatch):
+def test_planning_neither_allocates_nor_reads_values(rng, monkeypatch):
     class Lazy(ggml.StoredTensor):
         name, shape, dtype = "w", (1 << 20, 1 << 18), ggml.F16  # half a terabyte
 
@@ -57,19 +61,19 @@ def test_nothing_is_allocated_or_read(rng, monkeypatch):
         return s.compile(lambda x: x @ w.T)
 
     plan = ggml.plan(make, np.zeros((1, 1 << 18), np.float32), devices=["CPU"])
-    (cpu,) = plan.needs
+    (cpu,) = plan.devices
     assert cpu.weight_bytes == 1 << 39
     assert not plan.fits
     assert "too few" in str(plan)
     assert str(plan).splitlines()[0].split() == ["device", "weights", "compute", "total", "free", "fits"]
 
 
-def test_a_function_without_a_graph():
+def test_a_function_without_a_graph_takes_no_memory():
     plan = ggml.plan(lambda s: s.compile(lambda x: x), np.zeros(4), devices=["CPU"])
-    assert plan.needs[-1].total == 0
+    assert plan.devices[-1].total == 0
 
 
-def test_what_make_may_not_return(rng):
+def test_make_must_return_a_function_of_its_session():
     for wrong in (None, lambda x: x):
         with pytest.raises(TypeError, match="a function that the session has compiled is needed"):
             ggml.plan(lambda s, wrong=wrong: wrong, devices=["CPU"])
@@ -81,10 +85,7 @@ def test_what_make_may_not_return(rng):
         ggml.plan(lambda s: None, devices=["Vulkan99"])
 
 
-def test_the_example_in_the_docstring():
-    import doctest
-
-    from ggml_cffi.session import plan as session_plan
-
-    failed, tried = doctest.testmod(session_plan, extraglobs={"np": np})
+def test_the_example_in_the_docstring_is_right():
+    module = importlib.import_module("ggml_cffi.session.plan")  # the package exports a function of this name
+    failed, tried = doctest.testmod(module, extraglobs={"np": np})
     assert (failed, tried) == (0, 3)

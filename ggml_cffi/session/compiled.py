@@ -1,0 +1,162 @@
+"""Compiled functions: a user's function, traced once for each signature and replayed after that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy.typing as npt
+
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.dry_run import DryRunContext
+from ggml_cffi.core.lru import LRU
+from ggml_cffi.errors import ClosedError
+from ggml_cffi.scheduler.scheduler import Scheduler
+from ggml_cffi.session.trace import Signature, Trace, TracedProgram, flatten
+
+if TYPE_CHECKING:
+    # Importing futures takes longer than importing this package.
+    from concurrent.futures import Future
+
+
+class SessionInterface(Protocol):
+    """The part of a :class:`~ggml_cffi.Session` that a compiled function uses."""
+
+    max_programs: int
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """The open backends; raises :class:`ClosedError` when the session is closed."""
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Run a call in the session's own thread."""
+
+    def close(self) -> None:
+        """Close the session."""
+
+
+class CompiledFunction:
+    """A function of arrays, made by :meth:`Session.compile`.
+
+    Arguments may be arrays, or objects that numpy or DLPack can read, alone or in tuples, lists and dicts. Other values
+    (numbers, strings, None) are constants of the trace. The result has the structure that the function returned, with
+    an array in the place of each tensor: F32 for most, ``float16`` and ``int32`` for tensors of these types.
+
+    ``float64`` arrays are computed in F32, integers in I32.
+    """
+
+    def __init__(self, session: SessionInterface, function: Callable[..., Any]) -> None:
+        self.session = session
+        self.function = function
+        self._programs: LRU[Signature, TracedProgram] = LRU(session.max_programs)
+        self._last: TracedProgram | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def programs(self) -> tuple[TracedProgram, ...]:
+        """The traced programs, the last used last."""
+        with self._lock:
+            return self._programs.values
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and wait for the result.
+
+        Raises
+        ------
+        ClosedError
+            If the session is closed.
+        Exception
+            Any exception of the function while it is traced, and those of :meth:`Scheduler.compute`.
+        """
+        last = self._last
+        try:
+            if last is not None and not kwargs:  # the fast path: the signature of the last call
+                out = last.replay(args)
+                if out is not None:
+                    return out
+            program, arrays = self._find(args, kwargs)
+            return program.run(arrays)
+        except ClosedError:
+            # Another thread may have closed the program, by tracing one signature more than the session keeps.
+            self.session.backends  # noqa: B018 - raises when closed
+            program, arrays = self._find(args, kwargs)
+            return program.run(arrays)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run in the session's thread, after the calls that were submitted before.
+
+        The arrays must not change until the future is done.
+        """
+        return self.session.submit(lambda: self(*args, **kwargs))
+
+    async def run_async(self, *args: Any, **kwargs: Any) -> Any:
+        """Run without blocking the event loop.
+
+        Cancelling the task cancels a run that has not started, and stops one that runs on the CPU.
+        """
+        import asyncio
+
+        program, arrays = None, None
+
+        def call() -> Any:
+            nonlocal program, arrays
+            program, arrays = self._find(args, kwargs)
+            return program.run(arrays)
+
+        future = self.session.submit(call)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if future.running() and program is not None:
+                with suppress(ClosedError):
+                    self.session.backends[-1].abort()
+            raise
+
+    def trace(self, *args: Any, **kwargs: Any) -> TracedProgram:
+        """Return the program for these arguments without running it: its graph, scheduler and report."""
+        program, _ = self._find(args, kwargs)
+        return program
+
+    def reserve_size(self, *args: Any, **kwargs: Any) -> dict[Device, int]:
+        """Return the bytes that inputs and intermediate tensors would take on each device for these arguments.
+
+        The function is traced in a dry run: nothing is allocated. The errors are those of calling it.
+
+        C: ``ggml_backend_sched_reserve_size``.
+        """
+        backends = self.session.backends
+        context = DryRunContext()
+        with Trace(self.function, _signature(args, kwargs, []), context) as trace:
+            sizes = dict.fromkeys(backends, 0)
+            if trace.graph is not None:
+                with Scheduler(backends) as scheduler:
+                    sizes = scheduler.reserve_size(trace.graph)
+            return {b.device: size + context.taken[b.buffer_type] for b, size in sizes.items()}
+
+    def clear(self) -> None:
+        """Close all traced programs."""
+        with self._lock:
+            self._programs.clear()
+            self._last = None
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TracedProgram, list[npt.NDArray[Any]]]:
+        """Return the program for these arguments, traced if it is new, and the arrays of the arguments."""
+        arrays: list[npt.NDArray[Any]] = []
+        signature = _signature(args, kwargs, arrays)
+        program = self._programs.peek(signature)
+        if program is not None and program is self._last:
+            return program, arrays
+        with self._lock:
+            program = self._programs.get(signature, lambda: self._traced(signature))
+            self._last = program
+        return program, arrays
+
+    def _traced(self, signature: Signature) -> TracedProgram:
+        return TracedProgram(self.session.backends, self.function, signature)
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], arrays: list[npt.NDArray[Any]]) -> Signature:
+    return flatten(args, arrays), flatten(kwargs, arrays) if kwargs else None
