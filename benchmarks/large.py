@@ -22,7 +22,7 @@ import numpy as np
 import ggml_cffi as ggml
 from benchmarks import save, shapes
 from ggml_cffi import models
-from ggml_cffi.files.gguf.layout import Planned, _head
+from ggml_cffi.files.gguf.layout import PlannedTensor, header_bytes
 from ggml_cffi.files.sources import RawTensor
 
 _ALIGN = 32
@@ -34,13 +34,14 @@ def write(path: Path, what: shapes.Shape) -> None:
     plans = []
     for name, shape in shapes.tensors(what).items():
         if len(shape) == 1:
-            plans.append(Planned(name, ggml.F32, shape, np.ones(shape, np.float32)))
+            plans.append(PlannedTensor(name, ggml.F32, shape, np.ones(shape, np.float32)))
         elif name.startswith("blk."):
-            plans.append(Planned(name, ggml.Q8_0, shape, np.empty(0)))
+            plans.append(PlannedTensor(name, ggml.Q8_0, shape, np.empty(0)))
         else:
             values = ggml.quantize(rng.standard_normal(shape, dtype=np.float32) / 64, ggml.Q8_0)
-            plans.append(Planned(name, ggml.Q8_0, shape, RawTensor(np.frombuffer(values, np.uint8), ggml.Q8_0, shape)))
-    head = _head(shapes.metadata(what), plans, _ALIGN)
+            raw = RawTensor(np.frombuffer(values, np.uint8), ggml.Q8_0, shape)
+            plans.append(PlannedTensor(name, ggml.Q8_0, shape, raw))
+    head = header_bytes(shapes.metadata(what), plans, _ALIGN)
     with path.open("wb") as file:
         file.write(head)
         at = len(head)

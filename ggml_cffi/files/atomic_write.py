@@ -1,4 +1,4 @@
-"""Files that appear under their names when they are complete, and not before."""
+"""Atomic writes: files that appear under their names when they are complete, and not before."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import BinaryIO
 
 
 def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *, overwrite: bool = True) -> None:
-    """Have ``write(i, file)`` write each of ``paths``, and give the files their names when all are on the disk.
+    """Write several files atomically: ``write(i, file)`` writes file ``i``, and all get their names at the end.
 
-    Until then they have names of their own beside the targets; whatever is raised, Ctrl-C included, removes them.
+    Until all files are on the disk they have temporary names beside their targets. An exception, also that of Ctrl-C,
+    removes them.
 
     Raises
     ------
     FileExistsError
         If a target exists and ``overwrite`` is false.
     OSError
-        If a target is no regular file, or cannot be written.
+        If a target is not a regular file, or cannot be written.
     """
-    targets = [os.path.realpath(path) for path in paths]  # a link stays a link: what it leads to is replaced
+    targets = [os.path.realpath(path) for path in paths]  # a symbolic link stays; its target is replaced
     for path, target in zip(paths, targets, strict=True):
         _check(path, target, overwrite)
     temporary = [os.path.join(os.path.dirname(t), f".{os.urandom(8).hex()}.tmp") for t in targets]
@@ -32,7 +33,7 @@ def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *,
                 write(i, file)
                 file.flush()
                 os.fsync(file.fileno())
-        # The first last: who finds it finds the others.
+        # The first file gets its name last: a reader that finds it finds the others too.
         for name, target in reversed(list(zip(temporary, targets, strict=True))):
             os.replace(name, target)
             done.append(target)
@@ -53,13 +54,13 @@ def _check(path: str, target: str, overwrite: bool) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder")
     if not stat.S_ISREG(mode):
-        raise OSError(f"{path} is no regular file: it cannot be replaced")
+        raise OSError(f"{path} is not a regular file: it cannot be replaced")
     if not overwrite:
         raise FileExistsError(f"{path} exists already")
 
 
 def _sync_folder(folder: str) -> None:
-    with contextlib.suppress(OSError):  # not every file system can; the files themselves are safe
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)

@@ -1,4 +1,4 @@
-"""Tensors of safetensors files, through the ``safetensors`` library."""
+"""Reader of safetensors files, through the ``safetensors`` library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError, FormatError
 from ggml_cffi.files.sources import StoredTensor
 
-_GGML = {
+_GGML_TYPES = {
     "F64": Type.F64,
     "F32": Type.F32,
     "F16": Type.F16,
@@ -26,8 +26,8 @@ _GGML = {
     "I16": Type.I16,
     "I8": Type.I8,
 }
-# What numpy can read and ggml cannot.
-_NUMPY = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "?"}
+# Types that numpy has and ggml has not.
+_NUMPY_TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "BOOL": "?"}
 
 
 def from_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
@@ -41,16 +41,16 @@ def from_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     Returns
     -------
     SafetensorsFile
-        Name to tensor. Nothing is read before it is asked for.
+        Name to tensor. Values are read on demand.
 
     Raises
     ------
     ImportError
-        If the ``safetensors`` library is not there.
+        If the ``safetensors`` library is not installed.
     FileNotFoundError, OSError
         If a file cannot be opened.
     FormatError
-        If it is no safetensors file, or cut short.
+        If a file is not a safetensors file, or is cut short.
 
     Examples
     --------
@@ -61,13 +61,13 @@ def from_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
 
 
 class SafetensorsFile(Closing, Mapping[str, "SafeTensor"]):
-    """The tensors of a safetensors file, or of several with an index; made by :func:`from_safetensors`."""
+    """Tensors of a safetensors file, or of several files with an index; :func:`from_safetensors` opens it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        """Where the file is."""
+        """Path of the file or index."""
         self.metadata: dict[str, str] = {}
-        """Text that whoever wrote the file put there."""
+        """Text that the writer of the file stored."""
         self._tensors: dict[str, SafeTensor] = {}
         self._maps: list[mmap.mmap] = []
         try:
@@ -86,14 +86,14 @@ class SafetensorsFile(Closing, Mapping[str, "SafeTensor"]):
             try:
                 names = set(json.load(file)["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FormatError(f"{self.path}: this is no index of safetensors files: {error!r}") from None
+                raise FormatError(f"{self.path}: not an index of safetensors files: {error!r}") from None
         return [os.path.join(os.path.dirname(self.path), name) for name in sorted(names)]
 
     def _open(self, path: str) -> None:
         import json
 
-        # The library checks the header, whose offsets it does not tell. Data is mapped here: it would copy, and cannot
-        # give bfloat16 to numpy.
+        # The library checks the header, but does not expose its offsets. The data is mapped here, because the library
+        # copies it, and cannot convert bfloat16 to numpy.
         open_file, error = _library()
         with open(path, "rb") as file:
             try:
@@ -112,7 +112,7 @@ class SafetensorsFile(Closing, Mapping[str, "SafeTensor"]):
             self._tensors[name] = SafeTensor(self, name, entry["dtype"], tuple(entry["shape"]), at)
 
     def __getitem__(self, name: str) -> SafeTensor:
-        """A tensor with its values, which are read when they are asked for."""
+        """Return a tensor. Its values are read on demand."""
         try:
             return self._tensors[name]
         except KeyError:
@@ -128,13 +128,13 @@ class SafetensorsFile(Closing, Mapping[str, "SafeTensor"]):
         return f"<SafetensorsFile {os.path.basename(self.path)}: {len(self)} tensors>"
 
     def bytes_at(self, file: int, start: int, n: int) -> npt.NDArray[np.uint8]:
-        """A piece of one of the files, a view of its mapping."""
+        """Return ``n`` bytes of one of the files, a view of its mapping."""
         if not self._maps:
             raise ClosedError(f"{self.path} is closed")
         return np.frombuffer(self._maps[file], np.uint8, n, start)
 
     def close(self) -> None:
-        """Close the files. Memory that arrays still use stays mapped until they are gone."""
+        """Close the files. A mapping that arrays still use stays until they are gone."""
         maps, self._maps = self._maps, []
         for mapping in maps:
             with contextlib.suppress(BufferError):
@@ -142,57 +142,57 @@ class SafetensorsFile(Closing, Mapping[str, "SafeTensor"]):
 
 
 class SafeTensor(StoredTensor):
-    """A tensor of a safetensors file: an array for numpy, or the bytes as they are stored."""
+    """Tensor of a safetensors file: an array for numpy, or the stored bytes."""
 
     def __init__(
-        self, file: SafetensorsFile, name: str, kind: str, shape: tuple[int, ...], at: tuple[int, int, int]
+        self, file: SafetensorsFile, name: str, type_name: str, shape: tuple[int, ...], at: tuple[int, int, int]
     ) -> None:
         self.file = file
-        self.kind = kind
-        """Its type, by the name that safetensors has for it."""
+        self.type_name = type_name
+        """Type of the tensor, by its name in safetensors."""
         self._name, self._shape, self._at = name, shape, at
 
     @property
     def name(self) -> str:
-        """Its name in the file."""
+        """Name of the tensor in the file."""
         return self._name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """Sizes of the tensor."""
         return self._shape
 
     @property
     def dtype(self) -> Type:
-        """Type in which it is stored.
+        """Type in which the tensor is stored.
 
         Raises
         ------
         TypeError
-            If ggml has no such type.
+            If ggml lacks the type.
         """
-        if self.kind not in _GGML:
-            raise TypeError(f"ggml has no type for {self.kind}, which tensor {self.name!r} of {self.file.path} has")
-        return _GGML[self.kind]
+        if self.type_name not in _GGML_TYPES:
+            raise TypeError(f"{self.file.path}: tensor {self.name!r} has type {self.type_name}, which ggml lacks")
+        return _GGML_TYPES[self.type_name]
 
     def raw(self) -> npt.NDArray[np.uint8]:
-        """The stored bytes, a view of the mapping."""
+        """Return the stored bytes, a view of the mapping."""
         return self.file.bytes_at(*self._at)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """An array of its shape: a read-only view of the file; ``float32`` where it is stored in BF16.
+        """Return an array of the tensor's shape: a read-only view of the file; ``float32`` for a BF16 tensor.
 
         Raises
         ------
         TypeError
-            If neither numpy nor ggml has such a type.
+            If neither numpy nor ggml has the type.
         """
-        if self.kind in _NUMPY:
-            return self.raw().view(_NUMPY[self.kind]).reshape(self.shape)
+        if self.type_name in _NUMPY_TYPES:
+            return self.raw().view(_NUMPY_TYPES[self.type_name]).reshape(self.shape)
         return super().numpy()
 
     def __repr__(self) -> str:
-        return f"<SafeTensor {self.name} {self.kind} {self.shape}>"
+        return f"<SafeTensor {self.name} {self.type_name} {self.shape}>"
 
 
 def _library() -> tuple[Any, type[Exception]]:

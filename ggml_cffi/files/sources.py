@@ -1,4 +1,4 @@
-"""What tensors are made from: those of files, bytes, arrays, and what is made when its turn comes."""
+"""Sources of tensors: files, encoded bytes, arrays, and functions that are called when the tensor is written."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ggml_cffi.enums import Type
 
 
 class StoredTensor(ABC):
-    """A tensor in a file. Nothing of it is read before it is asked for.
+    """Tensor in a file or in encoded bytes. Its values are read on demand.
 
-    ``Session.weight`` and :func:`write_gguf` take it, and so does numpy.
+    ``Session.weight``, :func:`write_gguf` and numpy accept it.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name in the file."""
+        """Name of the tensor in the file."""
 
     @property
     @abstractmethod
@@ -35,11 +35,11 @@ class StoredTensor(ABC):
     @property
     @abstractmethod
     def dtype(self) -> Type:
-        """Type in which it is stored."""
+        """Type in which the tensor is stored."""
 
     @abstractmethod
     def raw(self) -> npt.NDArray[np.uint8]:
-        """The stored bytes, read-only (shape ``(nbytes,)``)."""
+        """Return the stored bytes, read-only (shape ``(nbytes,)``)."""
 
     @property
     def size(self) -> int:
@@ -47,12 +47,13 @@ class StoredTensor(ABC):
         return prod(self.shape)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """An array of its shape: a read-only view of the file, or decoded to ``float32`` where numpy has no such type.
+        """Return an array of the tensor's shape: a read-only view of the file, or decoded to ``float32`` if numpy lacks
+        the type.
 
         Raises
         ------
         TypeError
-            If neither numpy nor ggml can read the type.
+            If neither numpy nor ggml can decode the type.
         """
         raw = self.raw()
         if dtypes.has_numpy(self.dtype):
@@ -68,21 +69,21 @@ class StoredTensor(ABC):
 
 
 class RawTensor(StoredTensor):
-    """Bytes that are a tensor already, such as :func:`quantize` returns.
+    """Encoded bytes as a tensor, such as the result of :func:`quantize`.
 
     Parameters
     ----------
     data
-        The bytes, ``(..., row_size)``, not copied.
+        Encoded rows, ``(..., row_size)``, not copied.
     dtype
-        What they are.
+        Type of the bytes.
     shape
-        The tensor's shape; default ``(..., n)`` by that of ``data``.
+        Shape of the tensor. Default: ``(..., n)`` from the shape of ``data``.
 
     Raises
     ------
     TypeError, ValueError
-        If the bytes are not whole rows of that type.
+        If the bytes are not whole rows of the type.
 
     Examples
     --------
@@ -100,7 +101,7 @@ class RawTensor(StoredTensor):
         last = array.shape[-1] * array.itemsize if array.ndim else raw.size
         unit, block = dtypes.type_size(kind), dtypes.block_size(kind)
         if shape is None and last % unit:
-            raise ValueError(f"rows of {last} bytes are no whole {kind.name} blocks of {unit} bytes")
+            raise ValueError(f"rows of {last} bytes do not fill whole {kind.name} blocks of {unit} bytes")
         self._shape = (*array.shape[:-1], last // unit * block) if shape is None else check_shape(shape)
         row = dtypes.row_size(kind, self._shape[-1] if self._shape else 1)
         if row * prod(self._shape[:-1]) != raw.size:
@@ -111,7 +112,7 @@ class RawTensor(StoredTensor):
 
     @property
     def name(self) -> str:
-        """Its name, if it was given one."""
+        """Name of the tensor; empty if it has none."""
         return self._name
 
     @property
@@ -125,21 +126,21 @@ class RawTensor(StoredTensor):
         return self._dtype
 
     def raw(self) -> npt.NDArray[np.uint8]:
-        """The bytes, read-only (shape ``(nbytes,)``)."""
+        """Return the bytes, read-only (shape ``(nbytes,)``)."""
         return self._raw
 
 
 class LazyTensor:
-    """A tensor whose values are made when it is written, and forgotten then.
+    """Tensor with values from a function that is called when the tensor is written, and not kept after that.
 
     Parameters
     ----------
     shape
-        Its sizes, in numpy's order.
+        Sizes in numpy's order.
     dtype
-        Type to store it in.
+        Type in the file.
     values
-        Called once, without arguments; returns the array.
+        Function without arguments that returns the array. It is called once.
 
     Examples
     --------
@@ -156,16 +157,15 @@ class LazyTensor:
         self.values = values
 
 
-def readable(values: Any) -> StoredTensor | npt.NDArray[Any]:
-    """``values`` as they can be stored: a :class:`StoredTensor` itself, anything else as an array.
+def as_source(values: Any) -> StoredTensor | npt.NDArray[Any]:
+    """Return ``values`` in a form that can be stored: a :class:`StoredTensor` itself, anything else as an array.
 
-    PyTorch's tensors are taken from wherever they are. Where numbers are ``bfloat16``, which numpy lacks, they become a
-    :class:`RawTensor`.
+    PyTorch tensors may be on any device. ``bfloat16`` values, which numpy lacks, become a :class:`RawTensor`.
 
     Raises
     ------
     TypeError
-        If they are not numbers.
+        If the values are not numbers.
     """
     if isinstance(values, StoredTensor):
         return values
@@ -179,8 +179,8 @@ def readable(values: Any) -> StoredTensor | npt.NDArray[Any]:
     return dtypes.as_array(values)
 
 
-def stored_type(source: StoredTensor | npt.NDArray[Any]) -> Type:
-    """The type that ``source`` is stored in if none is said: its own; F32 for ``float64``."""
+def default_dtype(source: StoredTensor | npt.NDArray[Any]) -> Type:
+    """Return the type in which ``source`` is stored by default: its own; F32 for ``float64``."""
     if isinstance(source, StoredTensor):
         return source.dtype
     return Type.F32 if source.dtype == np.float64 else dtypes.as_type(source.dtype)

@@ -1,7 +1,7 @@
-"""The header of a GGUF file.
+"""Header of a GGUF file.
 
-It is parsed here and not by ggml's reader, which accepts impossible shapes and ends the process on some files. Nothing
-is believed before it was checked against the size of the file.
+ggml's own reader accepts impossible shapes, and ends the process on some files. So the header is parsed here, and every
+count and size is checked against the size of the file before use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ggml_cffi.core import dtypes
 from ggml_cffi.enums import GGUFType, Type
 from ggml_cffi.errors import FormatError
-from ggml_cffi.files.gguf.values import MAX_NESTING, SCALARS, GGUFValue
+from ggml_cffi.files.gguf.values import MAX_NESTING, SCALAR_DTYPES, GGUFValue
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -27,21 +27,21 @@ DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file."""
+    """Description of one tensor of a file."""
 
     name: str
     dtype: Type
     shape: tuple[int, ...]
     """Sizes in numpy's order."""
     offset: int
-    """Byte in the file where the data starts."""
+    """Position of the data in the file, in bytes."""
     nbytes: int
     part: int = 0
-    """Which file it is in, where a model is split over several: an index into :attr:`GGUFFile.paths`."""
+    """Index into :attr:`GGUFFile.paths` of the file that holds the tensor."""
 
 
 class Header(NamedTuple):
-    """What stands before the data."""
+    """Content of a file before the data of its tensors."""
 
     version: int
     fields: dict[str, GGUFValue]
@@ -49,35 +49,35 @@ class Header(NamedTuple):
 
 
 def read_header(data: mmap.mmap, path: str, part: int = 0) -> Header:
-    """The header of the file that ``data`` maps.
+    """Read the header of the file that ``data`` maps.
 
     Raises
     ------
     FormatError
-        If it is not GGUF, or cut short, or declares what cannot be.
+        If the file is not GGUF, is cut short, or declares impossible shapes or sizes.
     """
     return _Reader(data, path, part).header()
 
 
 class _Reader:
-    """Reads the header from a buffer, never past its end."""
+    """Parser of a header. It never reads past the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: str, part: int) -> None:
         self.data, self.path, self.part, self.at, self.size = data, path, part, 0, len(data)
 
-    def fail(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: {what}")
+    def error(self, problem: str) -> FormatError:
+        return FormatError(f"{self.path}: {problem}")
 
     def take(self, n: int) -> int:
-        """Step over ``n`` bytes; where they start."""
+        """Step over ``n`` bytes, and return the position of the first."""
         start = self.at
         if n > self.size - start:
-            raise self.fail(f"cut short: {n} more bytes are declared at byte {start} of {self.size}")
+            raise self.error(f"cut short: {n} more bytes are declared at byte {start} of {self.size}")
         self.at = start + n
         return start
 
     def number(self, code: str) -> int:
-        """One unsigned integer, by its struct code."""
+        """Read one unsigned integer, by its struct code."""
         value: int = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
         return value
 
@@ -88,22 +88,22 @@ class _Reader:
 
     def header(self) -> Header:
         if self.size < 24:
-            raise self.fail(f"{self.size} bytes are too few for a GGUF file")
+            raise self.error(f"{self.size} bytes are too few for a GGUF file")
         if self.data[self.take(4) : 4] != MAGIC:
-            raise self.fail("not a GGUF file")
+            raise self.error("not a GGUF file")
         version = self.number("<I")
         if version not in VERSIONS:
             big = " (a big-endian file?)" if version & 0xFFFF == 0 else ""
-            raise self.fail(f"GGUF version {version} is not supported{big}; versions 2 and 3 are")
+            raise self.error(f"GGUF version {version} is not supported{big}; versions 2 and 3 are")
         n_tensors, n_pairs = self.number("<Q"), self.number("<Q")
-        # The shortest possible entries: counts beyond this are lies, found before any loop.
+        # An entry has at least 24 or 13 bytes: impossible counts are refused before a loop runs that often.
         if n_tensors > self.size // 24 or n_pairs > self.size // 13:
-            raise self.fail(f"{n_tensors} tensors and {n_pairs} keys do not fit a file of {self.size} bytes")
+            raise self.error(f"{n_tensors} tensors and {n_pairs} keys do not fit a file of {self.size} bytes")
         fields: dict[str, GGUFValue] = {}
         for _ in range(n_pairs):
             key = self.string()
             if key in fields:
-                raise self.fail(f"key {key!r} occurs twice")
+                raise self.error(f"key {key!r} occurs twice")
             fields[key] = self.value(self.number("<I"))
         return Header(version, fields, self.tensor_infos(n_tensors, fields))
 
@@ -115,11 +115,11 @@ class _Reader:
         return GGUFValue(self.scalars(kind, 1)[0].item(), GGUFType(kind))
 
     def scalars(self, kind: int, n: int) -> npt.NDArray[Any]:
-        dtype = SCALARS.get(kind)  # type: ignore[call-overload]
+        dtype = SCALAR_DTYPES.get(kind)  # type: ignore[call-overload]
         if dtype is None:
-            raise self.fail(f"value type {kind} at byte {self.at - 4} does not exist")
+            raise self.error(f"value type {kind} at byte {self.at - 4} does not exist")
         start = self.take(n * dtype.itemsize)
-        if dtype.kind == "b":  # a bool of another value than 0 and 1 would be no bool to numpy
+        if dtype.kind == "b":  # numpy's bool must be 0 or 1; a file may hold other bytes
             truth: npt.NDArray[Any] = np.frombuffer(self.data, np.uint8, n, start) != 0
             return truth
         return np.frombuffer(self.data, dtype, n, start).copy()
@@ -128,16 +128,16 @@ class _Reader:
         kind, n = self.number("<I"), self.number("<Q")
         if kind == GGUFType.STRING:
             if n > (self.size - self.at) // 8:
-                raise self.fail(f"an array of {n} strings does not fit the file")
+                raise self.error(f"an array of {n} strings does not fit the file")
             return GGUFValue(self.strings(n), GGUFType.ARRAY, GGUFType.STRING)
         if kind == GGUFType.ARRAY:
             if depth >= MAX_NESTING or n > (self.size - self.at) // 12:
-                raise self.fail("arrays are nested too deep, or do not fit the file")
+                raise self.error("arrays are nested too deeply, or do not fit the file")
             return GGUFValue([self.array(depth + 1) for _ in range(n)], GGUFType.ARRAY, GGUFType.ARRAY)
         return GGUFValue(self.scalars(kind, n), GGUFType.ARRAY, GGUFType(kind))
 
     def strings(self, n: int) -> list[str]:
-        # A vocabulary has 10**5 of them: this loop is written for speed.
+        # A vocabulary has 10**5 strings: the loop avoids method calls.
         data, size, at = self.data, self.size, self.at
         length = struct.Struct("<Q").unpack_from
         found = []
@@ -145,7 +145,7 @@ class _Reader:
             start = at + 8
             at = start + length(data, at)[0] if start <= size else size + 1
             if at > size:
-                raise self.fail("cut short inside an array of strings")
+                raise self.error("cut short inside an array of strings")
             found.append(data[start:at].decode("utf-8", "surrogateescape"))
         self.at = at
         return found
@@ -153,20 +153,20 @@ class _Reader:
     def tensor_infos(self, n: int, fields: dict[str, GGUFValue]) -> dict[str, TensorInfo]:
         alignment = fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self.fail(f"general.alignment is {alignment!r}, not a power of two")
+            raise self.error(f"general.alignment is {alignment!r}, not a power of two")
         found: list[tuple[str, Type, tuple[int, ...], int]] = []
         for _ in range(n):
             name, ndim = self.string(), self.number("<I")
             if ndim > 4:
-                raise self.fail(f"tensor {name!r} has {ndim} axes; ggml has at most 4")
+                raise self.error(f"tensor {name!r} has {ndim} axes; ggml has at most 4")
             ne = struct.unpack_from(f"<{ndim}Q", self.data, self.take(8 * ndim))
             kind, offset = self.number("<I"), self.number("<Q")
             try:
                 dtype = Type(kind)
             except ValueError:
-                raise self.fail(f"tensor {name!r} has type {kind}, which ggml does not have") from None
+                raise self.error(f"tensor {name!r} has type {kind}, which ggml does not have") from None
             if offset % alignment:
-                raise self.fail(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
+                raise self.error(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
             found.append((name, dtype, ne[::-1], offset))
         base = -(-self.at // alignment) * alignment
         return self.checked(found, base)
@@ -175,15 +175,15 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         for name, dtype, shape, offset in found:
             if name in tensors:
-                raise self.fail(f"tensor {name!r} occurs twice")
+                raise self.error(f"tensor {name!r} occurs twice")
             if not all(shape):
-                raise self.fail(f"tensor {name!r} has no elements: shape {shape}")
+                raise self.error(f"tensor {name!r} has no elements: shape {shape}")
             try:
                 row = dtypes.row_size(dtype, shape[-1] if shape else 1)
             except ValueError as error:
-                raise self.fail(f"tensor {name!r}: {error}") from None
+                raise self.error(f"tensor {name!r}: {error}") from None
             nbytes = row * prod(shape[:-1])
             if base + offset + nbytes > self.size:
-                raise self.fail(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
+                raise self.error(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
             tensors[name] = TensorInfo(name, dtype, shape, base + offset, nbytes, self.part)
         return tensors

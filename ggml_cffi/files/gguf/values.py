@@ -1,4 +1,4 @@
-"""Values of a GGUF header: which type a Python value has, and its bytes."""
+"""Values of a GGUF header: the GGUF type of a Python value, and its encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ggml_cffi.enums import GGUFType
 
-SCALARS: dict[GGUFType, np.dtype[Any]] = {
+SCALAR_DTYPES: dict[GGUFType, np.dtype[Any]] = {
     GGUFType.UINT8: np.dtype("<u1"),
     GGUFType.INT8: np.dtype("<i1"),
     GGUFType.UINT16: np.dtype("<u2"),
@@ -25,19 +25,19 @@ SCALARS: dict[GGUFType, np.dtype[Any]] = {
     GGUFType.INT64: np.dtype("<i8"),
     GGUFType.FLOAT64: np.dtype("<f8"),
 }
-_FROM_NUMPY = {dtype: kind for kind, dtype in SCALARS.items()} | {np.dtype("<f2"): GGUFType.FLOAT32}
+_NUMPY_TYPES = {dtype: kind for kind, dtype in SCALAR_DTYPES.items()} | {np.dtype("<f2"): GGUFType.FLOAT32}
 
-#: Arrays inside an array: more levels are neither read nor written.
+#: Limit of the levels of arrays inside arrays, for reading and writing.
 MAX_NESTING = 8
 
-# What a Python integer becomes, the first that holds it: alone as llama.cpp's keys are, in an array as its arrays are.
-_ALONE = (GGUFType.UINT32, GGUFType.INT32, GGUFType.UINT64, GGUFType.INT64)
-_TOGETHER = (GGUFType.INT32, GGUFType.UINT32, GGUFType.INT64, GGUFType.UINT64)
+# A Python integer gets the first of these types that holds it. The order differs for arrays, as in llama.cpp's files.
+_SINGLE_INTEGERS = (GGUFType.UINT32, GGUFType.INT32, GGUFType.UINT64, GGUFType.INT64)
+_ARRAY_INTEGERS = (GGUFType.INT32, GGUFType.UINT32, GGUFType.INT64, GGUFType.UINT64)
 
 
 @dataclass(frozen=True, eq=False)
 class GGUFValue:
-    """A value of a GGUF header, with the type that it has in the file.
+    """Value of a GGUF header with the type that it has in the file.
 
     Examples
     --------
@@ -49,62 +49,64 @@ class GGUFValue:
     value: Any
     """str, bool, int, float; for an array a list of str, a numpy array, or a list of :class:`GGUFValue`."""
     type: GGUFType
-    """Its type."""
+    """GGUF type of the value."""
     sub_type: GGUFType | None = None
-    """For an array, the type of its elements."""
+    """GGUF type of the elements, if the value is an array."""
 
     def plain(self) -> Any:
-        """The value without its type: str, bool, int, float, list of str, numpy array, or list of these."""
+        """Return the value without its type: str, bool, int, float, list of str, numpy array, or list of these."""
         if self.sub_type is GGUFType.ARRAY:
             return [item.plain() for item in self.value]
         return self.value
 
 
-def as_value(item: Any) -> GGUFValue:
-    """``item`` with the type that it is written in.
+def as_gguf_value(item: Any) -> GGUFValue:
+    """Return ``item`` with the GGUF type in which it is written.
 
     Raises
     ------
     TypeError, ValueError
-        If GGUF has no type for it.
+        If GGUF has no type for the value.
     """
     if isinstance(item, GGUFValue):
         return item
     if isinstance(item, np.generic) or (isinstance(item, np.ndarray) and not item.ndim):
-        return as_value(item.item()) if item.dtype.kind in "UOS" else GGUFValue(item.item(), _of_numpy(item.dtype))
+        if item.dtype.kind in "UOS":
+            return as_gguf_value(item.item())
+        return GGUFValue(item.item(), _from_numpy(item.dtype))
     if isinstance(item, bool):
         return GGUFValue(item, GGUFType.BOOL)
     if isinstance(item, int):
-        return GGUFValue(item, _holding(item, item, _ALONE))
+        return GGUFValue(item, _smallest_type(item, item, _SINGLE_INTEGERS))
     if isinstance(item, float):
         return GGUFValue(item, GGUFType.FLOAT32)
     if isinstance(item, str | bytes):
         return GGUFValue(item, GGUFType.STRING)
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind not in "UOS":
-        return GGUFValue(item, GGUFType.ARRAY, _of_numpy(item.dtype))
+        return GGUFValue(item, GGUFType.ARRAY, _from_numpy(item.dtype))
     if isinstance(item, Sequence | np.ndarray):
-        return GGUFValue(item, GGUFType.ARRAY, _of_elements(item))
+        return GGUFValue(item, GGUFType.ARRAY, _element_type(item))
     raise TypeError(f"GGUF has no type for {type(item).__name__}")
 
 
-def _of_numpy(dtype: np.dtype[Any]) -> GGUFType:
-    kind = _FROM_NUMPY.get(dtype.newbyteorder("<"))
+def _from_numpy(dtype: np.dtype[Any]) -> GGUFType:
+    kind = _NUMPY_TYPES.get(dtype.newbyteorder("<"))
     if kind is None:
         raise TypeError(f"GGUF has no type for numpy's {dtype}")
     return kind
 
 
-def _of_elements(items: Any) -> GGUFType:
+def _element_type(items: Any) -> GGUFType:
     kinds = {_family(item) for item in items}
     if not kinds:
         raise ValueError("an empty list has no type: give an array, or GGUFValue([], GGUFType.ARRAY, element type)")
     if kinds <= {int, float} and float in kinds:
         return GGUFType.FLOAT32
     if len(kinds) > 1:
-        raise TypeError("the elements of an array must be of one kind")
+        raise TypeError("the elements of an array must all be of one type")
     kind = kinds.pop()
     if kind is int:
-        return _holding(min(items), max(items), _TOGETHER)
+        return _smallest_type(min(items), max(items), _ARRAY_INTEGERS)
     return {str: GGUFType.STRING, bool: GGUFType.BOOL, float: GGUFType.FLOAT32}.get(kind, GGUFType.ARRAY)
 
 
@@ -122,27 +124,27 @@ def _family(item: Any) -> type:
     raise TypeError(f"GGUF has no type for {type(item).__name__}")
 
 
-def _holding(low: int, high: int, kinds: Sequence[GGUFType]) -> GGUFType:
+def _smallest_type(low: int, high: int, kinds: Sequence[GGUFType]) -> GGUFType:
     for kind in kinds:
-        info = np.iinfo(SCALARS[kind])
+        info = np.iinfo(SCALAR_DTYPES[kind])
         if info.min <= low and high <= info.max:
             return kind
     raise ValueError(f"{high if high >= 2**63 else low} needs more than 64 bits")
 
 
 def encode_string(text: str | bytes) -> bytes:
-    """A string with its length, as it is in a header."""
+    """Encode a string with its length, as a header stores it."""
     raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     return struct.pack("<Q", len(raw)) + raw
 
 
-def encode(item: GGUFValue) -> bytes:
-    """The type and the value as they are in a header.
+def encode_value(item: GGUFValue) -> bytes:
+    """Encode the type and the value as a header stores them.
 
     Raises
     ------
     TypeError, ValueError
-        If the value cannot be of that type.
+        If the type cannot hold the value.
     """
     kind = GGUFType(item.type)
     return struct.pack("<I", kind) + _encoded(item.value, kind, item.sub_type)
@@ -168,7 +170,7 @@ def _encoded(value: Any, kind: GGUFType, sub_type: GGUFType | None, depth: int =
     if sub_type is GGUFType.ARRAY:
         if depth >= MAX_NESTING:
             raise ValueError(f"arrays are nested deeper than {MAX_NESTING} levels")
-        inner = [as_value(part) for part in value]
+        inner = [as_gguf_value(part) for part in value]
         if any(part.type is not GGUFType.ARRAY for part in inner):
             raise TypeError("an ARRAY of ARRAY has lists or arrays as elements")
         return head + b"".join(_encoded(part.value, part.type, part.sub_type, depth + 1) for part in inner)
@@ -176,8 +178,8 @@ def _encoded(value: Any, kind: GGUFType, sub_type: GGUFType | None, depth: int =
 
 
 def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
-    """``values`` (one axis) as numbers of ``kind``, all of which must be such numbers."""
-    want = SCALARS[kind]
+    """Return ``values`` (one axis) as numbers of the given type; raise if one of them cannot be stored in it."""
+    want = SCALAR_DTYPES[kind]
     if isinstance(values, np.ndarray):
         if values.dtype == want and values.ndim == 1:
             return values
@@ -201,5 +203,5 @@ def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
     except OverflowError as error:
         raise ValueError(f"{kind.name}: {error}") from None
     if not np.array_equal(np.isinf(made), np.isinf(exact)):
-        raise ValueError(f"a number is too large for {kind.name}; np.float64 values are written as they are")
+        raise ValueError(f"a number is too large for {kind.name}: give it as np.float64 to store 64 bits")
     return made

@@ -1,4 +1,4 @@
-"""Models in other types: what gets which type, that values are right, and that memory stays small."""
+"""Quantization of model files: the types of the tensors, their values, and the memory that it takes."""
 
 import os
 import tracemalloc
@@ -9,7 +9,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import GGUFType, Type, models
 from ggml_cffi.core import dtypes
-from ggml_cffi.files.quantize_file import FILE_TYPES
+from ggml_cffi.files.requantize import FILE_TYPES
 from tests.support import llama_float64, relative_error
 
 WIDE, NARROW, ODD = 256, 96, 40
@@ -62,7 +62,7 @@ def types(path):
         return {name: info.dtype.name for name, info in f.tensors.items()}
 
 
-# ---------------------------------------------------------------------- which type
+# ---------------------------------------------------------------------- types
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def types(path):
         ("bf16", "BF16", "BF16", "BF16", "BF16", "BF16"),
     ],
 )
-def test_which_type(path, dtype, wide, narrow, odd, head, embeddings):
+def test_each_tensor_gets_its_type(path, dtype, wide, narrow, odd, head, embeddings):
     with ggml.GGUFFile(path) as f:
         chosen = {name: t.name for name, t in ggml.choose_types(f, dtype).items()}
     assert list(chosen) == [*SHAPES, "ids.weight"]
@@ -98,7 +98,7 @@ def test_which_type(path, dtype, wide, narrow, odd, head, embeddings):
     assert chosen["ids.weight"] == "I32"
 
 
-def test_embeddings_that_serve_as_head(tmp_path, arrays):
+def test_tied_embeddings_get_the_type_of_the_head(tmp_path, arrays):
     del arrays["output.weight"]
     ggml.write_gguf(tmp_path / "tied.gguf", {}, arrays)
     arrays["token_embd.weight"] = np.ones((8, NARROW), np.float32)
@@ -117,7 +117,7 @@ def test_every_type_has_a_number_for_the_file():
     assert len(set(FILE_TYPES.values())) == len(FILE_TYPES)
 
 
-def test_only_and_keep(path):
+def test_only_and_keep_select_tensors(path):
     with ggml.GGUFFile(path) as f:
         changed = lambda **kw: {n for n, t in ggml.choose_types(f, "q8_0", **kw).items() if t is ggml.Q8_0}  # noqa: E731
         everything = changed()
@@ -132,7 +132,7 @@ def test_only_and_keep(path):
 
 
 @pytest.mark.parametrize("dtype", ["i32", "f64", "q8_1", "q8_k"])
-def test_types_that_weights_do_not_have(path, target, dtype):
+def test_types_that_weights_cannot_have_are_refused(path, target, dtype):
     with pytest.raises(TypeError, match=f"weights are not stored as {dtype.upper()}; they can be F32"):
         ggml.quantize_file(path, target, dtype)
     with pytest.raises(TypeError, match="ggml has no element type for 'q4_k_m'"):
@@ -142,7 +142,7 @@ def test_types_that_weights_do_not_have(path, target, dtype):
 # ---------------------------------------------------------------------- the file
 
 
-def test_values_and_metadata(path, target, arrays):
+def test_values_and_metadata_are_written(path, target, arrays):
     assert ggml.quantize_file(path, target, "q4_k", threads=2) == (str(target),)
     with ggml.GGUFFile(target) as f, ggml.GGUFFile(path) as before:
         for name, array in arrays.items():
@@ -155,8 +155,8 @@ def test_values_and_metadata(path, target, arrays):
         assert f.metadata["words"] == ["a", ""]
 
 
-def test_quantized_again(path, target, arrays):
-    """What has the type already is copied; what has another is decoded first."""
+def test_quantized_weights_can_be_quantized_again(path, target, arrays):
+    """Copy tensors that have the type already; decode the others first."""
     first = target.with_name("first.gguf")
     ggml.quantize_file(path, first, "q8_0")
     ggml.quantize_file(first, target, "q4_k")
@@ -167,7 +167,7 @@ def test_quantized_again(path, target, arrays):
     assert first.read_bytes() == target.read_bytes()
 
 
-def test_threads_change_nothing(path, target, rng):
+def test_the_number_of_threads_does_not_change_the_file(path, target, rng):
     big = path.with_name("big.gguf")
     ggml.write_gguf(big, {}, {"w.weight": rng.standard_normal((5000, 256)), "v.weight": (np.ones((3, 256)), "f16")})
     ggml.quantize_file(big, target, "q4_k", threads=1)
@@ -178,7 +178,7 @@ def test_threads_change_nothing(path, target, rng):
         ggml.quantize_file(big, target, "q4_k", threads=0)
 
 
-def test_over_itself_and_over_others(path, target):
+def test_the_target_may_be_the_source(path, target):
     target.write_bytes(b"before")
     with pytest.raises(FileExistsError, match="exists already"):
         ggml.quantize_file(path, target, "q8_0", overwrite=False)
@@ -188,7 +188,7 @@ def test_over_itself_and_over_others(path, target):
     assert path.read_bytes() == target.read_bytes()
 
 
-def test_split_in_and_out(path, target, arrays):
+def test_split_models_are_read_and_written(path, target, arrays):
     names = ggml.quantize_file(path, target, "q8_0", max_bytes=9000)
     assert len(names) > 2
     whole = target.with_name("whole.gguf")
@@ -199,7 +199,7 @@ def test_split_in_and_out(path, target, arrays):
         assert "split.count" not in f.metadata
 
 
-def test_progress(path, target):
+def test_progress_counts_bytes(path, target):
     calls = []
     ggml.quantize_file(path, target, "q4_k", progress=lambda *x: calls.append(x))
     with ggml.GGUFFile(target) as f:
@@ -216,7 +216,7 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_values_that_cannot_be_quantized(path, target, arrays, threads):
+def test_values_that_are_not_finite_leave_no_file(path, target, arrays, threads):
     arrays["blk.0.attn_q.weight"][1, 7] = np.nan
     ggml.write_gguf(path, {}, arrays)
     with pytest.raises(ValueError, match=r"tensor 'blk.0.attn_q.weight': values that are not finite"):
@@ -224,7 +224,7 @@ def test_values_that_cannot_be_quantized(path, target, arrays, threads):
     assert os.listdir(target.parent) == []
 
 
-def test_sources_that_are_no_models(target, tmp_path):
+def test_sources_that_are_not_models_are_refused(target, tmp_path):
     (tmp_path / "text").write_text("This is no model at all, only some text.")
     with pytest.raises(ggml.FormatError, match="not a GGUF file"):
         ggml.quantize_file(tmp_path / "text", target, "q4_k")
@@ -236,11 +236,11 @@ def test_sources_that_are_no_models(target, tmp_path):
 # ---------------------------------------------------------------------- importances
 
 
-def test_importances(path, target, arrays, rng):
+def test_importances_are_used(path, target, arrays, rng):
     weights = {
         "blk.0.attn_q.weight": rng.uniform(0.1, 9, WIDE),
         "blk.0.attn_k.weight": rng.uniform(0.1, 9, NARROW),
-        "blk.0.attn_v.weight": rng.uniform(0.1, 9, ODD),  # becomes F16, which has no use for it
+        "blk.0.attn_v.weight": rng.uniform(0.1, 9, ODD),  # becomes F16, which does not use importances
         "blk.0.ffn_up_exps.weight": rng.uniform(0.1, 9, (2, WIDE)),
         "another model's": np.ones(3),
     }
@@ -251,7 +251,7 @@ def test_importances(path, target, arrays, rng):
         name = "blk.0.ffn_up_exps.weight"
         each = [ggml.quantize(arrays[name][i], "iq2_xs", weights[name][i]).tobytes() for i in range(2)]
         assert f.raw(name).tobytes() == b"".join(each)
-    # One row for all experts is one for each of them; and as flat as llama.cpp has it.
+    # One row of importances serves all experts; llama.cpp repeats it, and stores all experts in one flat row.
     once = target.with_name("once.gguf")
     ggml.quantize_file(path, target, "q4_k", imatrix={name: weights[name][0]}, only=name)
     ggml.quantize_file(path, once, "q4_k", imatrix={name: np.tile(weights[name][0], 2)}, only=name)
@@ -259,11 +259,11 @@ def test_importances(path, target, arrays, rng):
 
 
 @pytest.mark.parametrize("dtype", ["iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"])
-def test_types_that_need_importances(path, target, dtype):
-    message = f"tensor 'blk.0.attn_q.weight': {dtype.upper()} is useless without importances, and "
-    with pytest.raises(ValueError, match=f"{message}there is no importance matrix"):
+def test_small_types_need_importances(path, target, dtype):
+    message = f"tensor 'blk.0.attn_q.weight': {dtype.upper()} needs importances, but "
+    with pytest.raises(ValueError, match=f"{message}imatrix is missing"):
         ggml.quantize_file(path, target, dtype)
-    with pytest.raises(ValueError, match=f"{message}the importance matrix has nothing for it"):
+    with pytest.raises(ValueError, match=f"{message}the importance matrix has no entry for it"):
         ggml.quantize_file(path, target, dtype, imatrix={"blk.0.ffn_up_exps.weight": np.ones(WIDE)})
     assert os.listdir(target.parent) == []
 
@@ -278,43 +278,17 @@ def test_types_that_need_importances(path, target, dtype):
         (np.full(WIDE, np.inf), "finite"),
     ],
 )
-def test_importances_that_do_not_fit(path, target, weights, message):
+def test_importances_that_do_not_fit_are_refused(path, target, weights, message):
     with pytest.raises(ValueError, match=f"tensor 'blk.0.attn_q.weight': .*{message}"):
         ggml.quantize_file(path, target, "q4_k", imatrix={"blk.0.attn_q.weight": weights})
     assert os.listdir(target.parent) == []
 
 
-def test_importances_from_a_file(tmp_path):
-    path = tmp_path / "imatrix.gguf"
-    sums = {
-        "a.weight.in_sum2": np.full((1, 4), 6.0),
-        "a.weight.counts": np.full((1, 1), 3.0),
-        "b.weight.in_sum2": np.array([[2.0, 4.0], [8.0, 9.0], [5.0, 5.0]]),
-        "b.weight.counts": np.array([[2.0], [0.0], [5.0]]),
-    }
-    ggml.write_gguf(path, {"general.type": "imatrix"}, sums)
-    found = ggml.read_imatrix(path)
-    assert {name: w.tolist() for name, w in found.items()} == {
-        "a.weight": [[2, 2, 2, 2]],
-        "b.weight": [[1, 2], [1, 1], [1, 1]],
-    }
-    del sums["b.weight.counts"]
-    ggml.write_gguf(path, {}, sums)
-    with pytest.raises(ggml.FormatError, match=r"'b.weight.in_sum2' has no counts"):
-        ggml.read_imatrix(path)
-    ggml.write_gguf(path, {}, sums | {"b.weight.counts": np.ones((2, 1))})
-    with pytest.raises(ggml.FormatError, match="3 rows and 2 counts"):
-        ggml.read_imatrix(path)
-    ggml.write_gguf(path, {}, {"a.weight": np.ones(3)})
-    with pytest.raises(ggml.FormatError, match="no importance matrix"):
-        ggml.read_imatrix(path)
-
-
 # ---------------------------------------------------------------------- models
 
 
-def test_models_run_from_what_is_written(devices, tmp_path, target, rng):
-    """The same logits from one file and from several; and near those of the model as it was."""
+def test_quantized_models_run(devices, tmp_path, target, rng):
+    """Compare the logits of one file, of several files and of the original model."""
     path = llama_float64.random_model(tmp_path / "f32.gguf", rng)
     tokens = [int(t) for t in rng.integers(0, 50, 21)]
     want = llama_float64.Reference(path).forward(tokens)
@@ -327,8 +301,8 @@ def test_models_run_from_what_is_written(devices, tmp_path, target, rng):
     assert relative_error(got, want) < 0.05
 
 
-def test_memory(tmp_path, target):
-    """A weight is read, decoded and quantized by pieces, the threads' included."""
+def test_quantization_needs_little_memory(tmp_path, target):
+    """Quantize with less memory than a quarter of a tensor."""
     path = tmp_path / "big.gguf"
     row = np.linspace(-1, 1, 1024, dtype=np.float32)
     ggml.write_gguf(path, {}, {"w.weight": (np.broadcast_to(row, (16384, 1024)), "q8_0")})

@@ -1,4 +1,4 @@
-"""Quantization, within the error limits that ggml sets itself for its own tests."""
+"""Quantization of arrays, within the error limits of ggml's own tests."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from ggml_cffi import Type, c
 from ggml_cffi.core import dtypes
 
 QUANTIZED = [t for t in Type if dtypes.is_quantized(t) and t not in dtypes.INTERNAL]
-#: ggml's limits on the root of the summed squared errors over n, for 2 cos(i) + 0.1.
+#: Limits of ggml's tests: the root of the summed squared errors over n, for 2 cos(i) + 0.1.
 LIMITS = {
     Type.TQ1_0: 0.01,
     Type.TQ2_0: 0.01,
@@ -45,14 +45,14 @@ def test_errors_are_within_ggmls_limits(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [ggml.F32, ggml.F16, ggml.BF16, ggml.F64, ggml.I32], ids=lambda t: t.name)
-def test_plain_types(dtype):
+def test_unquantized_types_are_exact(dtype):
     values = np.arange(12).reshape(3, 4)
     np.testing.assert_array_equal(ggml.dequantize(ggml.quantize(values, dtype), dtype), values)
 
 
 @pytest.mark.parametrize("dtype", ["iq2_xxs", "q4_k", "q4_0"])
-def test_importance_matters(dtype, rng):
-    """What is marked as important loses less."""
+def test_important_columns_have_smaller_errors(dtype, rng):
+    """Compare the errors of important and unimportant columns."""
     values = rng.standard_normal((8, 512)).astype(np.float32)
     first = np.where(np.arange(512) % 2, 100.0, 0.01)
     error = [
@@ -62,7 +62,7 @@ def test_importance_matters(dtype, rng):
     assert error[0] < error[1]
 
 
-def test_a_tensor_takes_what_quantize_gives(rng):
+def test_a_tensor_accepts_quantized_bytes(rng):
     values = rng.standard_normal((4, 256)).astype(np.float32)
     with ggml.Context() as ctx:
         t = ctx.new_tensor("iq2_xxs", values.shape)
@@ -77,11 +77,11 @@ def test_a_tensor_takes_what_quantize_gives(rng):
     [
         ((np.zeros(33), "q4_0"), ValueError, "blocks of 32"),
         ((np.zeros(100), "q4_k"), ValueError, "blocks of 256"),
-        ((0.0, "q4_0"), ValueError, "rows are needed"),
+        ((0.0, "q4_0"), ValueError, "give an array with rows"),
         ((np.full(32, np.nan), "q4_0"), ValueError, "not finite"),
         ((np.full(32, np.inf), "q4_0"), ValueError, "not finite"),
         ((np.zeros(256), "iq1_s"), ValueError, "needs an importance matrix"),
-        ((np.zeros(32), "q4_0", np.ones(31)), ValueError, r"shape \(31,\); one weight for each of 32"),
+        ((np.zeros(32), "q4_0", np.ones(31)), ValueError, r"shape \(31,\); a tensor of shape \(32,\) needs \(32,\)"),
         ((np.zeros(32), "q4_0", np.zeros(32)), ValueError, "not all 0"),
         ((np.zeros(32), "q4_0", -np.ones(32)), ValueError, "at least 0"),
         ((np.zeros(32), "q8_1"), TypeError, "inside ggml's products"),
@@ -90,7 +90,7 @@ def test_a_tensor_takes_what_quantize_gives(rng):
         ((np.zeros(32), "i8"), TypeError, "round it"),
     ],
 )
-def test_what_cannot_be_quantized(arguments, error, message):
+def test_values_that_cannot_be_quantized_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         ggml.quantize(*arguments)
 
@@ -98,16 +98,16 @@ def test_what_cannot_be_quantized(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((bytes(17), "q4_0"), "rows of 17 bytes are no whole Q4_0 blocks of 18 bytes"),
+        ((bytes(17), "q4_0"), "rows of 17 bytes do not fill whole Q4_0 blocks of 18 bytes"),
         ((bytes(18), "q4_0", (33,)), "blocks of 32"),
         ((bytes(18), "q4_0", (64,)), "18 bytes are not a Q4_0 array of shape"),
     ],
 )
-def test_what_cannot_be_decoded(arguments, message):
+def test_bytes_that_cannot_be_decoded_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ggml.dequantize(*arguments)
 
 
-def test_no_rows():
+def test_arrays_without_rows_are_quantized():
     assert ggml.quantize(np.zeros((0, 32)), "q4_0").shape == (0, 18)
     assert ggml.dequantize(np.zeros((0, 18), np.uint8), "q4_0").shape == (0, 32)

@@ -1,4 +1,4 @@
-"""Model files in another type: which tensor gets which, and writing the new file."""
+"""Quantization of whole model files: the type that each tensor gets, and the new file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import c
@@ -14,16 +13,17 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import default_threads
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.enums import GGUFType, Type
-from ggml_cffi.errors import FormatError
-from ggml_cffi.files.encode import importances
-from ggml_cffi.files.gguf.layout import Planned, Progress, write_planned
-from ggml_cffi.files.gguf.reader import GGUFFile, TensorInfo
+from ggml_cffi.files.gguf.header import TensorInfo
+from ggml_cffi.files.gguf.layout import PlannedTensor
+from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.files.gguf.values import GGUFValue
+from ggml_cffi.files.gguf.writer import Progress, write_tensors
+from ggml_cffi.files.quantization import Importances, check_importances
 
 T = Type
 
-# Weights that stay as they are, by parts of their names: small, and what a layer routes, mixes or places by.
-_KEPT = (
+# Parts of the names of weights that keep their type: they are small, and a layer routes or places tokens by them.
+_UNQUANTIZED_NAMES = (
     "_norm.weight",
     "ffn_gate_inp.weight",
     "position_embd",
@@ -63,28 +63,28 @@ _KEPT = (
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 _OUTPUT = "output.weight"
 
-# Where rows are no whole blocks: a type of about the same precision with blocks of 32.
-_FALLBACK = {
+# Used if rows do not fill whole blocks: a type of about the same precision with blocks of 32.
+_FALLBACK_TYPES = {
     **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS), T.IQ4_NL),
     **dict.fromkeys((T.Q2_0, T.Q2_K, T.Q3_K, T.TQ1_0, T.TQ2_0), T.Q4_0),
     T.Q4_K: T.Q5_0,
     T.Q5_K: T.Q5_1,
     T.Q6_K: T.Q8_0,
 }
-# The head, and the embeddings where they serve as head: errors there are errors of every token.
-_HEAD = {
+# The output head (or the embeddings, if tied) gets more precision: its errors change every token.
+_OUTPUT_TYPES = {
     **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS), T.Q5_K),
     T.MXFP4: T.Q8_0,
     T.Q8_0: T.Q8_0,
 }
-_EMBEDDED = {
+_EMBEDDING_TYPES = {
     **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS), T.Q2_K),
     **dict.fromkeys((T.IQ2_S, T.IQ3_XXS), T.IQ3_S),
     **dict.fromkeys((T.TQ1_0, T.TQ2_0, T.Q2_0), T.Q4_K),
 }
 _NEEDS_IMATRIX = frozenset({T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS})
 
-#: ``general.file_type`` of llama.cpp, which tells what most of a file is; of mixtures the plainest.
+#: llama.cpp's ``general.file_type``: the type of most weights of a file; of llama.cpp's mixtures the simplest.
 FILE_TYPES = {
     T.F32: 0,
     T.F16: 1,
@@ -132,40 +132,40 @@ def quantize_file(
 ) -> tuple[str, ...]:
     """Write the model ``source`` with its weights in another type.
 
-    Memory stays small whatever the model's size. ``target`` has its name only once it is complete, and nothing is left
-    if anything is raised; it may be ``source`` itself.
+    Memory stays small for any model size. The write is atomic: ``target`` appears when it is complete, and an exception
+    leaves nothing behind. ``target`` may be ``source`` itself.
 
     Parameters
     ----------
     source
-        A GGUF file; of a split model the first. Weights that are quantized already lose what the two types lose.
+        A GGUF file; of a split model the first. Weights that are quantized already have the errors of both types.
     target
         The file to write.
     dtype
-        The type, such as ``"q4_k"``; see :func:`choose_types` for what gets it.
+        The type, such as ``"q4_k"``. :func:`choose_types` describes which tensors get it.
     only, keep
-        Patterns of names (``"blk.*.ffn_*"``): tensors that do not match ``only``, or match ``keep``, stay as they are.
+        Patterns of names (``"blk.*.ffn_*"``). Tensors that do not match ``only``, or match ``keep``, keep their type.
     imatrix
-        Name of a tensor to how much each of its columns matters, as :func:`quantize` takes it; :func:`read_imatrix`
-        reads one. Types below 3 bits and IQ3_XXS need one.
+        Name of a tensor to the importance of each column, as :func:`quantize` and :func:`read_imatrix` define it.
+        Types below 3 bits and IQ3_XXS need one.
     max_bytes, overwrite
         See :func:`write_gguf`.
     threads
-        Default as many as there are processors.
+        Number of threads. Default: one per processor of this process.
     progress
-        Called with bytes written and bytes in all.
+        Called with the bytes written so far and the bytes in all.
 
     Returns
     -------
     tuple of str
-        The files.
+        Paths of the files.
 
     Raises
     ------
     FormatError
-        If ``source`` is no valid GGUF file.
+        If ``source`` is not a valid GGUF file.
     TypeError, ValueError
-        If weights cannot be of that type, values are not finite, importances are missing or do not fit, a pattern
+        If weights cannot have the type, values are not finite, importances are missing or do not fit, a pattern
         matches no tensor, or ``threads`` is below 1.
     FileExistsError, OSError
         See :func:`write_gguf`.
@@ -180,8 +180,8 @@ def quantize_file(
         types = choose_types(file, kind, only=only, keep=keep)
         tensors = []
         for name, info in file.tensors.items():
-            weights = _importances(info, types[name], imatrix or {})
-            tensors.append(Planned(name, types[name], info.shape, file[name], weights))
+            weights = _importances_for(info, types[name], imatrix or {})
+            tensors.append(PlannedTensor(name, types[name], info.shape, file[name], weights))
         fields = {
             **file.fields,
             "general.quantization_version": GGUFValue(c.GGML_QNT_VERSION, GGUFType.UINT32),
@@ -189,7 +189,7 @@ def quantize_file(
         }
         pool = ThreadPoolExecutor(n_threads, thread_name_prefix="ggml_cffi quantize")
         try:
-            return write_planned(
+            return write_tensors(
                 os.fspath(target),
                 fields,
                 tensors,
@@ -210,18 +210,23 @@ def choose_types(
     only: str | Iterable[str] | None = None,
     keep: str | Iterable[str] | None = None,
 ) -> dict[str, Type]:
-    """The type that :func:`quantize_file` gives each tensor of a model.
+    """Choose the type that :func:`quantize_file` gives each tensor of a model.
 
-    Weights (``*weight``) with two axes or more get ``dtype``; norms, biases, and small weights that route or place keep
-    what they have. As in llama.cpp, the output head, and token embeddings that serve as one, get Q6_K instead (Q5_K if
-    the type is below 3 bits; Q8_0 stays Q8_0), and other token embeddings a finer type than those below 3 bits. Where
-    rows are no whole blocks, weights get a type with smaller ones: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K, Q4_0
-    for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
+    Weights (``*weight``) with two axes or more get ``dtype``. Norms, biases, and small weights that route or place
+    tokens keep their type. As in llama.cpp, the output head, or the token embeddings if they serve as the head, get
+    Q6_K (Q5_K if ``dtype`` is below 3 bits; Q8_0 stays Q8_0). If ``dtype`` is below 3 bits, other token embeddings get
+    a finer type. If rows do not fill whole blocks, a weight gets a type with smaller blocks: Q5_0 for Q4_K, Q5_1 for
+    Q5_K, Q8_0 for Q6_K, Q4_0 for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
+
+    Returns
+    -------
+    dict
+        Name of a tensor to its type.
 
     Raises
     ------
     TypeError
-        If there is no such type, or weights are not stored in it.
+        If the type does not exist, or weights are not stored in it.
     ValueError
         If a pattern matches no tensor.
     """
@@ -233,7 +238,7 @@ def choose_types(
     wanted -= _matching(file, keep) if keep is not None else set()
     tied = _OUTPUT not in file.tensors
     return {
-        name: _target(info, kind, tied) if name in wanted and _is_weight(info) else info.dtype
+        name: _type_for(info, kind, tied) if name in wanted and _is_weight(info) else info.dtype
         for name, info in file.tensors.items()
     }
 
@@ -251,60 +256,33 @@ def _matching(file: GGUFFile, patterns: str | Iterable[str]) -> set[str]:
 def _is_weight(info: TensorInfo) -> bool:
     matrix = any(n > 1 for n in info.shape[:-1])
     number = info.dtype not in dtypes.INTEGERS and info.dtype not in dtypes.INTERNAL
-    return matrix and number and info.name.endswith("weight") and not any(part in info.name for part in _KEPT)
+    kept = any(part in info.name for part in _UNQUANTIZED_NAMES)
+    return matrix and number and info.name.endswith("weight") and not kept
 
 
-def _target(info: TensorInfo, kind: Type, tied: bool) -> Type:
+def _type_for(info: TensorInfo, kind: Type, tied: bool) -> Type:
     n = info.shape[-1]
     if not dtypes.is_quantized(kind):
         return kind
     if info.name == _OUTPUT or (tied and info.name in _EMBEDDINGS):
-        kind = Type.Q8_0 if n % dtypes.block_size(kind) else _HEAD.get(kind, Type.Q6_K)
+        kind = Type.Q8_0 if n % dtypes.block_size(kind) else _OUTPUT_TYPES.get(kind, Type.Q6_K)
     elif info.name in _EMBEDDINGS:
-        kind = _EMBEDDED.get(kind, kind)
+        kind = _EMBEDDING_TYPES.get(kind, kind)
     if n % dtypes.block_size(kind):
-        kind = _FALLBACK.get(kind, kind)
+        kind = _FALLBACK_TYPES.get(kind, kind)
     return Type.F16 if n % dtypes.block_size(kind) else kind
 
 
-def _importances(info: TensorInfo, kind: Type, imatrix: Mapping[str, npt.ArrayLike]) -> npt.NDArray[np.float32] | None:
-    """What the matrix has for a tensor that becomes ``kind``; checked here, before anything is written."""
+def _importances_for(info: TensorInfo, kind: Type, imatrix: Mapping[str, npt.ArrayLike]) -> Importances | None:
+    """Return the checked importances of a tensor that is quantized to ``kind``; None if the type does not use them."""
     if kind is info.dtype or not dtypes.is_quantized(kind):
         return None
     if info.name in imatrix:
         try:
-            return importances(imatrix[info.name], info.shape)
+            return check_importances(imatrix[info.name], info.shape)
         except ValueError as error:
             raise ValueError(f"tensor {info.name!r}: {error}") from None
     if kind in _NEEDS_IMATRIX:
-        what = "the importance matrix has nothing for it" if imatrix else "there is no importance matrix (imatrix)"
-        raise ValueError(f"tensor {info.name!r}: {kind.name} is useless without importances, and {what}")
+        reason = "the importance matrix has no entry for it" if imatrix else "imatrix is missing"
+        raise ValueError(f"tensor {info.name!r}: {kind.name} needs importances, but {reason}")
     return None
-
-
-def read_imatrix(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[np.float32]]:
-    """The importance matrix that ``llama-imatrix`` wrote as GGUF: name of a tensor to importances ``(experts, n)``.
-
-    Raises
-    ------
-    FormatError
-        If it is no such file. Of those that older versions wrote, ``llama-imatrix`` makes new ones.
-    """
-    found = {}
-    with GGUFFile(path) as file:
-        for name in file.tensors:
-            stem = name.removesuffix(".in_sum2")
-            if stem == name:
-                continue
-            if f"{stem}.counts" not in file.tensors:
-                raise FormatError(f"{file.path}: tensor {name!r} has no counts")
-            sums = np.asarray(file[name], np.float32)
-            counts = np.asarray(file[f"{stem}.counts"], np.float32).reshape(-1, 1)
-            sums = sums.reshape(-1, sums.shape[-1])
-            if len(counts) != len(sums):
-                raise FormatError(f"{file.path}: tensor {name!r} has {len(sums)} rows and {len(counts)} counts")
-            # What no token ever went through is as important as anything.
-            found[stem] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
-    if not found:
-        raise FormatError(f"{file.path}: this is no importance matrix: it has no tensors named *.in_sum2")
-    return found
