@@ -27,10 +27,11 @@ from ggml_cffi.errors import (
     RemoteError,
     UnsupportedOpError,
 )
-from ggml_cffi.files.gguf.reader import GGUFFile, GGUFTensor, GGUFValue
+from ggml_cffi.files.gguf import GGUFFile, GGUFTensor, GGUFValue
 from ggml_cffi.files.gguf.writer import write_gguf
-from ggml_cffi.files.quantize import dequantize, quantize
-from ggml_cffi.files.quantize_file import choose_types, quantize_file, read_imatrix
+from ggml_cffi.files.imatrix import read_imatrix
+from ggml_cffi.files.quantization import dequantize, quantize
+from ggml_cffi.files.requantize import choose_types, quantize_file
 from ggml_cffi.files.safetensors import SafetensorsFile, from_safetensors
 from ggml_cffi.files.sources import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.ops import *  # noqa: F403
