@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -14,12 +13,8 @@ from ggml_cffi.core.device import Device, check_process, device_lock, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import DeviceLock
+from ggml_cffi.core.threads import check_threads, default_threads
 from ggml_cffi.errors import GgmlError
-
-
-def default_threads() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Backend(Handle):
@@ -149,13 +144,6 @@ class Backend(Handle):
 
     def __repr__(self) -> str:
         return f"<Backend {self.name}{' closed' if self.closed else ''}>"
-
-
-def check_threads(n: int) -> int:
-    """``n``, if it is a number of threads that a CPU backend can have."""
-    if not isinstance(n, int) or not 1 <= n <= c.GGML_MAX_N_THREADS:
-        raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")
-    return n
 
 
 def _free(pool: list[Any], _going: Any, pointer: Any) -> None:

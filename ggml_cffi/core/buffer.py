@@ -231,3 +231,18 @@ class Buffer(Handle):
 
     def __repr__(self) -> str:
         return "<Buffer closed>" if self.closed else f"<Buffer {self.buffer_type.name}, {self.size:,} bytes>"
+
+
+class HostMemory:
+    """Host memory with the owners that keep it alive, in numpy's array interface."""
+
+    def __init__(self, memory: Any, owners: list[Any]) -> None:
+        self.owners = owners
+        self.memory = memory
+        address = int(c.ffi.cast("uintptr_t", c.ffi.from_buffer(memory)))
+        self.__array_interface__ = {
+            "shape": (len(memory),),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }

@@ -43,7 +43,7 @@ class Context(Handle):
         "_room",
         "calls",
         "held",
-        "limits",
+        "row_limits",
         "serial",
         "uses",
     )
@@ -66,7 +66,7 @@ class Context(Handle):
         """Other contexts whose tensors are operands here."""
         self.held: dict[Any, frozenset[Any]] = {}
         """Graphs that schedulers hold and that reach into this context, with the C pointers of their nodes."""
-        self.limits: dict[Any, int] = {}
+        self.row_limits: dict[Any, int] = {}
         """Integer tensors that are used as row numbers, each with the number of rows."""
         Context._serial += 1
         self.serial = Context._serial
@@ -116,10 +116,10 @@ class Context(Handle):
         array = np.asarray(values)
         data = dtypes.to_bytes(array, as_type(dtype)).copy()
         tensor = self.new_tensor(dtype, array.shape)
-        self.set_later(tensor, data)
+        self.set_on_alloc(tensor, data)
         return tensor
 
-    def set_later(self, tensor: Tensor, data: npt.NDArray[Any]) -> None:
+    def set_on_alloc(self, tensor: Tensor, data: npt.NDArray[Any]) -> None:
         """Have ``data``, its bytes, written to a tensor without memory as soon as it gets some.
 
         Raises
@@ -132,7 +132,7 @@ class Context(Handle):
             raise ValueError(f"{tensor!r} takes {tensor.nbytes} bytes, not {data.nbytes}")
         self._constants[tensor.ptr] = data
 
-    def later(self, tensor: Tensor) -> npt.NDArray[Any] | None:
+    def pending_data(self, tensor: Tensor) -> npt.NDArray[Any] | None:
         """What will be written to a tensor when it gets memory, None where nothing will."""
         return self._constants.get(tensor.ptr)
 
@@ -287,9 +287,9 @@ class Context(Handle):
                 raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
             c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
         self.adopt(buffer)
-        if tensor.ptr in self.limits:
+        if tensor.ptr in self.row_limits:
             try:
-                tensor.check_limit(tensor.numpy().reshape(-1).view(np.uint8))
+                tensor.check_row_numbers(tensor.numpy().reshape(-1).view(np.uint8))
             except ValueError:
                 tensor.ptr.buffer = tensor.ptr.data = c.NULL
                 raise

@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.buffer import Buffer, BufferType
+from ggml_cffi.core.buffer import Buffer, BufferType, HostMemory
 from ggml_cffi.core.device import Device, device_lock, registry_lock
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.dtypes import INTEGERS
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.shapes import check_shape
-from ggml_cffi.core.tensor import HostMemory, Tensor
+from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 
 _CHUNK = 16 << 20
@@ -197,7 +197,7 @@ class DeviceBytes:
     @classmethod
     def of_tensor(cls, t: Tensor) -> DeviceBytes:
         """Those of a tensor with memory."""
-        root, offset = t.place()
+        root, offset = t.memory_root(), t.memory_offset()
         return cls(root.buffer, c.ffi.cast("char *", root.data) + offset)
 
     def part(self, offset: int, n: int) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.core.backend import Backend, default_threads
+from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dtypes import INTEGERS
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 
 _PIECE = 8 << 20
