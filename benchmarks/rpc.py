@@ -1,9 +1,9 @@
-"""What the relay of a remote device costs: ggml's RPC client by itself, and through the relay, in turns.
+"""The cost of the RPC proxy: the RPC client of ggml by itself, and through the proxy, in turns.
 
 python -m benchmarks.rpc [--rounds 3] [--calls 1000] [--threads 1]
 
-Servers on the loopback, on the CPU: the worst case, since a network adds the same to both. Times are the quickest of
-all calls: of the rest it cannot be known what else the machine did.
+The servers run on the loopback and on the CPU. This is the worst case, since a network adds the same to both. Times are those of
+the fastest call, since other work on the machine affects the rest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ggml_cffi.c import library
 
 
 def raw(endpoint: str) -> ggml.Device:
-    """The first device as ggml's client has it: the process ends with the server."""
+    """Return the first device through ggml's client alone: the process ends with the server."""
     library.load("rpc")
     registry = c.ggml_backend_rpc_add_server(endpoint.encode())
     return ggml.Device(c.ggml_backend_reg_dev_get(registry, 0))
 
 
 def quickest(run: Callable[[], Any], n: int) -> float:
-    """Microseconds of the quickest of ``n`` calls."""
+    """Return the microseconds of the fastest of ``n`` calls."""
     found = []
     for _ in range(n):
         start = time.perf_counter()
@@ -57,13 +57,13 @@ def measure(way: Callable[[str], ggml.Device], n: int, threads: int) -> dict[str
 
             def put() -> None:
                 large.set(values)
-                device.memory()  # which waits
+                device.memory()  # waits for the write
 
             return {
-                "a question": quickest(device.memory, n),
+                "a request": quickest(device.memory, n),
                 "reading 4 KiB": quickest(small.numpy, n),
                 "reading 1 MiB": quickest(large.numpy, n // 4),
-                "writing 1 MiB, and a question": quickest(put, n // 4),
+                "writing 1 MiB, and a request": quickest(put, n // 4),
                 "a run of 60 nodes": quickest(lambda: chain(x), n // 4),
             }
 
@@ -76,12 +76,12 @@ def main() -> int:
     args = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
     for _ in range(args.rounds):
-        for name, way in (("ggml's client", raw), ("with the relay", ggml.device)):
+        for name, way in (("ggml's client", raw), ("with the proxy", ggml.device)):
             times = measure(way, args.calls, args.threads)
             best = found.setdefault(name, times)
             found[name] = {key: min(best[key], value) for key, value in times.items()}
-            for link in list(rpc._links.values()):
-                rpc.disconnect(link.name)
+            for connection in rpc.connections():
+                rpc.disconnect(connection.name)
     print(f"{'µs':30}" + "".join(f"{name:>16}" for name in found))
     for key in next(iter(found.values())):
         print(f"{key:30}" + "".join(f"{times[key]:16.1f}" for times in found.values()))

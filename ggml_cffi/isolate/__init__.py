@@ -1,5 +1,9 @@
-"""Sessions and models in a process of their own: a crash there is an exception here."""
+"""Worker processes: sessions and models in a process of their own, where a crash becomes an exception here.
 
-from ggml_cffi.isolate.worker import Remote, Stream, Worker
+``worker`` has :class:`Worker`, the user's side. ``process`` is one process of a worker as the parent sees it, ``child``
+is the program that runs in it, and ``channel`` is the IPC channel between the two.
+"""
 
-__all__ = ["Remote", "Stream", "Worker"]
+from ggml_cffi.isolate.worker import Stream, Worker, WorkerFunction
+
+__all__ = ["Stream", "Worker", "WorkerFunction"]

@@ -1,11 +1,11 @@
-"""Objects to another process and back: small ones through a socket, arrays through memory that both have mapped.
+"""IPC channels: objects to another process and back, small ones by a socket, arrays by shared memory.
 
-The sender copies what is large in a message into a block of shared memory. The receiver's arrays are views of it, and
-the block is used again only after the last of them is gone, which the receiver tells with the next message that it
-sends. So an array may be kept for as long as anybody likes, on both sides.
+The sender copies the large arrays of a message into a block of shared memory. The receiver's arrays are views of that
+block. The receiver says with its next message that the last view is gone; only then does the sender use the block
+again. Both sides may therefore keep arrays for any time.
 
-Blocks have no names (``memfd``): the kernel frees them with the last process that has them mapped, however that ends,
-and no limit of ``/dev/shm`` applies to them.
+Blocks have no names (``memfd``). The kernel frees them with the last process that has mapped them, however that process
+ends, and no limit of ``/dev/shm`` applies.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_SMALL = 16 << 10  # bytes from which on memory is quicker than the socket
-_MOST_BUFFERS = 1000  # of one message; the rest goes into its pickle, so that what the socket gets stays small
+_SHARED_SIZE = 16 << 10  # bytes from which on shared memory is faster than the socket
+_MAX_BUFFERS = 1000  # buffers of one message; further ones go into the pickle, since the list must fit into a packet
 _PACKET = 64 << 10
-_ALIGNMENT = 64  # of arrays in a block: as ggml wants its memory
-_VIEWS = 8  # blocks that a receiver may look at; it takes copies from then on, so that file descriptors do not run out
-_IDLE = 16  # messages after which a block that was not used is given up
+_ALIGNMENT = 64  # bytes, of arrays in a block: the alignment that ggml needs
+_MAX_VIEWS = 8  # blocks that a receiver may view at a time; it copies beyond that, to limit open file descriptors
+_IDLE = 16  # messages after which an unused block is freed
 _FD_SPACE = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
 
 Bytes = npt.NDArray[np.uint8]
@@ -43,12 +43,12 @@ class Packet(NamedTuple):
     """A message that has arrived."""
 
     tag: int
-    """What the sender gave it."""
+    """The number that the sender passed to :meth:`Channel.send`."""
     data: Any
     buffers: Sequence[Any]
 
     def load(self) -> Any:
-        """The message. Raises what its classes raise when they are imported or made."""
+        """Return the message. Any exception of importing or creating its objects is raised."""
         return pickle.loads(self.data, buffers=self.buffers)
 
 
@@ -63,31 +63,35 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._blocks: dict[int, Bytes] = {}  # ours, for what we send
-        self._free: dict[int, int] = {}  # those that nobody looks at, with the message that last used each
-        self._made = self._sent = 0
-        self._dropped: list[int] = []
-        self._mapped: dict[int, mmap.mmap] = {}  # the other side's
+        # Blocks of this side, which this side writes to:
+        self._blocks: dict[int, Bytes] = {}
+        self._free: dict[int, int] = {}  # blocks without views, with the number of the last message in each
+        self._n_blocks = self._n_sent = 0
+        self._freed: list[int] = []  # blocks that the other side shall unmap
+        # Blocks of the other side, which this side reads:
+        self._mapped: dict[int, mmap.mmap] = {}
         self._viewed: set[int] = set()
-        self._released: list[int] = []
+        self._released: list[int] = []  # blocks whose last view is gone, which the other side shall hear
 
     def send(self, tag: int, message: Any) -> None:
-        """Send an object. What cannot be pickled raises before anything is sent.
+        """Send an object, with a number that the receiver finds in :attr:`Packet.tag`.
 
         Raises
         ------
         ConnectionError
-            If the other process is gone.
+            If the other process has ended.
+        Exception
+            Any exception of pickling the object. Nothing has been sent then.
         """
         data, buffers = pack(message)
-        if len(data) > _SMALL:
+        if len(data) > _SHARED_SIZE:
             buffers.append(np.frombuffer(data, np.uint8))
             data = b""
-        self._sent += 1
+        self._n_sent += 1
         number, fd = self._fill(buffers) if buffers else (-1, None)
-        self._drop_idle()
-        released, dropped = self._released[:], self._dropped[:]
-        packet = marshal.dumps((tag, data, number, [b.size for b in buffers], released, dropped))
+        self._free_idle()
+        released, freed = self._released[:], self._freed[:]
+        packet = marshal.dumps((tag, data, number, [b.size for b in buffers], released, freed))
         try:
             if fd is None:
                 self._socket.send(packet)
@@ -96,7 +100,7 @@ class Channel:
         finally:
             if fd is not None:
                 os.close(fd)
-        del self._released[: len(released)], self._dropped[: len(dropped)]
+        del self._released[: len(released)], self._freed[: len(freed)]
 
     def recv(self, deadline: float | None = None) -> Packet:
         """Wait for the next message, until ``time.monotonic()`` reaches ``deadline``.
@@ -104,9 +108,9 @@ class Channel:
         Raises
         ------
         EOFError
-            If the other process is gone.
+            If the other process has ended.
         TimeoutError
-            If no message came.
+            If no message arrived in time.
         """
         if deadline is not None or self._socket.gettimeout() is not None:
             self._socket.settimeout(None if deadline is None else max(deadline - time.monotonic(), 1e-3))
@@ -115,47 +119,48 @@ class Channel:
         except ConnectionError:
             packet = b""
         if not packet:
-            raise EOFError("the other process is gone")
-        tag, data, number, sizes, released, dropped = marshal.loads(packet)
+            raise EOFError("the other process has ended")
+        tag, data, number, sizes, released, freed = marshal.loads(packet)
         for _, _, fd in extra:
             self._map(number, int.from_bytes(fd[:4], sys.byteorder))
-        for block in dropped:
+        for block in freed:
             del self._mapped[block]
         for block in released:
-            self._free[block] = self._sent
+            self._free[block] = self._n_sent
         buffers = self._views(number, sizes) if sizes else []
         return Packet(tag, data or buffers.pop(), buffers)
 
     def trim(self) -> None:
-        """Give up the blocks that nobody looks at."""
+        """Free the blocks that have no views."""
         for number in list(self._free):
             del self._free[number], self._blocks[number]
-            self._dropped.append(number)
+            self._freed.append(number)
 
     def close(self) -> None:
-        """Close this end. Arrays that were received stay."""
+        """Close this end. Received arrays stay valid."""
         self._socket.close()
         self._blocks.clear()
         self._free.clear()
         self._mapped.clear()
 
-    # ------------------------------------------------------------------ what is sent
+    # ------------------------------------------------------------------ sending
 
     def _fill(self, buffers: list[Bytes]) -> tuple[int, int | None]:
-        """Copy buffers into a block: its number, and its file descriptor if the other side does not have it yet."""
+        """Copy buffers into a block; return its number, and its file descriptor if the other side has not mapped it."""
         sizes = [b.size for b in buffers]
         number, fd = self._block(sum(_padded(size) for size in sizes))
         for source, (start, end) in zip(buffers, _spans(sizes), strict=True):
-            self._blocks[number][start:end] = source  # numpy copies without Python's global lock
+            self._blocks[number][start:end] = source  # numpy copies without the GIL
         return number, fd
 
     def _block(self, size: int) -> tuple[int, int | None]:
+        """Return the number of a free block of at least ``size`` bytes, and the file descriptor of a new one."""
         fitting = [number for number in self._free if self._blocks[number].size >= size]
         if fitting:
             number = min(fitting, key=lambda n: self._blocks[n].size)
             del self._free[number]
             return number, None
-        # A power of two, so that it serves messages that are a little larger. What is not written takes no memory.
+        # A power of two also fits later messages that are a little larger. Pages that are never written take no memory.
         size = 1 << max(size - 1, 4095).bit_length()
         fd = os.memfd_create("ggml_cffi")
         try:
@@ -164,17 +169,17 @@ class Channel:
         except BaseException:
             os.close(fd)
             raise
-        self._made += 1
-        self._blocks[self._made] = memory
-        return self._made, fd
+        self._n_blocks += 1
+        self._blocks[self._n_blocks] = memory
+        return self._n_blocks, fd
 
-    def _drop_idle(self) -> None:
+    def _free_idle(self) -> None:
         for number, used in list(self._free.items()):
-            if self._sent - used > _IDLE:
+            if self._n_sent - used > _IDLE:
                 del self._free[number], self._blocks[number]
-                self._dropped.append(number)
+                self._freed.append(number)
 
-    # ------------------------------------------------------------------ what is received
+    # ------------------------------------------------------------------ receiving
 
     def _map(self, number: int, fd: int) -> None:
         try:
@@ -185,33 +190,33 @@ class Channel:
     def _views(self, number: int, sizes: list[int]) -> list[Any]:
         block = np.frombuffer(self._mapped[number], np.uint8)
         views = [memoryview(block.data)[start:end] for start, end in _spans(sizes)]
-        if len(self._viewed) >= _VIEWS:
+        if len(self._viewed) >= _MAX_VIEWS:
             self._released.append(number)
             return [bytearray(view) for view in views]
-        # Every view holds ``block``, and so does what is made from a view: with the last of them it goes.
+        # Each view, and each array on top of a view, holds ``block``: its finalizer runs after the last of them.
         self._viewed.add(number)
         weakref.finalize(block, _release, number, self._viewed, self._released).atexit = False
         return views
 
 
 def pack(message: Any) -> tuple[bytes, list[Bytes]]:
-    """``message`` as a pickle, and the memory of its large arrays apart from it.
+    """Return ``message`` as a pickle, and the memory of its large arrays separately.
 
-    Functions and classes that the other process cannot import, since they are local or this program's own, are sent
-    with their code, by cloudpickle.
+    Functions and classes that the other process cannot import, because they are local or defined in ``__main__``, are
+    sent with their code, by cloudpickle.
     """
     buffers: list[Bytes] = []
 
-    def inside(buffer: pickle.PickleBuffer) -> bool:
+    def in_band(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
-        if raw.nbytes < _SMALL or len(buffers) >= _MOST_BUFFERS:
+        if raw.nbytes < _SHARED_SIZE or len(buffers) >= _MAX_BUFFERS:
             return True
         buffers.append(np.frombuffer(raw, np.uint8))
         return False
 
     stream = io.BytesIO()
     try:
-        _Pickler(stream, 5, buffer_callback=inside).dump(message)
+        _Pickler(stream, 5, buffer_callback=in_band).dump(message)
         data = stream.getvalue()
         if b"__main__" not in data:
             return data, buffers
@@ -220,11 +225,11 @@ def pack(message: Any) -> tuple[bytes, list[Bytes]]:
     import cloudpickle
 
     buffers.clear()
-    return cloudpickle.dumps(message, 5, buffer_callback=inside), buffers
+    return cloudpickle.dumps(message, 5, buffer_callback=in_band), buffers
 
 
-def _reduced(values: npt.NDArray[Any]) -> tuple[Any, ...]:
-    """How to make an array again: half the time of numpy's own way."""
+def _reduce_array(values: npt.NDArray[Any]) -> tuple[Any, ...]:
+    """Return a reduction of an array that unpickles in half the time of numpy's own."""
     if values.dtype.kind not in "biufc":
         reduced: tuple[Any, ...] = values.__reduce_ex__(5)  # type: ignore[assignment]
         return reduced
@@ -234,7 +239,7 @@ def _reduced(values: npt.NDArray[Any]) -> tuple[Any, ...]:
 
 
 class _Pickler(pickle.Pickler):
-    dispatch_table: ClassVar[Any] = ChainMap({np.ndarray: _reduced}, copyreg.dispatch_table)  # type: ignore[misc]
+    dispatch_table: ClassVar[Any] = ChainMap({np.ndarray: _reduce_array}, copyreg.dispatch_table)  # type: ignore[misc]
 
 
 def _release(number: int, viewed: set[int], released: list[int]) -> None:
@@ -247,7 +252,7 @@ def _padded(size: int) -> int:
 
 
 def _spans(sizes: list[int]) -> Iterator[tuple[int, int]]:
-    """Where buffers of these sizes are in a block."""
+    """Yield the start and end of each buffer in a block, for buffers of these sizes."""
     start = 0
     for size in sizes:
         yield start, start + size

@@ -1,4 +1,4 @@
-"""What runs inside a worker process of :mod:`ggml_cffi.isolate`: calls come in, answers go out, one at a time."""
+"""The program of a worker process: it serves requests of the parent, one at a time."""
 
 from __future__ import annotations
 
@@ -22,59 +22,67 @@ from typing import Any
 from ggml_cffi.isolate.channel import Channel, Packet, pack
 from ggml_cffi.session.factory import open_product
 
-_LONGEST_RECORD = 32 << 10  # characters of a log message: more does not pass through the socket at once
+_MAX_RECORD = 32 << 10  # characters of a log message, which must fit into one packet of the socket
 
 
 def main(calls: int, logs: int) -> None:
-    """Serve until the parent says that it is enough; killed when the parent dies."""
-    faulthandler.enable(all_threads=False)  # a crash shows where Python was
+    """Serve requests until the parent ends this process, or dies.
+
+    Parameters
+    ----------
+    calls, logs
+        File descriptors of the sockets for requests and for log records.
+    """
+    faulthandler.enable(all_threads=False)  # a crash writes the Python traceback to stderr
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for fd in (calls, logs):
         os.set_inheritable(fd, False)
     connection, records = socket.socket(fileno=calls), socket.socket(fileno=logs)
-    # The parent knows by their closing that this process has ended: processes forked from it must not hold them.
+    # Their closing tells the parent that this process has ended, so processes forked from it must not hold them.
     for end in (connection, records):
         os.register_at_fork(after_in_child=end.close)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     channel = Channel(connection)
     with ExitStack() as stack:
-        server = _Server(channel, records, stack)
+        server = _RequestServer(channel, records, stack)
         while server.serve():
             pass
 
 
 def _die_with_parent(connection: socket.socket) -> None:
-    """Wait for the other end to close, however the parent ends, and whatever this process is doing then."""
+    """Kill this process once the parent's end of the connection closes, whatever this process is doing then."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     poll.poll()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class _Forward(logging.handlers.QueueHandler):
-    """Sends log records to the parent."""
+class _ForwardingHandler(logging.handlers.QueueHandler):
+    """A log handler that sends records to the parent."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if len(record.msg) > _LONGEST_RECORD:
-            record.msg = record.message = record.msg[:_LONGEST_RECORD] + " ..."
+        if len(record.msg) > _MAX_RECORD:
+            record.msg = record.message = record.msg[:_MAX_RECORD] + " ..."
         self.queue.send(pickle.dumps(record.__dict__))  # type: ignore[attr-defined]
 
 
-class _Server:
+class _RequestServer:
+    """The object that ``make`` returned, and the streams of its functions. Requests are the names of methods here."""
+
     def __init__(self, channel: Channel, logs: socket.socket, stack: ExitStack) -> None:
         self.channel, self.logs, self.stack = channel, logs, stack
-        self.made: Any = None
+        self.target: Any = None
         self.streams: dict[int, Iterator[Any]] = {}
         self.n_streams = 0
 
     def serve(self) -> bool:
-        """Answer one request. False when there are no more."""
+        """Answer one request. Return False when no more will come."""
         try:
             packet = self.channel.recv()
         except EOFError:
             return False
         tag, reply = packet.tag, self.answer(packet)
-        del packet  # the parent can use its memory again once nobody looks at it
+        del packet  # the parent reuses the shared memory once no array refers to it
         if reply is None:
             return False
         try:
@@ -82,18 +90,19 @@ class _Server:
         except ConnectionError:
             return False
         except Exception as error:
-            what = f"a {type(reply[1]).__name__} cannot be sent to the parent process: {error}"
-            self.channel.send(tag, ("error", portable(TypeError(what))))
+            message = f"a {type(reply[1]).__name__} cannot be sent to the parent process: {error}"
+            self.channel.send(tag, ("error", portable(TypeError(message))))
         return True
 
     def answer(self, packet: Packet) -> tuple[str, Any] | None:
+        """Return the reply to a request, None if the request ends this process."""
         try:
-            forgotten, what, *rest = packet.load()
+            forgotten, command, *rest = packet.load()
             for number in forgotten:
-                self.drop(number)
-            if what == "end":
+                self.close_stream(number)
+            if command == "end":
                 return None
-            reply: tuple[str, Any] = getattr(self, what)(*rest)
+            reply: tuple[str, Any] = getattr(self, command)(*rest)
             return reply
         except SystemExit:
             raise
@@ -103,25 +112,25 @@ class _Server:
     # ------------------------------------------------------------------ requests
 
     def make(self, make: Any, args: tuple[Any, ...], levels: dict[str, int], disabled: int) -> tuple[str, Any]:
-        """Make what is called later."""
-        logging.getLogger().addHandler(_Forward(self.logs))  # type: ignore[arg-type]
+        """Set up logging as in the parent, and call ``make``."""
+        logging.getLogger().addHandler(_ForwardingHandler(self.logs))  # type: ignore[arg-type]
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         logging.disable(disabled)
         logging.captureWarnings(True)
         if isinstance(make, str):
             make = pkgutil.resolve_name(make)
-        self.made = open_product(make(*args), self.stack)
+        self.target = open_product(make(*args), self.stack)
         return "value", None
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any]:
-        """Call what ``made`` has by this name, or get it where it is no function."""
-        if not isinstance(self.made, Mapping):
-            found = attrgetter(name)(self.made)
-        elif name in self.made:
-            found = self.made[name]
+        """Call the target's function of this name, or return its attribute if that is not callable."""
+        if not isinstance(self.target, Mapping):
+            found = attrgetter(name)(self.target)
+        elif name in self.target:
+            found = self.target[name]
         else:
-            raise AttributeError(f"there is no {name!r}; there are {', '.join(map(str, self.made))}")
+            raise AttributeError(f"there is no {name!r}; there are {', '.join(map(str, self.target))}")
         if not callable(found):
             if args or kwargs:
                 raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called")
@@ -134,14 +143,14 @@ class _Server:
         return "stream", self.n_streams
 
     def next(self, number: int) -> tuple[str, Any]:
-        """The next piece of a stream."""
+        """Return the next item of a stream."""
         stream = self.streams.pop(number)
-        for piece in stream:
-            self.streams[number] = stream  # not where it raised: then it is over
-            return "value", piece
+        for item in stream:
+            self.streams[number] = stream  # put back only if it did not raise: an iterator that raised is exhausted
+            return "value", item
         return "stop", None
 
-    def drop(self, number: int) -> tuple[str, Any]:
+    def close_stream(self, number: int) -> tuple[str, Any]:
         """Close a stream."""
         stream = self.streams.pop(number, None)
         if stream is not None and hasattr(stream, "close"):
@@ -150,16 +159,19 @@ class _Server:
 
 
 def portable(error: BaseException) -> BaseException:
-    """``error``, with its traceback as a note, as the parent can have it: itself, or as its nearest base that can."""
+    """Return an exception that can be sent to the parent, with the traceback of ``error`` as a note.
+
+    It is ``error`` itself, or else an exception of its nearest base class that can be pickled.
+    """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     lines = traceback.format_exception(type(error), error, trace)
     note = f"In the worker process {os.getpid()}:\n" + "".join(lines).rstrip()
     text = f"{type(error).__qualname__}: {error}"
-    for kind in type(error).__mro__:
+    for base in type(error).__mro__:
         try:
-            data, buffers = pack(error if kind is type(error) else kind(text))
+            data, buffers = pack(error if base is type(error) else base(text))
             copy: BaseException = pickle.loads(data, buffers=buffers)
         except Exception:
             continue

@@ -1,112 +1,135 @@
-"""One process of a worker, seen from the parent: started, asked, listened to, ended."""
+"""One process of a worker, seen from the parent: started, called, and ended."""
 
 from __future__ import annotations
 
 import logging
 import os
 import pickle
-import select
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import IO, Any
+from functools import partial
+from typing import Any
 
+from ggml_cffi.core.child_process import ChildProcess
 from ggml_cffi.errors import BackendCrashedError, BackendTimeoutError, ClosedError, GgmlError
 from ggml_cffi.isolate.channel import Channel
 
-_KEPT_LINES = 200
 _SHOWN_LINES = 30
-_LONGEST_LINE = 4096
-_DYING = 10.0  # seconds for a process to end after it has closed its connection
+_EXIT_TIME = 10.0  # seconds that a process may take to end after it has closed its channel
 
 _START = "import sys; sys.path[:] = {path!r}; from ggml_cffi.isolate.child import main; main({calls}, {logs})"
 
 _logger = logging.getLogger("ggml_cffi.isolate")
 
 
-class Process:
-    """A child process with a channel to it, and a thread that listens to what it logs.
+class WorkerProcess:
+    """A child process with an IPC channel to it. Its log records and its stderr go to ``logging``.
 
-    One thread at a time asks. Any thread may kill.
+    One thread at a time may send requests. Any thread may kill.
+
+    Parameters
+    ----------
+    name
+        The worker's name in messages and log records.
+    env
+        Environment variables to set.
     """
 
     def __init__(self, name: str, env: Mapping[str, str]) -> None:
         if not hasattr(os, "memfd_create"):
-            raise GgmlError("worker processes need Linux: there is no memfd_create here")
+            raise GgmlError("worker processes need Linux: this system has no memfd_create")
         self.name = name
         self.forgotten: list[int] = []
-        """Numbers of streams that nobody will ask for again."""
+        """Numbers of the streams that nobody iterates any more: the process closes them with the next request."""
         self.reason: str | None = None
-        """Why this side ended it, None where it died by itself."""
+        """The reason for which this side ended the process, None if it ended by itself."""
         self.closed = False
-        """Whether it was ended for good, which is no crash."""
+        """True if the worker was closed, which is no crash."""
         self._during: str | None = None
         self._tag = 0
-        calls, their_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        logs, their_logs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = _START.format(path=[*map(os.fspath, sys.path)], calls=their_calls.fileno(), logs=their_logs.fileno())
+        calls, child_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        logs, child_logs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = _START.format(path=[*map(os.fspath, sys.path)], calls=child_calls.fileno(), logs=child_logs.fileno())
+        self._channel = Channel(calls)
         try:
-            self._popen = subprocess.Popen(
+            self.child = ChildProcess(
                 [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=(their_calls.fileno(), their_logs.fileno()),
-                env={**os.environ, **env},
-                start_new_session=True,  # Ctrl-C is for the parent, which decides
+                name=name,
+                capture="stderr",
+                env=env,
+                pass_fds=(child_calls.fileno(), child_logs.fileno()),
+                on_line=partial(_logger.warning, "%s: %s", name),
+                packets=logs,
+                on_packet=partial(_handle_record, name),
+                after_fork=self._channel.close,
             )
         except BaseException:
             calls.close()
             logs.close()
             raise
         finally:
-            their_calls.close()
-            their_logs.close()
-        assert self._popen.stderr is not None
-        self._channel = Channel(calls)
-        self._listener = _Listener(name, self._popen.stderr, logs)
-        self._listener.start()
-        _processes.add(self)
+            child_calls.close()
+            child_logs.close()
 
     @property
     def pid(self) -> int:
-        """Its process id."""
-        return self._popen.pid
+        """The process id."""
+        return self.child.pid
 
     @property
-    def dead(self) -> bool:
-        """Whether it has ended."""
-        return self._popen.poll() is not None
+    def ended(self) -> bool:
+        """True if the process has ended."""
+        return not self.child.running
 
     def start(self, make: Callable[..., Any] | str, args: tuple[Any, ...], timeout: float | None) -> None:
-        """Have it call ``make``; where that fails, it is ended."""
+        """Call ``make`` in the process. The process is ended if that fails."""
         known = logging.root.manager.loggerDict.items()
         levels = {name: logger.level for name, logger in known if isinstance(logger, logging.Logger) and logger.level}
         levels[""] = logging.root.level
         try:
-            self.ask("make", make, args, levels, logging.root.manager.disable, during="make", timeout=timeout)
+            self.request("make", make, args, levels, logging.root.manager.disable, during="make", timeout=timeout)
         except BaseException as error:
-            self.reason = self.reason or f"could not make what it is for: {type(error).__name__}: {error}"
+            self.reason = self.reason or f"could not call make: {type(error).__name__}: {error}"
             self.kill()
             self.dispose()
             raise
-        self._channel.trim()  # weights are larger than what comes later
+        self._channel.trim()  # the arguments of make are often weights, larger than any later message
 
-    def ask(self, what: str, *rest: Any, during: str, timeout: float | None) -> tuple[str, Any]:
-        """Send a request, and wait for the answer: a value, the number of a stream, or the end of one."""
+    def request(self, command: str, *rest: Any, during: str, timeout: float | None) -> tuple[str, Any]:
+        """Send a request and wait for its reply.
+
+        Parameters
+        ----------
+        command, rest
+            The name of a method of the process's server, and its arguments.
+        during
+            Name of the user's function, for messages.
+        timeout
+            Seconds after which the process is killed; None for no limit.
+
+        Returns
+        -------
+        tuple
+            ``("value", value)``, ``("stream", number)`` or ``("stop", None)``.
+
+        Raises
+        ------
+        BackendCrashedError, BackendTimeoutError, ClosedError
+            If the process ended, took too long, or was closed.
+        TypeError
+            If an argument cannot be pickled.
+        Exception
+            The exception that the request raised in the process.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         forgotten, self.forgotten = self.forgotten, []
         self._tag += 1
         try:
-            self._send((forgotten, what, *rest), during)
-            # Answers to earlier questions are of nobody's interest: the wait for them was interrupted.
+            self._send((forgotten, command, *rest), during)
+            # Replies to earlier requests may still arrive: an exception interrupted the wait for them.
             while (packet := self._channel.recv(deadline)).tag != self._tag:
                 pass
         except TimeoutError:
@@ -117,13 +140,13 @@ class Process:
         except (EOFError, ConnectionError):
             self._during = during
             raise self.error() from None
-        kind, value = packet.load()
-        if kind == "error":
+        status, value = packet.load()
+        if status == "error":
             try:
                 raise value
             finally:
-                del value, packet  # whose traceback refers to this frame
-        return kind, value
+                del value, packet  # the exception's traceback refers to this frame
+        return status, value
 
     def _send(self, request: Any, during: str) -> None:
         try:
@@ -131,147 +154,53 @@ class Process:
         except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
-            whose = "make, or an argument of it," if during == "make" else f"an argument of {during!r}"
-            raise TypeError(f"{whose} cannot be sent to another process: {error}") from error
+            subject = "make, or an argument of it," if during == "make" else f"an argument of {during!r}"
+            raise TypeError(f"{subject} cannot be sent to another process: {error}") from error
 
     # ------------------------------------------------------------------ its end
 
-    def error(self, kind: type[BackendCrashedError] = BackendCrashedError) -> GgmlError:
-        """What to raise now that it has ended, or is about to."""
-        code = self._wait(_DYING)
-        self._listener.finish()
-        who = f"the worker {self.name!r} (process {self.pid})"
+    def error(self, error_type: type[BackendCrashedError] = BackendCrashedError) -> GgmlError:
+        """Return the exception to raise for a process that has ended, or is about to."""
+        code = self.child.wait_or_kill(_EXIT_TIME)
+        subject = f"the worker {self.name!r} (process {self.pid})"
         if self.closed:
-            return ClosedError(f"{who} was closed")
+            return ClosedError(f"{subject} was closed")
         when = f"during {self._during!r}" if self._during else "between two calls"
-        lines = list(self._listener.lines)
+        lines = self.child.lines
         shown = "".join(f"\n    {line}" for line in lines[-_SHOWN_LINES:])
-        said = f". The last lines that it wrote:{shown}" if lines else ". It wrote nothing before."
-        return kind(f"{who} {self.reason or f'{_ended(code)} {when}'}{said}", exitcode=code, log=lines)
+        output = f". The last lines that it wrote:{shown}" if lines else ". It wrote nothing before."
+        reason = self.reason or f"{self.child.end_reason} {when}"
+        return error_type(f"{subject} {reason}{output}", exitcode=code, log=lines)
 
     def kill(self) -> None:
-        """End it at once."""
-        self._popen.kill()
+        """Kill the process."""
+        self.child.kill()
 
     def end(self, grace: float) -> None:
-        """Ask it to end, and kill it after ``grace`` seconds."""
-        if not self.dead:
+        """Ask the process to end, and kill it after ``grace`` seconds."""
+        if not self.ended:
             with suppress(OSError):
                 self._channel.send(0, (self.forgotten, "end"))
-            self._wait(grace)
-
-    def _wait(self, grace: float) -> int:
-        try:
-            return self._popen.wait(grace)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return self._popen.wait()
+            self.child.wait_or_kill(grace)
 
     def dispose(self) -> None:
-        """Give up what is left of it. Nobody may be asking."""
-        self._wait(_DYING)
-        self._listener.finish()
+        """Wait for the end, and close the channel. No request may be running."""
+        self.child.wait_or_kill(_EXIT_TIME)
         self._channel.close()
 
 
-_processes: weakref.WeakSet[Process] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """A worker ends when its connection closes: a fork that lives on must not keep it open."""
-    for process in list(_processes):
-        process._channel.close()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _ended(code: int) -> str:
-    if code >= 0:
-        return f"exited with status {code}"
+def _handle_record(worker: str, data: bytes) -> str:
+    """Pass a log record of the process to this process's loggers, and return it as a line."""
     try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
-
-
-class _Listener(threading.Thread):
-    """Passes on what a process logs, and what it writes to stderr, and keeps the last lines."""
-
-    def __init__(self, name: str, errors: IO[bytes], records: socket.socket) -> None:
-        super().__init__(name=f"ggml_cffi listener of {name}", daemon=True)
-        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._worker, self._errors, self._records = name, errors, records
-        self._rest = b""
-        os.set_blocking(errors.fileno(), False)
-        records.setblocking(False)
-
-    def run(self) -> None:
-        poll = select.poll()
-        for source in (self._errors, self._records):
-            poll.register(source, select.POLLIN)
-        # Only the process itself has the other end of ``records``: when that closes, the process is gone. What it
-        # started may still hold its stderr open.
-        running = True
-        while running:
-            ready = [fd for fd, _ in poll.poll()]
-            written = self._read_errors()
-            running = self._pass_records()  # what was logged before that was written comes before it
-            self._split(written)
-            if not written and self._errors.fileno() in ready:  # closed
-                poll.unregister(self._errors)
-        while written := self._read_errors():
-            self._split(written)
-        self._line(self._rest)
-        self._errors.close()
-        self._records.close()
-
-    def finish(self) -> None:
-        """Wait until all is read, after the process has ended."""
-        if threading.current_thread() is not self:
-            self.join()
-
-    def _pass_records(self) -> bool:
-        """Pass on all log records that there are. False when there will be no more."""
-        while True:
-            try:
-                data = self._records.recv(1 << 18)
-            except BlockingIOError:
-                return True
-            except ConnectionError:
-                return False
-            if not data:
-                return False
-            self._pass(data)
-
-    def _pass(self, data: bytes) -> None:
-        try:
-            record = logging.makeLogRecord(pickle.loads(data))
-            record.processName = self._worker
-            self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
-            logger = logging.getLogger(record.name)
-            if logger.isEnabledFor(record.levelno):
-                logger.handle(record)
-        except Exception as error:  # of what came with the record, or of a filter: the next one may do
-            self.lines.append(f"a log record could not be passed on: {type(error).__name__}: {error}")
-
-    def _read_errors(self) -> bytes:
-        """What was written to stderr and not read yet."""
-        try:
-            return os.read(self._errors.fileno(), 1 << 16)
-        except BlockingIOError:
-            return b""
-
-    def _split(self, written: bytes) -> None:
-        *lines, self._rest = (self._rest + written).replace(b"\r", b"\n").split(b"\n")
-        for line in lines:
-            self._line(line)
-        if len(self._rest) > _LONGEST_LINE:
-            self._line(self._rest)
-            self._rest = b""
-
-    def _line(self, raw: bytes) -> None:
-        text = raw.decode("utf-8", "replace").rstrip()
-        if text:
-            self.lines.append(text)
-            _logger.warning("%s: %s", self._worker, text)
+        record = logging.makeLogRecord(pickle.loads(data))
+        record.processName = worker
+        line = f"{record.levelname} {record.name}: {record.getMessage()}"
+    except Exception as error:  # one broken record must not end the reading of later ones
+        return f"a log record could not be read: {type(error).__name__}: {error}"
+    try:
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+    except Exception as error:  # a filter of this process failed
+        return f"{line} (a log record could not be passed on: {type(error).__name__}: {error})"
+    return line

@@ -1,9 +1,9 @@
-"""Sessions and models in a process of their own: a crash there is an exception here.
+"""Workers: a session or a model in a process of its own, where a crash becomes an exception here.
 
 >>> from ggml_cffi import isolate, models
 >>> with isolate.Worker(models.load, "model.gguf") as worker:  # doctest: +SKIP
-...     for piece in worker.generate("The capital of France is", max_tokens=16):
-...         print(piece, end="", flush=True)
+...     for text in worker.generate("The capital of France is", max_tokens=16):
+...         print(text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.isolate.process import Process
+from ggml_cffi.isolate.process import WorkerProcess
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-__all__ = ["Remote", "Stream", "Worker"]
+__all__ = ["Stream", "Worker", "WorkerFunction"]
 
-_GRACE = 5.0  # seconds for a process to end by itself
+_GRACE = 5.0  # seconds that a process may take to end by itself
 _logger = logging.getLogger("ggml_cffi.isolate")
 _numbers = itertools.count(1)
 
 
 class Worker(Closing):
-    """A process that calls ``make`` once, and then what that returned, whenever this process asks.
+    """A process that holds the result of ``make``, and whose functions this process calls.
 
-    ``make`` returns a session's functions, a model, or any other object; where it is a context manager, that is
-    entered. What the object has by a name is called by that name: ``worker.f(x)``. For a dict of functions, names are
-    its keys; for a function, call the worker itself.
+    ``make`` is called once, in the new process. It returns the functions of a session, a model, or any other object; a
+    context manager is entered. Attributes of the object are called by their names: ``worker.f(x)``. If ``make`` returns
+    a dict of functions, the names are its keys; if it returns a function, call the worker itself.
 
-    Arrays travel through shared memory with one copy each way. They are yours to keep and to write to, on both sides.
+    Arrays travel through shared memory, with one copy in each direction. The receiver may keep them and write to them.
     Calls from several threads run one after the other.
 
     Parameters
     ----------
     make
-        A function, local ones and lambdas included, or the name of one: ``"package.module:function"``. It is sent with
-        the values that it uses; sessions and other objects of ggml cannot be.
+        A function, or its name: ``"package.module:function"``. A local function or a lambda is sent together with the
+        values that it uses; sessions and other objects of ggml cannot be sent.
     args
-        Its arguments.
+        The arguments of ``make``.
     name
-        What messages and log records call the worker; default the name of ``make``, and a number.
+        Name of the worker in messages and log records; default the name of ``make``, and a number.
     env
         Environment variables to set, such as ``{"GGML_VK_VISIBLE_DEVICES": "1"}``.
     restarts
-        How often a new process may take the place of one that died, all in all. The call that was running fails; those
-        after it, also those that wait, find a new process.
+        Number of times, in the worker's whole life, that a new process may replace one that died. The call that was
+        running fails. Later calls, waiting ones included, use the new process.
     timeout
-        Most seconds of a call, or of a piece of a stream. A process that takes longer is killed.
+        Longest time of a call, or of one item of a stream, in seconds. A process that takes longer is killed.
     start_timeout
-        Most seconds from the process's start to the end of ``make``.
+        Longest time from the process's start to the end of ``make``, in seconds.
 
     Raises
     ------
     Exception
-        What ``make`` raises.
+        Any exception of ``make``.
     TypeError
         If ``make`` or an argument cannot be sent.
     BackendCrashedError
@@ -92,15 +92,15 @@ class Worker(Closing):
         start_timeout: float | None = None,
     ) -> None:
         if not callable(make) and not isinstance(make, str):
-            raise TypeError(f"make is a function, or the name of one, not {type(make).__name__}")
+            raise TypeError(f"make must be a function, or the name of one, not {type(make).__name__}")
         if restarts < 0:
             raise ValueError(f"restarts must be at least 0, not {restarts}")
-        for what, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
+        for parameter, seconds in (("timeout", timeout), ("start_timeout", start_timeout)):
             if seconds is not None and not seconds > 0:
-                raise ValueError(f"{what} must be more than 0 seconds, not {seconds}")
-        called = make if isinstance(make, str) else getattr(make, "__name__", type(make).__name__)
-        self.name = name or f"{called} {next(_numbers)}"
-        """What messages call it."""
+                raise ValueError(f"{parameter} must be more than 0 seconds, not {seconds}")
+        make_name = make if isinstance(make, str) else getattr(make, "__name__", type(make).__name__)
+        self.name = name or f"{make_name} {next(_numbers)}"
+        """Name of the worker in messages and log records."""
         self._make, self._args, self._env = make, args, dict(env or {})
         self._restarts, self._timeout, self._start_timeout = restarts, timeout, start_timeout
         self._replaces = restarts > 0
@@ -109,8 +109,8 @@ class Worker(Closing):
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._pid = os.getpid()
-        self._processes: list[Process] = []  # the one that there is
-        # For a worker that is forgotten, or left when the interpreter exits.
+        self._processes: list[WorkerProcess] = []  # at most one; a list, since the finalizer must not refer to self
+        # Ends the process of a worker that was never closed, also when the interpreter exits.
         self._finalizer = weakref.finalize(self, _abandon, self._processes, self._pid)
         try:
             self._start()
@@ -119,49 +119,50 @@ class Worker(Closing):
             raise
 
     def _start(self) -> None:
-        process = Process(self.name, self._env)
-        self._processes[:] = [process]  # before make is called: close() may end it meanwhile
+        process = WorkerProcess(self.name, self._env)
+        self._processes[:] = [process]  # before make is called, so that close() can end it meanwhile
         process.start(self._make, self._args, self._start_timeout)
 
     # ------------------------------------------------------------------ calls
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Call what ``make`` returned by one of its names, and wait for the result.
+        """Call a function of the object that ``make`` returned, and wait for the result.
 
         Parameters
         ----------
         name
-            A name, also ``"part.name"``. What is no function is got, without arguments.
+            The name of a function of the object, also ``"attribute.function"``. An attribute that is not callable is
+            returned; it takes no arguments.
 
         Returns
         -------
         Any
-            The result. For a generator, and any other iterator, a :class:`Stream` that computes piece by piece.
+            The result. For a generator, or any other iterator, a :class:`Stream` that computes each item on demand.
 
         Raises
         ------
         Exception
-            What the function raises, with the traceback there as a note. An exception that cannot be sent is raised as
-            its nearest base class that can.
+            Any exception of the function, with the process's traceback as a note. An exception that cannot be sent is
+            raised as its nearest base class that can.
         BackendCrashedError
-            If the process died, with its last words.
+            If the process died; the message has the last lines that it wrote.
         BackendTimeoutError
-            If it took longer than ``timeout``; it is a ``TimeoutError``, too.
+            If the call took longer than ``timeout``. It is also a ``TimeoutError``.
         ClosedError
-            If the worker is closed, before or meanwhile.
+            If the worker is closed, before or during the call.
         TypeError
             If an argument, or the result, cannot be sent.
         """
         return self._call(None, name, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what ``make`` returned; see :meth:`call`."""
+        """Call the function that ``make`` returned; see :meth:`call`."""
         return self._call(None, "__call__", args, kwargs)
 
     def submit(self, name: str, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As :meth:`call`, in the background, after what was submitted before.
+        """Call in the background, after the calls that were submitted before; see :meth:`call`.
 
-        The arguments must not change until the future is done. Where the process dies or is restarted before the call's
+        The arguments must not change until the future is done. If the process dies or is restarted before the call's
         turn, its future fails as well, unless the worker has ``restarts``.
         """
         from concurrent.futures import ThreadPoolExecutor
@@ -174,32 +175,35 @@ class Worker(Closing):
             return self._pool.submit(self._call, before, name, args, kwargs)
 
     async def run_async(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`call`, without blocking the event loop. Cancelling the task drops a call that waits."""
+        """Call without blocking the event loop; see :meth:`call`. Cancelling the task cancels a call that waits."""
         import asyncio
 
         return await asyncio.wrap_future(self.submit(name, *args, **kwargs))
 
-    def __getattr__(self, name: str) -> Remote:
+    def __getattr__(self, name: str) -> WorkerFunction:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return Remote(self, name)
+        return WorkerFunction(self, name)
 
-    def _call(self, process: Process | None, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        process, kind, value = self._ask(process, name, "call", name, args, kwargs)
-        return Stream(self, process, name, value) if kind == "stream" else value
+    def _call(self, process: WorkerProcess | None, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        process, status, value = self._request(process, name, "call", name, args, kwargs)
+        return Stream(self, process, name, value) if status == "stream" else value
 
-    def _ask(self, process: Process | None, during: str, what: str, *rest: Any) -> tuple[Process, str, Any]:
-        """Ask the process that there is; where ``process`` is given, no other."""
+    def _request(
+        self, process: WorkerProcess | None, during: str, command: str, *rest: Any
+    ) -> tuple[WorkerProcess, str, Any]:
+        """Send a request to the current process, or to ``process`` only if that is given."""
         with self._lock:
             current = self._current(process)
-            return current, *current.ask(what, *rest, during=during, timeout=self._timeout)
+            return current, *current.request(command, *rest, during=during, timeout=self._timeout)
 
-    def _current(self, process: Process | None) -> Process:
+    def _current(self, process: WorkerProcess | None) -> WorkerProcess:
+        """Return the current process, a new one if it died and may be replaced; raise if it is not ``process``."""
         self._check_open()
         (current,) = self._processes
         if process is not None and process is not current:
             raise process.error()
-        if not current.dead:
+        if not current.ended:
             return current
         if process is not None or self._restarts == 0:
             raise current.error()
@@ -213,45 +217,45 @@ class Worker(Closing):
         if self._closed:
             raise ClosedError(f"the worker {self.name!r} is closed")
         if self._pid != os.getpid():
-            raise ClosedError(f"the worker {self.name!r} was opened before a fork; open another one here")
+            raise ClosedError(f"the worker {self.name!r} was opened before a fork; open another one in this process")
 
     # ------------------------------------------------------------------ its process
 
     @property
     def pid(self) -> int:
-        """The id of its process."""
+        """The process id."""
         return self._processes[0].pid
 
     @property
     def alive(self) -> bool:
-        """Whether it can be called: its process runs, or another one may take its place."""
-        return not self._closed and (self._restarts > 0 or not self._processes[0].dead)
+        """True if the worker can be called: its process runs, or a new one may replace it."""
+        return not self._closed and (self._restarts > 0 or not self._processes[0].ended)
 
     def restart(self) -> None:
-        """Call ``make`` in a new process, with the same arguments, so that weights are there as in the beginning.
+        """End the process, and call ``make`` with the same arguments in a new one.
 
         A call that runs in another thread fails.
 
         Raises
         ------
         Exception
-            As ``Worker`` itself.
+            The exceptions of creating a :class:`Worker`.
         """
         self._check_open()
         before = self._processes[0]
-        with self._ended("was ended by restart()", wait=0, grace=_GRACE):
+        with self._without_process("was ended by restart()", wait=0, grace=_GRACE):
             self._check_open()
             if self._processes[0] is before:
                 self._start()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Drop what waits, finish what runs, and end the process.
+        """Cancel the calls that wait, finish the one that runs, and end the process.
 
         Parameters
         ----------
         timeout
-            Seconds to wait for the call that runs, and as many for the process to close what ``make`` returned. It is
-            killed after that.
+            Seconds to wait for the running call, and as many for the process to close the object that ``make``
+            returned. The process is killed after that.
         """
         with self._state:
             if self._closed:
@@ -262,18 +266,18 @@ class Worker(Closing):
             pool.shutdown(wait=False, cancel_futures=True)
         self._processes[0].closed = True
         if self._pid == os.getpid():
-            with self._ended("was closed", wait=timeout, grace=timeout):
+            with self._without_process("was closed", wait=timeout, grace=timeout):
                 self._finalizer.detach()
         if pool is not None:
             pool.shutdown()
 
     @contextmanager
-    def _ended(self, reason: str, *, wait: float, grace: float) -> Iterator[None]:
-        """End the process; no call runs meanwhile."""
+    def _without_process(self, reason: str, *, wait: float, grace: float) -> Iterator[None]:
+        """End the process, and hold the lock of calls for the ``with`` block."""
         process = self._processes[0]
         process.reason = process.reason or reason
         if not self._lock.acquire(timeout=wait):
-            process.kill()  # so that the call that runs gives the lock back
+            process.kill()  # the running call fails and releases the lock
             self._lock.acquire()
         try:
             process.end(grace)
@@ -293,15 +297,15 @@ class Worker(Closing):
         return f"<Worker {self.name!r}, process {self.pid}{'' if self.alive else ' died'}>"
 
 
-def _abandon(processes: list[Process], pid: int) -> None:
+def _abandon(processes: list[WorkerProcess], pid: int) -> None:
     if pid == os.getpid():
         for process in processes:
             process.kill()
             process.dispose()
 
 
-class Remote:
-    """A function of a worker, ``worker.name``, with the calls that compiled functions have."""
+class WorkerFunction:
+    """A function of a worker, ``worker.name``, with the methods of a compiled function."""
 
     __slots__ = ("name", "worker")
 
@@ -310,7 +314,7 @@ class Remote:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be called; see :attr:`Worker.alive`."""
+        """True if the worker can be called; see :attr:`Worker.alive`."""
         return self.worker.alive
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,12 +334,12 @@ class Remote:
 
 
 class Stream(Iterator[Any]):
-    """The pieces of an iterator in a worker, each computed when it is asked for.
+    """An iterator in a worker: each item is computed when it is asked for.
 
-    Other calls may come between two pieces. Iterating raises what :meth:`Worker.call` does.
+    Other calls may run between two items. Iterating raises the exceptions of :meth:`Worker.call`.
     """
 
-    def __init__(self, worker: Worker, process: Process, name: str, number: int) -> None:
+    def __init__(self, worker: Worker, process: WorkerProcess, name: str, number: int) -> None:
         self._worker, self._process, self._name = worker, process, name
         self._number: int | None = number
 
@@ -343,11 +347,11 @@ class Stream(Iterator[Any]):
         if self._number is None:
             raise StopIteration
         try:
-            _, kind, value = self._worker._ask(self._process, self._name, "next", self._number)
+            _, status, value = self._worker._request(self._process, self._name, "next", self._number)
         except BaseException:
             self._forget()
             raise
-        if kind == "stop":
+        if status == "stop":
             self._number = None
             raise StopIteration
         return value
@@ -355,13 +359,13 @@ class Stream(Iterator[Any]):
     def close(self) -> None:
         """Close the iterator in the worker. Closing twice is allowed."""
         number, self._number = self._number, None
-        if number is not None and not self._process.dead:
-            self._worker._ask(self._process, self._name, "drop", number)
+        if number is not None and not self._process.ended:
+            self._worker._request(self._process, self._name, "close_stream", number)
 
     def _forget(self) -> None:
         number, self._number = self._number, None
         if number is not None:
-            self._process.forgotten.append(number)  # told with the next call
+            self._process.forgotten.append(number)  # sent with the next request
 
     def __del__(self) -> None:
         self._forget()

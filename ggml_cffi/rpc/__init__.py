@@ -1,23 +1,28 @@
 """Devices of other machines, through ggml's own RPC backend.
 
-A server (``ggml-cffi rpc-server`` there, or :class:`Server`) offers its devices; :func:`connect`, or simply their name
-wherever a device is named, makes them devices here, beside the local ones:
+A server offers its devices: the command ``ggml-cffi rpc-server`` on the other machine, or :class:`Server`. The name of
+such a device can be used wherever a device is named, and :func:`connect` lists all devices of a server. They work
+beside the local ones:
 
 >>> import ggml_cffi as ggml
 >>> with ggml.Session(["Vulkan0", "rpc://192.168.0.7:50052"]) as s:  # doctest: +SKIP
 ...     w = s.weight(W, on="rpc://192.168.0.7:50052")
 
-The protocol has no authentication and no encryption, and a server trusts what it is sent: only for networks that are
-trusted as a whole. A server serves one client at a time.
+The protocol has no authentication and no encryption, and a server trusts every message. Use it only in networks that
+are trusted as a whole. A server serves one client at a time.
 
-ggml's client ends the process when a server is lost, or is none. Here that is an exception: before C hears of a server
-it was greeted from Python, and C never talks to it but through a relay that stays (``proxy.py``). A worker process for
-everything remote would have been the other way; then remote devices could not share a scheduler with local ones. The
-relay costs a small process for each server and some 60 microseconds for each question; data is moved by the kernel
-(``splice``).
+ggml's client ends the process when a server is lost or is no ggml server. Here that is an exception, for two reasons:
+Python makes the handshake with a server before C hears of it (``handshake``), and C talks only to an RPC proxy, a small
+process that cannot be lost (``proxy``). A worker process for everything remote would protect as well, but a scheduler
+could not combine its devices with local ones. The proxy costs one small process for each server and some 60
+microseconds for each request; the kernel moves the data (``splice``).
+
+``client`` has the functions for clients and ``server`` those for servers. ``connection`` is the lock of a server's
+devices, and ``protocol`` has the constants of ggml's protocol.
 """
 
-from ggml_cffi.rpc.client import Health, connect, device, disconnect, health
+from ggml_cffi.rpc.client import connect, connections, device, disconnect, health
+from ggml_cffi.rpc.handshake import Health
 from ggml_cffi.rpc.server import Server, serve
 
-__all__ = ["Health", "Server", "connect", "device", "disconnect", "health", "serve"]
+__all__ = ["Health", "Server", "connect", "connections", "device", "disconnect", "health", "serve"]

@@ -1,8 +1,9 @@
-"""The connection to the server of remote devices, for the layers below :mod:`ggml_cffi.rpc`.
+"""Connections to RPC servers: the lock of a server's devices, and the proxy process between ggml and the server.
 
-ggml's RPC client has one socket for each server and no lock, ends the process when the server is lost or when a signal
-interrupts it, and takes no notice of what a server still computes. A :class:`Link` is the lock, keeps signals away, and
-raises what became of the server: whatever talks to it does so within ``with link:``.
+ggml's RPC client has one socket for each server and no lock. It ends the process when the server is lost, or when a
+signal interrupts it, and it does not wait for work that the server still computes. A :class:`Connection` is the missing
+lock, blocks signals, and raises if the server is lost. All calls into ggml that concern the server are made within
+``with connection:``.
 """
 
 from __future__ import annotations
@@ -10,105 +11,105 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
 import weakref
+from _signal import pthread_sigmask  # type: ignore[import-not-found]  # signal.pthread_sigmask takes ten times as long
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from ggml_cffi.core.child_process import ChildProcess
 from ggml_cffi.core.locks import RemoteLock
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
+from ggml_cffi.rpc.protocol import DISCONNECT, STATE_SIZE
 
-if TYPE_CHECKING:
-    import socket
-    import subprocess
-
-# Those that come from outside, and for which somebody may have a handler: the call that they interrupt fails.
+# Signals from outside for which a program may have a handler. One of them would interrupt C's call, which then fails.
 _NAMES = "ALRM", "CHLD", "CONT", "HUP", "INT", "IO", "PROF", "TERM", "URG", "USR1", "USR2", "VTALRM", "WINCH"
 _SIGNALS = frozenset(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}"))
 
+_CLOSE_TIME = 5.0  # seconds that the proxy may take to disconnect
 
-class Link(RemoteLock):
-    """One server, through a relay of our own (:mod:`ggml_cffi.rpc.proxy`).
+# The proxy imports its two modules, and not the package around them: its __init__ would load ggml and numpy.
+_START = """
+import sys, types
+for name, folder in {packages!r}:
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from ggml_cffi.rpc.proxy import main
+main()
+"""
 
-    A reentrant lock: ``with`` it, or ``acquire`` and ``release``, which do not raise what became of the server.
+
+class Connection(RemoteLock):
+    """One server, reached through an RPC proxy of its own (:mod:`ggml_cffi.rpc.proxy`).
+
+    It is a reentrant lock. ``with`` raises if the server is lost; ``acquire`` and ``release`` do not.
 
     Parameters
     ----------
     name
-        For messages.
+        The server in messages.
     server
-        A connected socket, the server greeted. It goes to the relay, and is closed here.
+        The connected socket after the handshake. The proxy inherits it, and it is closed here.
     patience
         Seconds that the server may be silent while an answer is due.
     """
 
     def __init__(self, name: str, server: socket.socket, patience: float) -> None:
         if not hasattr(os, "splice"):
-            raise GgmlError("remote devices need Linux")
-        # What takes long to import, or is only there, is imported when there is a server: _relay imports socket.
-        import socket
-        import subprocess
-        import tempfile
-        from _signal import pthread_sigmask  # type: ignore[import-not-found]  # signal's takes ten times as long
-
-        from ggml_cffi.rpc import proxy
-
-        self._set_mask: Callable[[int, Any], set[int]] = pthread_sigmask
-
+            raise GgmlError("remote devices need Linux: this system has no splice")
         self.name = name
-        self.ask: Callable[[], object] = lambda: None
-        """A question that the server answers when it has done all its work."""
+        self.ping: Callable[[], object] = lambda: None
+        """A request that the server answers once it has done all earlier work."""
         self._lock = threading.RLock()
         self._depth = 0
         self._mask: set[int] = set()
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._deferred: deque[Callable[[], None]] = deque()
         self._closed = False
         self._pid = os.getpid()
         with server, socket.socket() as listener, tempfile.TemporaryFile() as file:
-            file.truncate(proxy.STATE_SIZE)
-            self._state = mmap.mmap(file.fileno(), proxy.STATE_SIZE)
+            file.truncate(STATE_SIZE)
+            self._state = mmap.mmap(file.fileno(), STATE_SIZE)
             listener.bind(("127.0.0.1", 0))
             listener.listen()
-            self.local = f"127.0.0.1:{listener.getsockname()[1]}"
-            """Where the relay is: what ggml's client takes for the server."""
+            self.proxy_endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+            """The proxy's address, which ggml's client takes for the server's."""
             fds = [source.fileno() for source in (listener, server, file)]
-            # In a group of its own: Ctrl-C in a terminal is for this process, which may still need the relay.
-            self._relay = subprocess.Popen(
-                [sys.executable, "-I", "-S", proxy.__file__, *map(str, fds), str(patience)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                bufsize=0,
+            self.proxy = ChildProcess(
+                [sys.executable, "-I", "-S", "-c", _proxy_program(), *map(str, fds), str(patience)],
+                name=f"the proxy of {name}",
+                lifeline=True,
                 pass_fds=fds,
-                process_group=0,
             )
-        weakref.finalize(self, _end, self._relay, self._lock, self._pid)
+        weakref.finalize(self, _end_proxy, self.proxy, self._lock, self._pid)
 
     # ------------------------------------------------------------------ as a lock
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Lock, and keep signals away from this thread."""
+        """Lock, and block signals in this thread; return False if another thread holds the lock and not blocking."""
         if not self._lock.acquire(blocking):
             return False
         self._depth += 1
         if self._depth == 1:
-            self._mask = self._set_mask(signal.SIG_BLOCK, _SIGNALS)
+            self._mask = pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         return True
 
     def release(self) -> None:
-        """Unlock, and free what was given up meanwhile. What a signal raises comes last."""
+        """Make the deferred calls, unlock, and unblock signals, whose handlers may raise."""
         mask = self._mask
         if self._depth == 1:
-            self._free()
+            self._make_deferred_calls()
         self._depth -= 1
         outermost = not self._depth
         self._lock.release()
         if outermost:
-            self._set_mask(signal.SIG_SETMASK, mask)
-            self._settle()
+            pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._make_deferred_calls_if_unlocked()
 
     def __enter__(self) -> None:
         self.acquire()
@@ -124,81 +125,83 @@ class Link(RemoteLock):
         finally:
             self.release()
 
-    # ------------------------------------------------------------------ the server's end
+    # ------------------------------------------------------------------ the state of the server
 
     @property
     def usable(self) -> bool:
-        """Whether the server is there, as far as is known without asking."""
+        """True if the server is connected, as far as this process knows without asking it."""
         return not (self._state[0] or self._closed or self._pid != os.getpid() or self.broken)
 
     @property
     def broken(self) -> bool:
-        """Whether somebody ended the relay: any call would end this process then."""
-        return self._relay.poll() not in (None, 0)
+        """True if the proxy was killed: any call into ggml about this server would end this process."""
+        return self.proxy.exit_code not in (None, 0)
 
     def check(self) -> None:
-        """Raise if the server is lost.
+        """Raise if the server cannot be used.
 
         Raises
         ------
         BackendCrashedError
-            If it is.
+            If the server is lost.
         ClosedError
-            If it was disconnected.
+            If the server was disconnected.
         GgmlError
-            If the connection is another process's, which has forked this one.
+            If this process was forked from the one that connected.
         """
         if self._pid != os.getpid():
-            raise GgmlError(f"{self.name} was connected before this process was forked: connect again in this one")
+            raise GgmlError(f"{self.name} was connected before this process was forked: connect again in this process")
         if self._closed:
             raise ClosedError(f"{self.name} was disconnected")
         if self._state[0] or self.broken:
-            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace") or "lost its relay, which was ended"
+            reason = self._state[1:].split(b"\0", 1)[0].decode("utf-8", "replace") or "lost its proxy, which was killed"
             raise BackendCrashedError(
-                f"{self.name}: the server {reason}. What it held is gone: close what used it, start it again (its "
-                f"output may say what happened), and open ggml_cffi.device({self.name!r}) anew"
+                f"{self.name}: the server {reason}. Its data is lost: close the objects that used it, start it again "
+                f"(its output may show the reason), and open ggml_cffi.device({self.name!r}) anew"
             )
 
     def wait(self) -> None:
         """Wait until the server has done all its work."""
-        self.ask()
+        self.ping()
 
     def close(self) -> None:
-        """Let go of the server. What uses it raises from now on, and can be closed."""
+        """Disconnect from the server. Objects that use it raise from now on, and can be closed."""
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
-        assert self._relay.stdin
-        with suppress(OSError):
-            self._relay.stdin.write(b"d")
-        end = time.monotonic() + 5
-        while not self._state[0] and self._relay.poll() is None and time.monotonic() < end:
+        self.proxy.send(DISCONNECT)
+        deadline = time.monotonic() + _CLOSE_TIME
+        while not self._state[0] and self.proxy.running and time.monotonic() < deadline:
             time.sleep(0.001)
-        # The relay ends once ggml has nothing left that belongs to the server.
-        threading.Thread(target=self._relay.wait, daemon=True).start()
+        # The proxy ends when ggml has closed its last connection, which objects of this server may keep open.
+        threading.Thread(target=self.proxy.wait, daemon=True).start()
 
     # ------------------------------------------------------------------ freeing
 
     def free_later(self, call: Callable[[], None]) -> None:
-        """Have ``call`` made by whoever talks to the server now, or here if nobody does."""
-        self._waiting.append(call)
-        self._settle()
+        """Make a call once the lock is free: now, or when the thread that holds the lock releases it."""
+        self._deferred.append(call)
+        self._make_deferred_calls_if_unlocked()
 
-    def _free(self) -> None:
-        while self._waiting:
-            self._waiting.popleft()()
+    def _make_deferred_calls(self) -> None:
+        while self._deferred:
+            self._deferred.popleft()()
 
-    def _settle(self) -> None:
-        # Whoever gives something up and finds the lock taken leaves it to its holder, who looks once more after that.
-        while self._waiting and self.acquire(blocking=False):
+    def _make_deferred_calls_if_unlocked(self) -> None:
+        # A thread that finds the lock taken leaves its call to the holder, who looks again after releasing the lock.
+        while self._deferred and self.acquire(blocking=False):
             self.release()
 
 
-def _end(relay: subprocess.Popen[bytes], lock: Any, pid: int) -> None:
-    """End a relay that nobody needs. At exit, where a thread may still be talking, it ends with this process."""
+def _proxy_program() -> str:
+    folder = Path(__file__).resolve().parent
+    return _START.format(packages=[("ggml_cffi", str(folder.parent)), ("ggml_cffi.rpc", str(folder))])
+
+
+def _end_proxy(proxy: ChildProcess, lock: Any, pid: int) -> None:
+    """End the proxy of a forgotten connection. A thread that still uses it at exit keeps it until this process ends."""
     if pid == os.getpid() and lock.acquire(blocking=False):
-        assert relay.stdin
-        relay.stdin.close()
-        relay.kill()
-        relay.wait()
+        proxy.close_lifeline()
+        proxy.kill()
+        proxy.wait()
         lock.release()

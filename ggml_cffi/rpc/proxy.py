@@ -1,15 +1,15 @@
-"""What stands between ggml's RPC client and one server: a process of its own, on the loopback.
+"""The RPC proxy: a process on the loopback between ggml's RPC client and one server.
 
-ggml's client ends its process when the server is lost, or answers what it does not expect. So it never talks to a
-server: it talks to this relay, which passes everything on and cannot be lost. When the server is, the relay says so in
-shared memory, where :mod:`ggml_cffi.rpc.connection` looks after each call, and goes on answering with what lets C carry
-on: memory is granted, tensors read as zeros.
+ggml's client ends its process when the server is lost, or gives an unexpected answer. It therefore never talks to a
+server. It talks to this proxy, which forwards everything and cannot be lost. When the server is lost, the proxy says so
+in shared memory, where :mod:`ggml_cffi.rpc.connection` looks after each call. From then on the proxy answers in the
+server's place, so that C carries on: memory is granted, tensors read as zeros.
 
-It is a process and not a thread, because a thread needs the interpreter: whoever holds that may be waiting for an
-answer which only the relay can give. The garbage collector, for one, runs in any thread, and frees remote memory.
+The proxy is a process and not a thread, because a thread needs the GIL. The thread that holds the GIL may be waiting
+for an answer that only the proxy can give: the garbage collector, for one, runs in any thread and frees remote memory.
 
-Run as a script, without the package: only the standard library is imported. It lives until its standard input ends,
-with the process that started it.
+The process imports this module and :mod:`ggml_cffi.rpc.protocol`, and only the standard library besides. It ends when
+its standard input closes, with the process that started it.
 """
 
 from __future__ import annotations
@@ -23,86 +23,40 @@ import signal
 import socket
 import struct
 import sys
-from enum import IntEnum
 
-PROTOCOL = (5, 0, 0)
-STATE_SIZE = 4096  # bytes of shared memory: 1 once the server is lost, then why
-DROP = b"d"  # on standard input: let go of the server; _remote says it
+from ggml_cffi.rpc.protocol import ANSWER_HEAD, ANSWERS, DISCONNECT, PROTOCOL, REQUEST_HEAD, STATE_SIZE, Command
 
-_FIRST = 64 << 10  # bytes of a message that are passed on in one piece; only weights and activations have more
-_MOST = 1 << 20  # bytes that are moved at a time from there on
-_BASE = 1 << 32  # where memory that nobody has pretends to be
-_HEAD = struct.Struct("<BQ")  # command, bytes to come
-_SIZE = struct.Struct("<Q")
+_HEAD_SIZE = 64 << 10  # bytes of a message that are read into memory; only weights and activations have more
+_CHUNK = 1 << 20  # bytes of the rest that the kernel moves at a time
+_DUMMY_ADDRESS = 1 << 32  # the address of memory that is granted in the server's place
+_CLOSED = "closed the connection"
 
 
-class Command(IntEnum):
-    """First byte of a request. C: ``enum rpc_cmd``."""
-
-    ALLOC_BUFFER = 0
-    GET_ALIGNMENT = 1
-    GET_MAX_SIZE = 2
-    BUFFER_GET_BASE = 3
-    FREE_BUFFER = 4
-    BUFFER_CLEAR = 5
-    SET_TENSOR = 6
-    SET_TENSOR_HASH = 7
-    GET_TENSOR = 8
-    COPY_TENSOR = 9
-    GRAPH_COMPUTE = 10
-    GET_DEVICE_MEMORY = 11
-    INIT_TENSOR = 12
-    GET_ALLOC_SIZE = 13
-    HELLO = 14
-    DEVICE_COUNT = 15
-    GRAPH_RECOMPUTE = 16
-    MEMSET_TENSOR = 17
+class ServerLostError(Exception):
+    """The server cannot be used any more; the message says why."""
 
 
-#: Bytes of the answer. A tensor's are as many as were asked for; what is not here has no answer.
-ANSWERS = {
-    Command.ALLOC_BUFFER: 16,
-    Command.GET_ALIGNMENT: 8,
-    Command.GET_MAX_SIZE: 8,
-    Command.BUFFER_GET_BASE: 8,
-    Command.FREE_BUFFER: 0,
-    Command.BUFFER_CLEAR: 0,
-    Command.SET_TENSOR_HASH: 1,
-    Command.COPY_TENSOR: 1,
-    Command.GET_DEVICE_MEMORY: 16,
-    Command.INIT_TENSOR: 0,
-    Command.GET_ALLOC_SIZE: 8,
-    Command.HELLO: 28,
-    Command.DEVICE_COUNT: 4,
-    Command.MEMSET_TENSOR: 0,
-}
-
-
-class LostError(Exception):
-    """The server cannot be talked to any more; the message says why."""
-
-
-class Relay:
-    """One server, and the client that is connected at the moment.
+class Proxy:
+    """One server, and the client that is connected now.
 
     Parameters
     ----------
     listener
-        Where the client connects.
+        The socket to which clients connect.
     server
-        Connected, and greeted.
+        The connected socket after the handshake.
     state
-        Shared memory.
+        The memory that is shared with the client's process.
     patience
-        Seconds that the server may take to answer, or to accept more.
+        Seconds that the server may take to answer, or to accept more data.
     """
 
     def __init__(self, listener: socket.socket, server: socket.socket, state: mmap.mmap, patience: float) -> None:
         self.listener, self.server, self.state, self.patience = listener, server, state, patience
-        self.dropped = False
+        self.disconnected = False
         self.pipe = os.pipe()
-        with contextlib.suppress(OSError):  # more than this user may have
-            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _MOST)
+        with contextlib.suppress(OSError):  # the size may exceed the user's limit
+            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, _CHUNK)
         server.setblocking(False)
         self.readable, self.writable = select.poll(), select.poll()
         for poll, event in ((self.readable, select.POLLIN), (self.writable, select.POLLOUT)):
@@ -111,11 +65,11 @@ class Relay:
 
     @property
     def lost(self) -> bool:
-        """Whether answers are made up here."""
+        """True if the server is lost: the proxy answers in its place."""
         return bool(self.state[0])
 
-    def lose(self, error: Exception) -> None:
-        """Let go of the server, and say so before anything is answered."""
+    def lose_server(self, error: Exception) -> None:
+        """Close the connection to the server, and publish the reason before any answer is sent."""
         if not self.lost:
             text = _reason(error).encode()[: STATE_SIZE - 2]
             self.state[1 : 1 + len(text)] = text
@@ -123,69 +77,73 @@ class Relay:
             self.server.close()
 
     def run(self) -> None:
-        """Serve one client after the other, until the server was dropped and nobody is left."""
-        while self._idle(self.listener):
+        """Serve one client after the other, until the server was disconnected and no client is left."""
+        while self._wait_for_input(self.listener):
             client, _ = self.listener.accept()
             with client, contextlib.suppress(ConnectionError):
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._serve(client)
 
     def _serve(self, client: socket.socket) -> None:
-        while self._idle(client) and len(head := client.recv(_HEAD.size, socket.MSG_WAITALL)) == _HEAD.size:
-            command, size = _HEAD.unpack(head)
-            first = min(size, _FIRST)
+        size_of_head = REQUEST_HEAD.size
+        while (
+            self._wait_for_input(client) and len(head := client.recv(size_of_head, socket.MSG_WAITALL)) == size_of_head
+        ):
+            command, size = REQUEST_HEAD.unpack(head)
+            first = min(size, _HEAD_SIZE)
             body = client.recv(first, socket.MSG_WAITALL) if first else b""
             if len(body) < first:
                 return
-            if command == Command.HELLO:  # the server was greeted when this process was started
-                client.sendall(_SIZE.pack(ANSWERS[command]) + bytes(PROTOCOL).ljust(ANSWERS[command], b"\0"))
+            if command == Command.HELLO:  # the handshake was before this process started; it cannot be repeated
+                client.sendall(ANSWER_HEAD.pack(ANSWERS[command]) + bytes(PROTOCOL).ljust(ANSWERS[command], b"\0"))
                 continue
-            self._ask(head + body)
-            for left in range(size - first, 0, -_MOST):
-                self._pass_up(client, min(left, _MOST))
-            answer = _SIZE.unpack(body[-8:])[0] if command == Command.GET_TENSOR else ANSWERS.get(command)
+            self._send_request(head + body)
+            for left in range(size - first, 0, -_CHUNK):
+                self._forward_request(client, min(left, _CHUNK))
+            answer = ANSWER_HEAD.unpack(body[-8:])[0] if command == Command.GET_TENSOR else ANSWERS.get(command)
             if answer is not None:
                 self._answer(client, command, body, answer)
 
     # ------------------------------------------------------------------ waiting
 
-    def _idle(self, source: socket.socket) -> bool:
-        """Wait until ``source`` has something; False if nothing will come."""
-        while not (self.dropped and source is self.listener):
+    def _wait_for_input(self, source: socket.socket) -> bool:
+        """Wait until ``source`` has data; return False if none will come."""
+        while not (self.disconnected and source is self.listener):
             poll = select.poll()
             for fd in (source, 0) if self.lost else (source, 0, self.server):
                 poll.register(fd, select.POLLIN)
             ready = [fd for fd, _ in poll.poll()]
             if 0 in ready:
-                self._obey()
+                self._read_command()
             elif ready == [source.fileno()]:
                 return True
             else:
                 try:
-                    self.lose(LostError("sent what nobody had asked for" if self.server.recv(1) else _CLOSED))
+                    unasked = self.server.recv(1)
+                    self.lose_server(ServerLostError("sent data that nobody had asked for" if unasked else _CLOSED))
                 except OSError as error:
-                    self.lose(error)
+                    self.lose_server(error)
         return False
 
-    def _wait(self, poll: select.poll) -> None:
-        """Until the server has something (:attr:`readable`), or takes something (:attr:`writable`)."""
+    def _wait_for_server(self, poll: select.poll) -> None:
+        """Wait until the server has data (:attr:`readable`) or accepts data (:attr:`writable`)."""
         ready = poll.poll(self.patience * 1000)
         if not ready:
-            raise LostError(f"has been silent for {self.patience:g} s")
+            raise ServerLostError(f"has been silent for {self.patience:g} s")
         if any(fd == 0 for fd, _ in ready):
-            self._obey()
-            raise LostError("was disconnected")
+            self._read_command()
+            raise ServerLostError("was disconnected")
 
-    def _obey(self) -> None:
-        """Do what the process says that started this one. If that has ended, nobody is left."""
-        if os.read(0, 1) != DROP:
+    def _read_command(self) -> None:
+        """Disconnect if the parent says so; end this process if the parent has ended."""
+        if os.read(0, 1) != DISCONNECT:
             os._exit(0)
-        self.dropped = True
-        self.lose(LostError("was disconnected"))
+        self.disconnected = True
+        self.lose_server(ServerLostError("was disconnected"))
 
-    # ------------------------------------------------------------------ up: requests
+    # ------------------------------------------------------------------ requests, from the client to the server
 
-    def _ask(self, request: bytes) -> None:
+    def _send_request(self, request: bytes) -> None:
         if self.lost:
             return
         view = memoryview(request)
@@ -194,12 +152,12 @@ class Relay:
                 try:
                     view = view[self.server.send(view) :]
                 except BlockingIOError:
-                    self._wait(self.writable)
-        except (LostError, OSError) as error:
-            self.lose(error)
+                    self._wait_for_server(self.writable)
+        except (ServerLostError, OSError) as error:
+            self.lose_server(error)
 
-    def _pass_up(self, client: socket.socket, n: int) -> None:
-        """The next ``n`` bytes from the client to the server."""
+    def _forward_request(self, client: socket.socket, n: int) -> None:
+        """Forward the next ``n`` bytes of the client to the server."""
         while n and not self.lost:
             left = os.splice(client.fileno(), self.pipe[1], n)
             if not left:
@@ -207,59 +165,59 @@ class Relay:
             n -= left
             try:
                 while left:
-                    self._wait(self.writable)
+                    self._wait_for_server(self.writable)
                     left -= os.splice(self.pipe[0], self.server.fileno(), left)
-            except (LostError, OSError) as error:
-                self.lose(error)
+            except (ServerLostError, OSError) as error:
+                self.lose_server(error)
                 while left:
                     left -= len(os.read(self.pipe[0], left))
         while n:
-            n -= len(client.recv(min(n, _FIRST), socket.MSG_WAITALL)) or n
+            n -= len(client.recv(min(n, _HEAD_SIZE), socket.MSG_WAITALL)) or n
 
-    # ------------------------------------------------------------------ down: answers
+    # ------------------------------------------------------------------ answers, from the server to the client
 
     def _answer(self, client: socket.socket, command: int, body: bytes, size: int) -> None:
-        """Pass on the answer, ``size`` bytes, or make one up."""
-        head = _SIZE.pack(size)
-        first = min(size, _FIRST)
+        """Forward the server's answer of ``size`` bytes, or send a substitute."""
+        head = ANSWER_HEAD.pack(size)
+        first = min(size, _HEAD_SIZE)
         try:
             if self.lost:
-                raise LostError
+                raise ServerLostError
             answer = self._receive(command, head, first)
-            _check(command, body, answer)
-        except (LostError, OSError) as error:
-            self.lose(error)
-            answer = pretend(command, body, first)
+            _check_answer(command, body, answer)
+        except (ServerLostError, OSError) as error:
+            self.lose_server(error)
+            answer = substitute_answer(command, body, first)
         client.sendall(head + answer)
-        for left in range(size - first, 0, -_MOST):
-            self._pass_down(client, min(left, _MOST))
+        for left in range(size - first, 0, -_CHUNK):
+            self._forward_answer(client, min(left, _CHUNK))
 
     def _receive(self, command: int, head: bytes, n: int) -> bytes:
-        """The next ``n`` bytes from the server, which are to come after ``head``."""
+        """Return the next ``n`` bytes of the server, which must follow ``head``."""
         data = b""
         while len(data) < len(head) + n:
-            self._wait(self.readable)
+            self._wait_for_server(self.readable)
             part = self.server.recv(len(head) + n - len(data))
             if not part:
-                raise LostError(_CLOSED)
+                raise ServerLostError(_CLOSED)
             data += part
             if len(data) >= len(head) and not data.startswith(head):
-                (size,) = _SIZE.unpack_from(data)
-                raise LostError(
-                    f"answered {Command(command).name} with {size} bytes instead of {_SIZE.unpack(head)[0]}"
+                (size,) = ANSWER_HEAD.unpack_from(data)
+                raise ServerLostError(
+                    f"answered {Command(command).name} with {size} bytes instead of {ANSWER_HEAD.unpack(head)[0]}"
                 )
         return data[len(head) :]
 
-    def _pass_down(self, client: socket.socket, n: int) -> None:
-        """The next ``n`` bytes from the server to the client."""
+    def _forward_answer(self, client: socket.socket, n: int) -> None:
+        """Forward the next ``n`` bytes of the server to the client; zeros once the server is lost."""
         while n and not self.lost:
             try:
-                self._wait(self.readable)
+                self._wait_for_server(self.readable)
                 left = os.splice(self.server.fileno(), self.pipe[1], n)
                 if not left:
-                    raise LostError(_CLOSED)
-            except (LostError, OSError) as error:
-                self.lose(error)
+                    raise ServerLostError(_CLOSED)
+            except (ServerLostError, OSError) as error:
+                self.lose_server(error)
                 break
             n -= left
             while left:
@@ -267,54 +225,58 @@ class Relay:
         client.sendall(bytes(n))
 
 
-_CLOSED = "closed the connection"
-
-
 def _reason(error: Exception) -> str:
-    if isinstance(error, LostError):
+    if isinstance(error, ServerLostError):
         return str(error)
     if isinstance(error, ConnectionError):
         return _CLOSED
     return f"cannot be reached any more ({getattr(error, 'strerror', None) or error})"
 
 
-def _check(command: int, body: bytes, answer: bytes) -> None:
-    """Raise :class:`LostError` for an answer that C cannot do with."""
+def _check_answer(command: int, body: bytes, answer: bytes) -> None:
+    """Raise :class:`ServerLostError` for an answer with which C would end its process."""
     if command == Command.BUFFER_GET_BASE and not any(answer):
-        raise LostError("gave memory without an address")
+        raise ServerLostError("gave memory without an address")
     if command == Command.ALLOC_BUFFER:
         pointer, size = struct.unpack("<QQ", answer)
         if pointer and size < struct.unpack_from("<Q", body, 4)[0]:
-            raise LostError("gave less memory than was asked for")
+            raise ServerLostError("gave less memory than was asked for")
 
 
-def pretend(command: int, body: bytes, size: int) -> bytes:
-    """An answer of ``size`` bytes with which C goes on."""
+def substitute_answer(command: int, body: bytes, size: int) -> bytes:
+    """Return an answer of ``size`` bytes with which C carries on.
+
+    Parameters
+    ----------
+    command, body
+        The request.
+    size
+        Bytes of the answer.
+    """
     if command == Command.ALLOC_BUFFER:
-        return struct.pack("<QQ", _BASE, struct.unpack_from("<Q", body, 4)[0])
+        return struct.pack("<QQ", _DUMMY_ADDRESS, struct.unpack_from("<Q", body, 4)[0])
     if command == Command.GET_ALLOC_SIZE:
-        sizes = struct.unpack_from("<4I4I", body, 4 + 20)  # of the tensor: ne, nb
-        return _SIZE.pack(max(n * stride for n, stride in zip(sizes[:4], sizes[4:], strict=True)))
+        sizes = struct.unpack_from("<4I4I", body, 4 + 20)  # ne and nb of the tensor
+        return ANSWER_HEAD.pack(max(n * stride for n, stride in zip(sizes[:4], sizes[4:], strict=True)))
     if command == Command.GET_MAX_SIZE:
         return b"\xff" * size
     values: dict[int, int] = {
-        Command.BUFFER_GET_BASE: _BASE,
+        Command.BUFFER_GET_BASE: _DUMMY_ADDRESS,
         Command.GET_ALIGNMENT: 64,
         Command.DEVICE_COUNT: 1,
         Command.COPY_TENSOR: 1,
-        Command.SET_TENSOR_HASH: 1,  # the server has these bytes already
+        Command.SET_TENSOR_HASH: 1,  # the server has these bytes already: the client sends nothing
     }
     return values.get(command, 0).to_bytes(size, "little")
 
 
 def main() -> None:
-    """Arguments: descriptors of the listener, the server and the shared memory; patience."""
-    # Signals are for the process that started this one, which may want to close in good order.
+    """Run the proxy.
+
+    The arguments are the file descriptors of the listener, the server and the shared memory, and the patience.
+    """
+    # These signals are for the parent, which may need the proxy to close in good order.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     listener, server = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])
-    Relay(listener, server, mmap.mmap(int(sys.argv[3]), STATE_SIZE), float(sys.argv[4])).run()
-
-
-if __name__ == "__main__":
-    main()
+    Proxy(listener, server, mmap.mmap(int(sys.argv[3]), STATE_SIZE), float(sys.argv[4])).run()

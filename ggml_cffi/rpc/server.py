@@ -1,30 +1,32 @@
-"""The server's side of :mod:`ggml_cffi.rpc`: what the command runs, and a process that runs the command."""
+"""The server's side: offering devices of this machine, in this process or in a process of its own."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
 import os
+import queue
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from ggml_cffi import c
 from ggml_cffi.c import library
-from ggml_cffi.core.backend import check_threads, default_threads
+from ggml_cffi.core.child_process import ChildProcess
 from ggml_cffi.core.device import Device, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.threads import check_threads, default_threads
 from ggml_cffi.errors import GgmlError, RemoteError
+from ggml_cffi.rpc.handshake import parse_endpoint, probe, resolve
 
 _logger = logging.getLogger("ggml_cffi.rpc")
 _READY = "listening on "
+_SHOWN_LINES = 20
 
 
 def serve(
@@ -39,26 +41,26 @@ def serve(
 ) -> None:
     """Offer devices of this machine to one client at a time, until SIGTERM or SIGINT.
 
-    For a process of its own, in its main thread: ggml's server cannot be stopped. It goes on in another thread when
-    this returns, so that the caller has to end the process, with ``os._exit``.
+    Call this in the main thread of a process of its own: ggml's server cannot be stopped. It goes on in another thread
+    when this function returns, so the caller must end the process with ``os._exit``.
 
     Parameters
     ----------
     devices
-        Devices or names; default every GPU, or the CPU where there is none.
+        Devices or names; default every GPU, or the CPU if there is none.
     host
-        Address to listen on, four numbers. Other than the default, a loopback address, whoever reaches it can use
-        the devices, and more: the protocol has no authentication, and a malformed message ends the server.
+        Address to listen on, four numbers. With any other than a loopback address, the default, everybody who reaches
+        it can use the devices, and more: the protocol has no authentication, and a malformed message ends the server.
     port
-        0 for one that is free.
+        0 for a free one.
     n_threads
         Threads of the CPU; default all that this process may use.
     cache
-        Folder in which tensors of more than 10 MiB are kept, so that they need not be sent again. It grows.
+        Folder in which tensors of more than 10 MiB are kept, so that they need not be sent again. It only grows.
     stop_with_stdin
-        Return also when standard input ends: with the process that holds the other end.
+        Return also when standard input ends, with the process that holds its other end.
     announce
-        Called with the endpoint before it is listened on.
+        Called with the endpoint before the server listens there.
 
     Raises
     ------
@@ -73,41 +75,42 @@ def serve(
     """
     warn_if_open(host)
     library.load("rpc")
-    chosen = _to_offer(devices)
+    offered = _devices_to_offer(devices)
     threads = check_threads(n_threads) if n_threads is not None else default_threads()
     if cache is not None:
         os.makedirs(cache, exist_ok=True)
     endpoint = f"{host}:{_free_port(host, port)}"
-    over = threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+        signal.signal(number, lambda *_: stop.set())
     failed = False
 
-    def run() -> None:
+    def run_server() -> None:
         nonlocal failed
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})  # they would end its connection
-        pointers = c.ffi.new("ggml_backend_dev_t[]", [d.ptr for d in chosen])
+        # A signal in this thread would end the server's connection.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        pointers = c.ffi.new("ggml_backend_dev_t[]", [d.ptr for d in offered])
         folder = os.fsencode(cache) if cache is not None else c.NULL
-        c.ggml_backend_rpc_start_server(endpoint.encode(), folder, threads, len(chosen), pointers)
+        c.ggml_backend_rpc_start_server(endpoint.encode(), folder, threads, len(offered), pointers)
         failed = True
-        over.set()
+        stop.set()
 
-    def read() -> None:
+    def read_stdin() -> None:
         while os.read(0, 4096):
             pass
-        over.set()
+        stop.set()
 
     if announce is not None:
         announce(endpoint)
-    for target in (run, read) if stop_with_stdin else (run,):
+    for target in (run_server, read_stdin) if stop_with_stdin else (run_server,):
         threading.Thread(target=target, daemon=True).start()
-    over.wait()
+    stop.wait()
     if failed:
         raise GgmlError(f"the RPC server could not listen on {endpoint}")
 
 
 def warn_if_open(host: str) -> None:
-    """Warn of an address that others can reach.
+    """Warn of an address that other machines can reach.
 
     Raises
     ------
@@ -117,61 +120,69 @@ def warn_if_open(host: str) -> None:
     try:
         address = ipaddress.IPv4Address(host)
     except ValueError:
-        raise ValueError(f"{host!r} is no address to listen on: four numbers are, such as 127.0.0.1") from None
+        raise ValueError(f"{host!r} is no address to listen on: use four numbers, such as 127.0.0.1") from None
     if not address.is_loopback:
         warnings.warn(
-            f"the RPC server on {host} HAS NO AUTHENTICATION: whoever can reach it may read what it holds, use its "
-            "devices, and try to take over its process. Only for networks that are trusted as a whole.",
+            f"the RPC server on {host} HAS NO AUTHENTICATION: everybody who can reach it may read its data, use its "
+            "devices, and try to take over its process. Use it only in networks that are trusted as a whole.",
             stacklevel=3,
         )
 
 
-def _to_offer(chosen: Sequence[Device | str] | None) -> list[Device]:
-    if isinstance(chosen, str | Device):
+def _devices_to_offer(devices: Sequence[Device | str] | None) -> list[Device]:
+    if isinstance(devices, str | Device):
         raise TypeError("devices is a sequence: put the one device in a list")
-    if chosen is None:
+    if devices is None:
         return [d for d in gpus() if not d.is_remote] or [find_device("CPU")]
-    # By name first: a server that connects to others would hide that they are lost.
-    named = [d for d in chosen if isinstance(d, str) and ":" in d]
-    found = [] if named else [find_device(d) for d in chosen]
-    named += [d.name for d in found if d.is_remote]
-    if named:
-        raise ValueError(f"{named[0]} is remote: a server offers devices of its own machine")
+    # Remote names are refused without connecting: a chain of servers would hide that one of them is lost.
+    remote = [d for d in devices if isinstance(d, str) and ":" in d]
+    found = [] if remote else [find_device(d) for d in devices]
+    remote += [d.name for d in found if d.is_remote]
+    if remote:
+        raise ValueError(f"{remote[0]} is remote: a server offers devices of its own machine only")
     if not found:
         raise ValueError("a server needs at least one device")
     return found
 
 
 def _free_port(host: str, port: int) -> int:
-    """``port``, or one that nobody listens on; raises where it cannot be had."""
-    if not 0 <= port < 65536:
-        raise ValueError(f"port must be 0 to 65535, not {port}")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ggml does
-        try:
-            probe.bind((host, port))
-            probe.listen()
-        except OSError as error:
-            raise GgmlError(f"the RPC server cannot listen on {host}:{port}: {error.strerror}") from None
-        return int(probe.getsockname()[1])
-
-
-class Server(Closing):
-    """``ggml-cffi rpc-server`` as a process, for as long as the ``with`` lasts; it ends with this process too.
-
-    What it prints goes to the logger ``ggml_cffi.rpc``.
-
-    Parameters
-    ----------
-    devices, host, port, n_threads, cache
-        As for :func:`serve`; the port by default one that is free.
-    timeout
-        Seconds that it may take until it answers.
+    """Return ``port``, a free one for 0.
 
     Raises
     ------
     GgmlError
-        If it ended, with its last words, or did not answer in time.
+        If another process listens on the port, or the host has no such address.
+    ValueError
+        If the port is out of range.
+    """
+    if not 0 <= port < 65536:
+        raise ValueError(f"port must be 0 to 65535, not {port}")
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ggml's server sets it too
+        try:
+            trial.bind((host, port))
+            trial.listen()
+        except OSError as error:
+            raise GgmlError(f"the RPC server cannot listen on {host}:{port}: {error.strerror}") from None
+        return int(trial.getsockname()[1])
+
+
+class Server(Closing):
+    """The command ``ggml-cffi rpc-server`` as a child process. It ends with the ``with``, or with this process.
+
+    The logger ``ggml_cffi.rpc`` gets the lines that it prints.
+
+    Parameters
+    ----------
+    devices, host, port, n_threads, cache
+        As for :func:`serve`; the default port is a free one.
+    timeout
+        Seconds until the server must answer.
+
+    Raises
+    ------
+    GgmlError
+        If the server ended, with the last lines that it printed, or did not answer in time.
     ValueError
         If ``host`` is no IPv4 address in numbers.
     """
@@ -197,84 +208,72 @@ class Server(Closing):
             command += ["--threads", str(n_threads)]
         if cache is not None:
             command += ["--cache", os.fspath(cache)]
-        # The package from where this one came from; the group of its own keeps Ctrl-C in a terminal away.
-        home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+        # The child must import this very package, which may not be an installed one.
+        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.endpoint = ""
         """``host:port``."""
-        self._last: deque[str] = deque(maxlen=20)
-        self._process = subprocess.Popen(
+        endpoints: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._child = ChildProcess(
             command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env={**os.environ, "PYTHONPATH": path},
-            process_group=0,
+            name="an RPC server",
+            capture="output",
+            lifeline=True,
+            env={"PYTHONPATH": path},
+            on_line=lambda line: _handle_line(line, endpoints),
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
         try:
-            self._await(timeout)
+            self._wait_until_ready(endpoints, time.monotonic() + timeout)
         except BaseException:
             self.stop()
             raise
+        if not self.endpoint:
+            self.stop()
+            raise GgmlError(f"the RPC server did not answer within {timeout:g} s")
 
-    def _read(self) -> None:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            text = line.rstrip()
-            self._last.append(text)
-            _logger.info("%s", text)
-            if text.startswith(_READY):
-                self.endpoint = text.removeprefix(_READY)
-
-    def _await(self, timeout: float) -> None:
-        from ggml_cffi.rpc.client import health
-
-        end = time.monotonic() + timeout
-        while True:
-            if self._process.poll() is not None:
-                self._reader.join(1)
-                said = "; ".join(self._last) or "nothing"
-                raise GgmlError(f"the RPC server ended with code {self._process.returncode}; it said: {said}")
-            if self.endpoint:
-                try:
-                    health(self.endpoint, timeout=max(end - time.monotonic(), 0.1))
-                    return
-                except RemoteError:
-                    pass
-            if time.monotonic() > end:
-                raise GgmlError(f"the RPC server did not answer within {timeout:g} s")
-            time.sleep(0.01)
+    def _wait_until_ready(self, endpoints: queue.SimpleQueue[str], deadline: float) -> None:
+        """Wait until the server answers, and set :attr:`endpoint`; return without doing so at the deadline."""
+        endpoint = ""
+        while time.monotonic() < deadline:
+            if not self._child.running:
+                self._child.wait_or_kill(0)
+                output = "; ".join(self._child.lines[-_SHOWN_LINES:]) or "nothing"
+                raise GgmlError(f"the RPC server {self._child.end_reason}; it printed: {output}")
+            try:
+                endpoint = endpoint or endpoints.get(timeout=0.01)
+                host, port, _ = parse_endpoint(endpoint)
+                probe(endpoint, resolve(endpoint, host, port), max(deadline - time.monotonic(), 0.1))
+            except queue.Empty:
+                pass
+            except RemoteError:
+                time.sleep(0.01)
+            else:
+                self.endpoint = endpoint
+                return
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
+        """True while the process runs."""
+        return self._child.running
 
     @property
     def pid(self) -> int:
-        """Number of the process."""
-        return self._process.pid
+        """The process id."""
+        return self._child.pid
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the process: by asking, and after ``timeout`` seconds by force. Stopping twice is allowed."""
-        process = self._process
-        assert process.stdin
-        assert process.stdout
-        process.stdin.close()
-        process.terminate()
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        self._reader.join()
-        process.stdout.close()
+        """End the process with SIGTERM, and after ``timeout`` seconds with SIGKILL. Stopping twice is allowed."""
+        self._child.close_lifeline()
+        self._child.terminate()
+        self._child.wait_or_kill(timeout)
 
     close = stop
 
     def __repr__(self) -> str:
         return f"<Server {self.endpoint or '-'}{'' if self.alive else ' stopped'}>"
+
+
+def _handle_line(line: str, endpoints: queue.SimpleQueue[str]) -> None:
+    _logger.info("%s", line)
+    if line.startswith(_READY):
+        endpoints.put(line.removeprefix(_READY))

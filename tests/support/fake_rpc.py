@@ -1,4 +1,4 @@
-"""Peers that are no good RPC servers: none of them computes anything."""
+"""Peers that look like RPC servers to a client, and compute nothing."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import socket
 import struct
 import threading
 
-from ggml_cffi.rpc.proxy import ANSWERS, PROTOCOL, Command, pretend
+from ggml_cffi.rpc.protocol import ANSWERS, PROTOCOL, Command
+from ggml_cffi.rpc.proxy import substitute_answer
 
 
 class Peer:
-    """Listens on the loopback, and answers each client in a thread until the ``with`` ends."""
+    """A listener on the loopback that serves one client after the other, in a thread, until the ``with`` ends."""
 
     def __enter__(self):
         self.clients = []
@@ -30,11 +31,11 @@ class Peer:
             except OSError:
                 return
             self.clients.append(client)
-            with client, contextlib.suppress(OSError, struct.error):  # when it has gone
+            with client, contextlib.suppress(OSError, struct.error):  # the client has gone
                 self.serve(client)
 
     def serve(self, client):
-        """Silence."""
+        """Read all requests, and answer none."""
         client.recv(1 << 20)
         while client.recv(1 << 20):
             pass
@@ -48,7 +49,7 @@ class Peer:
 
 
 class Talker(Peer):
-    """Says the same to everybody, and closes."""
+    """A peer that sends the same bytes to every client, and closes the connection."""
 
     def __init__(self, text):
         self.text = text
@@ -59,9 +60,12 @@ class Talker(Peer):
 
 
 class Pretender(Peer):
-    """Speaks the protocol: memory is granted, tensors read as zeros.
+    """A peer that speaks the protocol: it grants memory, and tensors read as zeros.
 
-    ``answers`` has bytes for commands that are answered otherwise, whole with their length, or None for silence.
+    Parameters
+    ----------
+    answers
+        For names of commands the bytes to send instead, their length included; None to send nothing.
     """
 
     def __init__(self, **answers):
@@ -85,4 +89,4 @@ class Pretender(Peer):
     def answer(self, command, body, n):
         if command is Command.HELLO:
             return bytes(PROTOCOL).ljust(n, b"\0")
-        return pretend(command, body, n)
+        return substitute_answer(command, body, n)

@@ -1,0 +1,67 @@
+"""The protocol of ggml's RPC backend, as constants, and the state that an RPC proxy shares with its client process.
+
+The proxy imports this module and nothing else of the package, so it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+
+PROTOCOL = (5, 0, 0)
+"""The version of the protocol."""
+REQUEST_HEAD = struct.Struct("<BQ")
+"""The head of a request: the command, and the number of bytes that follow."""
+ANSWER_HEAD = struct.Struct("<Q")
+"""The head of an answer: the number of bytes that follow."""
+
+STATE_SIZE = 4096
+"""Bytes of the shared memory. The first is 1 once the server is lost, the others are the reason as UTF-8 text."""
+DISCONNECT = b"d"
+"""The command on the proxy's standard input that disconnects it from the server."""
+
+
+class Command(IntEnum):
+    """The first byte of a request. C: ``enum rpc_cmd``."""
+
+    ALLOC_BUFFER = 0
+    GET_ALIGNMENT = 1
+    GET_MAX_SIZE = 2
+    BUFFER_GET_BASE = 3
+    FREE_BUFFER = 4
+    BUFFER_CLEAR = 5
+    SET_TENSOR = 6
+    SET_TENSOR_HASH = 7
+    GET_TENSOR = 8
+    COPY_TENSOR = 9
+    GRAPH_COMPUTE = 10
+    GET_DEVICE_MEMORY = 11
+    INIT_TENSOR = 12
+    GET_ALLOC_SIZE = 13
+    HELLO = 14
+    DEVICE_COUNT = 15
+    GRAPH_RECOMPUTE = 16
+    MEMSET_TENSOR = 17
+
+
+ANSWERS = {
+    Command.ALLOC_BUFFER: 16,
+    Command.GET_ALIGNMENT: 8,
+    Command.GET_MAX_SIZE: 8,
+    Command.BUFFER_GET_BASE: 8,
+    Command.FREE_BUFFER: 0,
+    Command.BUFFER_CLEAR: 0,
+    Command.SET_TENSOR_HASH: 1,
+    Command.COPY_TENSOR: 1,
+    Command.GET_DEVICE_MEMORY: 16,
+    Command.INIT_TENSOR: 0,
+    Command.GET_ALLOC_SIZE: 8,
+    Command.HELLO: 28,
+    Command.DEVICE_COUNT: 4,
+    Command.MEMSET_TENSOR: 0,
+}
+"""Bytes of the answer to each command.
+
+``GET_TENSOR`` is not listed: its answer has as many bytes as the request asks for. The other commands that are not
+listed have no answer.
+"""
