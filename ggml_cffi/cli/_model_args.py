@@ -1,4 +1,4 @@
-"""What the commands that load a model share: its arguments, loading with a progress bar."""
+"""The arguments of the commands that load a model, and the loading with a progress bar."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from ggml_cffi.cli._output import progress_bar
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
+_DEVICES_HELP = "names, separated by commas (default: every GPU, then the CPU)"
 
-def add_model(command: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The arguments that say which model is loaded, and where. ``several`` allows ``--devices`` to be repeated."""
-    add_place(command, several=several)
+
+def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
+    """Add the arguments for loading a model. ``repeat_devices`` allows ``--devices`` several times."""
+    add_placement_arguments(command, repeat_devices=repeat_devices)
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
 
 
-def add_place(command: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The arguments that say what goes where."""
+def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
+    """Add the arguments for the model file and its placement on devices."""
     command.add_argument("model", help="a GGUF file")
-    what = "names, separated by commas (default: every GPU, then the CPU)"
-    if several:
-        command.add_argument("--devices", action="append", help=f"{what}; may be repeated")
+    if repeat_devices:
+        command.add_argument("--devices", action="append", help=f"{_DEVICES_HELP}; may be repeated")
     else:
-        command.add_argument("--devices", help=what)
+        command.add_argument("--devices", help=_DEVICES_HELP)
     command.add_argument(
         "--split",
         default="layer",
@@ -32,50 +33,60 @@ def add_place(command: argparse.ArgumentParser, *, several: bool = False) -> Non
     )
     command.add_argument(
         "--balance",
-        type=balance_of,
+        type=parse_balance,
         default="memory",
-        help="how layers are shared out: memory, speed, or a number a device, such as 3,1 (default: %(default)s)",
+        help="how layers are distributed: memory, speed, or a number per device, such as 3,1 (default: %(default)s)",
     )
     command.add_argument(
         "--expect",
-        type=expected,
+        type=parse_expect,
         metavar="PROMPT,ANSWER",
-        help="tokens that a text will usually have, such as 4096,128, for --split auto (default: whatever comes)",
+        help="usual tokens of a prompt and of its answer, such as 4096,128, for --split auto (default: unknown)",
     )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
 
 
-def balance_of(text: str) -> str | list[float]:
-    """``"memory"`` and ``"speed"`` as they are, ``"3,1"`` as numbers."""
+def parse_balance(text: str) -> str | list[float]:
+    """Return ``"memory"`` and ``"speed"`` as they are, and ``"3,1"`` as numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         return text
 
 
-def expected(text: str) -> tuple[int, int]:
-    """``"4096,128"`` as numbers."""
+def parse_expect(text: str) -> tuple[int, int]:
+    """Return ``"4096,128"`` as numbers."""
     prompt, answer = (int(part) for part in text.split(","))
     return prompt, answer
 
 
-def device_names(text: str | None) -> list[str] | None:
-    """A list of devices as an argument gives it."""
+def parse_devices(text: str | None) -> list[str] | None:
+    """Return the device names of ``"Vulkan0, CPU"``, None for None."""
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
-    """The model that the arguments name."""
+    """Load the model that the arguments describe, with a progress bar.
+
+    Parameters
+    ----------
+    args
+        The arguments that :func:`add_model_arguments` added.
+    devices
+        Names, separated by commas; None for the default.
+    n_ctx, options
+        Further arguments of :func:`ggml_cffi.models.load`.
+    """
     from ggml_cffi import models
 
     with progress_bar("loading") as progress:
         return models.load(
             args.model,
-            device_names(devices),
+            parse_devices(devices),
             args.split,
             n_ctx,
             balance=args.balance,
-            expect=args.expect,
+            expected_tokens=args.expect,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
             progress=progress,

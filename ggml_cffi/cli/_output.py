@@ -1,4 +1,4 @@
-"""Output of commands: tables, progress bars and sizes."""
+"""Output that several commands share: progress bars, the placement of a model, its speed."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-from ggml_cffi.core.text import table
+from ggml_cffi.core.text import size, table
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
-    from ggml_cffi.models.runners.weights import Progress
+    from ggml_cffi.files import Progress
 
 
-def placement(model: Model) -> str:
-    """A table of what each device holds."""
+def placement_table(model: Model) -> str:
+    """Return a table of the layers and bytes that each device holds."""
     rows = [("device", "layers", "weights", "KV cache", "compute")]
-    for share in model.placement:
-        layers = f"{share.layers[0]}-{share.layers[-1]}" if share.layers else "-"
-        what = [layers, *["output"] * share.has_output, *["embeddings"] * share.has_embeddings]
-        text = " + ".join(w for w in what if w != "-") or "-"
-        rows.append(
-            (share.backend.name, text, mib(share.weight_bytes), mib(share.cache_bytes), mib(share.compute_bytes))
-        )
+    for p in model.placement:
+        parts = [f"{p.layers[0]}-{p.layers[-1]}"] if p.layers else []
+        parts += [*["output"] * p.has_output, *["embeddings"] * p.has_embeddings]
+        row = (p.backend.name, " + ".join(parts) or "-", size(p.weight_bytes), size(p.cache_bytes))
+        rows.append((*row, size(p.compute_bytes)))
     return table(rows, right=(2, 3, 4))
 
 
-def speed(model: Model) -> str:
-    """One line on the last answer's speed."""
+def speed_line(model: Model) -> str:
+    """Return one line about the speed of the last answer."""
     t = model.timings
     reused = f" ({t.reused_tokens} of them reused)" if t.reused_tokens else ""
     return (
@@ -36,16 +34,19 @@ def speed(model: Model) -> str:
     )
 
 
-def progress_bar(what: str) -> AbstractContextManager[Progress | None]:
-    """A progress bar on standard error, nothing where that is no terminal."""
-    return _Bar(what) if sys.stderr.isatty() else nullcontext()
+def progress_bar(label: str) -> AbstractContextManager[Progress | None]:
+    """Return a context manager that shows a progress bar on standard error, if that is a terminal.
+
+    It yields the function ``progress(done, total)``, or None without a terminal.
+    """
+    return _Bar(label) if sys.stderr.isatty() else nullcontext()
 
 
 class _Bar(AbstractContextManager["Progress | None"]):
-    def __init__(self, what: str) -> None:
+    def __init__(self, label: str) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+        self.bar = tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
 
     def __enter__(self) -> Progress:
         return self.update
@@ -56,13 +57,3 @@ class _Bar(AbstractContextManager["Progress | None"]):
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
-
-
-def gib(n: int) -> str:
-    """Bytes as GiB."""
-    return f"{n / 2**30:.1f} GiB"
-
-
-def mib(n: int) -> str:
-    """Bytes as MiB."""
-    return f"{n / 2**20:.1f} MiB"

@@ -1,80 +1,78 @@
-"""The commands ``ggml-cffi bench`` and ``ggml-cffi perplexity``."""
+"""The command ``ggml-cffi bench``: prefill and decode speed of a model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ggml_cffi.cli._model_args import add_model, open_model
-from ggml_cffi.cli._output import gib, progress_bar
-from ggml_cffi.core.text import table
+from ggml_cffi.cli._model_args import add_model_arguments, open_model
+from ggml_cffi.core.text import size, table
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
-_TOKEN = 1  # what is computed does not matter
+_TOKEN = 1  # any token will do: the speed does not depend on it
 
 
 def register(commands: Any) -> None:
-    """Add the commands to those of the parser."""
-    command = commands.add_parser("bench", help="measure prompt and decode speed")
-    add_model(command, several=True)
+    """Add the command to the parser's commands."""
+    command = commands.add_parser("bench", help="measure prefill and decode speed")
+    add_model_arguments(command, repeat_devices=True)
     command.add_argument("-p", "--prompt", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
     command.add_argument("-n", "--decode", type=int, default=128, help="tokens to decode (default: %(default)s)")
-    command.add_argument("-b", "--batch", type=int, default=512, help="most tokens of a run (default: %(default)s)")
+    command.add_argument("-b", "--batch", type=int, default=512, help="tokens of a batch (default: %(default)s)")
     command.add_argument("-r", "--rounds", type=int, default=5, help="measurements of each (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_bench)
-
-    command = commands.add_parser("perplexity", help="how well a model foretells a text")
-    add_model(command)
-    command.add_argument("file", help="a text file, - for standard input")
-    command.add_argument("--ctx", type=int, default=512, help="tokens of a window (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="as JSON")
-    command.set_defaults(run=_perplexity)
 
 
 def _bench(args: argparse.Namespace) -> int:
     if args.prompt < 0 or args.decode < 0 or args.rounds < 1:
         raise ValueError("--prompt and --decode must be at least 0, --rounds at least 1")
-    found: list[dict[str, Any]] = []
-    for devices in args.devices or [None]:
-        n_ctx = max(args.prompt, args.decode) + 1
-        with open_model(args, devices, n_ctx, n_batch=args.batch) as model:
-            where = ",".join(s.backend.name for s in model.placement if s.weight_bytes or s.layers)
-            size = sum(s.weight_bytes for s in model.placement)
-            for test, n, measure in (("pp", args.prompt, _prompt), ("tg", args.decode, _decode)):
-                if n:
-                    rates = measure(model, n, args.rounds)
-                    spread = statistics.stdev(rates) if len(rates) > 1 else 0.0
-                    found.append(
-                        {
-                            "model": Path(args.model).name,
-                            "size": size,
-                            "devices": where,
-                            "split": args.split,
-                            "test": f"{test}{n}",
-                        }
-                    )
-                    found[-1] |= {"tokens_per_second": round(statistics.mean(rates), 2), "stdev": round(spread, 2)}
+    results = [result for devices in args.devices or [None] for result in _measure(args, devices)]
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))
         return 0
     rows = [("model", "size", "devices", "split", "test", "tokens/s")]
-    for f in found:
-        rate = f"{f['tokens_per_second']:.2f} ± {f['stdev']:.2f}"
-        rows.append((f["model"], gib(f["size"]), f["devices"], f["split"], f["test"], rate))
+    for r in results:
+        rate = f"{r['tokens_per_second']:.2f} ± {r['stdev']:.2f}"
+        rows.append((r["model"], size(r["size"]), r["devices"], r["split"], r["test"], rate))
     print(table(rows, right=(1, 5)))
     return 0
 
 
-def _prompt(model: Model, n: int, rounds: int) -> list[float]:
-    """Tokens a second of prompts of ``n``, after one that does not count."""
+def _measure(args: argparse.Namespace, devices: str | None) -> list[dict[str, Any]]:
+    """Return the results on one list of devices: of prefill ("pp") and of decode ("tg")."""
+    results: list[dict[str, Any]] = []
+    n_ctx = max(args.prompt, args.decode) + 1
+    with open_model(args, devices, n_ctx, n_batch=args.batch) as model:
+        used = ",".join(p.backend.name for p in model.placement if p.weight_bytes or p.layers)
+        weight_bytes = sum(p.weight_bytes for p in model.placement)
+        for test, n, measure in (("pp", args.prompt, _prefill_rates), ("tg", args.decode, _decode_rates)):
+            if not n:
+                continue
+            rates = measure(model, n, args.rounds)
+            deviation = statistics.stdev(rates) if len(rates) > 1 else 0.0
+            results.append(
+                {
+                    "model": Path(args.model).name,
+                    "size": weight_bytes,
+                    "devices": used,
+                    "split": args.split,
+                    "test": f"{test}{n}",
+                    "tokens_per_second": round(statistics.mean(rates), 2),
+                    "stdev": round(deviation, 2),
+                }
+            )
+    return results
+
+
+def _prefill_rates(model: Model, n: int, rounds: int) -> list[float]:
+    """Return the tokens per second of prompts of ``n`` tokens, without the first round, which warms up."""
     rates = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -83,8 +81,8 @@ def _prompt(model: Model, n: int, rounds: int) -> list[float]:
     return rates[1:]
 
 
-def _decode(model: Model, n: int, rounds: int) -> list[float]:
-    """Tokens a second of ``n`` decoded one by one, after a round that does not count."""
+def _decode_rates(model: Model, n: int, rounds: int) -> list[float]:
+    """Return the tokens per second of decoding ``n`` tokens one by one, without the first round, which warms up."""
     rates = []
     for _ in range(rounds + 1):
         model.clear_cache()
@@ -92,17 +90,3 @@ def _decode(model: Model, n: int, rounds: int) -> list[float]:
             pass
         rates.append(model.timings.decode_rate)
     return rates[1:]
-
-
-def _perplexity(args: argparse.Namespace) -> int:
-    text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8", errors="replace")
-    with (
-        open_model(args, args.devices, max(args.ctx, 2), n_batch=min(args.ctx, 512)) as model,
-        progress_bar("scoring") as progress,
-    ):
-        found = model.perplexity(text, n_ctx=args.ctx, progress=progress)
-    if args.json:
-        print(json.dumps({"perplexity": found.value, "error": found.error, "tokens": found.n_tokens}))
-    else:
-        print(f"perplexity {found} over {found.n_tokens} tokens")
-    return 0

@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi convert``: a Hugging Face folder to a GGUF file."""
+"""The command ``ggml-cffi convert``: a GGUF file from a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import argparse
 import os
 from typing import Any
 
+from ggml_cffi.core.text import size
+
 
 def register(commands: Any) -> None:
-    """Add the command to those of the parser."""
-    command = commands.add_parser("convert", help="make a GGUF file of a Hugging Face folder")
-    command.add_argument("folder", help="with config.json, *.safetensors and the tokenizer's files")
+    """Add the command to the parser's commands."""
+    command = commands.add_parser("convert", help="write a GGUF file from a Hugging Face folder")
+    command.add_argument("folder", help="a folder with config.json, *.safetensors and the tokenizer's files")
     command.add_argument("target", help="the GGUF file to write")
-    command.add_argument("--type", default="f16", help="of the matrices: f32, f16, bf16 or q8_0 (default: %(default)s)")
+    command.add_argument(
+        "--type", default="f16", help="type of the matrices: f32, f16, bf16 or q8_0 (default: %(default)s)"
+    )
     command.set_defaults(run=_convert)
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ggml_cffi.files.gguf.reader import GGUFFile
+    from ggml_cffi.files.gguf import GGUFFile
     from ggml_cffi.models.convert.convert import convert
 
     convert(args.folder, args.target, args.type)
     with GGUFFile(args.target) as file:
-        kind, n = file.metadata["general.architecture"], len(file.tensors)
-    print(f"{args.target}: {kind}, {n} tensors, {os.path.getsize(args.target) / 2**20:.1f} MiB")
+        architecture, n = file.metadata["general.architecture"], len(file.tensors)
+    print(f"{args.target}: {architecture}, {n} tensors, {size(os.path.getsize(args.target))}")
     return 0

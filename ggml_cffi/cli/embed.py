@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi embed``: texts to vectors."""
+"""The command ``ggml-cffi embed``: vectors of texts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 import sys
 from typing import Any
 
+from ggml_cffi.cli._model_args import parse_devices
 from ggml_cffi.cli._output import progress_bar
 
 
 def register(commands: Any) -> None:
-    """Add the command to those of the parser."""
+    """Add the command to the parser's commands."""
     command = commands.add_parser("embed", help="turn texts into vectors")
     command.add_argument("model", help="a GGUF file")
     command.add_argument(
-        "-t", "--text", nargs="+", action="extend", help="what to embed (default: each line of standard input)"
+        "-t", "--text", nargs="+", action="extend", help="texts to embed (default: each line of standard input)"
     )
-    command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: JSON, a line for each)")
-    command.add_argument("--pooling", help="mean, cls or last (default: what the model was trained with)")
-    command.add_argument("--raw", action="store_true", help="leave the vectors at their lengths")
+    command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: one line of JSON each)")
+    command.add_argument("--pooling", help="mean, cls or last (default: the pooling that the model was trained with)")
+    command.add_argument("--raw", action="store_true", help="do not normalize the vectors to length 1")
     command.add_argument("--devices", help="names, separated by commas (default: every GPU, then the CPU)")
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     command.set_defaults(run=_embed)
@@ -30,14 +31,13 @@ def _embed(args: argparse.Namespace) -> int:
 
     from ggml_cffi import models
 
-    names = [name.strip() for name in args.devices.split(",")] if args.devices is not None else None
     with progress_bar("loading") as progress:
-        model = models.load(args.model, names, n_threads=args.threads, progress=progress)
+        model = models.load(args.model, parse_devices(args.devices), n_threads=args.threads, progress=progress)
     with model:
         texts = args.text or [line.rstrip("\r\n") for line in sys.stdin]
         vectors = model.embed(texts, pooling=args.pooling, normalize=not args.raw)
     if args.output is not None:
-        with open(args.output, "wb") as file:  # np.save adds .npy to a name that lacks it
+        with open(args.output, "wb") as file:  # given a name, np.save would append .npy
             np.save(file, vectors)
         return 0
     for vector in vectors:

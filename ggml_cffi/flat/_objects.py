@@ -69,12 +69,12 @@ class FlatContext(_Quiet, Context):
         if any(t.ptr in graph.members for graph in self.held):
             return
         pointer, data = t.ptr, np.empty(t.nbytes, np.uint8)
-        with t._transfer(pointer):
+        with t.memory_lock(pointer):
             c.ggml_backend_tensor_get(pointer, c.ffi.from_buffer(data), 0, data.size)
         before = pointer.buffer
         pointer.buffer = pointer.data = c.NULL
         self.given.discard(pointer)
-        self.set_later(t, data)
+        self.set_on_alloc(t, data)
         for buffer in self.buffers:
             if buffer.ptr == before and not any(other.ptr.buffer == before for other in self.tensors()):
                 buffer.close()

@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi rpc-server``."""
+"""The command ``ggml-cffi rpc-server``: this machine's devices for another machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import sys
 import warnings
 from typing import Any
 
+from ggml_cffi.cli._model_args import parse_devices
+
 
 def register(commands: Any) -> None:
-    """Add the command to ``commands``, argparse's."""
+    """Add the command to the parser's commands."""
     command = commands.add_parser("rpc-server", help="offer this machine's devices to another machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    command.add_argument("--port", type=int, default=50052, help="0 for one that is free (default: %(default)s)")
+    command.add_argument("--port", type=int, default=50052, help="0 for a free one (default: %(default)s)")
     command.add_argument("--devices", help="names, separated by commas (default: every GPU, or the CPU without one)")
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
-    command.add_argument("--cache", help="folder in which large tensors are kept, not to be sent again")
+    command.add_argument("--cache", help="folder that keeps large tensors, so that they need not be sent again")
     command.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends")
     command.set_defaults(run=_serve)
 
@@ -24,10 +26,10 @@ def register(commands: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from ggml_cffi import rpc
 
-    # In the way of a command: no line of its source.
+    # Warnings of a command are for its user, who needs no line of source code.
     warnings.showwarning = lambda message, *_rest, **_more: print(f"WARNING: {message}", file=sys.stderr, flush=True)
     rpc.serve(
-        [name.strip() for name in args.devices.split(",")] if args.devices is not None else None,
+        parse_devices(args.devices),
         host=args.host,
         port=args.port,
         n_threads=args.threads,
@@ -36,4 +38,4 @@ def _serve(args: argparse.Namespace) -> int:
         announce=lambda endpoint: print(f"listening on {endpoint}", flush=True),
     )
     sys.stderr.flush()
-    os._exit(0)  # ggml's server goes on in its thread
+    os._exit(0)  # ggml's server still runs in its thread and cannot be stopped

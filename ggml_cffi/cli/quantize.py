@@ -1,0 +1,64 @@
+"""The command ``ggml-cffi quantize``: a model with its weights in another type."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from ggml_cffi.cli._output import progress_bar
+from ggml_cffi.core.text import size
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser's commands."""
+    command = commands.add_parser("quantize", help="write a model with its weights in another type")
+    command.add_argument("source", metavar="IN", help="a GGUF file; of a split model the first")
+    command.add_argument("target", metavar="OUT", help="the file to write")
+    command.add_argument("--type", required=True, dest="dtype", help="such as q4_k, q8_0, iq4_xs, bf16")
+    command.add_argument(
+        "--only", action="append", metavar="PATTERN", help='convert only tensors like this, e.g. "blk.*.ffn_*"'
+    )
+    command.add_argument("--keep", action="append", metavar="PATTERN", help="do not convert tensors like this")
+    command.add_argument("--imatrix", metavar="FILE", help="importance of each column, from llama-imatrix")
+    command.add_argument("--max-size", type=_parse_size, metavar="SIZE", help="split files larger than this, e.g. 2G")
+    command.add_argument("--threads", type=int, help="threads to use (default: all)")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command.set_defaults(run=_quantize)
+
+
+def _parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``"500M"`` or ``"2GiB"``."""
+    number = text.lower().removesuffix("ib").removesuffix("b")
+    unit = number[-1:] if not number[-1:].isdigit() else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500M or 2G") from None
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from ggml_cffi.files import quantize_file, read_imatrix
+
+    imatrix = read_imatrix(args.imatrix) if args.imatrix is not None else None
+    with progress_bar("quantizing") as progress:
+        try:
+            paths = quantize_file(
+                args.source,
+                args.target,
+                args.dtype,
+                only=args.only,
+                keep=args.keep,
+                imatrix=imatrix,
+                max_bytes=args.max_size,
+                overwrite=args.force,
+                threads=args.threads,
+                progress=progress,
+            )
+        except FileExistsError as error:
+            raise FileExistsError(f"{error}; --force replaces it") from None
+    for path in paths:
+        print(f"{path}: {size(os.path.getsize(path))}")
+    return 0
