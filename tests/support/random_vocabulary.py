@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ggml_cffi.enums import GGUFType
-from ggml_cffi.models.tokenizers.gpt2 import byte_letters
+from ggml_cffi.models.tokenizers.byte_level_bpe import byte_letters
 from tests.support import gguf_writer
 from tests.support.random_text import Dice
 

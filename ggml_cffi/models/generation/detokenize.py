@@ -1,56 +1,67 @@
-"""From tokens to pieces of text, up to a stop string."""
+"""Incremental detokenization: from generated tokens to chunks of text, up to a stop string."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 
+from ggml_cffi.models.generation.requests import NumberedTokenStream, Request, TokenStream
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 
-def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """``stop`` as a tuple.
+def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the stop strings as a tuple.
 
     Raises
     ------
     TypeError, ValueError
-        If it is no string, nor several, or one is empty.
+        If one is not a string, or is empty.
     """
-    found = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    for s in found:
+    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    for s in strings:
         if not isinstance(s, str):
-            raise TypeError(f"stop is a string, or several, not {s!r:.80}")
+            raise TypeError(f"stop must be a string or several strings, not {s!r:.80}")
         if not s:
-            raise ValueError("a stop string cannot be empty")
-    return found
+            raise ValueError("a stop string must not be empty: leave it out")
+    return strings
 
 
-class Pieces:
-    """Text as it comes, token by token. Bytes wait until their characters are whole, and text that may be the
-    beginning of a stop string until that is decided.
+class IncrementalDetokenizer:
+    """Text of tokens as they come.
+
+    Bytes wait until their characters are complete. Text that may be the beginning of a stop string waits until that is
+    decided.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer.
+    stop
+        Strings before which the text ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
-        self._stream = tokenizer.stream()
+        self._decoder = tokenizer.incremental_decoder()
         self._stop = stop
         self._held = ""
         self.stopped = False
-        """Whether a stop string came: the text ends before it."""
+        """True after a stop string: the text ends before it."""
 
     def push(self, token: int) -> str:
-        """The text that ``token`` decides, perhaps empty."""
-        return self._decided(self._stream.push(token))
+        """Return the text that ``token`` completes, perhaps empty."""
+        return self._release(self._decoder.push(token))
 
     def finish(self) -> str:
-        """What was held back, at the end."""
-        text = self._decided(self._stream.finish()) + ("" if self.stopped else self._held)
+        """Return the text that was held back, at the end of the tokens."""
+        text = self._release(self._decoder.finish()) + ("" if self.stopped else self._held)
         self._held = ""
         return text
 
-    def _decided(self, piece: str) -> str:
+    def _release(self, text: str) -> str:
+        """Add ``text`` to what is held back, and return what cannot belong to a stop string."""
         if not self._stop or self.stopped:
-            return "" if self.stopped else piece
-        text = self._held + piece
+            return "" if self.stopped else text
+        text = self._held + text
         ends = [at for s in self._stop if (at := text.find(s)) >= 0]
         if ends:
             self.stopped, self._held = True, ""
@@ -60,14 +71,14 @@ class Pieces:
         return text[: len(text) - n]
 
 
-def pieces(tokens: Generator[int, None, None], tokenizer: Tokenizer, stop: tuple[str, ...]) -> Iterator[str]:
-    """The text of ``tokens``, piece by piece, without empty ones."""
-    text = Pieces(tokenizer, stop)
+def text_chunks(tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Iterator[str]:
+    """Yield the text of ``tokens`` in chunks, without empty ones; close ``tokens`` at a stop string."""
+    text = IncrementalDetokenizer(tokenizer, stop)
     with closing(tokens):
         for token in tokens:
-            piece = text.push(token)
-            if piece:
-                yield piece
+            chunk = text.push(token)
+            if chunk:
+                yield chunk
             if text.stopped:
                 return
     rest = text.finish()
@@ -75,8 +86,23 @@ def pieces(tokens: Generator[int, None, None], tokenizer: Tokenizer, stop: tuple
         yield rest
 
 
+def numbered_text_chunks(
+    tokens: NumberedTokenStream, requests: Sequence[Request], tokenizer: Tokenizer, stop: tuple[str, ...]
+) -> Iterator[tuple[int, str]]:
+    """Yield pairs of a request's number and a chunk of its text; cancel a request at a stop string."""
+    texts = [IncrementalDetokenizer(tokenizer, stop) for _ in requests]
+    with closing(tokens):
+        for number, token in tokens:
+            text = texts[number]
+            chunk = text.finish() if token is None else text.push(token)
+            if chunk:
+                yield number, chunk
+            if text.stopped:
+                requests[number].cancel()
+
+
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` with which ``stop`` begins."""
+    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

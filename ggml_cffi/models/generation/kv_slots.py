@@ -1,4 +1,4 @@
-"""Which token each row of the KV cache holds, and what each token may look at."""
+"""KV slots: which token each row of the KV cache holds, and the attention masks that follow from it."""
 
 from __future__ import annotations
 
@@ -6,100 +6,104 @@ import numpy as np
 import numpy.typing as npt
 
 _FREE = -1
-_YES, _NO = np.float16(0), np.float16(-np.inf)
+_VISIBLE, _HIDDEN = np.float16(0), np.float16(-np.inf)
 
 
-class Cells:
-    """The rows of one KV cache, shared by several sequences.
+class KVSlots:
+    """The slots of one KV cache, which several sequences share.
 
-    Keys and values of one token take one row, wherever one is free; a mask says which rows belong to a sequence.
+    A slot is one row of every layer's cache: it holds the keys and values of one token. A token may go to any free
+    slot; an attention mask hides the slots of other sequences.
 
     Parameters
     ----------
-    n_rows
+    n_slots
         Rows of the cache.
     """
 
-    def __init__(self, n_rows: int) -> None:
-        self.sequence = np.full(n_rows, _FREE, np.int32)
-        """For each row the sequence whose token it holds, -1 for none."""
-        self.position = np.zeros(n_rows, np.int32)
-        """For each row the position of its token in that sequence."""
-        self.n_free = n_rows
-        """Rows that hold nothing."""
+    def __init__(self, n_slots: int) -> None:
+        self.sequence = np.full(n_slots, _FREE, np.int32)
+        """For each slot the id of the sequence whose token it holds, -1 for a free one."""
+        self.position = np.zeros(n_slots, np.int32)
+        """For each slot the position of its token in that sequence."""
+        self.n_free = n_slots
+        """Number of free slots."""
         self.end = 0
-        """The row after the last one in use."""
-        self._seen: dict[int, npt.NDArray[np.float16]] = {}  # of texts that grow, kept up to date
+        """Number of the last slot in use, plus one."""
+        self._visible: dict[int, npt.NDArray[np.float16]] = {}  # mask rows of sequences in decode, kept up to date
 
     def __len__(self) -> int:
         return len(self.sequence)
 
-    def take(self, sequence: int, start: int, n: int) -> npt.NDArray[np.int64]:
-        """The first free rows, for the tokens of ``sequence`` at positions from ``start``: their numbers.
+    def allocate(self, sequence: int, start: int, n: int) -> npt.NDArray[np.int64]:
+        """Give the first ``n`` free slots to the tokens of ``sequence`` from position ``start`` on, and return them.
 
-        The caller has seen to it that ``n`` are free.
+        At least ``n`` slots must be free.
         """
-        rows = np.flatnonzero(self.sequence == _FREE)[:n]
-        self.sequence[rows] = sequence
-        self.position[rows] = np.arange(start, start + n)
-        if sequence in self._seen:
-            self._seen[sequence][rows] = _YES
+        slots = np.flatnonzero(self.sequence == _FREE)[:n]
+        self.sequence[slots] = sequence
+        self.position[slots] = np.arange(start, start + n)
+        if sequence in self._visible:
+            self._visible[sequence][slots] = _VISIBLE
         self.n_free -= n
-        self.end = max(self.end, int(rows[-1]) + 1)
-        return rows.astype(np.int64, copy=False)
+        self.end = max(self.end, int(slots[-1]) + 1)
+        return slots.astype(np.int64, copy=False)
 
-    def take_one(self, sequence: int, position: int) -> int:
-        """As :meth:`take` for one token, in a tenth of the time."""
-        row = int(self.sequence.argmin())  # the least value is the mark of free rows
-        self.sequence[row], self.position[row] = sequence, position
-        if sequence in self._seen:
-            self._seen[sequence][row] = _YES
+    def allocate_one(self, sequence: int, position: int) -> int:
+        """Give the first free slot to one token, and return it: as :meth:`allocate`, in a tenth of the time."""
+        slot = int(self.sequence.argmin())  # the least value marks free slots
+        self.sequence[slot], self.position[slot] = sequence, position
+        if sequence in self._visible:
+            self._visible[sequence][slot] = _VISIBLE
         self.n_free -= 1
-        if row >= self.end:
-            self.end = row + 1
-        return row
+        if slot >= self.end:
+            self.end = slot + 1
+        return slot
 
-    def drop(self, sequence: int, start: int = 0) -> None:
-        """Forget the tokens of ``sequence`` from position ``start`` on."""
-        rows = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
-        self.sequence[rows] = _FREE
-        self._seen.pop(sequence, None)
-        self.n_free += len(rows)
+    def release(self, sequence: int, start: int = 0) -> None:
+        """Free the slots of ``sequence`` from position ``start`` on."""
+        slots = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
+        self.sequence[slots] = _FREE
+        self._visible.pop(sequence, None)
+        self.n_free += len(slots)
         used = np.flatnonzero(self.sequence != _FREE)
         self.end = int(used[-1]) + 1 if used.size else 0
 
-    def rows(self, sequence: int) -> npt.NDArray[np.int64]:
-        """The rows of a sequence in the order of its positions."""
-        rows = np.flatnonzero(self.sequence == sequence)
-        return rows[np.argsort(self.position[rows])]
+    def slots_of(self, sequence: int) -> npt.NDArray[np.int64]:
+        """Return the slots of a sequence in the order of its positions."""
+        slots = np.flatnonzero(self.sequence == sequence)
+        return slots[np.argsort(self.position[slots])]
 
-    def seen(self, sequence: int, n_kv: int) -> npt.NDArray[np.float16]:
-        """As :meth:`mask` for the last token of a sequence, which sees all of it: ``(n_kv,)``, to be read only."""
-        found = self._seen.get(sequence)
-        if found is None:
-            found = self._seen[sequence] = np.where(self.sequence == sequence, _YES, _NO)
-        return found[:n_kv]
+    def last_token_mask(self, sequence: int, n_kv: int) -> npt.NDArray[np.float16]:
+        """Return the attention mask of the last token of a sequence, to which the whole sequence is visible.
+
+        The array ``(n_kv,)`` is a view that later calls change: it must not be written.
+        """
+        visible = self._visible.get(sequence)
+        if visible is None:
+            visible = self._visible[sequence] = np.where(self.sequence == sequence, _VISIBLE, _HIDDEN)
+        return visible[:n_kv]
 
     def mask(
         self, sequences: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], n_kv: int, window: int = 0
     ) -> npt.NDArray[np.float16]:
-        """What tokens may look at in the first ``n_kv`` rows: 0 for yes, ``-inf`` for no.
+        """Return the attention mask of tokens over the first ``n_kv`` slots: 0 is visible, ``-inf`` is hidden.
 
         Parameters
         ----------
         sequences, positions
-            Of the tokens, ``(n,)`` each. A token sees its own sequence up to itself.
+            Sequence and position of each token, ``(n,)`` each. Its own sequence up to itself is visible to a token.
         window
-            If above 0, only the last so many tokens, itself included.
+            If above 0, only the last so many tokens are visible, with the token itself.
 
         Returns
         -------
         numpy.ndarray
             float16 ``(n, n_kv)``.
         """
-        seen = self.position[:n_kv]
-        hidden = (self.sequence[:n_kv] != sequences[:, None]) | (seen > positions[:, None])
+        at = self.position[:n_kv]
+        hidden = (self.sequence[:n_kv] != sequences[:, None]) | (at > positions[:, None])
         if window:
-            hidden |= seen <= positions[:, None] - window
-        found: npt.NDArray[np.uint16] = np.multiply(hidden, _NO.view(np.uint16))  # a third of np.where's time
-        return found.view(np.float16)
+            hidden |= at <= positions[:, None] - window
+        bits: npt.NDArray[np.uint16] = np.multiply(hidden, _HIDDEN.view(np.uint16))  # a third of np.where's time
+        return bits.view(np.float16)

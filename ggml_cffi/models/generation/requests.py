@@ -1,131 +1,157 @@
-"""What callers ask of generators: texts to continue, one or many, by one generator or several."""
+"""Requests: prompts to continue, one or many, by one batcher or by those of several replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Generator as IteratorGenerator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import TypeVar
 
-from ggml_cffi.models.generation.batcher import Generator, Growing, Timings
+from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.sampling import Sampler
+from ggml_cffi.models.generation.sequence import TokenSequence
+from ggml_cffi.models.generation.timings import Timings
 
-_T = TypeVar("_T")
-Stream = IteratorGenerator[_T, None, None]
+#: Tokens of one request.
+TokenStream = Generator[int, None, None]
+#: Tokens of several requests: pairs of a request's number and a token, or None at the end of that request.
+NumberedTokenStream = Generator[tuple[int, int | None], None, None]
 
 
 @dataclass
 class Request:
-    """A text to continue."""
+    """A prompt to continue."""
 
     ids: list[int]
-    """Its tokens, at least one."""
+    """Token ids of the prompt, at least one."""
     sampler: Sampler
-    most: int
-    """Most tokens to add."""
-    ends: frozenset[int]
-    """Tokens that end it."""
+    max_tokens: int
+    """Largest number of tokens to generate."""
+    end_tokens: frozenset[int]
+    """Tokens that end the answer."""
     reuse: bool = True
-    """Whether to take what the cache has of its beginning."""
+    """True to take over slots of a kept sequence with the same beginning."""
 
-    def end(self) -> None:
-        """Have no more tokens made."""
-        self.most = 0
+    def cancel(self) -> None:
+        """End the answer after the token that is generated now."""
+        self.max_tokens = 0
+
+    def begin(self, batcher: Batcher, timings: Timings) -> TokenSequence:
+        """Return a new sequence of ``batcher`` for this request."""
+        return batcher.add(self.ids, self.sampler, reuse=self.reuse, timings=timings)
+
+    def is_complete(self, sequence: TokenSequence, n_ctx: int) -> bool:
+        """Return whether no token may follow: the limit is reached, or the context is full."""
+        return sequence.n_taken - sequence.n_prompt >= self.max_tokens or len(sequence.ids) > n_ctx
 
 
-def follow(generator: Generator, request: Request, timings: Timings) -> Stream[int]:
-    """The tokens that continue one text, as they come. The text ends when the iterator does."""
-    if not request.most:
+def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenStream:
+    """Yield the tokens that continue a prompt. The sequence ends when the iterator does."""
+    if not request.max_tokens:
         return
-    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
+    sequence = request.begin(batcher, timings)
     try:
         while True:
-            token = generator.next(text)
-            if token in request.ends:
+            token = batcher.next(sequence)
+            if token in request.end_tokens:
                 return
             yield token
-            if is_full(generator, text, request):
+            if request.is_complete(sequence, batcher.n_ctx):
                 return
     finally:
-        generator.finish(text)
+        batcher.finish(sequence)
 
 
-def follow_many(
-    generator: Generator, waiting: Iterator[tuple[int, Request]], max_sequences: int, timings: Timings
-) -> Stream[tuple[int, int | None]]:
-    """Continue several texts, ``max_sequences`` of them in each run: a later one begins as soon as one ends.
+def generate_many(
+    batcher: Batcher, waiting: Iterator[tuple[int, Request]], max_sequences: int, timings: Timings
+) -> NumberedTokenStream:
+    """Continue several prompts, at most ``max_sequences`` of them in each run. The next begins as soon as one ends.
 
-    Yields pairs of a text's number and its next token, None where it has ended.
+    Parameters
+    ----------
+    batcher
+        The batcher.
+    waiting
+        Numbered requests; each is taken when there is room for it.
+    max_sequences
+        Largest number of sequences in generation.
+    timings
+        Counts all of them.
+
+    Yields
+    ------
+    tuple
+        A request's number and its next token; None instead of a token where the request ends.
     """
-    growing: dict[int, tuple[Growing, Request]] = {}
+    active: dict[int, tuple[TokenSequence, Request]] = {}
     try:
         while True:
-            for number, request in islice(waiting, max_sequences - len(growing)):
-                if request.most:
-                    text = generator.grow(request.ids, request.sampler, reuse=request.reuse, timings=timings)
-                    growing[number] = text, request
+            for number, request in islice(waiting, max_sequences - len(active)):
+                if request.max_tokens:
+                    active[number] = request.begin(batcher, timings), request
                 else:
                     yield number, None
-            if not growing:
+            if not active:
                 return
-            for text, _ in growing.values():
-                text.ask()
-            generator.step(next(iter(growing.values()))[0])
-            for number, (text, request) in list(growing.items()):
-                if not text.ready:
+            for sequence, _ in active.values():
+                sequence.ask()
+            batcher.step(next(iter(active.values()))[0])
+            for number, (sequence, request) in list(active.items()):
+                if not sequence.ready:
                     continue
-                token = text.take()
-                ended = token in request.ends
+                token = sequence.take()
+                ended = token in request.end_tokens
                 if not ended:
                     yield number, token
-                if ended or is_full(generator, text, request):
-                    del growing[number]
-                    generator.finish(text)
+                if ended or request.is_complete(sequence, batcher.n_ctx):
+                    del active[number]
+                    batcher.finish(sequence)
                     yield number, None
     finally:
-        for text, _ in growing.values():
-            generator.finish(text)
+        for sequence, _ in active.values():
+            batcher.finish(sequence)
 
 
-def follow_everywhere(
-    generators: Sequence[Generator], requests: Iterable[Request], max_sequences: int, timings: Timings
-) -> Stream[tuple[int, int | None]]:
-    """As :func:`follow_many`, by several generators at the same time; each takes the next text when it has room."""
+def generate_on_replicas(
+    batchers: Sequence[Batcher], requests: Iterable[Request], max_sequences: int, timings: Timings
+) -> NumberedTokenStream:
+    """Continue several prompts on all replicas of a model: as :func:`generate_many`, with a thread for each replica.
+
+    A replica takes the next request when it has room for it.
+    """
     waiting = iter([*enumerate(requests)])
-    each = -(-max_sequences // len(generators))
-    if len(generators) == 1:
-        yield from follow_many(generators[0], waiting, each, timings)
+    each = -(-max_sequences // len(batchers))
+    if len(batchers) == 1:
+        yield from generate_many(batchers[0], waiting, each, timings)
         return
-    found: SimpleQueue[tuple[int, int | None] | BaseException | None] = SimpleQueue()
+    queue: SimpleQueue[tuple[int, int | None] | BaseException | None] = SimpleQueue()
     stopped = Event()
 
-    def work(generator: Generator) -> None:
+    def work(batcher: Batcher) -> None:
         end: BaseException | None = None
         try:
-            with closing(follow_many(generator, waiting, each, timings)) as tokens:
+            with closing(generate_many(batcher, waiting, each, timings)) as tokens:
                 for token in tokens:
-                    found.put(token)
+                    queue.put(token)
                     if stopped.is_set():
                         break
         except BaseException as error:
             end = error
-        found.put(end)
+        queue.put(end)
 
-    threads = [Thread(target=work, args=(g,), name="ggml_cffi replica") for g in generators]
+    threads = [Thread(target=work, args=(batcher,), name="ggml_cffi replica") for batcher in batchers]
     try:
         for thread in threads:
             thread.start()
-        going = len(threads)
-        while going:
-            item = found.get()
+        n_running = len(threads)
+        while n_running:
+            item = queue.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
-                going -= 1
+                n_running -= 1
             else:
                 yield item
     finally:
@@ -135,6 +161,10 @@ def follow_everywhere(
                 thread.join()
 
 
-def is_full(generator: Generator, text: Growing, request: Request) -> bool:
-    """Whether no token may follow."""
-    return text.n_taken - text.n_prompt >= request.most or len(text.ids) > generator.n_ctx
+def choose_batcher(batchers: Sequence[Batcher], ids: list[int] | None = None) -> Batcher:
+    """Return the batcher with the least work; of several, the one whose cache has the longest prefix of ``ids``."""
+    if len(batchers) == 1:
+        return batchers[0]
+    least = min(batcher.workload for batcher in batchers)
+    idle = [batcher for batcher in batchers if batcher.workload <= least] or list(batchers)
+    return idle[0] if ids is None else max(idle, key=lambda batcher: batcher.common_prefix(ids))

@@ -1,107 +1,163 @@
-"""From logits to the next token."""
+"""Sampling: from logits to the next token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 
-class Sampler:
-    """Chooses the next token. The steps are llama.cpp's, in its order: each works on what the one before left.
+class SamplingOptions(TypedDict, total=False):
+    """The fields of :class:`SamplingParams` as keyword arguments."""
 
-    Parameters
-    ----------
-    temperature
-        Logits are divided by it at the end; 0 takes the most likely token.
-    top_k
-        Only the ``k`` most likely tokens; 0 for all.
-    top_p
-        Only the most likely tokens that together have this probability.
-    min_p
-        Only tokens at least this likely, as a share of the most likely one's probability.
-    repeat_penalty
-        Logits of tokens that occur among the last ``repeat_last_n`` are divided by it where positive, multiplied where
-        negative (Keskar et al., CTRL, 2019); 1 for no penalty. Holds with temperature 0 too.
-    repeat_last_n
-        How many tokens back a repetition counts; 0 for none, -1 for all.
-    seed
-        For repeatable choices; None for others every time.
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Parameters of :class:`Sampler`, checked when they are made.
 
     Raises
     ------
     ValueError
         If a parameter is out of range.
+
+    Examples
+    --------
+    >>> SamplingParams(temperature=0.8, seed=1).top_k
+    40
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.0,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        seed: int | None = None,
-        *,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-    ) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be at least 0, not {temperature}")
-        if top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {top_k}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-        if not 0 <= min_p <= 1:
-            raise ValueError(f"min_p must be 0 to 1, not {min_p}")
-        if not 0 < repeat_penalty < float("inf"):
-            raise ValueError(f"repeat_penalty must be above 0, not {repeat_penalty}")
-        if repeat_last_n < -1:
-            raise ValueError(f"repeat_last_n must be at least -1, not {repeat_last_n}")
-        if seed is not None and seed < 0:
-            raise ValueError(f"seed must be at least 0, not {seed}")
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        self.repeat_penalty, self.repeat_last_n = repeat_penalty, repeat_last_n
-        self._random = np.random.default_rng(seed)
+    temperature: float = 0.0
+    """Divisor of the logits in the last step; 0 takes the most likely token (greedy)."""
+    top_k: int = 40
+    """Number of most likely tokens to choose from; 0 for all."""
+    top_p: float = 0.95
+    """Probability that the most likely tokens to choose from have together."""
+    min_p: float = 0.0
+    """Lowest probability of a token to choose, as a fraction of the most likely token's."""
+    repeat_penalty: float = 1.0
+    """Divisor of positive logits, and factor of negative ones, of tokens among the last ``repeat_last_n`` (Keskar et
+    al., CTRL, 2019); 1 for no penalty. It holds with temperature 0 too."""
+    repeat_last_n: int = 64
+    """Number of last tokens that the penalty covers; 0 for none, -1 for all."""
+    seed: int | None = None
+    """Seed of the random choices, for repeatable ones; None for different choices each time."""
 
-    def __call__(self, logits: npt.NDArray[np.float32], before: Sequence[int] = ()) -> int:
-        """The chosen token.
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be 0 to 1, not {self.min_p}")
+        if not 0 < self.repeat_penalty < float("inf"):
+            raise ValueError(f"repeat_penalty must be above 0 and finite, not {self.repeat_penalty}")
+        if self.repeat_last_n < -1:
+            raise ValueError(f"repeat_last_n must be at least -1, not {self.repeat_last_n}")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed must be at least 0, not {self.seed}")
+
+    @classmethod
+    def from_options(cls, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> SamplingParams:
+        """Return ``params``, or the defaults, with ``options`` in place of its fields.
+
+        Raises
+        ------
+        TypeError
+            If an option is unknown.
+        ValueError
+            If an option is out of range.
+        """
+        params = cls() if params is None else params
+        if not options:
+            return params
+        known = [field.name for field in fields(cls)]
+        unknown = ", ".join(map(repr, options.keys() - set(known)))
+        if unknown:
+            raise TypeError(f"unknown sampling option {unknown}: the options are {', '.join(known)}")
+        return replace(params, **options)
+
+    def for_sequence(self, number: int) -> SamplingParams:
+        """Return the parameters for one of several sequences: ``number`` is added to the seed."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
+
+
+class Sampler:
+    """The choice of the next token, in the steps and the order of llama.cpp.
+
+    Each step works on the tokens that the step before left: repetition penalty, ``top_k``, ``top_p``, ``min_p``,
+    temperature.
+
+    Parameters
+    ----------
+    params
+        The parameters; default :class:`SamplingParams`'s own.
+    **options
+        Fields in place of those of ``params``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :meth:`SamplingParams.from_options`.
+    """
+
+    def __init__(self, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> None:
+        self.params = SamplingParams.from_options(params, **options)
+        """The parameters."""
+        self._random = np.random.default_rng(self.params.seed)
+
+    def __call__(self, logits: npt.NDArray[np.float32], previous: Sequence[int] = ()) -> int:
+        """Return the chosen token.
 
         Parameters
         ----------
         logits
             ``(n_vocab,)``.
-        before
+        previous
             The tokens so far, for the repetition penalty.
         """
-        if self.repeat_penalty != 1 and self.repeat_last_n and before:
-            logits = self._penalized(logits, before)
-        if self.temperature == 0:
+        params = self.params
+        if params.repeat_penalty != 1 and params.repeat_last_n and previous:
+            logits = self._penalize(logits, previous)
+        if params.temperature == 0:
             return int(logits.argmax())
-        k = min(self.top_k or logits.size, logits.size)
+        k = min(params.top_k or logits.size, logits.size)
         best = np.argpartition(logits, -k)[-k:]
         best = best[np.argsort(logits[best])[::-1]]
         ranked = logits[best].astype(np.float64)
-        if not np.isfinite(ranked[0]):  # a broken model: there is nothing to weigh
+        if not np.isfinite(ranked[0]):  # a broken model: there are no probabilities to draw from
             return int(best[0])
         keep = k
-        if self.top_p < 1:
-            keep = int(np.searchsorted(np.cumsum(softmax(ranked)), self.top_p)) + 1
-        if self.min_p > 0:
-            keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(self.min_p))))
-        return int(self._random.choice(best[:keep], p=softmax(ranked[:keep] / self.temperature)))
+        if params.top_p < 1:
+            keep = int(np.searchsorted(np.cumsum(softmax(ranked)), params.top_p)) + 1
+        if params.min_p > 0:
+            keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
+        return int(self._random.choice(best[:keep], p=softmax(ranked[:keep] / params.temperature)))
 
-    def _penalized(self, logits: npt.NDArray[np.float32], before: Sequence[int]) -> npt.NDArray[np.float32]:
-        last = before if self.repeat_last_n == -1 else before[-self.repeat_last_n :]
-        seen = np.unique(np.asarray(last))
-        out = logits.copy()
-        values = out[seen]
-        out[seen] = np.where(values > 0, values / self.repeat_penalty, values * self.repeat_penalty)
-        return out
+    def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return a copy of ``logits`` in which the last tokens are less likely."""
+        penalty, n = self.params.repeat_penalty, self.params.repeat_last_n
+        repeated = np.unique(np.asarray(previous if n == -1 else previous[-n:]))
+        penalized = logits.copy()
+        values = penalized[repeated]
+        penalized[repeated] = np.where(values > 0, values / penalty, values * penalty)
+        return penalized
 
 
 def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Probabilities of logits, the largest first."""
+    """Return the probabilities of logits, of which the first is the largest."""
     p: npt.NDArray[np.float64] = np.exp(logits - logits[0])
     p /= p.sum()
     return p

@@ -1,12 +1,22 @@
-"""Kinds of tokenizers, one file each, by their names in GGUF."""
+"""Tokenizers: text to token ids and back, with one file for each kind of vocabulary.
 
-from ggml_cffi.models.tokenizers.bert import WordPiece
-from ggml_cffi.models.tokenizers.encoder import Encoder
-from ggml_cffi.models.tokenizers.gpt2 import ByteLevel
-from ggml_cffi.models.tokenizers.llama import SentencePiece
+:class:`Tokenizer` reads a :class:`Vocabulary` from a GGUF file, finds special tokens in a text, and gives the text
+between them to an :class:`Encoder`; ``registry`` says which. Byte-level vocabularies split a text into words first, by
+the expressions of ``pre_tokenizers``, which use the character classes of ``unicode_categories``.
+"""
+
+from ggml_cffi.models.tokenizers.base import Encoder
+from ggml_cffi.models.tokenizers.registry import ENCODERS
+from ggml_cffi.models.tokenizers.tokenizer import IncrementalDecoder, Tokenizer, check_tokens
 from ggml_cffi.models.tokenizers.vocabulary import SPECIAL, TokenType, Vocabulary
 
-#: Encoders by ``tokenizer.ggml.model``. A new one is one more file, and a line here.
-ENCODERS: dict[str, type[Encoder]] = {"gpt2": ByteLevel, "llama": SentencePiece, "bert": WordPiece}
-
-__all__ = ["ENCODERS", "SPECIAL", "Encoder", "TokenType", "Vocabulary"]
+__all__ = [
+    "ENCODERS",
+    "SPECIAL",
+    "Encoder",
+    "IncrementalDecoder",
+    "TokenType",
+    "Tokenizer",
+    "Vocabulary",
+    "check_tokens",
+]

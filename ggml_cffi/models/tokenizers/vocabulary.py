@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file: texts and kinds of tokens, and which of them are special, as llama.cpp reads it."""
+"""The vocabulary of a GGUF file, read as llama.cpp reads it: texts and types of tokens, special tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 
 
 class TokenType(IntEnum):
-    """Values of ``tokenizer.ggml.token_type``."""
+    """Types of tokens: values of ``tokenizer.ggml.token_type``."""
 
     UNDEFINED = 0
     NORMAL = 1
@@ -25,16 +25,16 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-#: Types of tokens that are found in a text before it is cut into words.
+#: Types of tokens that are found in a text before it is split into words.
 SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-#: Texts of tokens that end an answer, whatever the file says that they are.
-_ENDS = (
+#: Texts of tokens that end an answer, whatever type the file gives them.
+_END_TEXTS = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
     "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
     "<｜end▁of▁sentence｜> [e~["
 )
-#: Texts of code models' tokens by purpose; they count unless the file names a token for it.
-_CODE = {
+#: Texts of code models' tokens by purpose, for files that name no token for that purpose.
+_CODE_TEXTS = {
     "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>",
     "fim_suf": "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>",
     "fim_mid": "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>",
@@ -42,9 +42,9 @@ _CODE = {
     "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     "fim_sep": "<|file_sep|>",
 }
-#: Purposes after whose tokens an answer is over: what follows would be another file.
+#: Purposes of code models' tokens that end an answer: the text after them belongs to another file.
 _CODE_ENDS = ("fim_pad", "fim_rep", "fim_sep")
-_WHITESPACE = " \t\n\v\f\r"  # what C's isspace knows
+_WHITESPACE = " \t\n\v\f\r"  # as C's isspace
 
 
 class Vocabulary:
@@ -58,7 +58,7 @@ class Vocabulary:
     Raises
     ------
     FormatError
-        If the file has no vocabulary, or one that cannot be.
+        If the file has no vocabulary, or a malformed one.
     """
 
     def __init__(self, file: GGUFFile) -> None:
@@ -69,64 +69,72 @@ class Vocabulary:
         if "" in texts:
             texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(texts)]
         self.texts: list[str] = texts
-        """What each token is written as."""
+        """Text of each token."""
         self.ids: dict[str, int] = dict(zip(texts, range(len(texts)), strict=True))
-        """Numbers of the texts."""
+        """Id of each text."""
         if len(self.ids) < len(texts):
             text, count = Counter(texts).most_common(1)[0]
             raise FormatError(f"{self.path}: the token {text!r:.80} is {count} times in the vocabulary")
         self.types: list[int] = self.numbers("token_type", "iu", TokenType.NORMAL).tolist()
-        """What each token is, a :class:`TokenType` or what no such thing is."""
+        """Type of each token: a :class:`TokenType`, or another number from the file."""
         for i in np.flatnonzero(np.equal(self.types, TokenType.BYTE)):
             if not re.fullmatch("<0x[0-9A-Fa-f]{2}>", texts[i]):
-                raise FormatError(
-                    f"{self.path}: the byte token {texts[i]!r:.80} is not written as <0x00> to <0xFF> are"
-                )
-        self.ends = self._ends()
+                raise FormatError(f"{self.path}: the byte token {texts[i]!r:.80} is not spelled like <0x00> to <0xFF>")
+        self.end_tokens = self._end_tokens()
+        """Ids of the tokens that end an answer."""
         self._strip_left, self._strip_right = self._strips()
         self._special = self._index()
 
-    # ------------------------------------------------------------------ values of the file
+    # ------------------------------------------------------------------ metadata
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value of the tokenizer's metadata."""
+        """Return a value of the tokenizer's metadata."""
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
 
     def strings(self, key: str) -> list[str]:
-        """A list of strings.
+        """Return a list of strings from the metadata.
 
         Raises
         ------
         FormatError
-            If it is missing, or something else.
+            If the value is missing, or not a list of strings.
         """
         value = self.get(key)
         if not isinstance(value, list) or not set(map(type, value)) <= {str}:
-            raise FormatError(f"{self.path}: 'tokenizer.ggml.{key}' is missing or no list of strings")
+            raise FormatError(f"{self.path}: 'tokenizer.ggml.{key}' is missing or not a list of strings")
         return value
 
     def numbers(self, key: str, kinds: str, default: float | None) -> np.ndarray[Any, Any]:
-        """One number for each token, of numpy's ``kinds``; ``default`` for all if the file has none.
+        """Return one number for each token from the metadata.
+
+        Parameters
+        ----------
+        key
+            Key of the list.
+        kinds
+            Allowed dtype kinds of numpy.
+        default
+            Number for all tokens if the file has no such list; None if it must have one.
 
         Raises
         ------
         FormatError
-            If they are something else, or missing and ``default`` is None.
+            If the value is missing, or not a list of so many numbers.
         """
         value, n = self.get(key), len(self.texts)
         if value is None and default is not None:
             return np.full(n, default)
         if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or len(value) < n:
-            raise FormatError(f"{self.path}: 'tokenizer.ggml.{key}' is no list of {n} numbers")
+            raise FormatError(f"{self.path}: 'tokenizer.ggml.{key}' is not a list of {n} numbers")
         return value[:n]
 
     def flag(self, key: str, default: bool) -> bool:
-        """A yes or no; ``default`` where the file says neither."""
+        """Return a Boolean of the metadata, ``default`` if there is none."""
         value = self.get(key, default)
         return value if isinstance(value, bool) else default
 
     def id(self, key: str, default: int | None = None) -> int | None:
-        """The number of a token that the file names for a purpose; None if there is no such token."""
+        """Return the id of the token that the file names for a purpose, else ``default`` or None."""
         for value in (self.get(f"{key}_token_id"), default):
             if isinstance(value, int) and 0 <= value < len(self.texts):
                 return value
@@ -134,13 +142,13 @@ class Vocabulary:
 
     # ------------------------------------------------------------------ special tokens
 
-    def _ends(self) -> frozenset[int]:
-        """Tokens that end an answer. Their texts make them control tokens, and those of code models too."""
-        ends = self._written(_ENDS)
+    def _end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end an answer. Give them, and code models' tokens, the type of control tokens."""
+        ends = self._ids_of(_END_TEXTS)
         control = list(ends)
-        for purpose, texts in _CODE.items():
+        for purpose, texts in _CODE_TEXTS.items():
             named = self.id(purpose)
-            found = self._written(texts) if named is None else []
+            found = self._ids_of(texts) if named is None else []
             control += found
             if purpose in _CODE_ENDS:
                 ends += found if named is None else [named]
@@ -148,68 +156,71 @@ class Vocabulary:
             self.types[token] = TokenType.CONTROL
         return frozenset(ends)
 
-    def _written(self, texts: str) -> list[int]:
-        """The tokens of these texts, of those that there are."""
+    def _ids_of(self, texts: str) -> list[int]:
+        """Return the ids of the texts that are in the vocabulary."""
         return [self.ids[text] for text in texts.split() if text in self.ids]
 
     def _strips(self) -> tuple[list[int], list[int]]:
-        """Tokens that swallow the whitespace on their left, and on their right. GGUF has no field for it."""
+        """Return the tokens that absorb whitespace on their left, and on their right. GGUF has no field for it."""
         name = str(self._metadata.get("general.name")).lower()
         pre, architecture = str(self.get("pre")), str(self._metadata.get("general.architecture"))
         if pre.startswith(("jina-v2-de", "jina-v2-es", "jina-v2-code")) or architecture.startswith(
             ("nomic-bert-moe", "jina-bert-v3")
         ):
-            return self._written("<mask>"), []
+            return self._ids_of("<mask>"), []
         if "phi-3" in name or "phi3" in name:
-            kept = self._written("<unk> <s> <|endoftext|>")
+            kept = self._ids_of("<unk> <s> <|endoftext|>")
             return [], [token for token in self._specials() if token not in kept]
-        return self._written("[MASK]") if "modern-bert" in name else [], []
+        return self._ids_of("[MASK]") if "modern-bert" in name else [], []
 
     def _specials(self) -> list[int]:
+        """Return the ids of all special tokens."""
         found: list[int] = np.flatnonzero(np.isin(self.types, SPECIAL)).tolist()
         return found
 
     def _index(self) -> dict[str, list[tuple[int, int]]]:
-        """Special tokens by how they begin, each with its place in the order of matching: those of most bytes first.
+        """Return the special tokens by their first characters, each with its rank in the order of matching.
 
-        Of those of as many bytes the one with the lower number; llama.cpp leaves that to chance.
+        Tokens with more bytes come first. Among tokens of equal size the lower id comes first; llama.cpp does not
+        define that order.
         """
         index: dict[str, list[tuple[int, int]]] = {}
         longest_first = sorted(self._specials(), key=lambda i: -len(self.texts[i].encode("utf-8", "surrogateescape")))
-        for place, token in enumerate(longest_first):
-            index.setdefault(self.texts[token][:4], []).append((place, token))
+        for rank, token in enumerate(longest_first):
+            index.setdefault(self.texts[token][:4], []).append((rank, token))
         return index
 
     def partition(self, text: str, special: bool) -> list[str | int]:
-        """``text`` in pieces: the special tokens that it names, and what is between them.
+        """Return ``text`` as a list of special tokens' ids and of the texts between them.
 
-        A longer token is looked for everywhere before a shorter one is. User-defined tokens are always meant; control
+        A longer token is searched in the whole text before a shorter one. User-defined tokens always count; control
         tokens and the unknown token only if ``special``.
         """
-        kinds = SPECIAL if special else (TokenType.USER_DEFINED,)
+        types = SPECIAL if special else (TokenType.USER_DEFINED,)
         found = [
             item
             for start, items in self._special.items()
             if start in text
             for item in items
-            if self.types[item[1]] in kinds and self.texts[item[1]] in text
+            if self.types[item[1]] in types and self.texts[item[1]] in text
         ]
-        pieces: list[str | int] = [text] if text else []
+        parts: list[str | int] = [text] if text else []
         for _, token in sorted(found):
-            pieces = [part for piece in pieces for part in self._parts(piece, token)]
-        return pieces
+            parts = [new for part in parts for new in self._split_at(part, token)]
+        return parts
 
-    def _parts(self, piece: str | int, token: int) -> list[str | int]:
+    def _split_at(self, part: str | int, token: int) -> list[str | int]:
+        """Return ``part`` split at each place where the text of ``token`` is."""
         text = self.texts[token]
-        if isinstance(piece, int) or text not in piece:
-            return [piece]
+        if isinstance(part, int) or text not in part:
+            return [part]
         parts: list[str | int] = []
         at = 0
-        while (found := piece.find(text, at)) >= 0:
-            before = piece[at:found]
+        while (found := part.find(text, at)) >= 0:
+            before = part[at:found]
             parts += [before.rstrip(_WHITESPACE) if token in self._strip_left else before, token]
             at = found + len(text)
             if token in self._strip_right:
-                at += len(piece) - at - len(piece[at:].lstrip(_WHITESPACE))
-        parts.append(piece[at:])
-        return [part for part in parts if part != ""]
+                at += len(part) - at - len(part[at:].lstrip(_WHITESPACE))
+        parts.append(part[at:])
+        return [new for new in parts if new != ""]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
-from ggml_cffi.models.tokenizers.encoder import Encoder
-from ggml_cffi.models.tokenizers.merging import merge
+from ggml_cffi.models.tokenizers.base import Encoder
+from ggml_cffi.models.tokenizers.bpe import merge
 from ggml_cffi.models.tokenizers.vocabulary import Vocabulary
 
-_SPACE = "\u2581"
+_SPACE = "\u2581"  # how the vocabulary spells a space
 
 
-class SentencePiece(Encoder):
-    """``tokenizer.ggml.model`` ``llama``: characters, joined to tokens of ever higher score; bytes for what is left.
+class SentencePieceBPE(Encoder):
+    """Vocabulary ``llama`` of ``tokenizer.ggml.model``: characters are merged by score; byte tokens spell unknown ones.
 
-    Spaces are written as U+2581. The text is one word in principle; it is cut where no token can reach across.
+    SentencePiece takes a text as one word. This class splits it before those spaces over which no token extends.
     """
 
     add_bos = True
@@ -24,15 +24,15 @@ class SentencePiece(Encoder):
         super().__init__(vocabulary)
         texts = vocabulary.texts
         self._ranks = dict(zip(texts, (-vocabulary.numbers("scores", "if", None)).tolist(), strict=True))
-        self.space_first = vocabulary.flag("add_space_prefix", True)
+        self.add_space_prefix = vocabulary.flag("add_space_prefix", True)
         self._unknown = vocabulary.id("unknown", 0)
-        inner = "".join(sorted(set(re.findall(f"([^{_SPACE}\0]){_SPACE}", "\0".join(texts)))))
-        self._cuts = re.compile(f"(?<=[^{_SPACE}{re.escape(inner)}])(?={_SPACE})")
+        before_space = "".join(sorted(set(re.findall(f"([^{_SPACE}\0]){_SPACE}", "\0".join(texts)))))
+        self._boundaries = re.compile(f"(?<=[^{_SPACE}{re.escape(before_space)}])(?={_SPACE})")
 
-    def words(self, text: str) -> list[str]:
-        return self._cuts.split(text.replace(" ", _SPACE))
+    def split(self, text: str) -> list[str]:
+        return self._boundaries.split(text.replace(" ", _SPACE))
 
-    def tokens(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
         ids = self.vocabulary.ids
         tokens = []
         for symbol in merge(word, self._ranks):
@@ -40,10 +40,11 @@ class SentencePiece(Encoder):
             if token is not None:
                 tokens.append(token)
             else:  # one character
-                tokens += [t for byte in symbol.encode() if (t := self._byte(byte)) is not None]
+                tokens += [t for byte in symbol.encode() if (t := self._byte_token(byte)) is not None]
         return tokens
 
-    def _byte(self, byte: int) -> int | None:
+    def _byte_token(self, byte: int) -> int | None:
+        """Return the token of a byte, the unknown token where there is none."""
         ids = self.vocabulary.ids
         token = ids.get(f"<0x{byte:02X}>")
         return token if token is not None else ids.get(bytes([byte]).decode("ascii", "surrogateescape"), self._unknown)

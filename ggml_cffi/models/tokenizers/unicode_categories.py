@@ -1,7 +1,7 @@
-"""Kinds of characters as llama.cpp has them: by the general categories of Unicode 15.1, whichever Python knows.
+"""General categories of characters by Unicode 15.1, as in llama.cpp, whatever version this Python has.
 
-Texts are cut into words by regular expressions over categories, which Python's ``re`` does not have. As in llama.cpp,
-every character beyond ASCII is replaced by one that stands for its category, and the patterns name those.
+Pre-tokenizers use regular expressions over categories, which Python's ``re`` does not support. As in llama.cpp, a
+placeholder for the category replaces every character beyond ASCII, and the expressions contain the placeholders.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 WHITESPACE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | {*map(chr, range(0x2000, 0x200B))}
-"""What is whitespace. (``str.isspace`` counts U+001C to U+001F too.)"""
+"""Whitespace characters. (``str.isspace`` also counts U+001C to U+001F.)"""
 
-# Insides of character classes, for patterns over collapsed text: what is ASCII, and what stands for the others.
+# Contents of character classes for expressions over collapsed text: the ASCII characters, and the placeholder.
 NUMBER = "0-9\xd1"
 LETTER = "A-Za-z\xd2"
 PUNCTUATION = r"!-#%-*,-/:;?@\[-\]_{}" "\xd3"
 MARK = "\xd4"
 SYMBOL = r"$+<->\^`|~" "\xd5"
 
-_STAND_INS = {"N": "\xd1", "L": "\xd2", "P": "\xd3", "M": "\xd4", "S": "\xd5"}
+_PLACEHOLDERS = {"N": "\xd1", "L": "\xd2", "P": "\xd3", "M": "\xd4", "S": "\xd5"}
 _NO_CATEGORY = "\xd0"
-_REMEMBERED = 1 << 16
+_TABLE_SIZE = 1 << 16
 
-# What Unicode 15.0 and 15.1 added to the 14.0 of Python 3.11: first and last character, and category.
+# Additions of Unicode 15.0 and 15.1 to the 14.0 of Python 3.11: first and last character, and category.
 _ADDED = (
     "cf3M eceM 2ffc-2fffS 31efS 10efd-10effM 1123f-11240L 11241M 11b00-11b09P 11f00-11f01M 11f02L 11f03M 11f04-11f10L "
     "11f12-11f33L 11f34-11f3aM 11f3e-11f42M 11f43-11f4fP 11f50-11f59N 1342fL 13439-1343fC 13440M 13441-13446L "
@@ -32,7 +32,7 @@ _ADDED = (
     "1f6dcS 1f774-1f776S 1f77b-1f77fS 1f7d9S 1fa75-1fa77S 1fa87-1fa88S 1faad-1faafS 1fabb-1fabdS 1fabfS 1face-1facfS "
     "1fada-1fadbS 1fae8S 1faf7-1faf8S 2b739L 2ebf0-2ee5dL 31350-323afL"
 )
-# What later versions added: not assigned for llama.cpp, and so for us, though newer Pythons know it.
+# Additions of later versions: newer Pythons know them, but llama.cpp counts them as not assigned.
 _LATER = (
     "558 58b-58c 5c8-5c9 88f 897 b53-b54 c5c cdc 1acf-1af0 1b4e-1b4f 1b7f 1c89-1c8a 208f 209d-209f 20c1-20c4 2427-2429 "
     "2b96 2e60-2e63 31e4-31e5 a7cb-a7cf a7d2 a7d4 a7da-a7dd a7e2 a7f1 ab6c-ab6d fbc3-fbd2 fd90-fd91 fdc8-fdce "
@@ -49,7 +49,7 @@ _LATER = (
 
 
 def _ranges() -> tuple[list[int], list[tuple[int, str]]]:
-    """First characters in order, and for each the last one and the category."""
+    """Return the first characters of all additions in order, and for each the last character and the category."""
     found = {}
     for item in [*_ADDED.split(), *(f"{item}U" for item in _LATER.split())]:
         first, _, last = item[:-1].partition("-")
@@ -61,7 +61,7 @@ _FIRSTS, _LASTS = _ranges()
 
 
 def category(character: str) -> str:
-    """The first letter of a character's general category; ``"U"`` where none is assigned, and not ``"C"``."""
+    """Return the first letter of a character's general category, but ``"U"`` (not ``"C"``) for an unassigned one."""
     code = ord(character)
     at = bisect_right(_FIRSTS, code) - 1
     if at >= 0 and code <= _LASTS[at][0]:
@@ -70,34 +70,34 @@ def category(character: str) -> str:
     return "U" if known == "Cn" else known[0]
 
 
-class Table(dict[int, str]):
-    """For ``str.translate``: what a function makes of each character, remembered for those that were met first."""
+class CharacterTable(dict[int, str]):
+    """A table for ``str.translate``, filled by a function of a character when that is first met, up to a limit."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         self._function = function
 
     def __missing__(self, code: int) -> str:
         result = self._function(chr(code))
-        if len(self) < _REMEMBERED:
+        if len(self) < _TABLE_SIZE:
             self[code] = result
         return result
 
 
-def _stand_in(character: str) -> str:
+def _placeholder(character: str) -> str:
     if character.isascii():
         return character
-    return "\v" if character in WHITESPACE else _STAND_INS.get(category(character), _NO_CATEGORY)
+    return "\v" if character in WHITESPACE else _PLACEHOLDERS.get(category(character), _NO_CATEGORY)
 
 
-_COLLAPSED = Table(_stand_in)
+_COLLAPSED = CharacterTable(_placeholder)
 _SPACES = {ord(c): "\v" for c in WHITESPACE if not c.isascii()}
 
 
 def collapse(text: str) -> str:
-    """``text`` with every character beyond ASCII replaced by what stands for its category."""
+    """Return ``text`` with the placeholder of its category for every character beyond ASCII."""
     return text if text.isascii() else text.translate(_COLLAPSED)
 
 
 def ascii_spaces(text: str) -> str:
-    """``text`` with vertical tabs for the whitespace beyond ASCII, which ``re.ASCII`` does not know."""
+    """Return ``text`` with vertical tabs for whitespace beyond ASCII, which ``re.ASCII`` does not recognise."""
     return text if text.isascii() else text.translate(_SPACES)

@@ -1,16 +1,16 @@
-"""WordPiece: BERT and its kin."""
+"""WordPiece: BERT and related models."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-from ggml_cffi.models.tokenizers.characters import WHITESPACE, Table, category
-from ggml_cffi.models.tokenizers.encoder import Encoder
+from ggml_cffi.models.tokenizers.base import Encoder
+from ggml_cffi.models.tokenizers.unicode_categories import WHITESPACE, CharacterTable, category
 from ggml_cffi.models.tokenizers.vocabulary import Vocabulary
 
 _START = "\u2581"
-#: Blocks of Chinese characters. The gap after U+2B81F is Hugging Face's, and so llama.cpp's.
+#: Blocks of Chinese characters. The gap after U+2B81F is as in Hugging Face's code and llama.cpp's.
 _CHINESE = (
     (0x3400, 0x4DBF),
     (0x4E00, 0x9FFF),
@@ -23,40 +23,40 @@ _CHINESE = (
 
 
 class WordPiece(Encoder):
-    """``tokenizer.ggml.model`` ``bert``: each word is cut into the longest tokens, from its start.
+    """Vocabulary ``bert`` of ``tokenizer.ggml.model``: a word is cut, from its start, into the longest tokens.
 
-    Words start with U+2581 in GGUF, where BERT's own vocabulary marks what goes on with ``##``.
+    GGUF marks the start of a word with U+2581, where BERT's own vocabulary marks the continuation with ``##``.
     """
 
-    framed = True
+    always_framed = True
     bos, sep = 101, 102
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
         self._lower = vocabulary.flag("normalizer.lowercase", True)
         self._strip_accents = vocabulary.flag("normalizer.strip_accents", self._lower)
-        self._characters = Table(self._normal)
+        self._characters = CharacterTable(self._normalize)
         self._lengths = sorted({len(text) for text in vocabulary.texts}, reverse=True)
         self._unknown = vocabulary.id("unknown", 100)
 
-    def words(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         return text.translate(self._characters).split()
 
-    def _normal(self, character: str) -> str:
-        """What becomes of a character: words are what spaces then leave."""
+    def _normalize(self, character: str) -> str:
+        """Return the normal form of a character, with spaces around a character that is a word of its own."""
         if self._strip_accents and category(character) != "U":
             character = unicodedata.normalize("NFD", character)[0]
-        kind = category(character)
+        general = category(character)
         if character in WHITESPACE:
             return " "
-        if character == "\ufffd" or kind == "C" or (self._strip_accents and kind == "M"):
+        if character == "\ufffd" or general == "C" or (self._strip_accents and general == "M"):
             return ""
-        alone = kind == "P" or (kind == "S" and character.isascii()) or _is_chinese(character)
-        if self._lower and kind != "U":
+        is_word = general == "P" or (general == "S" and character.isascii()) or _is_chinese(character)
+        if self._lower and general != "U":
             character = character.lower()[0]
-        return f" {character} " if alone else character
+        return f" {character} " if is_word else character
 
-    def tokens(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
         ids = self.vocabulary.ids
         word = _START + word
         tokens, at = [], 0
@@ -74,8 +74,8 @@ class WordPiece(Encoder):
     def token_bytes(self, text: str) -> bytes:
         return text.replace(_START, " ").encode("utf-8", "surrogateescape")
 
-    def clean(self, text: bytes) -> bytes:
-        """As llama.cpp does: no spaces before punctuation, around lone apostrophes and before contractions."""
+    def clean_up(self, text: bytes) -> bytes:
+        """Remove spaces before punctuation and contractions, and around lone apostrophes, as llama.cpp does."""
         text = re.sub(rb" (?=[?!.,])", b"", text).replace(b" ' ", b"'")
         return re.sub(rb" '(?=s|m|re|ve)", b"'", text)
 

@@ -1,7 +1,7 @@
-"""Pre-tokenizers: how byte-level vocabularies cut text into words, before any merge.
+"""Pre-tokenizers: how byte-level vocabularies split a text into words before they merge bytes.
 
-Each is a few regular expressions, applied in turn to the pieces that the one before left. What a pattern matches is a
-piece, and so is what lies between two matches. The names are those of ``tokenizer.ggml.pre``.
+A pre-tokenizer is a few regular expressions. Each is applied to every word that the one before left: its matches become
+words, and so does the text between two matches. The names are those of ``tokenizer.ggml.pre``.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ggml_cffi.models.tokenizers.characters import LETTER, MARK, NUMBER, PUNCTUATION, SYMBOL, ascii_spaces, collapse
+from ggml_cffi.models.tokenizers.unicode_categories import (
+    LETTER,
+    MARK,
+    NUMBER,
+    PUNCTUATION,
+    SYMBOL,
+    ascii_spaces,
+    collapse,
+)
 
 _L, _N, _P, _M, _S = LETTER, NUMBER, PUNCTUATION, MARK, SYMBOL
-# A letter beyond ASCII counts as of either case, as in llama.cpp.
+# As in llama.cpp, a letter beyond ASCII counts as upper and as lower case.
 _UPPER, _LOWER = "A-Z\xd2", "a-z\xd2"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One regular expression."""
+    """One regular expression, and the form of the text that it is applied to."""
 
     regex: str
     view: Callable[[str], str]
-    """What it looks at: characters, or what stands for their categories."""
+    """Returns that form: the characters themselves, or placeholders for their categories."""
 
 
 def _by_category(pattern: str) -> Pattern:
@@ -36,39 +44,39 @@ def _by_character(pattern: str) -> Pattern:
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What ``tokenizer.ggml.pre`` names."""
+    """The pre-tokenizer of one name of ``tokenizer.ggml.pre``."""
 
     patterns: tuple[Pattern, ...]
     ignore_merges: bool = False
-    """A word that is a token as it stands is not put together from its bytes."""
+    """True if a word that is a token is not built from its bytes."""
     add_bos: bool = False
-    """Texts begin with the beginning token, unless the file says otherwise."""
+    """True if texts begin with the beginning token, unless the file says otherwise."""
 
     def split(self, text: str) -> list[str]:
-        """The words of ``text``; joined they are ``text`` again."""
+        """Return the words of ``text``. Joined, they are ``text`` again."""
         views = {view: view(text) for view in {pattern.view for pattern in self.patterns}}
         ends = [len(text)]
         for pattern in self.patterns:
-            # Compiled when it is used, and remembered by ``re``: most of these never are.
-            ends = _cut(re.compile(pattern.regex, re.ASCII), views[pattern.view], ends)
+            # Compiled on first use, and cached by ``re``: most of these expressions are never used.
+            ends = _split_at(re.compile(pattern.regex, re.ASCII), views[pattern.view], ends)
         return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _cut(regex: re.Pattern[str], text: str, ends: list[int]) -> list[int]:
-    """Where pieces end after ``regex`` was applied to each of the pieces that end at ``ends``."""
-    cuts: list[int] = []
+def _split_at(regex: re.Pattern[str], text: str, ends: list[int]) -> list[int]:
+    """Return the ends of the words after ``regex`` was applied to each word that ends at one of ``ends``."""
+    new_ends: list[int] = []
     start = 0
     for end in ends:
-        at = start  # a piece is looked at alone: what surrounds it is not for lookaheads to see
+        at = start  # each word by itself: a lookahead must not see the next word
         for match in regex.finditer(text[start:end]):
             if start + match.start() > at:
-                cuts.append(start + match.start())
+                new_ends.append(start + match.start())
             at = start + match.end()
-            cuts.append(at)
+            new_ends.append(at)
         if at < end:
-            cuts.append(end)
+            new_ends.append(end)
         start = end
-    return cuts
+    return new_ends
 
 
 _DIGIT = _by_category(f"[{_N}]")
@@ -79,7 +87,7 @@ _GPT2 = _by_category(rf"'(?:[stmd]|re|ve|ll)| ?[{_L}]+| ?[{_N}]+| ?[^\s{_L}{_N}]
 
 
 def _llama3(letters: str = _L, numbers: str = "{1,3}") -> Pattern:
-    """Llama 3's pattern and its kin: how words, numbers, newlines and spaces are cut."""
+    """Return the pattern of Llama 3 and of models like it, for words, numbers, newlines and spaces."""
     return _by_category(
         rf"{_CONTRACTION}|[^\r\n{_L}{_N}]?[{letters}]+|[{_N}]{numbers}| ?[^\s{letters}{_N}]+[\r\n]*"
         rf"|\s*[\r\n]+|{_SPACES}"
@@ -87,7 +95,7 @@ def _llama3(letters: str = _L, numbers: str = "{1,3}") -> Pattern:
 
 
 def _cased(contraction: str, numbers: str) -> Pattern:
-    """GPT-4o's pattern and its kin: words end where small letters are followed by capital ones."""
+    """Return the pattern of GPT-4o and of models like it: words end between a lower case and an upper case letter."""
     start = rf"[^\r\n{_L}{_N}]?"
     return _by_category(
         rf"{start}[{_UPPER}]*[{_LOWER}]+{contraction}|{start}[{_UPPER}]+[{_LOWER}]*{contraction}|[{_N}]{numbers}"
@@ -103,7 +111,7 @@ _DEEPSEEK3 = (
     ),
 )
 
-_KINDS: tuple[tuple[str, PreTokenizer], ...] = (
+_BY_NAMES: tuple[tuple[str, PreTokenizer], ...] = (
     (
         "default",
         PreTokenizer(
@@ -134,4 +142,6 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
         ),
     ),
 )
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: kind for names, kind in _KINDS for name in names.split()}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    name: pre_tokenizer for names, pre_tokenizer in _BY_NAMES for name in names.split()
+}

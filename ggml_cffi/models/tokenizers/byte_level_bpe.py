@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from ggml_cffi.errors import FormatError
-from ggml_cffi.models.tokenizers.encoder import Encoder
-from ggml_cffi.models.tokenizers.merging import merge
+from ggml_cffi.models.tokenizers.base import Encoder
+from ggml_cffi.models.tokenizers.bpe import merge
+from ggml_cffi.models.tokenizers.pre_tokenizers import PRE_TOKENIZERS
 from ggml_cffi.models.tokenizers.vocabulary import Vocabulary
-from ggml_cffi.models.tokenizers.words import PRE_TOKENIZERS
 
 
 def byte_letters() -> dict[int, str]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others are moved up from 256."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+    """Return GPT-2's letter for each byte: printable bytes stand for themselves, the others for letters from U+0100."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 _LETTERS = byte_letters()
 _BYTES = {letter: b for b, letter in _LETTERS.items()}
 
 
-class ByteLevel(Encoder):
-    """``tokenizer.ggml.model`` ``gpt2``: bytes, joined by a list of merges within words."""
+class ByteLevelBPE(Encoder):
+    """Vocabulary ``gpt2`` of ``tokenizer.ggml.model``: the bytes of a word are merged by a list of pairs."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         super().__init__(vocabulary)
@@ -29,24 +29,24 @@ class ByteLevel(Encoder):
         if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
             known = ", ".join(PRE_TOKENIZERS)
             raise FormatError(f"{vocabulary.path}: the pre-tokenizer {pre!r:.80} is not supported; {known} are")
-        self._pre = PRE_TOKENIZERS[pre]
-        self.add_bos = self._pre.add_bos
+        self._pre_tokenizer = PRE_TOKENIZERS[pre]
+        self.add_bos = self._pre_tokenizer.add_bos
         merges = vocabulary.strings("merges")
-        # Backwards: of a merge that is there twice the first counts.
+        # In reverse order: if a merge is listed twice, the first one counts.
         self._ranks = dict(zip(reversed(merges), range(len(merges) - 1, -1, -1), strict=True))
 
-    def words(self, text: str) -> list[str]:
-        return self._pre.split(text)
+    def split(self, text: str) -> list[str]:
+        return self._pre_tokenizer.split(text)
 
-    def tokens(self, word: str) -> list[int]:
+    def encode_word(self, word: str) -> list[int]:
         ids = self.vocabulary.ids
         letters = word.encode().decode("latin-1").translate(_LETTERS)
-        if self._pre.ignore_merges and letters in ids:
+        if self._pre_tokenizer.ignore_merges and letters in ids:
             return [ids[letters]]
         tokens = []
         for symbol in merge(letters, self._ranks, " "):
-            # What is no token falls apart into the bytes of its letters, and those that are no tokens are lost: so do
-            # control characters with SmolLM2, which has no tokens for some of them.
+            # A symbol that is no token falls apart into the bytes of its letters. Bytes that are no tokens are lost,
+            # such as some control characters with SmolLM2.
             for part in (symbol,) if symbol in ids else symbol.encode().decode("ascii", "surrogateescape"):
                 if part in ids:
                     tokens.append(ids[part])

@@ -1,4 +1,4 @@
-"""Merging neighbours: what byte-pair encoding and SentencePiece's have in common."""
+"""Byte-pair encoding: merge neighbouring symbols by rank. GPT-2's and SentencePiece's vocabularies share it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from itertools import pairwise
 
 
 def merge(symbols: Sequence[str], ranks: Mapping[str, float], joint: str = "") -> list[str]:
-    """``symbols``, with neighbours joined for as long as there are two that may be.
+    """Return ``symbols`` after all merges: the pair with the lowest rank is merged first, until no pair has a rank.
 
     Parameters
     ----------
     symbols
-        The parts of a text.
+        The symbols of a word, in their order.
     ranks
-        Which neighbours may be joined, written with ``joint`` between them. Lower ranks come first, and among equal
-        ones the leftmost.
+        Rank of each pair that may be merged, spelled with ``joint`` between the two. The leftmost of several pairs with
+        equal rank is merged first.
     joint
-        What stands between the two in ``ranks``.
+        Text between the two symbols of a pair in ``ranks``.
 
     Notes
     -----
-    ``O(n log n)`` for ``n`` symbols: a heap of pairs, those that are no more are left in it and passed over.
+    ``O(n log n)`` for ``n`` symbols: pairs are in a heap. A pair whose symbols have changed stays there, and is skipped
+    when it comes up.
     """
     texts = list(symbols)
     n = len(texts)
@@ -34,7 +35,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[str, float], joint: str = "") -
     while pairs:
         _, left, text = heappop(pairs)
         right = after[left]
-        # An empty text is a symbol that went into another one.
+        # An empty text marks a symbol that was merged into another one.
         if not texts[left] or right == n or texts[left] + joint + texts[right] != text:
             continue
         texts[left] += texts[right]

@@ -1,0 +1,131 @@
+"""Batches: token ids, positions, KV slots and attention masks of the sequences that a run computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.models.generation.kv_slots import KVSlots
+from ggml_cffi.models.generation.sequence import TokenSequence
+from ggml_cffi.models.runners.base import Batch, Runner
+
+#: ggml's Vulkan backend compiles matrix products of their own for each number of tokens up to this.
+_FEW_TOKENS = 8
+
+
+class BatchBuilder:
+    """Makes the batches of one runner, and allocates the KV slots of their tokens.
+
+    Parameters
+    ----------
+    runner
+        The runner that computes the batches.
+    slots
+        The slots of its KV cache.
+    one_by_one
+        Put the tokens of a very short prompt into batches of one token. Software devices take minutes to compile
+        shaders for each small number of tokens.
+    """
+
+    def __init__(self, runner: Runner, slots: KVSlots, *, one_by_one: bool = False) -> None:
+        self._runner, self._slots = runner, slots
+        self._few = _FEW_TOKENS if one_by_one else 0
+
+    # ------------------------------------------------------------------ sizes
+
+    def ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Return the token ranges of the batches that compute tokens ``start`` to ``end`` of one sequence."""
+        if end - start <= self._few:
+            return [(i, i + 1) for i in range(start, end)]
+        return self._runner.batch_ranges(start, end)
+
+    def chunk_size(self, pending: int, capacity: int) -> int:
+        """Return how many of ``pending`` tokens a run takes that has room for ``capacity``, perhaps 0.
+
+        A long prompt is divided into chunks of about equal size.
+        """
+        n_batch = max(capacity, self._runner.n_batch)
+        if pending <= self._few:
+            return min(1, capacity)
+        chunks = -(-pending // n_batch)
+        n = -(-pending // chunks)
+        return n if n <= capacity else 0 if capacity < n_batch else capacity
+
+    # ------------------------------------------------------------------ batches
+
+    def chunk(self, cache_id: int, ids: list[int], start: int, end: int, first_output: int) -> Batch:
+        """Return the batch of tokens ``start`` to ``end`` of one sequence.
+
+        Parameters
+        ----------
+        cache_id, ids
+            The sequence.
+        start, end
+            The range of tokens.
+        first_output
+            Number of the first token whose logits are wanted. The last token of the batch always counts as wanted: a
+            graph needs a result.
+        """
+        slots = self._slots.allocate(cache_id, start, end - start)
+        positions = np.arange(start, end, dtype=np.int32)
+        outputs = np.arange(min(max(first_output - start, 0), end - start - 1), end - start, dtype=np.int32)
+        return self._batch(ids[start:end], np.full(end - start, cache_id, np.int32), positions, slots, outputs)
+
+    def next_tokens(self, sequences: list[TokenSequence]) -> Batch:
+        """Return the batch of one token of each sequence. The devices wait for it between two runs: it must be fast."""
+        slots = self._slots
+        rows = [slots.allocate_one(sequence.cache_id, sequence.n_cached) for sequence in sequences]
+        n_kv = self._runner.n_kv(slots.end)
+        masks = [slots.last_token_mask(sequence.cache_id, n_kv) for sequence in sequences]
+        positions = np.array([sequence.n_cached for sequence in sequences], np.int32)
+        window, window_mask = self._runner.architecture.window, None
+        if window:
+            cache_ids = np.array([sequence.cache_id for sequence in sequences], np.int32)
+            window_mask = slots.mask(cache_ids, positions, n_kv, window)
+        return Batch(
+            np.array([sequence.ids[sequence.n_cached] for sequence in sequences], np.int32),
+            positions,
+            np.array(rows, np.int64),
+            masks[0][None] if len(masks) == 1 else np.stack(masks),
+            np.arange(len(sequences), dtype=np.int32),
+            window_mask,
+        )
+
+    def join(self, parts: list[tuple[TokenSequence, int]]) -> Batch:
+        """Return the batch of the next tokens of several sequences, with one output for each sequence.
+
+        Parameters
+        ----------
+        parts
+            Sequences, and how many tokens of each.
+        """
+        tokens: list[int] = []
+        sizes = [n for _, n in parts]
+        rows = []
+        for sequence, n in parts:
+            tokens += sequence.ids[sequence.n_cached : sequence.n_cached + n]
+            rows.append(self._slots.allocate(sequence.cache_id, sequence.n_cached, n))
+        positions = np.concatenate([np.arange(s.n_cached, s.n_cached + n, dtype=np.int32) for s, n in parts])
+        cache_ids = np.repeat(np.array([sequence.cache_id for sequence, _ in parts], np.int32), sizes)
+        ends = np.cumsum(sizes, dtype=np.int32)
+        return self._batch(tokens, cache_ids, positions, np.concatenate(rows), ends - 1)
+
+    def _batch(
+        self,
+        tokens: list[int],
+        cache_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int64],
+        outputs: npt.NDArray[np.int32],
+    ) -> Batch:
+        """Return a batch with its attention masks."""
+        n_kv = self._runner.n_kv(self._slots.end)
+        window = self._runner.architecture.window
+        return Batch(
+            np.asarray(tokens, np.int32),
+            positions,
+            slots,
+            self._slots.mask(cache_ids, positions, n_kv),
+            outputs,
+            self._slots.mask(cache_ids, positions, n_kv, window) if window else None,
+        )

@@ -1,0 +1,123 @@
+"""The KV cache of one runner: who holds its slots, what is kept for later prompts, and what is evicted when.
+
+The keys and values themselves are tensors on the devices, :attr:`KVCache.layers`: the runner makes them when it loads
+the model. Everything that decides over their rows is here, and in ``kv_slots``, which keeps the table of slots.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ggml_cffi.models.architectures.base import LayerCache
+from ggml_cffi.models.generation.kv_slots import KVSlots
+from ggml_cffi.models.generation.sequence import TokenSequence
+from ggml_cffi.models.runners.base import Runner
+
+
+class KVCache:
+    """The KV cache of one runner, for one thread at a time.
+
+    A finished sequence stays in the cache until its slots are needed. A later prompt with the same beginning takes its
+    slots over.
+
+    Parameters
+    ----------
+    runner
+        The runner, which holds the tensors.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.slots = KVSlots(runner.n_slots)
+        """The slots, and which sequence holds each."""
+        self.kept: OrderedDict[int, list[int]] = OrderedDict()
+        """Token ids of finished sequences that are still in the cache, by cache id, the latest last."""
+        self._last_id = 0
+
+    @property
+    def layers(self) -> Sequence[Sequence[LayerCache]]:
+        """The tensors: for each layer keys and values, one pair for each device that has a part of them."""
+        return self._runner.caches
+
+    def new_id(self) -> int:
+        """Return a cache id that no sequence has had."""
+        self._last_id += 1
+        return self._last_id
+
+    # ------------------------------------------------------------------ finished sequences
+
+    def keep(self, sequence: TokenSequence) -> None:
+        """Keep what the cache has of a finished sequence."""
+        if sequence.n_cached:
+            self.kept[sequence.cache_id] = sequence.ids[: sequence.n_cached]
+
+    def common_prefix(self, ids: list[int]) -> int:
+        """Return how many tokens at the beginning of ``ids`` a kept sequence has too."""
+        return max((common_length(kept, ids) for kept in self.kept.values()), default=0)
+
+    def reuse_prefix(self, sequence: TokenSequence) -> None:
+        """Give ``sequence`` the slots of the kept sequence that has the longest beginning in common with it."""
+        best, common = -1, 0
+        prompt = sequence.ids[:-1]  # the last token is computed in any case: its logits are needed
+        for cache_id, ids in self.kept.items():
+            n = common_length(ids, prompt)
+            if n > common:
+                best, common = cache_id, n
+        if best >= 0:
+            del self.kept[best]
+            self.slots.release(best, common)
+            sequence.cache_id, sequence.n_cached = best, common
+
+    def clear_kept(self) -> None:
+        """Free the slots of all kept sequences."""
+        for cache_id in self.kept:
+            self.slots.release(cache_id)
+        self.kept.clear()
+
+    # ------------------------------------------------------------------ eviction
+
+    def free_slots(
+        self, n: int, candidates: Callable[[], Sequence[TokenSequence]], by: TokenSequence | None = None
+    ) -> bool:
+        """Free slots until ``n`` are free. Return False if that is not possible.
+
+        Kept sequences go first, the oldest of them first. After them go sequences in generation: paused ones before
+        others, and of these the one that began last.
+
+        Parameters
+        ----------
+        n
+            Number of slots.
+        candidates
+            Returns the sequences in generation that may be evicted, in the order in which they began.
+        by
+            The sequence that needs the slots, if it is one in generation.
+        """
+        while self.slots.n_free < n:
+            if self.kept:
+                cache_id, _ = self.kept.popitem(last=False)
+                self.slots.release(cache_id)
+                continue
+            found = candidates()
+            if not found:
+                return False
+            _, i = max((sequence.paused, i) for i, sequence in enumerate(found))
+            self._evict(found[i], by)
+        return True
+
+    def _evict(self, sequence: TokenSequence, by: TokenSequence | None) -> None:
+        """Take all slots of a sequence: it is computed anew when there is room again."""
+        self.slots.release(sequence.cache_id)
+        sequence.cache_id, sequence.n_cached, sequence.evicted_by = -1, 0, by
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """Return the number of tokens that two sequences have in common at their beginnings."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    x, y = np.asarray(a[:n]), np.asarray(b[:n])
+    return int(np.argmax(x != y))

@@ -1,0 +1,71 @@
+"""A sequence in generation: its tokens, its share of the KV cache, and the state of its caller."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from threading import get_ident
+
+from ggml_cffi.models.generation.sampling import Sampler
+from ggml_cffi.models.generation.timings import Timings
+
+#: Seconds without a call for the next token after which a sequence counts as paused.
+PAUSE_SECONDS = 1.0
+
+
+@dataclass(eq=False)
+class TokenSequence:
+    """The tokens of a prompt and those generated after it.
+
+    Made by :meth:`Batcher.add <ggml_cffi.models.generation.batcher.Batcher.add>`, which also changes it. Only
+    :meth:`ask` and :meth:`take` may be called without the batcher's lock.
+    """
+
+    ids: list[int]
+    """Token ids: the prompt's, then the generated ones."""
+    sampler: Sampler
+    n_prompt: int
+    """Tokens of the prompt."""
+    cache_id: int = -1
+    """Number of the sequence in the KV cache, -1 while it holds no slots."""
+    n_cached: int = 0
+    """Tokens whose keys and values are in the KV cache."""
+    n_taken: int = 0
+    """Tokens that the caller knows, with the prompt's."""
+    waiting: bool = False
+    """True while a caller waits for the next token."""
+    last_call: tuple[int, float] = (0, 0.0)
+    """Thread and time of the last call for a token."""
+    evicted_by: TokenSequence | None = None
+    """The sequence that took its KV slots. It returns to the cache when that one is paused or finished."""
+    finished: bool = False
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def ready(self) -> bool:
+        """True if a token was generated that the caller has not taken."""
+        return self.n_taken < len(self.ids)
+
+    def ask(self) -> None:
+        """Note that the calling thread waits for the next token."""
+        self.last_call = get_ident(), time.monotonic()
+        self.waiting = True
+
+    def take(self) -> int:
+        """Return the next token, which must be ready."""
+        self.waiting = False
+        self.n_taken += 1
+        return self.ids[self.n_taken - 1]
+
+    @property
+    def paused(self) -> bool:
+        """True if the caller is busy elsewhere: it now asks for another sequence, or has not asked for a while."""
+        if self.waiting:
+            return False
+        thread, when = self.last_call
+        return thread == get_ident() or time.monotonic() - when > PAUSE_SECONDS
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that are known but not computed."""
+        return len(self.ids) - self.n_cached

@@ -1,0 +1,9 @@
+"""The registry of vocabularies: which class encodes which ``tokenizer.ggml.model``."""
+
+from ggml_cffi.models.tokenizers.base import Encoder
+from ggml_cffi.models.tokenizers.byte_level_bpe import ByteLevelBPE
+from ggml_cffi.models.tokenizers.sentencepiece import SentencePieceBPE
+from ggml_cffi.models.tokenizers.wordpiece import WordPiece
+
+#: Encoders by ``tokenizer.ggml.model``. A new kind of vocabulary is one more file, and one line here.
+ENCODERS: dict[str, type[Encoder]] = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE, "bert": WordPiece}
