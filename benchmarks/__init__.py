@@ -1,4 +1,4 @@
-"""Speed, measured beside a peer in the same run. Each module prints a table and writes JSON to ``results/``."""
+"""Benchmarks, each beside a peer in the same run. Each module prints a table and writes JSON to ``results/``."""
 
 from __future__ import annotations
 

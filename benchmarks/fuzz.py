@@ -4,8 +4,8 @@
     python -m benchmarks.fuzz --gguf 10000
     python -m benchmarks.fuzz --call "add(a=T((2, 3)), b=T((3,), F16))"
 
-Prints what happened and every defect with its smallest call, which ``--call`` repeats; writes JSON to ``results/``.
-Ends with 1 if there was a defect.
+Prints the outcomes, and every defect with its smallest call, which ``--call`` repeats. Writes JSON to ``results/``.
+Exits with 1 after a defect.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main() -> int:
     parser.add_argument("--gguf", type=int, metavar="N", help="damaged files instead of calls")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, and report what was done")
-    parser.add_argument("--devices", default="CPU", help="where to compute, separated by commas")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this time, and report")
+    parser.add_argument("--devices", default="CPU", help="devices, separated by commas")
     parser.add_argument("--ops", help="only these, separated by commas")
-    parser.add_argument("--no-shrink", action="store_true", help="report defects as they were found")
+    parser.add_argument("--no-shrink", action="store_true", help="report defects without shrinking them")
     parser.add_argument("--call", help="make this one call, as a report prints it")
     args = parser.parse_args()
     kind = "files" if args.gguf else "calls"
@@ -67,7 +67,7 @@ def repeat(text: str, devices: tuple[str, ...]) -> int:
 
 
 def batch(kind: str, devices: tuple[str, ...], ops: str | None, seed: int, n: int, known: frozenset[str]) -> Any:
-    """One batch, in a process of the pool, which keeps one child."""
+    """Run one batch in a process of the pool, which keeps one child."""
     global _child
     from tests.fuzzing import calls, files, hunt
     from tests.fuzzing.child import Child
@@ -79,7 +79,7 @@ def batch(kind: str, devices: tuple[str, ...], ops: str | None, seed: int, n: in
         return hunt.hunt(files.damages(), _child, seed, n, lambda job: job.base, known=known)
     tally = hunt.Tally()
     chosen = ops.split(",") if ops else calls.operations()
-    for i in range(n // _EACH):  # an operation at a time, in turns: hypothesis repeats itself in long runs
+    for i in range(n // _EACH):  # one operation at a time, in turns, since hypothesis repeats itself in long runs
         op = chosen[(seed * (n // _EACH) + i) % len(chosen)]
         strategy = calls.calls(op)
         skip = known | frozenset(tally.defects)
@@ -127,7 +127,7 @@ def report(tally: Any) -> None:
         ("outcomes", tally.outcomes),
         ("refused with", tally.refusals),
         ("not compared because", tally.reasons),
-        ("strange but accepted", tally.loose),
+        ("unusual but accepted", tally.loose),
     ):
         print(f"\n{title}")
         for name, n in counter.most_common():

@@ -1,4 +1,4 @@
-"""What ``import ggml_cffi`` costs above ``import numpy``, in fresh interpreters, in turns.
+"""Time of ``import ggml_cffi`` above ``import numpy``, in fresh interpreters, in turns.
 
 python -m benchmarks.imports [--rounds 15]
 """

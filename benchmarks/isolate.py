@@ -1,4 +1,4 @@
-"""What a call costs in a worker process, beside the same call here and in a pool of one process.
+"""Time of a call in a worker process, beside the same call in this process and in a pool of one process.
 
 python -m benchmarks.isolate [--device CPU] [--rounds 5]
 """
@@ -27,7 +27,7 @@ def make(device: str) -> ggml.CompiledFunction:
 
 
 def start(device: str) -> None:
-    """What the pool's process does first."""
+    """Prepare the function in the pool's process."""
     global _function
     _function = make(device)
 
@@ -66,7 +66,7 @@ def main() -> int:
             n = max(3, min(300, (16 << 20) // size))
             for run in ways.values():
                 assert (run() == 2).all()
-            # In turns, the best of each: the machine is the same for all.
+            # In turns, so that other work on the machine affects all alike.
             best = {name: 1e6 * min(seconds(run, n) for _ in range(args.rounds)) for name, run in ways.items()}
             ratio, above = best["worker"] / best["here"], best["worker"] - best["here"]
             print(f"{size:>10}" + "".join(f"{best[name]:>12.1f}" for name in ways) + f"{ratio:>17.2f}{above:>14.1f}")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.large [--gib 84] [--split pipeline] [--folder /tmp] [DEVICE DEVICE]
 
-The layers have 70B's shape, in Q8_0, as many as make up the size. Their weights are zeros, which the file does not
-store (it has holes): a layer adds nothing, so that the logits are those of the embeddings, and can be checked. All the
-same each layer is held and computed. First it is tried on one GPU, which must refuse it. ``--gib 0.01 --shape tiny`` is
-for software devices.
+The layers have the shape of 70B, in Q8_0, and their number gives the size. Their weights are zeros, which the file does
+not store (it is sparse). So a layer adds nothing, and the expected logits follow from the embeddings alone. The GPUs
+still hold and compute each layer. One GPU alone must refuse the model. ``--gib 0.01 --shape tiny`` is for software
+devices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ALIGN = 32
 
 
 def write(path: Path, what: shapes.Shape) -> None:
-    """A file of which only embeddings, head and norms are stored."""
+    """Write a file that stores only embeddings, head and norms."""
     rng = np.random.default_rng(0)
     plans = []
     for name, shape in shapes.tensors(what).items():
@@ -55,7 +55,7 @@ def write(path: Path, what: shapes.Shape) -> None:
 
 
 def expected(path: Path, ids: list[int]) -> np.ndarray:
-    """The logits after layers that add nothing."""
+    """Compute the logits after layers that add nothing."""
     with ggml.GGUFFile(path) as file:
         table, head = file["token_embd.weight"], file["output.weight"]
         x = np.asarray(table.numpy(), np.float64)[ids]

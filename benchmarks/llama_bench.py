@@ -1,9 +1,9 @@
-"""One measurement of llama.cpp through the C API that llama-cpp-python wraps, as its own llama-bench does it.
+"""One measurement of llama.cpp through the C API that llama-cpp-python wraps, in the way of llama-bench.
 
     python benchmarks/llama_bench.py MODEL.gguf [--prompts 512,4096] [--decode 128] [--split layer]
 
-Which GPUs it uses is said by GGML_VK_VISIBLE_DEVICES. Prints JSON: the best of three, or of those of a second.
-Short prompts come one after another, as many as make up the longest.
+GGML_VK_VISIBLE_DEVICES selects the GPUs. Prints JSON: the best of three runs, or of the runs within a second. Short
+prompts run one after another until they have as many tokens as the longest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--gpu-layers", type=int, default=999)
     args = parser.parse_args()
     prompts = [int(n) for n in args.prompts.split(",")]
-    most = max([*prompts, args.decode, 512])
+    longest = max([*prompts, args.decode, 512])
     lib.llama_backend_init()
     start = time.perf_counter()
     model_params = lib.llama_model_default_params()
@@ -43,14 +43,14 @@ def main() -> int:
     model_params.split_mode = ("none", "layer", "row", "tensor").index(args.split)
     model = lib.llama_model_load_from_file(args.model.encode(), model_params)
     params = lib.llama_context_default_params()
-    params.n_ctx = most + 256
-    params.n_batch = most
+    params.n_ctx = longest + 256
+    params.n_batch = longest
     params.n_ubatch = 512
     params.flash_attn_type = 1
     ctx = lib.llama_init_from_model(model, params)
     load = time.perf_counter() - start
     memory = lib.llama_get_memory(ctx)
-    prompt, one = (lib.llama_token * most)(*[100] * most), (lib.llama_token * 1)(100)
+    prompt, one = (lib.llama_token * longest)(*[100] * longest), (lib.llama_token * 1)(100)
 
     def compute(tokens: object, n: int) -> None:
         if lib.llama_decode(ctx, lib.llama_batch_get_one(tokens, n)):

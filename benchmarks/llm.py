@@ -1,9 +1,9 @@
 """Speed, load time and memory of a model beside llama-cpp-python and the llama.cpp under it: same file, same threads.
 
-They run in processes of their own, in turns, so that whatever else the machine does falls on all. ``llama-cpp-python``
-is measured as its users call it (``Llama.eval``), ``llama.cpp`` through the C calls, without choosing tokens. Both are
-taken from the Python that ``--peer`` names, which needs ``pip install --no-binary llama-cpp-python
-llama-cpp-python==0.3.36`` (a native build, minutes).
+Each runs in a process of its own, in turns, so that other work on the machine affects all alike. ``llama-cpp-python``
+is measured with its Python interface (``Llama.eval``), ``llama.cpp`` with the C calls below it, without choosing
+tokens. Both come from the Python that ``--peer`` names, which needs ``pip install --no-binary llama-cpp-python
+llama-cpp-python==0.3.36`` (a native build of some minutes).
 
     python -m benchmarks.llm [--peer PYTHON] [--model FILE] [--threads 2] [--rounds 3]
 """
@@ -25,7 +25,7 @@ PROMPT_TOKEN, FIRST_TOKENS = 100, [1, 2, 3, 4, 5]
 
 
 def ours(model: str, threads: int, devices: list[str]) -> dict[str, float]:
-    """One measurement of ggml_cffi."""
+    """Measure ggml_cffi once."""
     from ggml_cffi import models
 
     start = time.perf_counter()
@@ -43,7 +43,7 @@ def ours(model: str, threads: int, devices: list[str]) -> dict[str, float]:
 
 
 def peer(model: str, threads: int, flash: bool = False) -> dict[str, float]:
-    """One measurement of llama.cpp, through the C API that llama-cpp-python wraps: choosing tokens is not counted."""
+    """Measure llama.cpp once, through the C API that llama-cpp-python wraps, without the time for choosing tokens."""
     import llama_cpp as lib
     import numpy as np
 
@@ -80,7 +80,7 @@ def peer(model: str, threads: int, flash: bool = False) -> dict[str, float]:
 
 
 def wrapped(model: str, threads: int) -> dict[str, float]:
-    """One measurement of llama-cpp-python."""
+    """Measure llama-cpp-python once."""
     from llama_cpp import Llama
 
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def wrapped(model: str, threads: int) -> dict[str, float]:
 
 
 def resident() -> dict[str, float]:
-    """Resident memory of this process in MiB, now and at most; the pages of mapped weights count."""
+    """Return the resident memory of this process in MiB, current and peak, with the pages of mapped weights."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return {"rss": int(status["VmRSS"].split()[0]) / 1024, "peak": int(status["VmHWM"].split()[0]) / 1024}
 
@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--model", help="a GGUF file (default: the demonstration model)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", default="CPU", help="for ours, separated by commas")
+    parser.add_argument("--devices", default="CPU", help="devices of ggml_cffi, separated by commas")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     devices = args.devices.split(",")
@@ -170,8 +170,8 @@ def report(found: dict[str, list[dict[str, float]]], model: str, args: argparse.
         "rss": "RSS MiB",
         "peak": "peak MiB",
     }
-    for what, label in labels.items():
-        each = {s: statistics.median(r[what] for r in found[s]) if found[s] else float("nan") for s in SIDES}
+    for key, label in labels.items():
+        each = {s: statistics.median(r[key] for r in found[s]) if found[s] else float("nan") for s in SIDES}
         table[label] = each | {f"ratio to {s}": each["ours"] / each[s] for s in SIDES if s != "ours"}
         text = "".join(
             f"{x:18.3f}{'' if s == 'ours' else format(each['ours'] / x, '5.2f') + 'x':>6}" for s, x in each.items()

@@ -1,8 +1,8 @@
-"""What two GPUs give: overlap of branches, sessions side by side, transfers, and what a replay costs above raw C.
+"""Two GPUs: overlap of branches, concurrent sessions, transfers, and the time of a replay above raw C calls.
 
 python -m benchmarks.multi_gpu [--size 4096] [--mib 256] [DEVICE DEVICE]
 
-Software devices take ``--size 64 --mib 4``; their figures mean nothing.
+Use ``--size 64 --mib 4`` for software devices. Their figures mean nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ggml_cffi import c
 
 
 def best(run: Callable[[], Any], rounds: int = 7) -> float:
-    """Seconds of the quickest of some rounds, after one that does not count."""
+    """Return the seconds of the fastest round, after one that does not count."""
     run()
     found = []
     for _ in range(rounds):
@@ -37,7 +37,7 @@ def weights(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def overlap(gpus: list[str], n: int) -> dict[str, float]:
-    """Milliseconds of two branches of eight ``n**3`` F16 products, each reduced to a vector before they are added."""
+    """Measure two branches of eight ``n**3`` F16 products, each reduced to a vector before the sum, in milliseconds."""
     w, x = weights(n)
 
     def measure(where: list[str], *, overlap: bool = True) -> float:
@@ -68,7 +68,7 @@ def overlap(gpus: list[str], n: int) -> dict[str, float]:
 
 
 def sessions(gpus: list[str], n: int) -> dict[str, float]:
-    """Calls a second (32 products of 512 rows) through ``submit`` to one session a GPU, alone and both at once."""
+    """Measure calls per second (32 products of 512 rows) by ``submit`` to one session per GPU, alone and together."""
     w, x = weights(n)
     x = np.ascontiguousarray(x[:512])
     opened = [ggml.Session([device]) for device in gpus]
@@ -96,7 +96,7 @@ def sessions(gpus: list[str], n: int) -> dict[str, float]:
 
 
 def transfers(gpus: list[str], mib: int) -> dict[str, float]:
-    """GB/s from the first GPU to the second, and back."""
+    """Measure GB/s from the first GPU to the second, and back."""
     n = mib << 20
     found = {}
     with ggml.Context() as ctx, ggml.HostBlock(64 << 20, gpus) as block:
@@ -125,7 +125,7 @@ def transfers(gpus: list[str], mib: int) -> dict[str, float]:
 
 
 def replays(device: str) -> dict[str, float]:
-    """Microseconds of one node: set, compute and get through raw C calls, and through a session."""
+    """Measure set, compute and get of one node through raw C calls, and through a session, in microseconds."""
     with ggml.Session([device], n_threads=1) as session:
         f = session.compile(lambda x: ggml.scale(x, 2.0))
         x, out = np.ones((4, 4), np.float32), np.empty((4, 4), np.float32)
@@ -166,8 +166,8 @@ def main() -> int:
         (f"replay on {gpus[0]}", "us", replays(gpus[0])),
     ):
         print(f"{name} ({unit})")
-        for what, value in measured.items():
-            print(f"    {what:40}{value:10.3f}")
+        for label, value in measured.items():
+            print(f"    {label:40}{value:10.3f}")
         result[name] = measured
     print(save("multi_gpu", result))
     return 0

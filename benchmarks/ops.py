@@ -1,8 +1,8 @@
-"""What it costs to build 10,000 nodes: our raw C layer, our checked operations, and ggml-python's raw calls (ctypes).
+"""Time to build 10,000 nodes: the raw C layer, the checked operations, and ggml-python's raw calls (ctypes).
 
 python -m benchmarks.ops [--nodes 10000] [--rounds 15]
 
-ggml-python is measured where it is installed (``pip install ggml-python``), with the library that it brings.
+ggml-python is measured if it is installed (``pip install ggml-python``), with its own library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPS = ("add", "mul_mat", "relu")
 
 
 def checked(op: str) -> Round:
-    """Our operation, on a context that grows by itself."""
+    """Return a round of the checked operation, on a context that grows."""
     import ggml_cffi
 
     function = getattr(ggml_cffi, op)
@@ -38,7 +38,7 @@ def checked(op: str) -> Round:
 
 
 def raw(ggml: ModuleType, op: str, params: Callable[[int], Any]) -> Round:
-    """The C function called as it is, on a pool large enough for all."""
+    """Return a round of the raw C function, on a memory pool that is large enough."""
     function = getattr(ggml, f"ggml_{op}")
 
     def one(nodes: int) -> float:
@@ -55,7 +55,7 @@ def raw(ggml: ModuleType, op: str, params: Callable[[int], Any]) -> Round:
 
 
 def contenders(op: str) -> dict[str, Round]:
-    """What is measured, by name."""
+    """Return the rounds to measure, by name."""
     from ggml_cffi import c
 
     found = {
@@ -73,7 +73,7 @@ def contenders(op: str) -> dict[str, Round]:
 
 
 def main() -> int:
-    """Measure in turns, and print the best round of each: other work on the machine only adds."""
+    """Measure in turns, and print the best round of each, since other work on the machine only adds time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=15)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.rpc [--rounds 3] [--calls 1000] [--threads 1]
 
-The servers run on the loopback and on the CPU. This is the worst case, since a network adds the same to both. Times are those of
-the fastest call, since other work on the machine affects the rest.
+The servers run on the loopback and on the CPU. This is the worst case, since a network adds the same to both. Times are
+those of the fastest call, since other work on the machine affects the rest.
 """
 
 from __future__ import annotations

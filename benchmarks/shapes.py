@@ -1,4 +1,4 @@
-"""Model files of real shapes with random weights, for speed: their answers mean nothing.
+"""Model files of real shapes with random weights, for measurements of speed. Their answers mean nothing.
 
 python -m benchmarks.shapes 8B OUT.gguf [--type q8_0]
 """
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def tensors(s: Shape) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors, in the order of the file."""
+    """Return the shapes of all tensors, in the order of the file."""
     q, kv = s.n_heads * s.head_size, s.n_kv_heads * s.head_size
     found: dict[str, tuple[int, ...]] = {"token_embd.weight": (s.n_vocab, s.n_embd)}
     for i in range(s.n_layers):
@@ -58,7 +58,7 @@ def tensors(s: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def metadata(s: Shape) -> dict[str, Any]:
-    """What the file says of itself."""
+    """Return the metadata of the file."""
     return {
         "general.architecture": "llama",
         "llama.block_count": s.n_layers,
@@ -75,20 +75,20 @@ def metadata(s: Shape) -> dict[str, Any]:
     }
 
 
-def write(path: Path, what: Shape, kind: str) -> None:
-    """A GGUF file without a vocabulary. The bytes of one block of random weights are used for all."""
-    dtype = as_type(kind)
-    shapes = tensors(what)
+def write(path: Path, model: Shape, dtype_name: str) -> None:
+    """Write a GGUF file without a vocabulary, which repeats the bytes of one block of random weights."""
+    dtype = as_type(dtype_name)
+    shapes = tensors(model)
     rng = np.random.default_rng(0)
     block = ggml.quantize((rng.standard_normal((64, 4096)) / 64).astype(np.float32), dtype)
     pattern = np.frombuffer(block, np.uint8)
-    made: dict[tuple[int, ...], Any] = {}  # tensors of one shape are all alike
+    made: dict[tuple[int, ...], Any] = {}  # tensors of one shape are the same
     for shape in set(shapes.values()):
         if len(shape) == 1:
             made[shape] = np.ones(shape, np.float32)
         else:
             made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
-    ggml.write_gguf(path, metadata(what), {name: made[shape] for name, shape in shapes.items()})
+    ggml.write_gguf(path, metadata(model), {name: made[shape] for name, shape in shapes.items()})
 
 
 def main() -> int:

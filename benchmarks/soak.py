@@ -1,11 +1,11 @@
-"""Everything at once, for long: sessions, threads, futures, tasks, cancellations, aborts, closes, transfers.
+"""A long run of everything at once: sessions, threads, futures, tasks, cancellations, aborts, closes, transfers.
 
     python -m benchmarks.soak [--minutes 30] [--threads 4] [--seed 0] [--scenes closing,tasks]
 
 Random scenes run in several threads of a child process, on two GPUs (software ones where there are none) and the CPU;
-every number is checked against numpy. Prints what happened and the resident memory over time, and writes JSON to
-``results/``. Ends with 1 after a wrong number, an unexpected exception, a thread that stands still, the death of the
-process, or if its memory grows by more than 2 % over the last two thirds of the time.
+numpy checks every number. Prints the scenes and the resident memory over time, and writes JSON to ``results/``. Exits
+with 1 after a wrong number, an unexpected exception, a thread without progress, the death of the process, or growth of
+its memory by more than 2 % over the last two thirds of the time.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices())
 
 
 class WrongNumberError(Exception):
-    """What this is here to find."""
+    """A wrong result: the defect that this program looks for."""
 
 
 class OurError(Exception):
-    """Raised by operations on purpose."""
+    """An exception that an operation raises on purpose."""
 
 
-# ---------------------------------------------------------------------- random functions, and numpy's word on them
+# ---------------------------------------------------------------------- random functions, and their results by numpy
 
 Step = tuple[str, float]
 _STEPS = ("linear", "relu", "scale", "add", "soft_max", "custom", "norm")
@@ -68,7 +68,7 @@ def steps(rng: random.Random) -> tuple[Step, ...]:
 
 
 def build(x: Any, chosen: tuple[Step, ...], w: Any, y: Any) -> Any:
-    """The steps on tensors."""
+    """Apply the steps to a tensor."""
     for kind, number in chosen:
         if kind == "linear":
             x = ggml.linear(x, w)
@@ -107,7 +107,7 @@ def by_numpy(x: Array, chosen: tuple[Step, ...], w: Array, y: Array) -> Array:
 
 
 def check(what: str, got: Array, want: Array) -> None:
-    """Products on GPUs are rounded to F16 and operands of quantized weights to 8 bits; garbage is far off."""
+    """Compare with a tolerance for F16 products on GPUs and 8-bit operands of quantized weights."""
     error = float(np.linalg.norm(got - want))
     if got.shape != want.shape or not error <= 0.05 * (float(np.linalg.norm(want)) + 0.02 * want.size**0.5):
         raise WrongNumberError(f"{what}: {error:.2e} off a norm of {float(np.linalg.norm(want)):.2e}")
@@ -125,7 +125,7 @@ class Work:
         self.function = session.compile(lambda x, y, chosen: build(x, chosen, weight, y))
 
     def arguments(self, rng: random.Random) -> tuple[Array, Array, tuple[Step, ...]]:
-        """Two arrays and what to do with them."""
+        """Return two arrays, and the steps to apply to them."""
         dtype = rng.choice((np.float32, np.float64))
         x, y = self.rng.standard_normal((2, rng.choice(_ROWS), self.n)).astype(dtype)
         return x, y if rng.random() < 0.8 else y[:1], steps(rng)
@@ -155,7 +155,7 @@ SHARED: list[tuple[Any, list[Work]]] = []
 
 
 def calls(rng: random.Random) -> None:
-    """A session from start to end."""
+    """Use a session from start to end."""
     with some_session(rng) as session:
         works = [Work(rng, session) for _ in range(rng.randint(1, 3))]
         for _ in range(rng.randint(1, 12)):
@@ -163,14 +163,14 @@ def calls(rng: random.Random) -> None:
 
 
 def shared(rng: random.Random) -> None:
-    """A session that all threads use, and that forgets programs while others run them."""
+    """Use a session of all threads, which drops traced programs while other threads run them."""
     _, works = SHARED[0]
     for _ in range(rng.randint(1, 10)):
         rng.choice(works).call(rng, "shared")
 
 
 def futures(rng: random.Random) -> None:
-    """Futures, some cancelled, perhaps all at once."""
+    """Use futures, and cancel some, perhaps all at once."""
     with some_session(rng) as session:
         work = Work(rng, session)
         waiting = [(work.function.submit(*a), a) for a in (work.arguments(rng) for _ in range(rng.randint(1, 8)))]
@@ -190,7 +190,7 @@ def futures(rng: random.Random) -> None:
 
 
 def tasks(rng: random.Random) -> None:
-    """asyncio, some tasks cancelled."""
+    """Use asyncio, and cancel some tasks."""
 
     async def main() -> None:
         with some_session(rng) as session:
@@ -199,7 +199,7 @@ def tasks(rng: random.Random) -> None:
             made = [asyncio.ensure_future(work.function.run_async(*a)) for a in arguments]
             await asyncio.sleep(rng.choice((0, 0.001, 0.01)))
             cancelled = {task for task in made if rng.random() < 0.3 and task.cancel()}
-            # A run that is stopped leaves the others alone.
+            # A stopped run does not affect the others.
             for task, a in zip(made, arguments, strict=True):
                 try:
                     work.check("tasks", await task, a)
@@ -211,7 +211,7 @@ def tasks(rng: random.Random) -> None:
 
 
 def raising(rng: random.Random) -> None:
-    """An operation that raises now and then."""
+    """Use an operation that raises at random."""
     wrong = [False]
 
     def step(out: Array, a: Array) -> None:
@@ -236,7 +236,7 @@ def raising(rng: random.Random) -> None:
 
 
 def aborting(rng: random.Random) -> None:
-    """A long run on the CPU, stopped by another thread, and once more to the end."""
+    """Stop a long run on the CPU from another thread, and run it again to the end."""
     pause = [0.001]
 
     def step(out: Array, a: Array) -> None:
@@ -261,7 +261,7 @@ def aborting(rng: random.Random) -> None:
 
 
 def closing(rng: random.Random) -> None:
-    """A session closed while threads call it, submit to it, and make weights."""
+    """Close a session while threads call it, submit to it, and make weights."""
     failures: list[BaseException] = []
     with some_session(rng) as session:
         work = Work(rng, session)
@@ -292,7 +292,7 @@ def closing(rng: random.Random) -> None:
 
 
 def objects(rng: random.Random) -> None:
-    """Contexts, a scheduler and a graph: placed, reserved, allocated, released, closed in any order."""
+    """Place, reserve, allocate, release and close contexts, a scheduler and a graph in any order."""
     numbers = np.random.default_rng(rng.getrandbits(32))
     backends = rng.sample(GPUS, rng.randint(0, len(GPUS)))
     n = rng.choice((32, 64))
@@ -333,7 +333,7 @@ def objects(rng: random.Random) -> None:
 
 
 def transfers(rng: random.Random) -> None:
-    """Bytes between devices, by all ways."""
+    """Transfer bytes between devices in all ways."""
     shape = (rng.randint(1, 200), rng.choice((32, 100, 1024)))
     dtype = rng.choice(("f32", "f16", "i32"))
     values = np.random.default_rng(rng.getrandbits(32)).integers(0, 1000, shape)
@@ -351,7 +351,7 @@ def transfers(rng: random.Random) -> None:
 
 
 def forgotten(rng: random.Random) -> None:
-    """A session that nobody closes."""
+    """Use a session without closing it."""
     names = rng.sample(GPUS, rng.randint(0, len(GPUS)))
     session = ggml.Session(names or ["CPU"], n_threads=1)
     Work(rng, session).call(rng, "forgotten")
@@ -366,7 +366,7 @@ SCENES: dict[str, Callable[[random.Random], None]] = {
 
 
 class Player(threading.Thread):
-    """Plays random scenes until the time is over or something is wrong."""
+    """A thread that plays random scenes until the time is over or a scene fails."""
 
     def __init__(self, seed: int, until: float, names: list[str]) -> None:
         super().__init__(daemon=True)
@@ -376,7 +376,7 @@ class Player(threading.Thread):
         self.failure = ""
 
     def run(self) -> None:
-        """In the thread."""
+        """Play scenes, in the thread."""
         rng = random.Random(self.seed)
         while time.monotonic() < self.until and not self.failure:
             self.doing, self.since = rng.choice(self.names), time.monotonic()
@@ -390,7 +390,7 @@ class Player(threading.Thread):
 
 
 def warm_up() -> None:
-    """Have each device compile what the scenes need, which may take minutes."""
+    """Run the operations of all scenes once on each device, which may compile for minutes."""
     every = tuple((kind, 1.5) for kind in _STEPS)
     for name in GPUS:
         with ggml.Session([name]) as session:
@@ -404,7 +404,7 @@ def warm_up() -> None:
 
 
 def child(args: argparse.Namespace) -> int:
-    """Plays, and reports every few seconds in a line of JSON."""
+    """Play, and report every few seconds in a line of JSON."""
     from ggml_cffi.core.handle import live
 
     faulthandler.enable()
@@ -425,8 +425,8 @@ def child(args: argparse.Namespace) -> int:
             still = [p.doing for p in players if time.monotonic() - p.since > _STANDSTILL]
             counts = sum((player.counts for player in players), Counter())
             report = {"seconds": time.monotonic() - start, "resident": resident(), "counts": counts}
-            live = sum(live().values())
-            sys.stdout.write(json.dumps(report | {"live": live, "failures": failures, "still": still}) + "\n")
+            n_live = sum(live().values())
+            sys.stdout.write(json.dumps(report | {"live": n_live, "failures": failures, "still": still}) + "\n")
             sys.stdout.flush()
             if still:
                 faulthandler.dump_traceback()
@@ -436,7 +436,7 @@ def child(args: argparse.Namespace) -> int:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident bytes of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
@@ -445,7 +445,7 @@ def resident() -> int:
 
 
 def growth(samples: list[tuple[float, int]]) -> float:
-    """How much memory grew, from the first to the last quarter of the last two thirds of the time."""
+    """Return the growth of memory from the first to the last quarter of the last two thirds of the time."""
     window = [n for seconds, n in samples if seconds >= samples[-1][0] / 3]
     part = max(len(window) // 4, 1)
     return median(window[-part:]) / median(window[:part]) - 1
@@ -457,7 +457,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", help=f"only these, separated by commas: {', '.join(SCENES)}")
-    parser.add_argument("--scene", help="this one, once, with --seed as a failure gives it")
+    parser.add_argument("--scene", help="this one, once, with the --seed that a failure prints")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "GGML_VK_VISIBLE_DEVICES" not in os.environ and not args.child:
@@ -475,9 +475,9 @@ def main() -> int:
 
 
 def watch(args: argparse.Namespace) -> int:
-    """Runs the child, and judges what it reports."""
+    """Run the child, and judge its reports."""
     command = [sys.executable, "-m", "benchmarks.soak", "--child", *sys.argv[1:]]
-    # What malloc keeps for each of the threads that come and go would look like a leak.
+    # The memory that malloc keeps for each finished thread would look like a leak.
     environment = {"MALLOC_ARENA_MAX": "2", **os.environ}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
@@ -503,14 +503,14 @@ def watch(args: argparse.Namespace) -> int:
     alarm.cancel()
     grown = growth(samples) if samples else 0.0
     wrong = list(report["failures"])
-    wrong += [f"stands still in {name}" for name in report["still"]]
+    wrong += [f"no progress in {name}" for name in report["still"]]
     if code and not wrong:
         wrong.append(f"the process ended with {code}")
     if grown > _GROWTH:
         wrong.append(f"memory grew by {grown:.1%}")
     print(f"\nscenes: {', '.join(f'{name} {n}' for name, n in sorted(report['counts'].items()))}")
     print(f"memory over the last two thirds: {grown:+.2%}")
-    print("\n".join(wrong) if wrong else "nothing wrong")
+    print("\n".join(wrong) if wrong else "no error")
     from benchmarks import save
 
     thinned = samples[:: max(len(samples) // 100, 1)]

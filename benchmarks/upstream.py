@@ -1,7 +1,7 @@
-"""Upstream's own cases (``test-backend-ops``), rebuilt with ggml_cffi, on two devices: how many run, how many agree.
+"""Upstream's own cases (``test-backend-ops``), rebuilt with ggml_cffi: the number that run and agree on two devices.
 
-Needs a source checkout and a C++ compiler, see ``tests/upstream``. On a software GPU, which compiles for seconds where
-another takes milliseconds, ``--limit 5`` or so and a few ``--ops`` are enough for a while.
+Needs a source checkout and a C++ compiler, see ``tests/upstream``. A software GPU compiles each case for seconds: use
+``--limit 5`` and a few ``--ops`` there.
 
     python -m benchmarks.upstream [--ops ADD MUL_MAT ...] [--limit N] [--devices CPU Vulkan0] [--max-work 2e7]
 """
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def find_gpu(devices: list[str]) -> None:
-    """Have ggml list a software GPU where the machine has no other: it hides those."""
+    """Make ggml list a software GPU, which it hides by default, if the machine has no other."""
     import ggml_cffi
 
     found = {device.name for device in ggml_cffi.devices()}
@@ -63,7 +63,7 @@ def find_gpu(devices: list[str]) -> None:
 
 
 def table(outcomes: list) -> dict[str, dict[str, int]]:
-    """How many cases of each operation came how far; the last row is the sum."""
+    """Count the cases of each operation by outcome. The last row is the sum."""
     from tests.upstream import runner
 
     counts: dict[str, Counter[str]] = {}

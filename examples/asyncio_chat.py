@@ -7,26 +7,26 @@ from contextlib import aclosing, closing
 
 from ggml_cffi import models
 
-PROMPTS = {"The capital of France is": 12, "Water boils at": 8, "Once upon a time": 200}  # with most tokens to add
+PROMPTS = {"The capital of France is": 12, "Water boils at": 8, "Once upon a time": 200}  # with max_tokens of each
 
 
 async def stream(pieces: Iterator[str]) -> AsyncIterator[str]:
-    """Iterate ``pieces`` in a thread of their own, so that the event loop goes on; they end when the reader leaves."""
+    """Iterate ``pieces`` in a thread, so that the event loop continues. Leaving the iterator ends the request."""
     queue: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-    loop, left = asyncio.get_running_loop(), threading.Event()
+    loop, done = asyncio.get_running_loop(), threading.Event()
 
     def put(item: str | Exception | None) -> None:
-        if not left.is_set():
+        if not done.is_set():
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def iterate() -> None:
         try:
             with closing(pieces):
                 for piece in pieces:
-                    if left.is_set():
+                    if done.is_set():
                         return
                     put(piece)
-        except Exception as error:  # raised where the reader is
+        except Exception as error:  # the reader raises it
             put(error)
         else:
             put(None)
@@ -38,11 +38,11 @@ async def stream(pieces: Iterator[str]) -> AsyncIterator[str]:
         if item is not None:
             raise item
     finally:
-        left.set()
+        done.set()
 
 
 async def answer(model: models.Model, prompt: str, max_tokens: int, arrived: list[str]) -> str:
-    """The whole answer; ``arrived`` has its pieces as they come."""
+    """Return the whole answer, and append its pieces to ``arrived`` as they come."""
     async with aclosing(stream(model.generate(prompt, max_tokens))) as pieces:
         async for piece in pieces:
             arrived.append(piece)
@@ -50,7 +50,7 @@ async def answer(model: models.Model, prompt: str, max_tokens: int, arrived: lis
 
 
 async def main() -> None:
-    """Answer :data:`PROMPTS` at once, and the last of them, which is long, only in part."""
+    """Answer all prompts at once, and cancel the last and longest one."""
     with models.load(models.fetch("smollm2"), ["CPU"], n_ctx=256) as model:
         arrived: list[list[str]] = [[] for _ in PROMPTS]
         tasks = [

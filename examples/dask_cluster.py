@@ -13,7 +13,7 @@ from ggml_cffi.parallel import DataParallel, release
 
 
 def make(device):
-    """A replica: on the worker's own first device, with weights that it makes there."""
+    """Make a replica on the worker's first device, with weights that the worker makes itself."""
     session = ggml.Session([device], n_threads=1)
     w = session.weight(np.eye(64, dtype=np.float32))
     f = session.compile(lambda x: ggml.linear(x, w))
@@ -21,12 +21,12 @@ def make(device):
 
 
 def main() -> None:
-    """Send twenty arrays to whichever process is free."""
+    """Send each of twenty arrays to a free process."""
     arrays = [np.full((2, 64), i, np.float32) for i in range(20)]
     with Client(n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
         with DataParallel(make, ["CPU"], executor=client.get_executor()) as dp:
             results = list(dp.map(arrays))
-        client.run(release)  # frees the replicas; they would stay until the workers end
+        client.run(release)  # frees the replicas, which would stay until the workers end
     for x, (_, y) in zip(arrays, results, strict=True):
         np.testing.assert_allclose(y, x)
     processes = {pid for pid, _ in results}

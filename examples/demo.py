@@ -1,6 +1,6 @@
-"""A real model answers a prompt, its layers split over every GPU, the CPU behind them.
+"""A model that answers a prompt, with its layers split over every GPU and the CPU as a fallback.
 
-Where there is no GPU, two logical devices of the software Vulkan driver stand in.
+On a machine without a GPU, the demo uses two logical devices of the software Vulkan driver.
 """
 
 import json
@@ -16,21 +16,21 @@ PROMPT = "What is the capital of France, and what is it known for?"
 
 
 def gpus() -> int:
-    """GPUs that the driver lists by itself; asked in another process, since it lists them once."""
+    """Count the GPUs in another process, since the driver reads its environment only once."""
     command = [sys.executable, "-m", "ggml_cffi", "devices", "--json"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return sum(device["type"] != "CPU" for device in listed)
 
 
 def main() -> None:
-    """Load, answer, and say what was where and how fast."""
+    """Load the model, answer, and print the placement and the speed."""
     if "GGML_VK_VISIBLE_DEVICES" not in os.environ and gpus() == 0:
         os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
         software = any(not d.is_cpu for d in ggml_cffi.devices())
         print(
-            "No GPU here: two logical devices of the software Vulkan driver stand in (slow; it compiles for a minute)."
+            "No GPU here: using two logical devices of the software Vulkan driver (slow: it compiles for a minute)."
             if software
-            else "No GPU and no software Vulkan device here: the CPU does it all."
+            else "No GPU and no software Vulkan device here: the CPU computes everything."
         )
     print("\nDevices")
     cli.main(["devices"])
@@ -39,7 +39,7 @@ def main() -> None:
     with cli.progress_bar("loading") as progress:
         model = models.load(path, n_ctx=512, progress=progress)
     with model:
-        print(f"\n{path.name}: what is where")
+        print(f"\n{path.name}: placement")
         print(cli.placement(model))
         print(f"\n> {PROMPT}\n")
         for piece in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):

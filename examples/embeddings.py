@@ -1,8 +1,8 @@
-"""Sentence embeddings in scikit-learn: classifies sentences by topic, from a few examples of each.
+"""Sentence embeddings in scikit-learn: a classifier of sentences by topic, from a few examples of each topic.
 
 python examples/embeddings.py [MODEL.gguf [DEVICE ...]]
 
-Without a model all-MiniLM-L6-v2 is downloaded (84 MB) and converted; without devices the CPU computes.
+The default model is all-MiniLM-L6-v2, which the script downloads (84 MB) and converts. The default device is the CPU.
 """
 
 import sys
@@ -50,7 +50,7 @@ NEW = ["Let the pastry cool on a rack.", "The goalkeeper saved a penalty.", "A m
 
 
 class Embedding(TransformerMixin, BaseEstimator):
-    """Texts to vectors, by a model that is loaded already and that all copies share."""
+    """A transformer of texts to vectors, whose copies share one loaded model."""
 
     def __init__(self, model):
         self.model = model
@@ -59,16 +59,16 @@ class Embedding(TransformerMixin, BaseEstimator):
         return self
 
     def fit(self, texts, classes=None):
-        """Nothing to learn: the model has been trained."""
+        """Return itself: the model is already trained."""
         return self
 
     def transform(self, texts):
-        """One row for each text."""
+        """Return one row for each text."""
         return self.model.embed(texts)
 
 
 def minilm():
-    """The file of all-MiniLM-L6-v2, made on first use."""
+    """Return the file of all-MiniLM-L6-v2, and make it on first use."""
     folder = models.fetch("minilm")
     path = folder / "all-MiniLM-L6-v2.F16.gguf"
     if not path.exists():
@@ -77,14 +77,14 @@ def minilm():
 
 
 def main():
-    """Print how well the classifier does on sentences that it was not shown, and what it says to new ones."""
+    """Print the accuracy on sentences outside of the training data, and the topics of new sentences."""
     texts = [text for examples in TOPICS.values() for text in examples]
     classes = [topic for topic, examples in TOPICS.items() for _ in examples]
     path = sys.argv[1] if len(sys.argv) > 1 else minilm()
     with models.load(path, sys.argv[2:] or ["CPU"]) as model:
         classifier = make_pipeline(Embedding(model), LogisticRegression(C=10))
         accuracy = cross_val_score(classifier, texts, classes, cv=4).mean()
-        print(f"accuracy on {len(texts)} sentences, each judged by the others: {accuracy:.2f}")
+        print(f"accuracy on {len(texts)} sentences, cross-validated: {accuracy:.2f}")
         assert accuracy > 0.9
         for text, topic in zip(NEW, classifier.fit(texts, classes).predict(NEW), strict=True):
             print(f"{topic:8} {text}")

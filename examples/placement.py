@@ -1,4 +1,4 @@
-"""Placing single tensors by hand: the middle of three steps is sent to another device."""
+"""Manual placement: the second of three operations runs on another device."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def main() -> None:
         with ggml.Graph(outputs) as graph:
             scheduler.place(middle, "CPU")
             print("compute buffers:", {b.name: n for b, n in scheduler.reserve(graph).items()})
-            scheduler.alloc(graph)  # the placement is still there
+            scheduler.alloc(graph)  # keeps the placement
             inputs.set(x)
             scheduler.compute(graph)
             print({node.op.name: backend.name for node, backend in scheduler.assignment()})

@@ -1,7 +1,7 @@
 """Data parallelism on a Ray cluster, here one of two local processes.
 
-Ray has no executor of the kind that ``concurrent.futures`` has: the class below is one, of actors. On a real cluster,
-call ``ray.init("auto")``, and give each actor a GPU: ``ray.remote(num_gpus=1)``.
+Ray has no executor like those of ``concurrent.futures``: the class below builds one from actors. On a real cluster,
+call ``ray.init("auto")`` and give each actor a GPU with ``ray.remote(num_gpus=1)``.
 """
 
 import os
@@ -16,7 +16,7 @@ from ggml_cffi.parallel import DataParallel
 
 
 class Actors(ThreadPoolExecutor):
-    """Calls in actors, each in the one that is free. A thread here waits for each."""
+    """An executor that calls functions in free actors. One local thread waits for each actor."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
@@ -25,7 +25,7 @@ class Actors(ThreadPoolExecutor):
             self._free.put(ray.remote(num_cpus=1)(Caller).remote())
 
     def submit(self, function, /, *args) -> Future:
-        """Have an actor call ``function(*args)``."""
+        """Call ``function(*args)`` in an actor."""
         return super().submit(self._call, function, args)
 
     def _call(self, function, args):
@@ -37,7 +37,7 @@ class Actors(ThreadPoolExecutor):
 
 
 class Caller:
-    """What runs in an actor's process."""
+    """An actor that calls functions in its own process."""
 
     def call(self, function, args):
         """Call ``function``."""
@@ -45,7 +45,7 @@ class Caller:
 
 
 def make(device):
-    """A replica: on the actor's own device, with weights that it makes there."""
+    """Make a replica on the actor's own device, with weights that the actor makes itself."""
     session = ggml.Session([device], n_threads=1)
     w = session.weight(np.eye(64, dtype=np.float32))
     f = session.compile(lambda x: ggml.linear(x, w))
@@ -53,7 +53,7 @@ def make(device):
 
 
 def main() -> None:
-    """Send twenty arrays to whichever process is free."""
+    """Send each of twenty arrays to a free process."""
     arrays = [np.full((2, 64), i, np.float32) for i in range(20)]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     with Actors(2) as actors, DataParallel(make, ["CPU"], executor=actors) as dp:

@@ -1,6 +1,6 @@
-"""Seeing what a scheduler made of a graph: a table, a drawing, and how long each part takes.
+"""A graph of a scheduler as a table, as a drawing, and as a profile with the time of each node.
 
-Usage: see.py [FOLDER]: where the drawing and the trace go; default a temporary one.
+Usage: see.py [FOLDER], the folder for the drawing and the trace (default: a temporary one).
 """
 
 import json
@@ -15,7 +15,7 @@ import ggml_cffi as ggml
 
 
 def main(folder: Path) -> None:
-    """Compute ``sum(relu(x @ a.T)) + sum(relu(x @ b.T))``, each branch on a device of its own where there are two."""
+    """Compute ``sum(relu(x @ a.T)) + sum(relu(x @ b.T))``, each branch on a device of its own if there are two."""
     rng = np.random.default_rng(0)
     x, a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in ((8, 64), (96, 64), (96, 64)))
     devices = ggml.devices()[:2]

@@ -23,7 +23,7 @@ from ggml_cffi import GgmlError, models
 
 
 class Ask(BaseModel, extra="forbid"):
-    """What is to be written: ``prompt`` or ``messages``, and what ``Model.generate`` takes."""
+    """A request: ``prompt`` or ``messages``, and parameters of ``Model.generate``."""
 
     prompt: str | None = None
     messages: list[dict[str, str]] | None = None
@@ -40,7 +40,7 @@ class Ask(BaseModel, extra="forbid"):
 
 
 def begin(model: models.Model, ask: Ask) -> tuple[int, Iterator[str]]:
-    """The number of the prompt's tokens, and the pieces of the answer."""
+    """Return the number of the prompt's tokens, and the pieces of the answer."""
     if (ask.prompt is None) == (ask.messages is None):
         raise ValueError("give either a prompt or messages")
     prompt = model.apply_chat_template(ask.messages or []) if ask.prompt is None else ask.prompt
@@ -49,9 +49,9 @@ def begin(model: models.Model, ask: Ask) -> tuple[int, Iterator[str]]:
 
 
 async def events(model: models.Model, n_prompt: int, pieces: Iterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """The pieces as they come, and at last the counts of tokens."""
+    """Yield the pieces as they come, and the counts of tokens at the end."""
     text = ""
-    async with aclosing(stream(pieces)) as arriving:  # left when the client goes away, which ends the text
+    async with aclosing(stream(pieces)) as arriving:  # a disconnect leaves the block, which ends the request
         async for piece in arriving:
             text += piece
             yield {"text": piece}
@@ -60,7 +60,7 @@ async def events(model: models.Model, n_prompt: int, pieces: Iterator[str]) -> A
 
 
 async def lines(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """As server-sent events. The status is sent by now: an error is an event, too."""
+    """Format server-sent events. An error is an event too, since the status has been sent already."""
     try:
         async with aclosing(found):
             async for event in found:
@@ -70,7 +70,7 @@ async def lines(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
 
 
 def application(model: models.Model) -> FastAPI:
-    """The server of ``model``."""
+    """Make the server of ``model``."""
     app = FastAPI(title="ggml_cffi")
 
     @app.get("/health")
@@ -95,7 +95,7 @@ def application(model: models.Model) -> FastAPI:
         return JSONResponse({"text": text, **event})
 
     @app.exception_handler(RequestValidationError)
-    async def wrong(_: Request, error: RequestValidationError) -> Response:  # FastAPI's own fails to echo a NaN
+    async def wrong(_: Request, error: RequestValidationError) -> Response:  # FastAPI's own handler cannot echo a NaN
         reasons = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
         return JSONResponse({"detail": "; ".join(reasons)}, status_code=422)
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (default: %(default)s)")
     parser.add_argument("--devices", type=lambda text: text.split(","), help="default: every GPU, then the CPU")
-    parser.add_argument("--ctx", type=int, help="most tokens of prompt and answer (default: up to 4096)")
+    parser.add_argument("--ctx", type=int, help="largest number of tokens of prompt and answer (default: up to 4096)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     args = parser.parse_args()
     with models.load(args.model, args.devices, n_ctx=args.ctx, n_threads=args.threads) as model:

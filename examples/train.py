@@ -1,4 +1,4 @@
-"""Fits a small classifier: three spirals, two hidden layers, AdamW. Forward, backward and step are one graph.
+"""Training of a small classifier: three spirals, two hidden layers, AdamW. Forward, backward and step are one graph.
 
 python examples/train.py [DEVICE ...]
 """
@@ -14,7 +14,7 @@ N_CLASSES, HIDDEN, BATCH = 3, 64, 64
 
 
 def spirals(n, rng):
-    """``n`` points of each class in the plane, and their classes."""
+    """Return ``n`` points of each class in the plane, and their classes."""
     t = np.linspace(0.1, 1, n)
     arms = [4.5 * t + 2 * np.pi * k / N_CLASSES + 0.15 * rng.standard_normal(n) for k in range(N_CLASSES)]
     points = np.concatenate([np.stack([t * np.sin(a), t * np.cos(a)], 1) for a in arms])
@@ -22,7 +22,7 @@ def spirals(n, rng):
 
 
 def network(x, weights):
-    """Logits of points ``x``."""
+    """Return the logits of points ``x``."""
     for i, (w, b) in enumerate(weights):
         x = ggml.linear(x, w, b)
         if i < len(weights) - 1:
@@ -31,12 +31,12 @@ def network(x, weights):
 
 
 def fit(points, classes, test, devices=("CPU",), epochs=30, seed=0):
-    """Fit to ``points`` and ``classes``.
+    """Train with ``points`` and ``classes``.
 
     Returns
     -------
     tuple
-        The classes found for the points ``test``, and the loss of each epoch.
+        The predicted classes of the points ``test``, and the loss of each epoch.
     """
     rng = np.random.default_rng(seed)
     sizes = [2, HIDDEN, HIDDEN, N_CLASSES]
@@ -74,7 +74,7 @@ def fit(points, classes, test, devices=("CPU",), epochs=30, seed=0):
 
 
 def main():
-    """Fit, and print the accuracy on points not seen."""
+    """Train, and print the accuracy on new points."""
     rng = np.random.default_rng(1)
     (points, classes), (test, truth) = spirals(400, rng), spirals(200, rng)
     found, losses = fit(points, classes, test, sys.argv[1:] or ("CPU",))

@@ -1,4 +1,4 @@
-"""Two products on two devices: weights say where, the scheduler does the rest."""
+"""Two products on two devices, which the scheduler chooses by the weights."""
 
 import numpy as np
 

@@ -18,13 +18,13 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "_b
 
 
 def fences(name):
-    """The fenced blocks of a page: language, first line counted from 0, text."""
+    """Return the fenced blocks of a page: language, first line counted from 0, text."""
     tokens = MarkdownIt().parse((DOCS / name).read_text())
     return [(t.info.strip(), t.map[0] + 1, t.content) for t in tokens if t.type == "fence"]
 
 
 def code(name):
-    """The Python of a page, on the lines where it is there: tracebacks name them."""
+    """Return the Python code of a page, with its line numbers, which tracebacks name."""
     lines = []
     for language, start, text in fences(name):
         if language == "python":
@@ -33,14 +33,14 @@ def code(name):
 
 
 def gpus(name):
-    """How many Vulkan devices a page says that it needs, in the lines before its title."""
+    """Return the number of Vulkan devices that a page needs, from the lines before its title."""
     found = re.match(r"---\ngpus: (\d)\n---\n", (DOCS / name).read_text())
     return int(found[1]) if found else 0
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if code(name)])
-def test_code(name):
-    # In one process, in order, as a reader would; on the CPU so that it takes seconds, where it needs no more.
+def test_the_code_of_a_page_prints_what_the_page_shows(name):
+    # In one process and in order, as a reader runs it. On the CPU, where it takes seconds, unless the page needs a GPU.
     n = gpus(name)
     visible = "99"
     if n:
@@ -56,8 +56,8 @@ def test_code(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_fences(name):
-    """No block escapes: Python is run, output is compared, and the rest is commands and directives."""
+def test_every_block_has_a_language_that_the_tests_know(name):
+    """No block escapes the tests: they run Python and compare output. The rest is commands and directives."""
     for language, _, _ in fences(name):
         assert language in ("python", "output", "console", "r", "c", "text") or language.startswith("{")
 
@@ -80,25 +80,25 @@ def site(tmp_path_factory):
 
 
 def documented(site):
-    """Every Python name that the site has a description of."""
+    """Return every Python name that the site describes."""
     raw = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     lines = zlib.decompress(raw).decode().splitlines()
     return {line.split()[0] for line in lines if re.match(r"\S+ py:", line)}
 
 
-def test_reference_has_all_public_names(site):
+def test_the_reference_has_all_public_names(site):
     names = documented(site)
     modules = {"ggml_cffi": ggml_cffi, "ggml_cffi.flat": flat, "ggml_cffi.models": models}
     want = {f"{where}.{name}" for where, module in modules.items() for name in module.__all__}
     assert sorted(want - names) == []
 
 
-def test_table_of_operations_is_part_of_the_site(site):
+def test_the_table_of_operations_is_part_of_the_site(site):
     assert "ggml_soft_max_ext" in (site / "operations.html").read_text()
 
 
-def test_links_lead_somewhere():
-    # Those to files of the repository, which Sphinx does not follow.
+def test_links_to_files_of_the_repository_lead_somewhere():
+    # Sphinx does not follow these.
     for name in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (DOCS / name).read_text()):
             assert (DOCS / name).parent.joinpath(target).exists(), f"{name}: {target}"

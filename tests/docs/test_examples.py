@@ -11,7 +11,7 @@ import pytest
 from tests.support import ROOT, need, run_python
 
 EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
-APART = ["demo.py", "serve.py"]  # have tests of their own
+TESTED_ELSEWHERE = ["demo.py", "serve.py"]
 GUIDE = [name for name in EXAMPLES if name.startswith("guide/")]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -28,8 +28,8 @@ def run(name, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*APART, *GUIDE)])
-def test_example(name):
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*TESTED_ELSEWHERE, *GUIDE)])
+def test_an_example_runs(name):
     package = NEEDS.get(name)
     if package and not find_spec(package):
         pytest.skip(f"needs {package}: pip install ggml-cffi[cluster]")
@@ -37,8 +37,7 @@ def test_example(name):
 
 
 @pytest.mark.parametrize("name", GUIDE)
-def test_guide_uses_what_there_is(name):
-    """On two GPUs each listing shows what it is for; on none it says what is missing."""
+def test_a_guide_script_uses_the_gpus_or_says_that_they_are_missing(name):
     need(("Vulkan0", "Vulkan1"))
     assert "Vulkan" in run(name) or name.endswith(("devices.py", "asynchronous.py"))
     out = run(name, GGML_VK_VISIBLE_DEVICES="99")
@@ -47,23 +46,23 @@ def test_guide_uses_what_there_is(name):
 
 @pytest.mark.parametrize("name", ["scheduler.py", "placement.py"])
 @pytest.mark.parametrize("way", ["flat", "objects"])
-def test_guide_needs_a_second_gpu(way, name):
+def test_a_guide_script_for_two_gpus_says_that_the_machine_has_one(way, name):
     need(("Vulkan0",))
     assert "machine has 1" in run(f"guide/{way}/{name}", GGML_VK_VISIBLE_DEVICES="0")
 
 
 @pytest.mark.parametrize("name", ["two_devices.py", "placement.py"])
-def test_example_with_the_cpu_alone(name):
+def test_an_example_runs_on_the_cpu_alone(name):
     assert "CPU" in run(name, GGML_VK_VISIBLE_DEVICES="99")
 
 
-def test_two_devices_are_both_used(two_gpus):
+def test_the_example_of_two_devices_uses_both(two_gpus):
     out = run("two_devices.py")
     assert "MUL_MAT  on Vulkan0" in out
     assert "MUL_MAT  on Vulkan1" in out
 
 
-def test_demo():
+def test_the_demo_splits_a_model_over_two_devices_and_answers():
     need(("Vulkan0", "Vulkan1"))
     out = run("demo.py")
     assert re.search(r"Vulkan0 +GPU|Vulkan0 +CPU", out)
@@ -74,13 +73,13 @@ def test_demo():
     assert re.search(r"computed on Vulkan0 \(\d+ nodes\), Vulkan1 \(\d+ nodes\)", out)
 
 
-def test_readme_has_code():
+def test_the_readme_has_code():
     assert len(BLOCKS) >= 3
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[b.strip().splitlines()[0] for b in BLOCKS])
-def test_readme_code(block):
-    # The code that a reader runs, on the CPU so that it takes seconds.
+def test_the_code_of_the_readme_runs(block):
+    # On the CPU, where it takes seconds.
     done = run_python(block, GGML_VK_VISIBLE_DEVICES="99")
     assert done.stdout
     assert "Warning" not in done.stderr

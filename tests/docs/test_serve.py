@@ -1,4 +1,4 @@
-"""The example that serves a model over HTTP: several clients, streaming, those that leave, wrong requests."""
+"""The example that serves a model over HTTP: several clients, streaming, disconnects, wrong requests."""
 
 import json
 import os
@@ -26,7 +26,7 @@ N = 6
 
 @pytest.fixture(scope="module")
 def serve():
-    """The example as a module."""
+    """Import the example as a module."""
     sys.path.insert(0, str(ROOT / "examples"))
     try:
         import serve
@@ -38,7 +38,7 @@ def serve():
 
 @contextmanager
 def served(application):
-    """A server in a thread; its address."""
+    """Run a server in a thread, and yield its address."""
     server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="warning", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -63,7 +63,7 @@ def client(serve, model):
 
 
 def until(true):
-    """Wait for it."""
+    """Wait up to a minute until ``true()`` is true."""
     end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
@@ -78,22 +78,21 @@ def events(response):
             yield json.loads(line.removeprefix("data: "))
 
 
-def ask(client, **what):
-    """The pieces of an answer, and the last event."""
-    with client.stream("POST", "/generate", json={"max_tokens": N, **what}) as response:
+def ask(client, **request):
+    """Return the pieces of an answer, and the last event."""
+    with client.stream("POST", "/generate", json={"max_tokens": N, **request}) as response:
         *pieces, last = events(response)
     assert all(set(piece) == {"text"} for piece in pieces)
     return [piece["text"] for piece in pieces], last
 
 
-def growing(model):
-    """Texts that are not done."""
-    with model._generators[0].lock:
-        model._generators[0].settle()
-        return list(model._generators[0]._growing)
+def in_flight(model):
+    """Return the sequences that are not done."""
+    with model._batchers[0].exclusive():
+        return list(model._batchers[0].active)
 
 
-def test_clients_at_once_get_what_they_get_alone(client, model):
+def test_the_answer_to_a_client_does_not_depend_on_other_clients(client, model):
     alone = ["".join(model.generate(prompt, N)) for prompt in PROMPTS]
     model.clear_cache()
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -101,20 +100,20 @@ def test_clients_at_once_get_what_they_get_alone(client, model):
     assert ["".join(pieces) for pieces, _ in found] == alone
     for prompt, (_, last) in zip(PROMPTS, found, strict=True):
         assert last == {"done": True, "prompt_tokens": len(model.tokenize(prompt)), "tokens": N}
-    assert not growing(model)
+    assert not in_flight(model)
 
 
-def test_pieces_come_one_by_one_and_the_loop_goes_on(client, model):
+def test_a_stream_yields_pieces_while_the_server_answers_other_requests(client, model):
     with client.stream("POST", "/generate", json={"prompt": PROMPTS[0], "max_tokens": 400}) as response:
         found = events(response)
         pieces = [next(found)["text"] for _ in range(2)]
-        assert growing(model)  # what has come is not all
+        assert in_flight(model)  # the answer is not complete
         health = client.get("/health").json()
         assert (health["status"], health["n_ctx"], health["devices"]) == ("ok", 512, ["CPU"])
     assert "".join(model.generate(PROMPTS[0], 2)) == "".join(pieces)
 
 
-def test_as_json(client, model):
+def test_an_answer_without_streaming_is_one_json_object(client, model):
     messages = [{"role": "user", "content": "Hello"}]
     response = client.post("/generate", json={"messages": messages, "max_tokens": N, "stream": False})
     assert response.status_code == 200
@@ -123,14 +122,14 @@ def test_as_json(client, model):
     assert response.json() == {"text": want, "done": True, "prompt_tokens": len(model.tokenize(prompt)), "tokens": N}
 
 
-def test_parameters_arrive(client, model):
+def test_sampling_parameters_reach_the_model(client, model):
     options = {"temperature": 0.9, "seed": 3, "top_k": 20, "repeat_penalty": 1.2}
     assert "".join(ask(client, prompt=PROMPTS[2], **options)[0]) == "".join(model.generate(PROMPTS[2], N, **options))
     assert "".join(ask(client, prompt=PROMPTS[0], stop=["Paris"])[0]) == " "
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_leaves_ends_its_text(client, model, streaming):
+def test_a_client_that_disconnects_ends_its_request(client, model, streaming):
     request = {"prompt": PROMPTS[2], "max_tokens": 400, "stream": streaming}
     if streaming:
         with client.stream("POST", "/generate", json=request) as response:
@@ -138,8 +137,8 @@ def test_a_client_that_leaves_ends_its_text(client, model, streaming):
     else:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/generate", json=request, timeout=httpx.Timeout(60, read=0.1))
-    until(lambda: model.cached and not growing(model))
-    [ids] = model.cached  # for whoever begins like this, until the room is needed
+    until(lambda: model.cached and not in_flight(model))
+    [ids] = model.cached  # kept for requests with the same prefix, until the slots are needed
     assert len(ids) < 300
     assert ask(client, prompt=PROMPTS[0])[1]["done"]
 
@@ -160,21 +159,21 @@ def test_a_client_that_leaves_ends_its_text(client, model, streaming):
         ({"prompt": "a", "temprature": float("nan")}, 422, "temprature: Extra inputs are not permitted"),
     ],
 )
-def test_wrong_requests(client, model, request_, status, message):
+def test_a_wrong_request_is_refused_with_a_message(client, model, request_, status, message):
     response = client.post("/generate", content=json.dumps(request_), headers={"Content-Type": "application/json"})
     assert response.status_code == status
     assert message in response.json()["detail"]
-    assert not growing(model)
+    assert not in_flight(model)
 
 
-def test_a_model_that_is_closed(client, model):
+def test_a_closed_model_answers_with_an_error(client, model):
     model.close()
     assert ask(client, prompt="a") == ([], {"error": "this model is closed"})
     response = client.post("/generate", json={"prompt": "a", "stream": False})
     assert (response.status_code, response.json()) == (503, {"detail": "this model is closed"})
 
 
-def test_command(smollm2):
+def test_the_command_serves_until_it_is_interrupted(smollm2):
     options = ["--port", "0", "--devices", "CPU", "--ctx", "64", "--threads", "2"]
     command = [sys.executable, ROOT / "examples" / "serve.py", smollm2, *options]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

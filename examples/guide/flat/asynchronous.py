@@ -1,4 +1,4 @@
-"""5. Starting a run, doing something else, and waiting. By the functions of the C library."""
+"""5. A run in the background while the host continues. With the flat API."""
 # ruff: noqa: F403, F405
 
 import time
@@ -9,7 +9,7 @@ from ggml_cffi.flat import *
 
 
 def main():
-    """Compute ``sum(relu(w @ x))`` of several ``x``, while the host makes the next."""
+    """Compute ``sum(relu(w @ x))`` of several ``x``, while the host makes the next one."""
     n_devices = ggml_vulkan_device_count()
     if not n_devices:
         print("A GPU is missing: the CPU computes, and a start waits for it.")
@@ -32,7 +32,7 @@ def main():
         started = time.perf_counter()
         ggml_backend_sched_graph_compute_async(sched, graph)
         returned = time.perf_counter()
-        following = rng.standard_normal(x.shape)  # while it runs
+        next_batch = rng.standard_normal(x.shape)  # while it runs
         ggml_backend_sched_synchronize(sched)
         done = time.perf_counter()
 
@@ -43,7 +43,7 @@ def main():
             f"{(done - started) * 1e3:.2f} ms; {got:.1f}, numpy has {want:.1f}"
         )
         assert abs(got - want) < 1e-2 * want
-        batch = following
+        batch = next_batch
 
     ggml_backend_sched_free(sched)
     ggml_free(ctx)

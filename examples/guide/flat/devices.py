@@ -1,4 +1,4 @@
-"""1. Which GPUs there are, and their memory. By the functions of the C library."""
+"""1. The GPUs of this machine, and their memory. With the flat API."""
 # ruff: noqa: F403, F405
 
 from ggml_cffi.flat import *

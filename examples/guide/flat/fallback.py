@@ -1,4 +1,4 @@
-"""3. A GPU, and the CPU for what the GPU cannot. By the functions of the C library."""
+"""3. A GPU, and the CPU for operations that the GPU lacks. With the flat API."""
 # ruff: noqa: F403, F405
 
 import numpy as np
@@ -7,7 +7,7 @@ from ggml_cffi.flat import *
 
 
 def softsign(out, a):
-    """An operation that no GPU has."""
+    """Compute an operation that no GPU supports."""
     out[...] = a / (1 + np.abs(a))
 
 
@@ -27,8 +27,8 @@ def main():
     w = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 32, 16), "w")
     x = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 32, 4), "x")
     product = ggml_set_name(ggml_mul_mat(ctx, w, x), "product")
-    bent = ggml_set_name(ggml_map_custom1(ctx, product, softsign, 1, None), "softsign")
-    y = ggml_set_name(ggml_scale(ctx, bent, 2.0), "y")
+    activated = ggml_set_name(ggml_map_custom1(ctx, product, softsign, 1, None), "softsign")
+    y = ggml_set_name(ggml_scale(ctx, activated, 2.0), "y")
     graph = ggml_build_forward_expand(ctx, y)
 
     ggml_backend_sched_alloc_graph(sched, graph)
@@ -38,10 +38,10 @@ def main():
     ggml_set_f32(x, data[1].reshape(-1))
     ggml_backend_sched_graph_compute(sched, graph)
 
-    for tensor in (w, x, product, bent, y):
+    for tensor in (w, x, product, activated, y):
         backend = ggml_backend_sched_get_tensor_backend(sched, tensor)
         print(f"{ggml_get_name(tensor):10} {ggml_tensor_shape(tensor)} on {ggml_backend_name(backend)}")
-    assert ggml_backend_name(ggml_backend_sched_get_tensor_backend(sched, bent)) == "CPU"
+    assert ggml_backend_name(ggml_backend_sched_get_tensor_backend(sched, activated)) == "CPU"
     product = data[1] @ data[0].T
     error = np.abs(ggml_get_f32(y) - (2 * product / (1 + np.abs(product))).reshape(-1)).max()
     print(f"largest error against numpy: {error:.1e}")

@@ -1,4 +1,4 @@
-"""4. Tensors placed by hand. By the functions of the C library."""
+"""4. Tensors with manual placement. With the flat API."""
 # ruff: noqa: F403, F405
 
 import numpy as np
@@ -21,7 +21,7 @@ def main():
     b = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 1000)
     rng = np.random.default_rng(0)
     data_a, data_b = rng.standard_normal((2, 1000))
-    ggml_set_f32(a, data_a)  # before anything has memory: kept
+    ggml_set_f32(a, data_a)  # kept until the tensor has memory
     ggml_set_f32(b, data_b)
     total = ggml_add(ctx, a, b)
     difference = ggml_sub(ctx, a, b)
@@ -36,7 +36,7 @@ def main():
         print(f"{name:10} on {ggml_backend_name(ggml_backend_sched_get_tensor_backend(sched, tensor))}")
     assert ggml_backend_sched_get_tensor_backend(sched, difference) is gpu1
 
-    for step in range(2):  # inputs stay: the second run is as right as the first
+    for step in range(2):  # inputs keep their values for the second run
         ggml_backend_sched_graph_compute(sched, graph)
         error = np.abs(ggml_get_f32(result) - (data_a + data_b) * (data_a - data_b)).max()
         print(f"run {step}: largest error against numpy {error:.1e}")

@@ -1,4 +1,4 @@
-"""2. A scheduler over several GPUs: a layer on each. By the functions of the C library."""
+"""2. A scheduler over several GPUs: a layer on each. With the flat API."""
 # ruff: noqa: F403, F405
 
 import numpy as np
@@ -14,7 +14,7 @@ def main():
         return
     gpu0 = ggml_vulkan_init(0)
     gpu1 = ggml_vulkan_init(1)
-    sched = ggml_backend_sched_new([gpu0, gpu1])  # the CPU is added
+    sched = ggml_backend_sched_new([gpu0, gpu1])  # adds the CPU
     n = ggml_backend_sched_get_n_backends(sched)
     names = [ggml_backend_name(ggml_backend_sched_get_backend(sched, i)) for i in range(n)]
     print("backends:", ", ".join(names))
@@ -35,7 +35,7 @@ def main():
     for tensor, gpu in ((w0, gpu0), (hidden, gpu0), (w1, gpu1), (y, gpu1)):
         ggml_backend_sched_set_tensor_backend(sched, tensor, gpu)
     ggml_backend_sched_reserve(sched, graph)
-    ggml_backend_sched_alloc_graph(sched, graph)  # the same graph again: wrong numbers in C, right ones here
+    ggml_backend_sched_alloc_graph(sched, graph)  # the same graph again: wrong numbers in C, correct ones here
     ggml_backend_sched_graph_compute(sched, graph)
 
     print("splits:", ggml_backend_sched_get_n_splits(sched), "copies:", ggml_backend_sched_get_n_copies(sched))

@@ -1,4 +1,4 @@
-"""5. Starting a run, doing something else, and waiting. By objects."""
+"""5. A run in the background while the host continues. With objects."""
 
 import time
 
@@ -8,7 +8,7 @@ import ggml_cffi as ggml
 
 
 def main():
-    """Compute ``sum(relu(x @ w.T))`` of several ``x``, while the host makes the next."""
+    """Compute ``sum(relu(x @ w.T))`` of several ``x``, while the host makes the next one."""
     gpus = [d for d in ggml.devices() if not d.is_cpu]
     if not gpus:
         print("A GPU is missing: the CPU computes, and a start waits for it.")
@@ -26,7 +26,7 @@ def main():
                 started = time.perf_counter()
                 scheduler.compute_async(graph)
                 returned = time.perf_counter()
-                following = rng.standard_normal(inputs.shape)  # while it runs
+                next_batch = rng.standard_normal(inputs.shape)  # while it runs
                 scheduler.synchronize()
                 done = time.perf_counter()
 
@@ -36,7 +36,7 @@ def main():
                     f"{(done - started) * 1e3:.2f} ms; {got:.1f}, numpy has {want:.1f}"
                 )
                 assert abs(got - want) < 1e-2 * want
-                batch = following
+                batch = next_batch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""1. Which GPUs there are, and their memory. By objects."""
+"""1. The GPUs of this machine, and their memory. With objects."""
 
 import ggml_cffi as ggml
 

@@ -1,4 +1,4 @@
-"""3. A GPU, and the CPU for what the GPU cannot. By objects."""
+"""3. A GPU, and the CPU for operations that the GPU lacks. With objects."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import ggml_cffi as ggml
 
 
 def softsign(out, a):
-    """An operation that no GPU has."""
+    """Compute an operation that no GPU supports."""
     out[...] = a / (1 + np.abs(a))
 
 
@@ -20,8 +20,8 @@ def main():
 
     with ggml.Context() as ctx, ggml.Backend("CPU", n_threads=2) as cpu, ggml.Scheduler([*gpus, cpu]) as scheduler:
         weight, inputs = ctx.new_tensor(ggml.F32, w.shape), ctx.new_tensor(ggml.F32, x.shape)
-        bent = ggml.map_custom1(ggml.linear(inputs, weight), softsign)
-        outputs = ggml.scale(bent, 2)
+        activated = ggml.map_custom1(ggml.linear(inputs, weight), softsign)
+        outputs = ggml.scale(activated, 2)
         with ggml.Graph(outputs) as graph:
             scheduler.alloc(graph)
             weight.set(w)
@@ -29,7 +29,7 @@ def main():
             scheduler.compute(graph)
             for node, backend in scheduler.assignment():
                 print(f"{node.op.name:12} {node.shape} on {backend.name}")
-            assert scheduler.backend_of(bent) is cpu
+            assert scheduler.backend_of(activated) is cpu
             product = x @ w.T
             error = np.abs(outputs.numpy() - 2 * product / (1 + np.abs(product))).max()
     print(f"largest error against numpy: {error:.1e}")

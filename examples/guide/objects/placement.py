@@ -1,4 +1,4 @@
-"""4. Tensors placed by hand. By objects."""
+"""4. Tensors with manual placement. With objects."""
 
 import numpy as np
 
@@ -21,13 +21,13 @@ def main():
             for tensor, backend in zip((total, difference, result), (0, 1, 0), strict=True):
                 scheduler.place(tensor, scheduler.backends[backend])
             scheduler.reserve(graph)
-            scheduler.alloc(graph)  # what was placed is still placed
+            scheduler.alloc(graph)  # the placements are kept
             for name, tensor in (("total", total), ("difference", difference), ("result", result)):
                 print(f"{name:10} on {scheduler.backend_of(tensor).name}")
             assert scheduler.backend_of(difference) is scheduler.backends[1]
             a.set(x)
             b.set(y)
-            for step in range(2):  # inputs stay: the second run is as right as the first
+            for step in range(2):  # inputs keep their values for the second run
                 scheduler.compute(graph)
                 error = np.abs(result.numpy() - (x + y) * (x - y)).max()
                 print(f"run {step}: largest error against numpy {error:.1e}")

@@ -1,4 +1,4 @@
-"""2. A scheduler over several GPUs: a layer on each. By objects."""
+"""2. A scheduler over several GPUs: a layer on each. With objects."""
 
 import numpy as np
 

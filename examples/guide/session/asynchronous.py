@@ -1,4 +1,4 @@
-"""5. Starting a run, doing something else, and waiting. With a session."""
+"""5. A run in the background while the host continues. With a session."""
 
 import asyncio
 import threading
@@ -9,21 +9,21 @@ import numpy as np
 import ggml_cffi as ggml
 
 
-def check(what, batch, w, got):
+def check(label, batch, w, got):
     """Compare a result with numpy's."""
     want = np.maximum(batch @ w.T, 0).sum()
-    print(f"{what}: {got.item():.1f}, numpy has {want:.1f}")
+    print(f"{label}: {got.item():.1f}, numpy has {want:.1f}")
     assert abs(got.item() - want) < 1e-2 * want
 
 
 def compiled(session, w):
-    """``sum(relu(x @ w.T))`` on the first device of the session."""
+    """Compile ``sum(relu(x @ w.T))`` for the first device of the session."""
     weight = session.weight(w)
     return session.compile(lambda x: ggml.sum(ggml.relu(ggml.linear(x, weight))))
 
 
 async def loop(function, batches):
-    """All runs are started at once; the event loop goes on."""
+    """Start all runs at once, while the event loop continues."""
     return await asyncio.gather(*(function.run_async(batch) for batch in batches))
 
 
@@ -43,12 +43,12 @@ def main():
             started = time.perf_counter()
             future = function.submit(batch)
             returned = time.perf_counter()
-            following = rng.standard_normal(batch.shape)  # while it runs
+            next_batch = rng.standard_normal(batch.shape)  # while it runs
             total = future.result()
             done = time.perf_counter()
             times = f"returned after {(returned - started) * 1e3:.2f} ms, done after {(done - started) * 1e3:.2f} ms"
             check(f"step {step}: {times}", batch, w, total)
-            batch = following
+            batch = next_batch
 
         for k, total in enumerate(asyncio.run(loop(function, batches))):
             check(f"asyncio {k}", batches[k], w, total)

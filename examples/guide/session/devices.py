@@ -1,4 +1,4 @@
-"""1. Which GPUs there are, and their memory. With a session."""
+"""1. The GPUs of this machine, and their memory. With a session."""
 
 import ggml_cffi as ggml
 

@@ -1,4 +1,4 @@
-"""3. A GPU, and the CPU for what the GPU cannot. With a session."""
+"""3. A GPU, and the CPU for operations that the GPU lacks. With a session."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import ggml_cffi as ggml
 
 
 def softsign(out, a):
-    """An operation that no GPU has."""
+    """Compute an operation that no GPU supports."""
     out[...] = a / (1 + np.abs(a))
 
 
@@ -22,11 +22,11 @@ def main():
         weight = session.weight(w)
 
         @session.compile
-        def bent(x):
+        def activated(x):
             return ggml.scale(ggml.map_custom1(ggml.linear(x, weight), softsign), 2)
 
-        outputs = bent(x)
-        where = bent.trace(x).scheduler.assignment()
+        outputs = activated(x)
+        where = activated.trace(x).scheduler.assignment()
         for node, backend in where:
             print(f"{node.op.name:12} {node.shape} on {backend.name}")
         assert {backend.name for node, backend in where if node.op.name == "MAP_CUSTOM1"} == {"CPU"}

@@ -1,4 +1,4 @@
-"""4. Tensors placed by hand. With a session."""
+"""4. Tensors with manual placement. With a session."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def main():
         for tensor, backend in zip(traced.outputs, (0, 1, 0), strict=True):
             scheduler.place(tensor, session.backends[backend])
         scheduler.reserve(traced.graph)
-        scheduler.alloc(traced.graph)  # what was placed is still placed
+        scheduler.alloc(traced.graph)  # the placements are kept
         for name, tensor in zip(("total", "difference", "result"), traced.outputs, strict=True):
             print(f"{name:10} on {scheduler.backend_of(tensor).name}")
         assert scheduler.backend_of(traced.outputs[1]) is session.backends[1]
