@@ -1,4 +1,4 @@
-"""Writes ``data/*_float64.json``: greedy continuations by the float64 reference. Names of models as arguments."""
+"""Write ``data/*_float64.json``: greedy continuations by the float64 reference, for the models named as arguments."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""Writes ``data/minilm.json``: token ids and embeddings by sentence-transformers (CPU, F32).
+"""Write ``data/minilm.json``: token ids and embeddings by sentence-transformers (CPU, F32).
 
-``python -m tests.scripts.make_minilm FOLDER``, with the Hugging Face folder of all-MiniLM-L6-v2. Needs
-``sentence-transformers``.
+``python -m tests.scripts.make_minilm FOLDER``, with the Hugging Face folder of all-MiniLM-L6-v2. It
+needs ``sentence-transformers``.
 """
 
 import json
@@ -29,9 +29,9 @@ def main() -> None:
     tokenizer.backend_tokenizer.no_truncation()
     cases = []
     for text in TEXTS:
-        whole = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
         vector = model.encode(text, batch_size=1)
-        cases.append({"text": text, "tokens": whole, "embedding": [round(float(x), 7) for x in vector]})
+        cases.append({"text": text, "tokens": ids, "embedding": [round(float(x), 7) for x in vector]})
     found = {"max_seq_length": model.max_seq_length, "cases": cases}
     lines = (
         json.dumps(found, ensure_ascii=False).replace('{"text"', '\n{"text"').replace('"embedding"', '\n"embedding"')

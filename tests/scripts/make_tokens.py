@@ -1,7 +1,7 @@
-"""Writes ``data/tokens_*.json``: what llama.cpp makes of the texts of ``random_text`` and ``random_vocabulary``.
+"""Write ``data/tokens_*.json``: llama.cpp's token ids for the texts of ``random_text`` and ``random_vocabulary``.
 
-``python -m tests.scripts.make_tokens smollm2=FILE gemma3=FILE minilm=FILE``, with the models' GGUF files. Needs
-``llama-cpp-python`` beside this package.
+``python -m tests.scripts.make_tokens smollm2=FILE gemma3=FILE minilm=FILE``, with the models' GGUF files. It
+needs ``llama-cpp-python`` beside this package.
 """
 
 import ctypes
@@ -17,17 +17,17 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 EXAMPLES = 40
 FEW = 500
 VOCABULARIES, VOCABULARY_TEXTS = 300, 12
-#: Other ways to cut words, each tried with SmolLM2's vocabulary: one name of each that is known.
+#: One name of each pre-tokenizer, to be tested with SmolLM2's vocabulary.
 PRE_TOKENIZERS = "default gpt-2 falcon llama-bpe dbrx glm4 qwen2 qwen35 gpt-4o tekken deepseek-v3 deepseek-coder"
 
 
 def digest(*values: object, size: int) -> str:
-    """Hexadecimal digits that tell wrong from right."""
+    """Return a short hexadecimal digest of ``values``."""
     return blake2b(json.dumps(values).encode(), digest_size=size).hexdigest()
 
 
 class Peer:
-    """llama.cpp's tokenizer for a file, with values of its metadata replaced."""
+    """llama.cpp's tokenizer of a file, with some values of its metadata replaced."""
 
     def __init__(self, path: str, **replaced: str | bool) -> None:
         import llama_cpp
@@ -49,21 +49,21 @@ class Peer:
 
     def encode(self, text: str, special: bool) -> list[int]:
         raw = text.encode()
-        room = 4 * len(raw) + 8
-        ids = (ctypes.c_int32 * room)()
-        n = self.c.llama_tokenize(self.vocab, raw, len(raw), ids, room, True, special)
+        capacity = 4 * len(raw) + 8
+        ids = (ctypes.c_int32 * capacity)()
+        n = self.c.llama_tokenize(self.vocab, raw, len(raw), ids, capacity, True, special)
         assert n >= 0
         return list(ids[:n])
 
     def decode(self, ids: list[int]) -> str:
-        tokens, room = (ctypes.c_int32 * len(ids))(*ids), 64 + 64 * len(ids)
-        raw = ctypes.create_string_buffer(room)
-        n = self.c.llama_detokenize(self.vocab, tokens, len(ids), raw, room, False, True)
+        tokens, capacity = (ctypes.c_int32 * len(ids))(*ids), 64 + 64 * len(ids)
+        raw = ctypes.create_string_buffer(capacity)
+        n = self.c.llama_detokenize(self.vocab, tokens, len(ids), raw, capacity, False, True)
         assert n >= 0
         return raw.raw[:n].decode("utf-8", "replace")
 
     def answer(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text, where special tokens are meant and where not."""
+        """Return the token ids of a text with special tokens, and without."""
         return self.encode(text, True), self.encode(text, False)
 
     def __del__(self) -> None:

@@ -1,7 +1,7 @@
-"""Writes ``data/transformers.json``: logits of small random models, by Hugging Face's ``transformers``.
+"""Write ``data/transformers.json``: logits of small random models by Hugging Face's ``transformers``.
 
-Needs ``torch`` and ``transformers`` beside what the tests need. The models are those of :data:`MODELS`, which the tests
-build again from the same seed.
+The script needs ``torch`` and ``transformers`` beside the tests' packages. The tests build the models of :data:`MODELS`
+again from the same seed.
 """
 
 import json
@@ -60,13 +60,13 @@ _NAMES_GEMMA3 = {
 }
 
 
-def build(which: str, folder: Path) -> Path:
-    """The GGUF file of one of the models."""
-    return llama_float64.random_model(folder / f"{which}.gguf", np.random.default_rng(SEED), **MODELS[which])
+def build(variant: str, folder: Path) -> Path:
+    """Write one of the models, and return its GGUF file."""
+    return llama_float64.random_model(folder / f"{variant}.gguf", np.random.default_rng(SEED), **MODELS[variant])
 
 
 def _state(f: ggml.GGUFFile, gemma: bool) -> dict:
-    """The weights by the names, and in the form, that transformers has them in."""
+    """Return the weights with the names and in the form of transformers."""
     import torch
 
     names = _NAMES | (_NAMES_GEMMA3 if gemma else {})
@@ -76,7 +76,7 @@ def _state(f: ggml.GGUFFile, gemma: bool) -> dict:
         prefix = f"model.layers.{layer[1]}." if layer else ""
         value = f.array(name).astype(np.float64)
         if gemma and part.endswith("norm"):
-            value = value - 1  # GGUF has the sum with 1
+            value = value - 1  # GGUF stores the sum with 1
         state[f"{prefix}{names[part]}.{kind}"] = torch.from_numpy(value)
     return state
 
@@ -128,7 +128,7 @@ def _model(f: ggml.GGUFFile):
 
 
 def logits(path: Path) -> np.ndarray:
-    """What transformers computes for the tokens, in float64."""
+    """Return the logits that transformers computes in float64."""
     import torch
 
     with ggml.GGUFFile(path) as f:
@@ -146,11 +146,11 @@ def main() -> None:
 
     written = {"made by": f"transformers {transformers.__version__}", "logits": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for which in MODELS:
-            path = build(which, Path(folder))
+        for variant in MODELS:
+            path = build(variant, Path(folder))
             got, want = logits(path), llama_float64.Reference(path).forward(TOKENS)
-            print(which, np.abs(got - want).max())  # noqa: T201
-            written["logits"][which] = [[float(f"{x:.7g}") for x in row] for row in got]
+            print(variant, np.abs(got - want).max())  # noqa: T201
+            written["logits"][variant] = [[float(f"{x:.7g}") for x in row] for row in got]
     (DATA / "transformers.json").write_text(json.dumps(written) + "\n")
 
 

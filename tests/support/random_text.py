@@ -1,8 +1,8 @@
-"""Random strings of every kind, the same ones wherever they are made: what the tokenizers are tried on."""
+"""Random strings of every kind for the tokenizers, the same ones on every machine."""
 
 import random
 
-#: Blocks of characters, each as ranges. No table of Python's is asked: it knows more with each version.
+#: Blocks of characters, each as ranges. Python's own tables would not do: they grow with each version.
 SCRIPTS = [
     [(0x61, 0x7A), (0x41, 0x5A)],
     [(0xC0, 0x24F)],
@@ -37,7 +37,7 @@ SCRIPTS = [
     [(0x2A700, 0x323AF)],
 ]
 SPACES = " \t\n\r\v\f\x85\xa0\u1680\u2000\u2003\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-UNSEEN = "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2069\ufeff\xad\u061c\u180e"
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2069\ufeff\xad\u061c\u180e"
 WORDS = (
     "the of and to in is that it was for on are with as I you he she we they his her this have from or one had by "
     "word but not what all were when your can said there use an each which how their if will up other about out "
@@ -72,35 +72,36 @@ SPECIAL = (
 
 
 class Dice:
-    """Chance, the same wherever it is asked: of Python's generator only ``random()`` is sure to stay as it is."""
+    """A random generator with the same choices in every Python: only ``random()`` is guaranteed to stay the same."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed).random
 
     def below(self, n: int) -> int:
+        """Return an integer from 0 to ``n - 1``."""
         return int(self.random() * n)
 
-    def size(self, most: int) -> int:
-        """1 to ``most``, rather small."""
-        return 1 + int(self.random() ** 2 * most)
+    def size(self, limit: int) -> int:
+        """Return an integer from 1 to ``limit``, more often a small one."""
+        return 1 + int(self.random() ** 2 * limit)
 
     def of(self, items):
+        """Return one of ``items``."""
         return items[self.below(len(items))]
 
-    def some(self, items, most: int) -> str:
-        return "".join(self.of(items) for _ in range(self.size(most)))
+    def some(self, items, limit: int) -> str:
+        """Return 1 to ``limit`` of ``items``, joined."""
+        return "".join(self.of(items) for _ in range(self.size(limit)))
 
 
-class _Maker(Dice):
-    """Pieces of text."""
+class _TextGenerator(Dice):
+    """A generator of texts: each method below ``character`` returns one part of a text."""
 
     words, emojis, specials = WORDS.split(), EMOJI.split(), SPECIAL.split()
 
     def character(self, ranges) -> str:
         first, last = self.of(ranges)
         return chr(first + self.below(last - first + 1))
-
-    # each of the following makes one piece
 
     def sentence(self) -> str:
         text = " ".join(self.of(self.words) for _ in range(self.size(16)))
@@ -117,7 +118,7 @@ class _Maker(Dice):
 
     def control(self) -> str:
         return "".join(
-            self.of((chr(self.below(32)), chr(0x7F + self.below(33)), "\0", self.of(UNSEEN)))
+            self.of((chr(self.below(32)), chr(0x7F + self.below(33)), "\0", self.of(INVISIBLE)))
             for _ in range(self.size(8))
         )
 
@@ -188,7 +189,7 @@ class _Maker(Dice):
         return text[self.below(len(text) // 2) :]
 
     def text(self) -> str:
-        """A few pieces, mostly of one kind or two; now and then a long text of all."""
+        """Return a text of a few parts, mostly of one kind or two; sometimes a long text of all kinds."""
         kinds = [
             self.sentence, self.script, self.spaces, self.control, self.digits, self.combining, self.symbols,
             self.repeated, self.anywhere, self.special, self.emoji, self.code,
@@ -200,6 +201,6 @@ class _Maker(Dice):
 
 
 def texts(n: int = 10_000, seed: int = 2026) -> list[str]:
-    """``n`` texts; the first ones are the same for every ``n``."""
-    make = _Maker(seed)
-    return [make.text() for _ in range(n)]
+    """Return ``n`` texts. The first ones are the same for every ``n``."""
+    generator = _TextGenerator(seed)
+    return [generator.text() for _ in range(n)]

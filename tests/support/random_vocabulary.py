@@ -1,4 +1,4 @@
-"""Small random vocabularies of every kind, odd ones too, and texts that make them work."""
+"""Small random vocabularies of every kind, with odd ones, and texts for them."""
 
 from pathlib import Path
 
@@ -12,24 +12,25 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 class Vocabulary(Dice):
-    """What a GGUF file says of a tokenizer."""
+    """A vocabulary, and the metadata of its GGUF file."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.tokens: dict[str, int] = {}
-        """Texts and their types."""
+        """Texts of the tokens, and their types."""
         self.letters = [letter for letter in LETTERS if self.random() < 0.8] + ["a"]
         self.more: dict[str, object] = {"general.name": self.of(("Phi-3-mini", "x", "y"))}
-        self.kind = self.of(("llama", "gpt2", "bert"))
-        getattr(self, self.kind)()
+        self.model = self.of(("llama", "gpt2", "bert"))
+        getattr(self, self.model)()
         for _ in range(self.below(12)):
             text = self.some(self.letters, 5) if self.random() < 0.7 else f"<{self.of(self.letters)}>"
             self.tokens.setdefault(text, self.of((_CONTROL, _USER, _USER, _UNKNOWN)))
-        if self.kind == "llama":
+        if self.model == "llama":
             scores = [float(self.of((-i, -self.below(5)))) for i in range(len(self.tokens))]
             self.more["tokenizer.ggml.scores"] = (GGUFType.ARRAY, (GGUFType.FLOAT32, scores))
 
-    def yes_or_no(self, key: str) -> None:
+    def random_flag(self, key: str) -> None:
+        """Set a Boolean of the metadata, or leave it out."""
         if self.random() < 0.5:
             self.more[f"tokenizer.ggml.{key}"] = self.random() < 0.5
 
@@ -40,7 +41,7 @@ class Vocabulary(Dice):
             kind = self.of((_NORMAL, _NORMAL, _NORMAL, _NORMAL, _UNUSED, 0))
             self.tokens.setdefault(self.some(self.letters, 6).replace(" ", "▁"), kind)
         for key in ("add_space_prefix", "add_bos_token", "add_eos_token"):
-            self.yes_or_no(key)
+            self.random_flag(key)
 
     def gpt2(self) -> None:
         byte = byte_letters()
@@ -61,7 +62,7 @@ class Vocabulary(Dice):
             "tokenizer.ggml.eos_token_id": self.below(len(self.tokens)),
         }
         for key in ("add_bos_token", "add_eos_token"):
-            self.yes_or_no(key)
+            self.random_flag(key)
 
     def bert(self) -> None:
         named = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
@@ -72,21 +73,23 @@ class Vocabulary(Dice):
             self.tokens.setdefault(self.of(("", "▁")) + self.some(self.letters, 4), _NORMAL)
         self.more["general.name"] = "x"
         for key in ("normalizer.lowercase", "normalizer.strip_accents"):
-            self.yes_or_no(key)
+            self.random_flag(key)
 
     def texts(self, n: int) -> list[str]:
+        """Return ``n`` texts of the letters and the special tokens."""
         special = [text for text, kind in self.tokens.items() if kind in (_UNKNOWN, _CONTROL, _USER)] or ["x"]
-        made = []
+        found = []
         for _ in range(n):
             parts = [self.of(LETTERS) if self.random() < 0.85 else self.of(special) for _ in range(self.below(30))]
-            made.append("".join(parts) + self.of(LETTERS) * self.of((0, 0, 0, 0, 0, 30)))
-        return made
+            found.append("".join(parts) + self.of(LETTERS) * self.of((0, 0, 0, 0, 0, 30)))
+        return found
 
     def write(self, path: Path) -> Path:
+        """Write the GGUF file, and return its path."""
         metadata = {
             "general.architecture": "llama",
             "llama.context_length": 512,
-            "tokenizer.ggml.model": self.kind,
+            "tokenizer.ggml.model": self.model,
             "tokenizer.ggml.tokens": list(self.tokens),
             "tokenizer.ggml.token_type": list(self.tokens.values()),
         }
