@@ -1,7 +1,7 @@
 """The operations and constants of ``ggml_cffi.flat``, in C's names and order of arguments.
 
-Most builders pass their arguments on as they are. ``CALLS`` has those that cannot: what numpy's order of axes turns
-round, what C has and the checked operation has not. ``to`` is :mod:`ggml_cffi.flat._args`.
+Most builders pass their arguments on unchanged. ``CALLS`` has the others: numpy's order of axes is reversed, and some
+parameters of C do not exist in the checked operation. In the generated code ``to`` is :mod:`ggml_cffi.flat._args`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from codegen.emit import enum_name
 from codegen.headers import Function, Headers
 from codegen.operations import builders, modules
 
-#: Builders that are not there, each with its reason.
-LEFT_OUT = {"ggml_flash_attn_back": "always ends the process: not adapted to what ggml_flash_attn_ext became"}
+#: Builders that are left out, each with its reason.
+LEFT_OUT = {"ggml_flash_attn_back": "always ends the process: not adapted to the present ggml_flash_attn_ext"}
 
 #: Builders that are written by hand in ``ggml_cffi/flat/``.
 BY_HAND = {f"ggml_new_tensor{n}" for n in ("", "_1d", "_2d", "_3d", "_4d")} | {"ggml_dup_tensor"}
 
-#: Enums whose members are there under their C names.
+#: Enums whose members are exported under their C names.
 ENUMS = (
     "ggml_type",
     "ggml_prec",
@@ -60,9 +60,9 @@ _TASKS = "n_tasks=to.tasks(n_tasks)"
 _NO_DATA = "userdata=(userdata, None)"
 
 
-def _levelled(*names: str) -> str:
-    """Operands with as many axes each as the one with most."""
-    return ", ".join(f"to.level({n}, {', '.join(m for m in names if m != n)})" for n in names)
+def _same_rank(*names: str) -> str:
+    """Return operands, each extended to the rank of the one with most axes."""
+    return ", ".join(f"to.same_rank({n}, {', '.join(m for m in names if m != n)})" for n in names)
 
 
 def _with_axes(**axes: int) -> str:
@@ -74,11 +74,11 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ggml_view_tensor": ("view(src, to.shape_of(src), strides=to.all_strides(src)",),
     "ggml_transpose": ("transpose(to.at_least(a, 2)",),
     "ggml_permute": (
-        "t, axes = to.permuted(a, (axis0, axis1, axis2, axis3))",
+        "t, axes = to.permute_axes(a, (axis0, axis1, axis2, axis3))",
         "permute(t, axes",
     ),
     "ggml_concat": (
-        "n = to.joined(a, b, dim)",
+        "n = to.n_axes_to_concat(a, b, dim)",
         "concat(to.axes(a, n), to.axes(b, n), n - 1 - dim",
     ),
     "ggml_repeat": ("repeat(a, to.shape_of(b, a)",),
@@ -102,16 +102,16 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ggml_leaky_relu": ("leaky_relu(a, negative_slope, inplace=bool(inplace)",),
     "ggml_argmax": ("argmax(to.at_most(a, 2)",),
     "ggml_count_equal": (f"count_equal({_with_axes(a=2, b=2)}",),
-    "ggml_silu_back": (f"silu_back({_levelled('a', 'b')}",),
-    "ggml_rms_norm_back": (f"rms_norm_back({_levelled('a', 'b')}, eps",),
+    "ggml_silu_back": (f"silu_back({_same_rank('a', 'b')}",),
+    "ggml_rms_norm_back": (f"rms_norm_back({_same_rank('a', 'b')}, eps",),
     **{
         f"ggml_soft_max_ext{end}": (f"soft_max_ext{end}(a, mask, scale=scale, max_bias=max_bias",)
         for end in ("", "_inplace")
     },
     **{
         f"ggml_soft_max_ext_back{end}": (
-            f'to.only("ggml_soft_max_ext_back{end}", max_bias=(max_bias, 0.0))',
-            f"soft_max_ext_back{end}({_levelled('a', 'b')}, scale=scale",
+            f'to.check_fixed("ggml_soft_max_ext_back{end}", max_bias=(max_bias, 0.0))',
+            f"soft_max_ext_back{end}({_same_rank('a', 'b')}, scale=scale",
         )
         for end in ("", "_inplace")
     },
@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     },
     **{f"ggml_rope_custom{end}": (f"rope_ext{end}(a, b, None, {_ROPE}{_YARN}",) for end in ("", "_inplace")},
     **{
-        f"ggml_add1{end}": (f'to.scalar("ggml_add1{end}", b)', f"add{end}(a, b") for end in ("", "_inplace")
+        f"ggml_add1{end}": (f'to.check_scalar("ggml_add1{end}", b)', f"add{end}(a, b") for end in ("", "_inplace")
     },
     "ggml_im2col": (f"im2col(a, b, {_EITHER}, dtype=dst_type",),
     "ggml_im2col_back": (f"im2col_back(a, b, tuple(ne)[::-1], {_EITHER}",),
@@ -139,11 +139,11 @@ CALLS: dict[str, tuple[str, ...]] = {
     ),
     "ggml_conv_3d": (f"conv_3d(a, b, IC, {_WINDOW_3D}",),
     "ggml_conv_3d_direct": (
-        "to.volumes(a, b, n_channels, n_batch, n_channels_out)",
+        "to.check_volumes(a, b, n_channels, n_batch, n_channels_out)",
         f"conv_3d_direct(a, b, n_channels, {_WINDOW_3D}",
     ),
     "ggml_conv_transpose_1d": (
-        'to.only("ggml_conv_transpose_1d", p0=(p0, 0), d0=(d0, 1))',
+        'to.check_fixed("ggml_conv_transpose_1d", p0=(p0, 0), d0=(d0, 1))',
         "conv_transpose_1d(a, b, s0",
     ),
     "ggml_pool_2d": (f"pool_2d(a, {_POOL}",),
@@ -160,7 +160,7 @@ CALLS: dict[str, tuple[str, ...]] = {
         "flash_attn_ext(q, k, v, mask, scale=scale, max_bias=max_bias, logit_softcap=logit_softcap",
     ),
     "ggml_win_unpart": (
-        'to.only("ggml_win_unpart", w=(w, to.tensor(a).ne[1]))',
+        'to.check_fixed("ggml_win_unpart", w=(w, to.tensor(a).ne[1]))',
         "win_unpart(a, (h0, w0)",
     ),
     "ggml_ssm_conv": (f"ssm_conv({_with_axes(sx=3, c=2)}",),
@@ -170,38 +170,38 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ggml_gated_linear_attn": (f"gated_linear_attn({_with_axes(k=3, v=3, q=3, g=3, state=2)}, scale=scale",),
     "ggml_gated_delta_net": (f"gated_delta_net({_with_axes(q=4, k=4, v=4, g=4, beta=4, state=4)}, n_snapshots=K",),
     "ggml_solve_tri": (
-        'to.only("ggml_solve_tri", left=(left, True), lower=(lower, True), uni=(uni, False))',
+        'to.check_fixed("ggml_solve_tri", left=(left, True), lower=(lower, True), uni=(uni, False))',
         f"solve_tri({_with_axes(a=4, b=4)}",
     ),
     "ggml_lightning_indexer": (f"lightning_indexer({_with_axes(q=4, k=4, weights=4, mask=4)}",),
     "ggml_dsv4_hc_comb": (f"dsv4_hc_comb({_with_axes(mixes=2, scale=1, base=1)}, eps=eps, n_iter=n_iter",),
     "ggml_dsv4_hc_pre": (f"dsv4_hc_pre({_with_axes(x=3, weights=2)}",),
     "ggml_dsv4_hc_post": (f"dsv4_hc_post({_with_axes(x=2, residual=3, post=2, comb=3)}",),
-    "ggml_cross_entropy_loss": (f"cross_entropy_loss({_levelled('a', 'b')}",),
-    "ggml_cross_entropy_loss_back": (f"cross_entropy_loss_back(a, {_levelled('b', 'c')}",),
+    "ggml_cross_entropy_loss": (f"cross_entropy_loss({_same_rank('a', 'b')}",),
+    "ggml_cross_entropy_loss_back": (f"cross_entropy_loss_back(a, {_same_rank('b', 'c')}",),
     "ggml_opt_step_adamw": (
-        f"opt_step_adamw({_levelled('a', 'grad', 'm', 'v')}, to.axes(adamw_params, 1)",
+        f"opt_step_adamw({_same_rank('a', 'grad', 'm', 'v')}, to.axes(adamw_params, 1)",
     ),
-    "ggml_opt_step_sgd": (f"opt_step_sgd({_levelled('a', 'grad')}, to.axes(sgd_params, 1)",),
+    "ggml_opt_step_sgd": (f"opt_step_sgd({_same_rank('a', 'grad')}, to.axes(sgd_params, 1)",),
     **{
         f"ggml_map_custom{n}{end}": (
-            f'to.only("ggml_map_custom{n}{end}", {_NO_DATA})',
+            f'to.check_fixed("ggml_map_custom{n}{end}", {_NO_DATA})',
             f"map_custom{n}{end}({', '.join('abc'[:n])}, fun, {_TASKS}",
         )
         for n in (1, 2, 3)
         for end in ("", "_inplace")
     },
     "ggml_custom_4d": (
-        f'to.only("ggml_custom_4d", n_args=(n_args, len(args)), {_NO_DATA})',
+        f'to.check_fixed("ggml_custom_4d", n_args=(n_args, len(args)), {_NO_DATA})',
         f"custom_4d(fun, args, {_NE[4]}, type, {_TASKS}",
     ),
     "ggml_custom_inplace": (
-        f'to.only("ggml_custom_inplace", n_args=(n_args, len(args)), {_NO_DATA})',
+        f'to.check_fixed("ggml_custom_inplace", n_args=(n_args, len(args)), {_NO_DATA})',
         f"custom_inplace(a, fun, args, {_TASKS}",
     ),
 }  # fmt: skip
 
-#: Builders that choose among operations by a number: the table, and the operands.
+#: Builders that choose an operation by a number: the table, and the operands.
 _CHOICES = {
     "ggml_unary": 'to.choose("ggml_unary", _UNARY, op)(a',
     "ggml_unary_inplace": 'to.choose("ggml_unary_inplace", _UNARY_INPLACE, op)(a',
@@ -211,12 +211,12 @@ _CHOICES = {
 
 
 def generated(headers: Headers) -> list[Function]:
-    """The builders that the file has."""
+    """Return the builders that are generated."""
     return [f for f in builders(headers) if f.name not in LEFT_OUT and f.name not in BY_HAND]
 
 
 def operations(headers: Headers) -> str:
-    """``ggml_cffi/flat/_ops.py``."""
+    """Return the text of ``ggml_cffi/flat/_ops.py``."""
     functions = generated(headers)
     enums = sorted({"UnaryOp", "GluOp", *(enum_name(name) for name in ENUMS)})
     lines = [
@@ -260,7 +260,7 @@ def _constants(headers: Headers) -> dict[str, str]:
 
 
 def _tables(headers: Headers) -> list[str]:
-    """The operation of each member of an enum, where it takes no more than operands."""
+    """Return the tables from members of an enum to operations that take operands only."""
     known = {name for module in modules() for name in module.exported}
     lines = []
     for table, kind, end in (
@@ -288,15 +288,15 @@ def _function(f: Function) -> list[str]:
     operation = f.name.removeprefix("ggml_")
     if f.name in _CHOICES:
         before, call = (), _CHOICES[f.name]
-        described = "The function of that number"
+        summary = "Apply the operation with the number ``op``"
     else:
         *before, last = CALLS.get(f.name, (f"{operation}({', '.join(names[1:])}",))
         call = f"ops.{last}"
-        described = f"See :func:`ggml_cffi.ops.{re.match(r'[a-z0-9_]+', last)[0]}`"  # type: ignore[index]
+        summary = f"See :func:`ggml_cffi.ops.{re.match(r'[a-z0-9_]+', last)[0]}`"  # type: ignore[index]
     separator = "" if call.endswith("(") else ", "
     return [
         f"def {f.name}({params}) -> Tensor:",
-        f'    """{described}. C: ``{f.name}``."""',
+        f'    """{summary}. C: ``{f.name}``."""',
         *(f"    {line}" for line in before),
         f"    return {call}{separator}ctx=ctx)",
     ]

@@ -1,4 +1,4 @@
-"""The objects behind :mod:`ggml_cffi.flat`: they may be forgotten, and inputs move to where they are placed later."""
+"""The objects behind :mod:`ggml_cffi.flat`: they need not be closed, and inputs follow their later placement."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 
-class _Quiet(Handle):
-    """A handle that closes without a warning when it is forgotten, as a C pointer would be."""
+class _SilentHandle(Handle):
+    """A handle that closes without a warning when it is garbage collected."""
 
     __slots__ = ()
 
@@ -29,31 +29,31 @@ class _Quiet(Handle):
             self.close()
 
 
-class FlatBackend(_Quiet, Backend):
-    """A :class:`Backend` that may be forgotten."""
+class FlatBackend(_SilentHandle, Backend):
+    """A :class:`Backend` that need not be closed."""
 
     __slots__ = ()
 
 
-class FlatGraph(_Quiet, Graph):
-    """A :class:`Graph` that may be forgotten. It is freed with its context."""
+class FlatGraph(_SilentHandle, Graph):
+    """A :class:`Graph` that need not be closed. It is freed with its context."""
 
     __slots__ = ()
 
 
-class FlatContext(_Quiet, Context):
-    """A :class:`Context` that may be forgotten, and that frees the graphs made in it."""
+class FlatContext(_SilentHandle, Context):
+    """A :class:`Context` that need not be closed, and that frees the graphs made in it."""
 
-    __slots__ = ("given", "graphs", "running")
+    __slots__ = ("graphs", "running", "scheduler_allocated")
 
     def __init__(self) -> None:
         super().__init__()
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        """Graphs made here, as C has them in the memory of the context."""
-        self.given: set[Any] = set()
-        """C pointers of the inputs that have their memory from a scheduler."""
+        """Graphs of this context. In C they are part of the context's memory."""
+        self.scheduler_allocated: set[Any] = set()
+        """C pointers of the inputs that a scheduler has allocated."""
         self.running: weakref.WeakSet[Scheduler] = weakref.WeakSet()
-        """Schedulers that were started on tensors of this context and not waited for."""
+        """Schedulers with an asynchronous run on tensors of this context."""
 
     def close(self) -> None:
         """Close the context, its buffers and its graphs."""
@@ -61,27 +61,27 @@ class FlatContext(_Quiet, Context):
             graph.close()
         super().close()
 
-    def take_back(self, t: Tensor) -> None:
-        """Give up the memory of an input; its values are written to what it gets next.
+    def release_input(self, t: Tensor) -> None:
+        """Release the memory of an input, and keep its values for its next allocation.
 
-        Nothing happens where a graph that a scheduler holds reads it there.
+        An input of a graph that a scheduler holds is left alone.
         """
-        if any(t.ptr in graph.members for graph in self.held):
+        if any(t.ptr in held.graph.members for held in self.held):
             return
         pointer, data = t.ptr, np.empty(t.nbytes, np.uint8)
         with t.memory_lock(pointer):
             c.ggml_backend_tensor_get(pointer, c.ffi.from_buffer(data), 0, data.size)
         before = pointer.buffer
         pointer.buffer = pointer.data = c.NULL
-        self.given.discard(pointer)
+        self.scheduler_allocated.discard(pointer)
         self.set_on_alloc(t, data)
         for buffer in self.buffers:
             if buffer.ptr == before and not any(other.ptr.buffer == before for other in self.tensors()):
                 buffer.close()
 
 
-class FlatScheduler(_Quiet, Scheduler):
-    """A :class:`Scheduler` that may be forgotten, and that moves inputs to where they are placed later."""
+class FlatScheduler(_SilentHandle, Scheduler):
+    """A :class:`Scheduler` that need not be closed, and that moves inputs placed after their allocation."""
 
     __slots__ = ()
 
@@ -93,36 +93,36 @@ class FlatScheduler(_Quiet, Scheduler):
         return super()._open(given)
 
     def place(self, tensor: Tensor, backend: Backend | str) -> None:
-        """As :meth:`Scheduler.place`; an input that a scheduler put elsewhere is moved by the next reservation."""
+        """Place a tensor; see :meth:`Scheduler.place`. The next reservation moves an input allocated elsewhere."""
         with self.lock:
-            self._placed[tensor.ptr] = (tensor, self._find(backend))
+            self.placements.set(tensor, self.find_backend(backend))
 
     def placed_on(self, tensor: Tensor) -> Backend | None:
-        """Where the scheduler computes the tensor, or was told to, None where neither is known."""
+        """Return the backend that computes the tensor, or on which it was placed, None if neither is known."""
         with self.lock:
-            if self._graph is not None and tensor in self._graph:
+            if self.graph is not None and tensor in self.graph:
                 return self.backend_of(tensor)
-            return self._placed.get(tensor.ptr, (tensor, None))[1]
+            return self.placements.get(tensor.ptr)
 
     def _alloc_inputs(self, graph: Graph) -> None:
         flat = [ctx for ctx in graph.contexts if isinstance(ctx, FlatContext)]
         for ctx in flat:
-            for pointer in ctx.given & graph.members:
+            for pointer in ctx.scheduler_allocated & graph.members:
                 t = Tensor(ctx, pointer, c.ggml_n_dims(pointer))
                 kind = t.buffer_type
-                _, placed = self._placed.get(pointer, (t, None))
+                placed = self.placements.get(pointer)
                 readers = self.backends if placed is None else (placed,)
                 if kind is not None and not any(b.supports_buffer_type(kind) for b in readers):
-                    ctx.take_back(t)
+                    ctx.release_input(t)
         fresh = list(graph.unallocated_leaves())
         super()._alloc_inputs(graph)
         for t in fresh:
             if isinstance(t.context, FlatContext):
-                t.context.given.add(t.ptr)
+                t.context.scheduler_allocated.add(t.ptr)
 
 
 class GraphBuilder:
-    """What ``ggml_new_graph`` returns: it collects outputs, and is a :class:`Graph` once it is used."""
+    """The result of ``ggml_new_graph``: it collects outputs, and becomes a :class:`Graph` when it is used."""
 
     def __init__(self, ctx: Context) -> None:
         self.context = ctx
@@ -136,14 +136,14 @@ class GraphBuilder:
             self._graph = None
 
     def graph(self) -> Graph:
-        """The graph of the outputs so far."""
+        """Return the graph of the outputs so far."""
         if self._graph is None:
             self._graph = new_graph(self.context, self.outputs)
         return self._graph
 
 
 def new_graph(ctx: Context, outputs: Sequence[Tensor]) -> Graph:
-    """A graph that is freed with ``ctx``."""
+    """Return a graph that is freed with ``ctx``."""
     ctx.ptr  # noqa: B018 - raises when closed
     graph = FlatGraph(*outputs)
     if isinstance(ctx, FlatContext):

@@ -210,13 +210,13 @@ def ggml_add_id(ctx: Context, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
 
 def ggml_add1(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.add`. C: ``ggml_add1``."""
-    to.scalar("ggml_add1", b)
+    to.check_scalar("ggml_add1", b)
     return ops.add(a, b, ctx=ctx)
 
 
 def ggml_add1_inplace(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.add_inplace`. C: ``ggml_add1_inplace``."""
-    to.scalar("ggml_add1_inplace", b)
+    to.check_scalar("ggml_add1_inplace", b)
     return ops.add_inplace(a, b, ctx=ctx)
 
 
@@ -377,7 +377,7 @@ def ggml_repeat_back(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
 
 def ggml_concat(ctx: Context, a: Tensor, b: Tensor, dim: int) -> Tensor:
     """See :func:`ggml_cffi.ops.concat`. C: ``ggml_concat``."""
-    n = to.joined(a, b, dim)
+    n = to.n_axes_to_concat(a, b, dim)
     return ops.concat(to.axes(a, n), to.axes(b, n), n - 1 - dim, ctx=ctx)
 
 
@@ -508,7 +508,7 @@ def ggml_silu_inplace(ctx: Context, a: Tensor) -> Tensor:
 
 def ggml_silu_back(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.silu_back`. C: ``ggml_silu_back``."""
-    return ops.silu_back(to.level(a, b), to.level(b, a), ctx=ctx)
+    return ops.silu_back(to.same_rank(a, b), to.same_rank(b, a), ctx=ctx)
 
 
 def ggml_hardswish(ctx: Context, a: Tensor) -> Tensor:
@@ -577,7 +577,7 @@ def ggml_xielu(ctx: Context, a: Tensor, alpha_n: float, alpha_p: float, beta: fl
 
 
 def ggml_glu(ctx: Context, a: Tensor, op: GluOp, swapped: bool) -> Tensor:
-    """The function of that number. C: ``ggml_glu``."""
+    """Apply the operation with the number ``op``. C: ``ggml_glu``."""
     return to.choose("ggml_glu", _GLU_SWAPPED if swapped else _GLU, op)(a, ctx=ctx)
 
 
@@ -632,7 +632,7 @@ def ggml_geglu_quick_swapped(ctx: Context, a: Tensor) -> Tensor:
 
 
 def ggml_glu_split(ctx: Context, a: Tensor, b: Tensor, op: GluOp) -> Tensor:
-    """The function of that number. C: ``ggml_glu_split``."""
+    """Apply the operation with the number ``op``. C: ``ggml_glu_split``."""
     return to.choose("ggml_glu_split", _GLU_SPLIT, op)(a, b, ctx=ctx)
 
 
@@ -708,7 +708,7 @@ def ggml_l2_norm_inplace(ctx: Context, a: Tensor, eps: float) -> Tensor:
 
 def ggml_rms_norm_back(ctx: Context, a: Tensor, b: Tensor, eps: float) -> Tensor:
     """See :func:`ggml_cffi.ops.rms_norm_back`. C: ``ggml_rms_norm_back``."""
-    return ops.rms_norm_back(to.level(a, b), to.level(b, a), eps, ctx=ctx)
+    return ops.rms_norm_back(to.same_rank(a, b), to.same_rank(b, a), eps, ctx=ctx)
 
 
 def ggml_mul_mat(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
@@ -858,7 +858,7 @@ def ggml_view_4d(ctx: Context, a: Tensor, ne0: int, ne1: int, ne2: int, ne3: int
 
 def ggml_permute(ctx: Context, a: Tensor, axis0: int, axis1: int, axis2: int, axis3: int) -> Tensor:
     """See :func:`ggml_cffi.ops.permute`. C: ``ggml_permute``."""
-    t, axes = to.permuted(a, (axis0, axis1, axis2, axis3))
+    t, axes = to.permute_axes(a, (axis0, axis1, axis2, axis3))
     return ops.permute(t, axes, ctx=ctx)
 
 
@@ -930,14 +930,14 @@ def ggml_soft_max_ext_inplace(ctx: Context, a: Tensor, mask: Tensor | None, scal
 
 def ggml_soft_max_ext_back(ctx: Context, a: Tensor, b: Tensor, scale: float, max_bias: float) -> Tensor:
     """See :func:`ggml_cffi.ops.soft_max_ext_back`. C: ``ggml_soft_max_ext_back``."""
-    to.only("ggml_soft_max_ext_back", max_bias=(max_bias, 0.0))
-    return ops.soft_max_ext_back(to.level(a, b), to.level(b, a), scale=scale, ctx=ctx)
+    to.check_fixed("ggml_soft_max_ext_back", max_bias=(max_bias, 0.0))
+    return ops.soft_max_ext_back(to.same_rank(a, b), to.same_rank(b, a), scale=scale, ctx=ctx)
 
 
 def ggml_soft_max_ext_back_inplace(ctx: Context, a: Tensor, b: Tensor, scale: float, max_bias: float) -> Tensor:
     """See :func:`ggml_cffi.ops.soft_max_ext_back_inplace`. C: ``ggml_soft_max_ext_back_inplace``."""
-    to.only("ggml_soft_max_ext_back_inplace", max_bias=(max_bias, 0.0))
-    return ops.soft_max_ext_back_inplace(to.level(a, b), to.level(b, a), scale=scale, ctx=ctx)
+    to.check_fixed("ggml_soft_max_ext_back_inplace", max_bias=(max_bias, 0.0))
+    return ops.soft_max_ext_back_inplace(to.same_rank(a, b), to.same_rank(b, a), scale=scale, ctx=ctx)
 
 
 def ggml_rope(ctx: Context, a: Tensor, b: Tensor, n_dims: int, mode: int) -> Tensor:
@@ -1032,7 +1032,7 @@ def ggml_conv_1d_dw_ph(ctx: Context, a: Tensor, b: Tensor, s0: int, d0: int) -> 
 
 def ggml_conv_transpose_1d(ctx: Context, a: Tensor, b: Tensor, s0: int, p0: int, d0: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_transpose_1d`. C: ``ggml_conv_transpose_1d``."""
-    to.only("ggml_conv_transpose_1d", p0=(p0, 0), d0=(d0, 1))
+    to.check_fixed("ggml_conv_transpose_1d", p0=(p0, 0), d0=(d0, 1))
     return ops.conv_transpose_1d(a, b, s0, ctx=ctx)
 
 
@@ -1083,7 +1083,7 @@ def ggml_conv_2d_direct(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, p0
 
 def ggml_conv_3d_direct(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, s2: int, p0: int, p1: int, p2: int, d0: int, d1: int, d2: int, n_channels: int, n_batch: int, n_channels_out: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_3d_direct`. C: ``ggml_conv_3d_direct``."""
-    to.volumes(a, b, n_channels, n_batch, n_channels_out)
+    to.check_volumes(a, b, n_channels, n_batch, n_channels_out)
     return ops.conv_3d_direct(a, b, n_channels, (s2, s1, s0), (p2, p1, p0), (d2, d1, d0), ctx=ctx)
 
 
@@ -1209,17 +1209,17 @@ def ggml_win_part(ctx: Context, a: Tensor, w: int) -> Tensor:
 
 def ggml_win_unpart(ctx: Context, a: Tensor, w0: int, h0: int, w: int) -> Tensor:
     """See :func:`ggml_cffi.ops.win_unpart`. C: ``ggml_win_unpart``."""
-    to.only("ggml_win_unpart", w=(w, to.tensor(a).ne[1]))
+    to.check_fixed("ggml_win_unpart", w=(w, to.tensor(a).ne[1]))
     return ops.win_unpart(a, (h0, w0), ctx=ctx)
 
 
 def ggml_unary(ctx: Context, a: Tensor, op: UnaryOp) -> Tensor:
-    """The function of that number. C: ``ggml_unary``."""
+    """Apply the operation with the number ``op``. C: ``ggml_unary``."""
     return to.choose("ggml_unary", _UNARY, op)(a, ctx=ctx)
 
 
 def ggml_unary_inplace(ctx: Context, a: Tensor, op: UnaryOp) -> Tensor:
-    """The function of that number. C: ``ggml_unary_inplace``."""
+    """Apply the operation with the number ``op``. C: ``ggml_unary_inplace``."""
     return to.choose("ggml_unary_inplace", _UNARY_INPLACE, op)(a, ctx=ctx)
 
 
@@ -1255,7 +1255,7 @@ def ggml_rwkv_wkv7(ctx: Context, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: 
 
 def ggml_solve_tri(ctx: Context, a: Tensor, b: Tensor, left: bool, lower: bool, uni: bool) -> Tensor:
     """See :func:`ggml_cffi.ops.solve_tri`. C: ``ggml_solve_tri``."""
-    to.only("ggml_solve_tri", left=(left, True), lower=(lower, True), uni=(uni, False))
+    to.check_fixed("ggml_solve_tri", left=(left, True), lower=(lower, True), uni=(uni, False))
     return ops.solve_tri(to.axes(a, 4), to.axes(b, 4), ctx=ctx)
 
 
@@ -1286,70 +1286,70 @@ def ggml_dsv4_hc_post(ctx: Context, x: Tensor, residual: Tensor, post: Tensor, c
 
 def ggml_map_custom1(ctx: Context, a: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom1`. C: ``ggml_map_custom1``."""
-    to.only("ggml_map_custom1", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom1", userdata=(userdata, None))
     return ops.map_custom1(a, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_map_custom1_inplace(ctx: Context, a: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom1_inplace`. C: ``ggml_map_custom1_inplace``."""
-    to.only("ggml_map_custom1_inplace", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom1_inplace", userdata=(userdata, None))
     return ops.map_custom1_inplace(a, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_map_custom2(ctx: Context, a: Tensor, b: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom2`. C: ``ggml_map_custom2``."""
-    to.only("ggml_map_custom2", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom2", userdata=(userdata, None))
     return ops.map_custom2(a, b, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_map_custom2_inplace(ctx: Context, a: Tensor, b: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom2_inplace`. C: ``ggml_map_custom2_inplace``."""
-    to.only("ggml_map_custom2_inplace", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom2_inplace", userdata=(userdata, None))
     return ops.map_custom2_inplace(a, b, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_map_custom3(ctx: Context, a: Tensor, b: Tensor, c: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom3`. C: ``ggml_map_custom3``."""
-    to.only("ggml_map_custom3", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom3", userdata=(userdata, None))
     return ops.map_custom3(a, b, c, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_map_custom3_inplace(ctx: Context, a: Tensor, b: Tensor, c: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.map_custom3_inplace`. C: ``ggml_map_custom3_inplace``."""
-    to.only("ggml_map_custom3_inplace", userdata=(userdata, None))
+    to.check_fixed("ggml_map_custom3_inplace", userdata=(userdata, None))
     return ops.map_custom3_inplace(a, b, c, fun, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_custom_4d(ctx: Context, type: Type, ne0: int, ne1: int, ne2: int, ne3: int, args: Sequence[Tensor], n_args: int, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.custom_4d`. C: ``ggml_custom_4d``."""
-    to.only("ggml_custom_4d", n_args=(n_args, len(args)), userdata=(userdata, None))
+    to.check_fixed("ggml_custom_4d", n_args=(n_args, len(args)), userdata=(userdata, None))
     return ops.custom_4d(fun, args, (ne3, ne2, ne1, ne0), type, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_custom_inplace(ctx: Context, a: Tensor, args: Sequence[Tensor], n_args: int, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
     """See :func:`ggml_cffi.ops.custom_inplace`. C: ``ggml_custom_inplace``."""
-    to.only("ggml_custom_inplace", n_args=(n_args, len(args)), userdata=(userdata, None))
+    to.check_fixed("ggml_custom_inplace", n_args=(n_args, len(args)), userdata=(userdata, None))
     return ops.custom_inplace(a, fun, args, n_tasks=to.tasks(n_tasks), ctx=ctx)
 
 
 def ggml_cross_entropy_loss(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.cross_entropy_loss`. C: ``ggml_cross_entropy_loss``."""
-    return ops.cross_entropy_loss(to.level(a, b), to.level(b, a), ctx=ctx)
+    return ops.cross_entropy_loss(to.same_rank(a, b), to.same_rank(b, a), ctx=ctx)
 
 
 def ggml_cross_entropy_loss_back(ctx: Context, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.cross_entropy_loss_back`. C: ``ggml_cross_entropy_loss_back``."""
-    return ops.cross_entropy_loss_back(a, to.level(b, c), to.level(c, b), ctx=ctx)
+    return ops.cross_entropy_loss_back(a, to.same_rank(b, c), to.same_rank(c, b), ctx=ctx)
 
 
 def ggml_opt_step_adamw(ctx: Context, a: Tensor, grad: Tensor, m: Tensor, v: Tensor, adamw_params: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.opt_step_adamw`. C: ``ggml_opt_step_adamw``."""
-    return ops.opt_step_adamw(to.level(a, grad, m, v), to.level(grad, a, m, v), to.level(m, a, grad, v), to.level(v, a, grad, m), to.axes(adamw_params, 1), ctx=ctx)
+    return ops.opt_step_adamw(to.same_rank(a, grad, m, v), to.same_rank(grad, a, m, v), to.same_rank(m, a, grad, v), to.same_rank(v, a, grad, m), to.axes(adamw_params, 1), ctx=ctx)
 
 
 def ggml_opt_step_sgd(ctx: Context, a: Tensor, grad: Tensor, sgd_params: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.opt_step_sgd`. C: ``ggml_opt_step_sgd``."""
-    return ops.opt_step_sgd(to.level(a, grad), to.level(grad, a), to.axes(sgd_params, 1), ctx=ctx)
+    return ops.opt_step_sgd(to.same_rank(a, grad), to.same_rank(grad, a), to.axes(sgd_params, 1), ctx=ctx)
 
 
 __all__ = [

@@ -33,7 +33,7 @@ def test_quantize_uses_an_importance_matrix(path, run_main):
     weights = {f"blk.0.attn_q.weight.{what}": np.ones((1, n)) for what, n in (("in_sum2", 256), ("counts", 1))}
     ggml.write_gguf(path.with_name("i.gguf"), {}, weights)
     target = path.with_name("q.gguf")
-    assert "IQ2_XXS is useless without importances" in run_main("quantize", path, target, "--type=iq2_xxs", code=2)
+    assert "IQ2_XXS needs importances" in run_main("quantize", path, target, "--type=iq2_xxs", code=2)
     run_main("quantize", path, target, "--type", "iq2_xxs", "--imatrix", path.with_name("i.gguf"))
     with ggml.GGUFFile(target) as f:
         assert f.tensors["blk.0.attn_q.weight"].dtype is ggml.Type.IQ2_XXS
@@ -44,7 +44,7 @@ def test_quantize_uses_an_importance_matrix(path, run_main):
 )
 def test_max_size_takes_binary_units(path, run_main, monkeypatch, text, n_bytes):
     seen = []
-    monkeypatch.setattr("ggml_cffi.files.requantize", lambda *a, max_bytes, **kw: seen.append(max_bytes) or ())
+    monkeypatch.setattr("ggml_cffi.files.quantize_file", lambda *a, max_bytes, **kw: seen.append(max_bytes) or ())
     run_main("quantize", path, "q", "--type", "q4_k", "--max-size", text)
     assert seen == [n_bytes]
 

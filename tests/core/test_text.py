@@ -1,0 +1,18 @@
+"""Text for terminals: tables, and sizes in bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ggml_cffi.core.text import size, table
+
+
+def test_a_table_aligns_its_columns():
+    assert table([("a", "bbb"), ("cc", "d")], right=(1,)) == "a   bbb\ncc    d"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0.0 KiB"), (512, "0.5 KiB"), (2**20, "1.0 MiB"), (3 * 2**29, "1.5 GiB"), (2**41, "2048.0 GiB")]
+)
+def test_sizes_are_in_binary_units(n, text):
+    assert size(n) == text
