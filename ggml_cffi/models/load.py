@@ -1,49 +1,156 @@
-"""The runners of a model that was arranged."""
+"""Loads a model: opens the file and the devices, places the layers, and opens runners for them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
-from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.backend import Backend, open_backends
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.enums import Type
+from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.placement.arrange import Arrangement, Wish
+from ggml_cffi.models.architectures.registry import architecture_of, context_of
+from ggml_cffi.models.model import Model
+from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.placement import Placement
+from ggml_cffi.models.placement.plan import Planner
 from ggml_cffi.models.runners.base import Runner
-from ggml_cffi.models.runners.pipeline import StagedRunner
+from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.scheduled import ScheduledRunner
-from ggml_cffi.models.runners.tensor import TensorRunner
 from ggml_cffi.models.runners.weights import Progress
+
+
+def load(
+    path: str | os.PathLike[str],
+    devices: Sequence[Device | str] | None = None,
+    split: str = "layer",
+    n_ctx: int | None = None,
+    *,
+    n_batch: int = 512,
+    kv_dtype: Type | str = Type.F16,
+    n_threads: int | None = None,
+    progress: Progress | None = None,
+    balance: Balance = "memory",
+    n_sequences: int = 1,
+    expected_tokens: tuple[int, int] | None = None,
+) -> Model:
+    """Load a model from a GGUF file onto devices.
+
+    Parameters
+    ----------
+    path
+        Path of the file.
+    devices
+        Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have no memory
+        for, and embeddings or an output head whose type a GPU does not support.
+    split
+        ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
+        several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
+        dealt to the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute each
+        token together. ``"auto"``: the quickest of these. The model is timed the first time, for some ten seconds;
+        :attr:`Model.plan` has the reason.
+    n_ctx
+        Most tokens of prompt and answer; default the context that the model was trained for, at most 4096.
+    n_batch
+        Most tokens computed in one run.
+    kv_dtype
+        Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
+    n_threads
+        Threads of the CPU; default all that this process may use.
+    progress
+        Called with bytes done and bytes in all.
+    balance
+        Proportions of the layers. ``"memory"``: by free memory. ``"speed"``: by how fast the devices multiply, measured
+        the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or numbers, one for each
+        GPU, and one for the CPU if that is to have a part: loading fails if they do not fit.
+    n_sequences
+        Number of sequences that are usually generated at once, for ``split="auto"``.
+    expected_tokens
+        Usual tokens of a prompt and of its answer, ``(4096, 128)``, for ``split="auto"``: it takes the quickest split
+        for them. By default it takes the split that is never far from the quickest.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FormatError
+        If the file is malformed, or its architecture is unknown.
+    ValueError
+        If a device does not exist or a parameter is out of range.
+    OutOfMemoryError
+        If the devices have too little memory. Nothing was allocated, and the message says what would fit; see
+        :func:`~ggml_cffi.models.plan`.
+    """
+    check_options(split, n_batch)
+    workload, dtype = Workload(n_sequences, expected_tokens), as_type(kv_dtype)
+    file = GGUFFile(path)
+    backends: list[Backend] = []
+    runners: list[Runner] = []
+    try:
+        architecture = architecture_of(file)
+        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
+        backends = open_backends(devices, n_threads)
+        planner = Planner(architecture, backends, options, balance, devices, split, workload)
+        found = planner.place_or_raise()
+        for runner in open_runners(architecture, backends, options, found, progress):
+            runners.append(runner)
+        plan = planner.plan(found, propose=False)
+        return Model(file, architecture, backends, runners, plan, n_ctx=options.n_ctx, n_batch=n_batch)
+    except BaseException:
+        for part in (*runners, *backends, file):
+            part.close()
+        raise
 
 
 def open_runners(
     architecture: Architecture,
     backends: Sequence[Backend],
-    wish: Wish,
-    progress: Progress | None,
-    found: Arrangement,
+    options: LoadOptions,
+    found: Placement,
+    progress: Progress | None = None,
 ) -> Iterator[Runner]:
-    """Load the model: one runner, or one for each replica.
+    """Load the weights, and yield one runner, or one for each replica.
 
     Raises
     ------
     OutOfMemoryError
-        If a device has less memory than it said.
+        If a device has less memory than it reported.
     """
-    n_batch = min(wish.n_batch, wish.n_ctx)
+    n_batch = min(options.n_batch, options.n_ctx)
     parts = found.replicas or (found,)
     for i, part in enumerate(parts):
         own = [backends[k] for k in part.members]
-        given = architecture, own, wish.n_ctx, n_batch, wish.kv_dtype, _part_of(progress, i, len(parts))
-        if part.split == "tensor":
-            yield TensorRunner(*given, whole_attention=part.whole_attention)
-        elif part.staged:
-            yield StagedRunner(*given, where=part.where, in_flight=part.split == "pipeline")
+        report = _replica_progress(progress, i, len(parts))
+        if part.stages:
+            yield PipelineRunner(
+                architecture,
+                own,
+                options.n_ctx,
+                n_batch,
+                options.kv_dtype,
+                report,
+                stages=part.stages,
+                whole_attention=part.whole_attention,
+                in_flight=part.split == "pipeline",
+            )
         else:
-            compute = [share.compute_bytes for share in part.devices]
-            yield ScheduledRunner(*given, where=part.where, op_offload=part.op_offload, compute_bytes=compute)
+            yield ScheduledRunner(
+                architecture,
+                own,
+                options.n_ctx,
+                n_batch,
+                options.kv_dtype,
+                report,
+                layer_devices=part.layer_devices,
+                op_offload=part.op_offload,
+                compute_bytes=[plan.compute_bytes for plan in part.devices],
+            )
 
 
-def _part_of(progress: Progress | None, i: int, n: int) -> Progress | None:
-    """What is called while the ``i``-th of ``n`` replicas is loaded."""
+def _replica_progress(progress: Progress | None, i: int, n: int) -> Progress | None:
+    """Return the progress callback of the ``i``-th of ``n`` replicas."""
     if progress is None or n == 1:
         return progress
     report = progress

@@ -1,7 +1,7 @@
 """Several devices at work: a replica on each (data parallelism), or a part of every layer (tensor parallelism)."""
 
 from ggml_cffi.parallel.data_parallel import DataParallel, TaskExecutor
-from ggml_cffi.parallel.executors.executor import Executor
+from ggml_cffi.parallel.executors.base import Executor
 from ggml_cffi.parallel.function import ParallelFunction
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram

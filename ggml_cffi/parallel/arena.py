@@ -1,25 +1,27 @@
-"""Memory for what is computed, where a piece serves many results in turns."""
+"""Memory for intermediate tensors: one arena, parts of which serve several tensors in turns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def arrange(sizes: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-    """An offset for each piece, and bytes in all. Pieces whose spans share a moment do not overlap.
+def assign_offsets(sizes: Sequence[int], lifetimes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Return an offset for each tensor, and the bytes of the whole arena.
+
+    Tensors whose lifetimes have a moment in common do not overlap.
 
     Parameters
     ----------
     sizes
-        Bytes of each, multiples of the alignment.
-    spans
-        First and last moment at which each is in use, sorted by the first.
+        Bytes of each tensor, multiples of the alignment.
+    lifetimes
+        First and last moment at which each tensor is in use, sorted by the first.
     """
     offsets: list[int] = []
     live: list[tuple[int, int, int]] = []  # start, end, last moment
     total = 0
-    for size, (first, last) in zip(sizes, spans, strict=True):
-        live = sorted(piece for piece in live if piece[2] >= first)
+    for size, (first, last) in zip(sizes, lifetimes, strict=True):
+        live = sorted(block for block in live if block[2] >= first)
         at = 0
         for start, end, _ in live:  # the first gap that is large enough
             if start - at >= size:

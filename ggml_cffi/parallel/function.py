@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi.core.dtypes import as_array, as_type
+from ggml_cffi.core.lru import LRU
 from ggml_cffi.enums import Type
+from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import Rank
-
-if TYPE_CHECKING:
-    from ggml_cffi.parallel.group import Group
 
 _PROGRAMS = 16
 
@@ -23,16 +21,16 @@ _PROGRAMS = 16
 class ParallelFunction:
     """A function of arrays that several devices compute, made by ``TensorParallel.compile``.
 
-    ``float64`` arrays are computed in F32; others keep their type: F32, F16, I32 and I64.
+    ``float64`` arrays are computed in F32. Others keep their type: F32, F16, I32 and I64.
     """
 
     def __init__(self, group: Group, function: Callable[..., Any]) -> None:
         self.group, self.function = group, function
-        self._programs: OrderedDict[Any, ParallelProgram] = OrderedDict()
+        self._programs: LRU[Any, ParallelProgram] = LRU(_PROGRAMS)
         self._lock = group.lock
 
     def __call__(self, *arrays: npt.ArrayLike) -> Any:
-        """Run, and wait for the result: an array for each tensor returned.
+        """Run, and wait for the result: an array for each tensor that the function returns.
 
         Raises
         ------
@@ -50,33 +48,26 @@ class ParallelFunction:
             return self._find(given).run(given)
 
     def trace(self, *arrays: npt.ArrayLike) -> ParallelProgram:
-        """The program for arrays of such shapes and types, traced but not run."""
+        """Return the program for arrays of such shapes and types, traced but not run."""
         with self._lock:
             return self._find([as_array(a) for a in arrays])
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
-        """What was traced, the last used last."""
-        return tuple(self._programs.values())
+        """The programs that are kept, the last used last."""
+        return self._programs.values
 
     def clear(self) -> None:
-        """Give up all that was traced."""
+        """Close all programs."""
         with self._lock:
-            for program in self._programs.values():
-                program.close()
             self._programs.clear()
 
     def _find(self, arrays: Sequence[npt.NDArray[Any]]) -> ParallelProgram:
-        backends = self.group.backends
+        n = len(self.group.backends)
         key = tuple((a.shape, Type.F32 if a.dtype == np.float64 else as_type(a.dtype)) for a in arrays)
-        program = self._programs.get(key)
-        if program is None:
-            ranks = [Rank(r, len(backends), self.group.half_above) for r in range(len(backends))]
-            program = ParallelProgram(self.group, ranks, self.function, key)
-            self._programs[key] = program
-            if len(self._programs) > _PROGRAMS:
-                _, oldest = self._programs.popitem(last=False)
-                oldest.close()
-        else:
-            self._programs.move_to_end(key)
-        return program
+
+        def make() -> ParallelProgram:
+            ranks = [Rank(r, n, self.group.half_above) for r in range(n)]
+            return ParallelProgram(self.group, ranks, self.function, key)
+
+        return self._programs.get(key, make)

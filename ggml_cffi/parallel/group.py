@@ -1,10 +1,9 @@
-"""Backends that compute in step, and the memory that all their programs use in turns."""
+"""A group of backends that compute in step, with the memory that all their programs use in turns."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
@@ -12,17 +11,16 @@ from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.parallel.executors.executor import Executor
-from ggml_cffi.parallel.function import ParallelFunction
+from ggml_cffi.parallel.executors import Executor, choose_executor
 
 
 class Group(Closing):
-    """One backend for each rank. Whoever opened the backends closes them.
+    """Backends that compute in step, one for each rank. The caller opens and closes the backends.
 
     Parameters
     ----------
     backends
-        Of as many devices.
+        Backends of different devices.
     half_above, threads
         As for :class:`~ggml_cffi.parallel.TensorParallel`.
 
@@ -37,30 +35,29 @@ class Group(Closing):
     ) -> None:
         self.half_above = half_above
         self.lock = threading.RLock()
-        """Held by every run."""
+        """Lock that every run of a compiled function holds."""
         self._backends = tuple(backends)
-        self._compiled: list[ParallelFunction] = []
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: list[HostBlock | None] = [None, None]
         self._executor: Executor | None = None
-        self.block(1)
-        self._executor = Executor(self._backends, threads=threads)
+        self.host_block(1)
+        self._executor = choose_executor(self._backends, threads=threads)
 
     @property
     def backends(self) -> tuple[Backend, ...]:
-        """One for each rank.
+        """One backend for each rank.
 
         Raises
         ------
         ClosedError
-            If this is closed.
+            If the group is closed.
         """
         self.executor  # noqa: B018 - raises when closed
         return self._backends
 
     @property
     def closed(self) -> bool:
-        """Whether this is closed."""
+        """True once the group is closed."""
         return self._executor is None
 
     @property
@@ -70,25 +67,25 @@ class Group(Closing):
 
     @property
     def executor(self) -> Executor:
-        """Runs the devices in step."""
+        """The executor, which submits the steps of all programs."""
         if self._executor is None:
             raise ClosedError(f"this {type(self).__name__} is closed")
         return self._executor
 
     # ------------------------------------------------------------------ memory that programs use in turns
 
-    def block(self, size: int, slot: int = 0) -> HostBlock:
-        """Host memory of at least ``size`` bytes that all devices read and write.
+    def host_block(self, size: int, slot: int = 0) -> HostBlock:
+        """Return host memory of at least ``size`` bytes that all devices read and write.
 
         Parameters
         ----------
         slot
-            Which of two such: one is written for the next run while devices use the other.
+            0 or 1: one block is written for the next run while devices use the other.
 
         Raises
         ------
         ValueError
-            If a device cannot.
+            If a device cannot use host memory.
         """
         old = self._blocks[slot]
         if old is None or len(old.memory) < size:
@@ -98,7 +95,8 @@ class Group(Closing):
             if unable:
                 made.close()
                 raise ValueError(
-                    f"{', '.join(unable)} cannot read and write memory of the host, through which devices pass data on"
+                    f"{', '.join(unable)} cannot read and write memory of the host, through which devices exchange "
+                    "data: use split='layer'"
                 )
             self._blocks[slot] = made
             if old is not None:
@@ -107,12 +105,12 @@ class Group(Closing):
         return old
 
     def arena(self, rank: int, size: int) -> Buffer:
-        """Memory of a device for intermediate results, of at least ``size`` bytes.
+        """Return memory of a device for intermediate tensors, of at least ``size`` bytes.
 
         Raises
         ------
         OutOfMemoryError
-            If the device has not enough.
+            If the device has too little memory.
         """
         found = self._arenas[rank]
         if found is None or found.size < size:
@@ -122,37 +120,16 @@ class Group(Closing):
             self._arenas[rank] = found = Buffer(self._backends[rank].buffer_type, size)
         return found
 
-    def arena_sizes(self) -> list[int]:
-        """Bytes of intermediate results that each device has room for."""
+    def arena_bytes(self) -> list[int]:
+        """Return the bytes of each device's arena."""
         return [0 if arena is None else arena.size for arena in self._arenas]
 
-    # ------------------------------------------------------------------ functions
-
-    def compile(self, function: Callable[..., Any]) -> ParallelFunction:
-        """``function(rank, *tensors)`` as a function of arrays.
-
-        It is traced for each device, once for each signature (shapes and types of the arrays), with a :class:`Rank`
-        and the device's copies of the inputs. It takes the device's weights with ``w[rank]``, and adds up with
-        :meth:`Rank.all_reduce` what the devices have computed in parts. It returns a tensor,
-        :meth:`Rank.all_gather`, or a tuple of such; all ranks must do the same.
-        """
-        self.backends  # noqa: B018 - raises when closed
-        if not callable(function):
-            raise TypeError(f"compile takes a function, not {type(function).__name__}")
-        made = ParallelFunction(self, function)
-        with self.lock:
-            self._compiled.append(made)
-        return made
-
     def close(self) -> None:
-        """Give up functions and memory."""
+        """Free the memory, and close the executor."""
         with self.lock:
-            compiled, self._compiled = self._compiled, []
-            for made in compiled:
-                made.clear()
-            driver, self._executor = self._executor, None
-            if driver is not None:
-                driver.close()
+            executor, self._executor = self._executor, None
+            if executor is not None:
+                executor.close()
             for arena in self._arenas:
                 if arena is not None:
                     arena.close()

@@ -29,7 +29,7 @@ class AllReduce:
     partial: Tensor
     slots: list[Tensor]
     """In memory that all devices share: the partial sum of each."""
-    keeps: bool
+    keeps_partial: bool
     """Whether the device keeps its own."""
 
 

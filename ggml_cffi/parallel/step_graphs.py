@@ -1,247 +1,202 @@
-"""What one device computes at a time, as C graphs; some of them such that they can be recorded before it may begin.
+"""From the trace of one device to the graphs of its steps.
 
-ggml's Vulkan backend records commands for the device while it goes through a graph, and hands them over with the last
-node, or before that if there are many. Recording takes about as long as the device takes for the few operations of a
-token. So it is done while the device is still at what comes before: what is recorded is a graph that ends with a node
-without memory, which ggml passes over, and with it the handing over. An event that is recorded next hands over all.
+A step is the part of a trace between two all-reduces. Its graph begins at weights, inputs, shared memory, and the
+results of earlier steps.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.core.device import Device, DeviceType
+from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.op_sets import VIEWS
-from ggml_cffi.enums import Op, Type
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.enums import Op
+from ggml_cffi.parallel.executors import Freeze, Step, StepMaker
+from ggml_cffi.parallel.node_order import by_levels
+from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.scheduler.graph import Graph
 
-#: Columns of products up to which a graph is one that a device is soon done with.
-_SHORT = 16
+_TENSOR = "struct ggml_tensor"
+_SIZE = c.ffi.sizeof(_TENSOR)
+_OP, _SRC = c.ffi.offsetof(_TENSOR, "op"), c.ffi.offsetof(_TENSOR, "src")
+_SRC_END = _SRC + 8 * c.GGML_MAX_SRC
 
-#: Operations by whose size ggml's Vulkan decides when to hand work over.
-_COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
-
-#: Operations that ggml's Vulkan records before it hands them over without being asked.
-_MOST_NODES = 100
-
-#: Settings of ggml with which each operation, piece of work, or graph is waited for.
-_WITHOUT = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS", "GGML_VK_DISABLE_ASYNC")
-
-#: A device of which ggml waits for each graph.
-_WAITED_FOR = "(DG1)"
-
-#: What may read sums of squares that ggml clears with the next graph, without waiting: no part ends with it.
-_NORM = (Op.RMS_NORM, Op.MUL)
-
-#: Operations of a first part. Recording them takes half as long as computing them.
-_HELD = 64
+#: Nodes after a tensor's last use until its memory is used again. A backend may fuse a node with some before it, if it
+#: does not write to what they read.
+_LINGER = 5
 
 
-@dataclass(frozen=True)
-class Step:
-    """C graphs of one device, to be computed in this order."""
+class StepGraphs(Closing):
+    """The steps of one rank.
 
-    held: tuple[Any, ...] = ()
-    """Graphs that a backend records, and hands to its device once an event is recorded, or it is waited for."""
-    rest: tuple[Any, ...] = ()
-    """Graphs that it hands over by itself."""
+    Parameters
+    ----------
+    rank
+        The rank, after its function was traced.
+    first
+        Tensors to compute before all else.
+    results
+        Tensors to compute, each with the tensor in shared memory to which it is to be written.
+    side_by_side
+        True to order nodes so that independent ones are neighbours, for GPUs.
+    maker
+        Makes the steps of graphs; closed with this object.
+    """
 
-    @property
-    def graphs(self) -> tuple[Any, ...]:
-        """All of them."""
-        return self.held + self.rest
+    def __init__(
+        self,
+        rank: Rank,
+        first: Sequence[Tensor],
+        results: Sequence[tuple[Tensor, Tensor]],
+        maker: StepMaker,
+        *,
+        side_by_side: bool,
+    ) -> None:
+        self.rank = rank
+        self.in_shared_memory: dict[Any, Tensor] = {}
+        """Nodes that are computed straight into shared memory, each with the tensor there whose place it takes."""
+        self.graphs: list[Graph] = []
+        """The graph of each step. The last step may be missing."""
+        self._step = self._number_steps()
+        outputs = [s.partial for s in rank.all_reduces] + [t for t, _ in results]
+        nodes = self._sources_of(outputs)
+        self._uses = Counter(src for p in nodes for src in (*p.src, p.view_src) if src)
+        self._uses.update(t.ptr for t in outputs)
+        self.steps: list[Step] = []
+        """The C graphs of each step."""
+        self._maker = maker
+        ends = self._ends(nodes, first, results)
+        try:
+            with _frozen_nodes() as freeze:
+                for tensors in ends if ends[-1] else ends[:-1]:
+                    graph = Graph(*dict.fromkeys(tensors))
+                    self.graphs.append(graph)
+                    if side_by_side:
+                        graph.reorder(by_levels(graph.node_pointers()))
+                    nodes = graph.node_pointers()
+                    self.steps.append(maker.make(graph, freeze))
+                    freeze(nodes)
+        except BaseException:
+            self.close()
+            raise
 
+    def _ends(
+        self, nodes: list[Any], first: Sequence[Tensor], results: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[list[Tensor]]:
+        """Return the tensors at which the graph of each step ends."""
+        rank = self.rank
+        ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.all_reduces]
+        shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.all_reduces)]
+        shared += [(t, target, len(rank.all_reduces)) for t, target in results]
+        for t, target, k in shared:
+            ends[k].append(self._share(t, target, k))
+        nodes += [t.ptr for tensors in ends for t in tensors]
+        for p in self._read_by_later_steps(nodes):
+            ends[self._step[p]].append(self._wrap(p))
+        return ends
 
-class Steps:
-    """Makes steps of nodes. Its C graphs are there until it is closed."""
+    def node_pointers(self) -> list[Any]:
+        """Return C pointers of the nodes of all steps."""
+        return [p for graph in self.graphs for p in graph.node_pointers()]
 
-    def __init__(self) -> None:
-        self._pools: list[Any] = []
+    def _wrap(self, pointer: Any) -> Tensor:
+        return Tensor(self.rank.context, pointer, c.ggml_n_dims(pointer))
 
-    def make(self, graph: Graph, freeze: Callable[[Iterable[Any]], None], *, shared: bool, hold: bool) -> Step:
-        """The step that computes a graph.
+    def _number_steps(self) -> dict[Any, int]:
+        """Return the step of each tensor: one that was made after an all-reduce belongs to the next step."""
+        starts = {s.slots[0].ptr for s in self.rank.all_reduces}
+        step, found = 0, {}
+        for t in self.rank.context.tensors():
+            step += t.ptr in starts
+            found[t.ptr] = step
+        return found
 
-        Parameters
-        ----------
-        freeze
-            Makes nodes pass for leaves.
-        shared
-            Whether other devices wait for this one at the end of the step.
-        hold
-            Whether to have the step recorded ahead: all of it if ``shared``, else its beginning; if it is short.
-        """
-        nodes = graph.node_pointers()
-        if not _is_short(nodes):
-            head = next((i for i, p in enumerate(nodes) if p.op in _COUNTED), 0) if shared else 0
-            return self._in_two(nodes[:head], nodes[head:], freeze) if head else Step(rest=(graph.ptr,))
-        if hold and not shared:
-            return self._parts(nodes, freeze)
-        if hold and _n_operations(nodes) <= _most_nodes():
-            return Step(self._held(nodes))
-        _fill(graph.ptr, nodes)
-        return Step(rest=(_nothing(), graph.ptr) if shared else (graph.ptr,))
+    def _sources_of(self, outputs: Iterable[Tensor]) -> list[Any]:
+        """Return the nodes that compute ``outputs``, each after its sources."""
+        done: set[Any] = set()
+        found: list[Any] = []
+        for t in outputs:
+            stack = [(t.ptr, False)]
+            while stack:
+                p, ready = stack.pop()
+                if ready:
+                    found.append(p)
+                elif p not in done:
+                    done.add(p)
+                    if p.op != Op.NONE:
+                        if self._step.setdefault(p, 0 if p.op in VIEWS else -1) < 0:
+                            raise ValueError(
+                                f"{self._wrap(p)!r} is computed from weights alone, so that it lies in their context: "
+                                "pass ctx=rank.context to the operation"
+                            )
+                        stack.append((p, True))
+                        stack += [(src, False) for src in p.src if src]
+        return found
 
-    def _in_two(self, first: Sequence[Any], rest: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
-        """What comes before the first product as a graph of its own, and the rest.
+    def _share(self, t: Tensor, target: Tensor, k: int) -> Tensor:
+        """Return the node that writes ``t`` to ``target`` in step ``k``: ``t`` if nothing else reads it, or a copy."""
+        p = t.ptr
+        alone = self._uses[p] == 1 and self._step[p] == k and p.op not in VIEWS and not p.view_src
+        if alone and t.dtype is target.dtype:
+            self.in_shared_memory[p] = target
+            return t
+        copy = self.rank.context.build(c.ggml_cpy, t.ndim, t.ptr, target.ptr)
+        self._step[copy.ptr] = k
+        return copy
 
-        ggml's Vulkan hands work to the device each time that it has as many operations as a 40th of the graph before
-        had. In a graph of few nodes that is before and after each product. After a graph without any, it hands over the
-        next as a whole.
-        """
-        _keep_for_later([first, rest])
-        made = self._expanded(first, 0)
-        freeze(first)
-        return Step(rest=(made, self._expanded(rest, 0)))
-
-    def _parts(self, nodes: Sequence[Any], freeze: Callable[[Iterable[Any]], None]) -> Step:
-        """A first part to be recorded ahead, and the rest as one or more parts.
-
-        ggml would hand over the rest a few operations at a time, to have the device begin; but it has begun, and each
-        time takes it as long as two operations of a token.
-        """
-        most = _most_nodes()
-        size = min(_HELD, most)
-        parts: list[Sequence[Any]] = []
-        while nodes:
-            end = _end_of_part(nodes, size)
-            parts.append(nodes[:end])
-            nodes, size = nodes[end:], min(2 * size, most)
-        _keep_for_later(parts)
-        held: tuple[Any, ...] = ()
-        rest: list[Any] = []
-        for i, part in enumerate(parts):
-            if i == 0 and _n_operations(part) <= most:
-                held = self._held(part)
-            else:
-                rest += [_nothing(), self._filled(part)]
-            freeze(part)
-        return Step(held, tuple(rest))
-
-    def _held(self, nodes: Sequence[Any]) -> tuple[Any, ...]:
-        more = 1 + _n_fillers(len(nodes))
-        made = self._expanded(nodes, more)
-        for _ in range(more):
-            c.ggml_graph_add_node(made, _passed_over())
-        return _nothing(), made
-
-    def _filled(self, nodes: Sequence[Any]) -> Any:
-        made = self._expanded(nodes, _n_fillers(len(nodes)))
-        _fill(made, nodes)
-        return made
-
-    def _expanded(self, nodes: Sequence[Any], more: int) -> Any:
-        """A C graph of these nodes in this order, with room for some more. It knows how often each is used, which
-        ``ggml_graph_add_node`` does not tell it: without that, none are computed together.
-        """
-        size = len({p for node in nodes for p in (node, *node.src) if p}) + more + 1
-        made, pool = _new_graph(size)
-        self._pools.append(pool)
+    def _read_by_later_steps(self, nodes: Sequence[Any]) -> list[Any]:
+        """Return the nodes that a later step than their own reads."""
+        step = self._step
+        found: dict[Any, None] = {}
         for p in nodes:
-            c.ggml_build_forward_expand(made, p)
-        return made
+            here = step[p]
+            for src in p.src:
+                if src and src.op != Op.NONE and step[src] < here:
+                    found[src] = None
+        return list(found)
+
+    def lifetimes(self) -> dict[Any, tuple[int, int]]:
+        """Return the numbers of the first and the last node that use each tensor's memory, sorted by the first."""
+        found: dict[Any, tuple[int, int]] = {}
+        i = 0
+        for graph in self.graphs:
+            for p in graph.node_pointers():
+                if not p.view_src and p not in self.in_shared_memory:
+                    found[p] = (i, i)
+                for src in p.src:
+                    root = (src.view_src or src) if src else None
+                    if root in found:
+                        found[root] = (found[root][0], i + _LINGER)
+                i += 1
+        return found
 
     def close(self) -> None:
-        """Give the graphs up."""
-        pools, self._pools = self._pools, []
-        for pool in pools:
-            c.ggml_free(pool)
+        """Free the graphs."""
+        for graph in self.graphs:
+            graph.close()
+        self._maker.close()
 
 
-def _is_short(nodes: Iterable[Any]) -> bool:
-    """Whether a device is soon done with these nodes."""
-    return not any(p.op == Op.MUL_MAT and p.ne[1] > _SHORT for p in nodes)
+@contextmanager
+def _frozen_nodes() -> Iterator[Freeze]:
+    """Yield a function that makes nodes pass for leaves, at which graphs begin. At the end they are nodes again."""
+    saved: list[tuple[Any, bytes, bytes]] = []
 
+    def freeze(nodes: Iterable[Any]) -> None:
+        for p in nodes:
+            raw = c.ffi.buffer(p, _SIZE)
+            saved.append((raw, raw[_OP : _OP + 4], raw[_SRC:_SRC_END]))
+            raw[_OP : _OP + 4] = bytes(4)
+            raw[_SRC:_SRC_END] = bytes(_SRC_END - _SRC)
 
-def can_record_ahead(device: Device) -> bool:
-    """Whether ggml's Vulkan keeps what it has recorded for a device, and hands over all of it when it is told to. Not
-    for one that shares its memory with the processor, which does part of the work then.
-    """
-    if device.type is not DeviceType.GPU or _WAITED_FOR in device.description:
-        return False
-    return not any(name in os.environ for name in _WITHOUT)
-
-
-def _most_nodes() -> int:
-    return min(int(os.environ.get("GGML_VK_MAX_NODES_PER_SUBMIT", _MOST_NODES)), _MOST_NODES)
-
-
-def _n_operations(nodes: Iterable[Any]) -> int:
-    return sum(p.op not in VIEWS for p in nodes)
-
-
-def _end_of_part(nodes: Sequence[Any], most: int) -> int:
-    """How many nodes make a part of at most so many operations, if it can be made to end there.
-
-    It ends before a product, with which ggml computes nothing that comes before, and none that it computes side by
-    side with another, nor one of what was normalized just before.
-    """
-    end = count = 0
-    before = None
-    for i, p in enumerate(nodes):
-        if p.op in VIEWS:
-            continue
-        if count > most and end:
-            break
-        if p.op == Op.MUL_MAT and before not in (Op.MUL_MAT, *_NORM):
-            end = i
-        before = p.op
-        count += 1
-    return end if count > most and end else len(nodes)
-
-
-def _keep_for_later(parts: Sequence[Sequence[Any]]) -> None:
-    """Have each part compute what a later one reads: else it could be left out, together with whose it is."""
-    needed: set[Any] = set()
-    for part in reversed(parts):
-        for p in part:
-            if p in needed:
-                c.ggml_set_output(p)
-        needed.update(src for p in part for src in p.src if src)
-
-
-def _new_graph(size: int) -> tuple[Any, Any]:
-    """A C graph for so many tensors, and its context."""
-    need = c.ggml_graph_overhead_custom(size, False) + c.ggml_tensor_overhead() + 64
-    pool = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
-    return c.ggml_new_graph_custom(pool, size, False), pool
-
-
-@cache
-def _passed_over() -> Any:
-    """A node that ggml's Vulkan takes for one that computes something, and passes over: it has no memory."""
-    _, pool = _new_graph(1)  # for good
-    made = c.ggml_new_tensor_1d(pool, Type.F32, 1)
-    made.op, made.flags = Op.SUM, c.GGML_TENSOR_FLAG_COMPUTE
-    return made
-
-
-@cache
-def _nothing() -> Any:
-    """A C graph that computes nothing: ggml's Vulkan hands over the next as a whole; see ``_in_two``."""
-    made, _ = _new_graph(2)  # for good
-    c.ggml_graph_add_node(made, _passed_over())
-    return made
-
-
-def _fill(graph: Any, nodes: Sequence[Any]) -> None:
-    """Put views, which compute nothing, behind the nodes of a C graph that a device is soon done with.
-
-    ggml's Vulkan has a device tell it when it is about to begin the last fifth of a graph's nodes, sleeps until then,
-    and looks again and again from there on. It wakes up too late where that fifth takes some microseconds: so that
-    fifth is to be views.
-    """
-    view = next((p for p in nodes if p.op in VIEWS), None)
-    n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)
-    if view is not None:
-        for _ in range(min(_n_fillers(n), size - n)):
-            c.ggml_graph_add_node(graph, view)
-
-
-def _n_fillers(n: int) -> int:
-    """Nodes behind ``n`` that make the last fifth of all."""
-    return max((n - 10) // 4 + 1, 0)
+    try:
+        yield freeze
+    finally:
+        for raw, op, sources in reversed(saved):
+            raw[_OP : _OP + 4] = op
+            raw[_SRC:_SRC_END] = sources

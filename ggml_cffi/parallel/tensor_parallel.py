@@ -8,6 +8,7 @@ through Python or the processor. A run so has steps, one more than sums; the dev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFTensor
+from ggml_cffi.parallel.function import ParallelFunction
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
@@ -73,6 +75,7 @@ class TensorParallel(Group):
             raise TypeError("devices is a sequence: put the one device in a list")
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
+        self._compiled: list[ParallelFunction] = []
         try:
             chosen: list[Backend] = []
             for which in gpus() if devices is None else devices:
@@ -179,9 +182,28 @@ class TensorParallel(Group):
             made.append(t)
         return made
 
-    def close(self) -> None:
-        """Give everything up: functions, weights, devices."""
+    def compile(self, function: Callable[..., Any]) -> ParallelFunction:
+        """Return ``function(rank, *tensors)`` as a function of arrays.
+
+        It is traced for each device, once for each signature (shapes and types of the arrays), with a :class:`Rank`
+        and the device's copies of the inputs. It takes the device's weights with ``w[rank]``, and sums with
+        :meth:`Rank.all_reduce` what the devices have computed in parts. It returns a tensor,
+        :meth:`Rank.all_gather`, or a tuple of them. All ranks must do the same.
+        """
+        self.backends  # noqa: B018 - raises when closed
+        if not callable(function):
+            raise TypeError(f"compile takes a function, not {type(function).__name__}")
+        made = ParallelFunction(self, function)
         with self.lock:
+            self._compiled.append(made)
+        return made
+
+    def close(self) -> None:
+        """Free functions and weights, and close the backends that were opened here."""
+        with self.lock:
+            compiled, self._compiled = self._compiled, []
+            for made in compiled:
+                made.clear()
             super().close()
             for context in self._contexts:
                 context.close()

@@ -1,1 +1,25 @@
-"""Placement: which device holds which layers, and how many bytes that takes, known before loading."""
+"""Placement: which device holds which layers, and how many bytes that takes, known before loading.
+
+``place`` decides, ``measure`` counts bytes by a dry run, ``plan`` reports, ``auto`` chooses a split by timing the
+model, and ``calibration`` measures how fast a device multiplies.
+"""
+
+from ggml_cffi.models.placement.options import SPLITS, Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.place import place_layers, split_layers
+from ggml_cffi.models.placement.placement import DevicePlan, Placement
+from ggml_cffi.models.placement.plan import ModelPlan, Planner, plan
+
+__all__ = [
+    "SPLITS",
+    "Balance",
+    "DevicePlan",
+    "LoadOptions",
+    "ModelPlan",
+    "Placement",
+    "Planner",
+    "Workload",
+    "check_options",
+    "place_layers",
+    "plan",
+    "split_layers",
+]

@@ -1,4 +1,4 @@
-"""How fast a device multiplies: measured once for each kind of weight, and remembered."""
+"""Measures how fast a device multiplies: once for each type of weight, then remembered in a file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ggml_cffi.models.fetch import cache_folder
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
-_SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for devices that are software
-_TOKENS = (1, 512)  # as in decoding, and as in reading a prompt
+_SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for software devices
+_TOKENS = (1, 512)  # as in decoding, and as in prefill
 _RUNS = 5
 
 
 def seconds(backend: Backend, dtype: Type) -> float:
-    """Seconds for each element of a weight and each token: the geometric mean of decoding and reading a prompt.
+    """Return the seconds for each element of a weight and each token: the geometric mean of decoding and prefill.
 
-    Measured the first time, and then read from ``calibration.json`` in the cache folder, where it is kept for the
+    The first call measures. Later ones read ``calibration.json`` in the cache folder, where the result is kept for the
     device's description, its threads, the type and the version of ggml.
     """
     known = _known()
@@ -43,35 +43,35 @@ def seconds(backend: Backend, dtype: Type) -> float:
     return result
 
 
-def remembered(what: str, measure: Callable[[], list[float]]) -> list[float]:
-    """Numbers that were measured before, or are now; kept as :func:`seconds` keeps its own."""
-    what = f"{what}, ggml {GGML_VERSION}"
+def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
+    """Return the numbers that are kept as ``name``. If there are none, measure and keep them."""
+    name = f"{name}, ggml {GGML_VERSION}"
     known = _known()
-    found = known.get(what)
+    found = known.get(name)
     if isinstance(found, list) and found and all(isinstance(x, float) and 0 <= x < np.inf for x in found):
         return found
     result = measure()
-    _remember(_known() | {what: result})
+    _remember(_known() | {name: result})
     return result
 
 
 def key(backend: Backend, dtype: Type) -> str:
-    """What a measurement holds for."""
+    """Return the name of a measurement: the device, its threads, the type and the version of ggml."""
     threads = f", {backend.n_threads} threads" if backend.device.is_cpu else ""
     return f"{backend.device.description}{threads}, {dtype.name}, ggml {GGML_VERSION}"
 
 
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:
-    """Seconds of a product with so many tokens, for each element of the weight and each token: the best of a few."""
+    """Return the seconds of a product, for each element of the weight and each token: the best of a few runs."""
     n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not backend.device.is_cpu else _SIZE // 4
     with Context() as context:
-        weight = context.new_tensor(dtype, (n, n), name="weight")  # zeros take as long as anything
+        weight = context.new_tensor(dtype, (n, n), name="weight")  # zeros take as long as other values
         context.alloc(backend.buffer_type, [weight], usage=Usage.WEIGHTS)
         x = context.new_tensor(Type.F32, (tokens, n), name="x")
         context.alloc(backend.buffer_type, [x])
         with Graph(ops.mul_mat(weight, x)) as graph, Scheduler([backend]) as scheduler:
             scheduler.alloc(graph)
-            scheduler.compute(graph)  # shaders are compiled in the first run
+            scheduler.compute(graph)  # the first run compiles shaders
             times = []
             for _ in range(_RUNS):
                 began = perf_counter()
@@ -81,12 +81,12 @@ def measure(backend: Backend, dtype: Type, tokens: int) -> float:
 
 
 def path() -> Path:
-    """The file of what was measured."""
+    """Return the path of the file with the measurements."""
     return cache_folder().parent / "calibration.json"
 
 
 def _known() -> dict[str, object]:
-    """What the file has; nothing where it is missing or is none of ours."""
+    """Return the file's contents; nothing if it is missing or malformed."""
     with suppress(OSError, ValueError):
         found = json.loads(path().read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -95,7 +95,7 @@ def _known() -> dict[str, object]:
 
 
 def _remember(known: dict[str, object]) -> None:
-    """Write the file, whole or not at all. Where it cannot be written, the next call measures again."""
+    """Write the file, whole or not at all. If it cannot be written, the next call measures again."""
     with suppress(OSError):
         path().parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path().parent, suffix=".json")

@@ -1,7 +1,7 @@
-"""The inputs of a model's graph: one piece of memory on each device, written at once.
+"""Inputs of a model's graph: one buffer on each device, written at once.
 
-A transfer to a GPU takes tens of microseconds however little it moves, and a copy from one GPU to another more: so each
-device has positions, rows and masks of its own, all in one place.
+A transfer to a GPU takes tens of microseconds however little it moves, and a copy from one GPU to another takes longer.
+Therefore each device has its own positions, KV slots and masks, side by side in one buffer.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ggml_cffi.models.architectures.base import Inputs
 _TYPES = {
     "tokens": Type.I32,
     "positions": Type.I32,
-    "rows": Type.I64,
-    "wanted": Type.I32,
+    "kv_slots": Type.I64,
+    "output_ids": Type.I32,
     "mask": Type.F16,
-    "near": Type.F16,
+    "window_mask": Type.F16,
 }
 
 
-class Place:
+class DeviceInputs:
     """Some inputs on one device.
 
     Parameters
     ----------
     context
-        Where the tensors belong.
+        Context of the tensors.
     backend
-        The device, which computes with them.
+        Backend of the device.
     shapes
-        Name of each input, and its shape.
+        Shape of each input, by name.
     """
 
     def __init__(self, context: Context, backend: Backend, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -58,21 +58,22 @@ class Place:
             offsets[name] = size
             nbytes = prod(shape) * dtypes.type_size(_TYPES[name])
             size += -(-nbytes // alignment) * alignment
-        self._whole = context.new_tensor(Type.I8, (size,), name="inputs")
-        (buffer,) = context.alloc(buffer_type, [self._whole])
+        self._all = context.new_tensor(Type.I8, (size,), name="inputs")
+        (buffer,) = context.alloc(buffer_type, [self._all])
         self._offsets, self._staging = offsets, np.empty(0, np.uint8)
-        self._put: tuple[Any, ...] = ()
+        self._set_args: tuple[Any, ...] = ()
         for name, shape in shapes.items():
             tensor = context.new_tensor(_TYPES[name], shape, name=name)
             context.put(tensor, buffer, buffer.base + offsets[name])
             self.tensors[name] = tensor
 
-    def _stage(self) -> None:
-        """Host memory for all inputs, which a GPU reads by itself: made when it is first written, since graphs are
-        measured too.
+    def _make_staging(self) -> None:
+        """Make host memory for all inputs, which a GPU reads by itself.
+
+        It is made at the first write only: dry runs write nothing.
         """
-        self._staging = pinned((self._whole.nbytes,), np.uint8, device=self._backend.device)
-        self._put = (self._backend.ptr, self._whole.ptr, c.ffi.from_buffer(self._staging), 0, self._whole.nbytes)
+        self._staging = pinned((self._all.nbytes,), np.uint8, device=self._backend.device)
+        self._set_args = (self._backend.ptr, self._all.ptr, c.ffi.from_buffer(self._staging), 0, self._all.nbytes)
         for name, tensor in self.tensors.items():
             raw = self._staging[self._offsets[name] : self._offsets[name] + tensor.nbytes]
             self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(tensor.shape)
@@ -80,63 +81,64 @@ class Place:
     def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
         """Write those of the values that are inputs here."""
         if not self._arrays:
-            self._stage()
+            self._make_staging()
         for name, array in self._arrays.items():
             array[...] = values[name]
-        # As Tensor.set_async, without its checks: nobody else writes these. The run comes after it in the same queue.
+        # As Tensor.set_async, without its checks: nothing else writes these. The run follows in the same queue.
         with self._backend.lock:
-            c.ggml_backend_tensor_set_async(*self._put)
+            c.ggml_backend_tensor_set_async(*self._set_args)
 
 
-class Feed:
-    """The inputs of one graph.
+class GraphInputs:
+    """Inputs of one graph, on all devices.
 
     Parameters
     ----------
     context
-        Where the tensors belong.
+        Context of the tensors.
     backends
-        The devices.
-    where
-        For each layer the index of its backend.
-    first
-        The index of the backend that holds the embeddings.
+        Backends of the devices.
+    layer_devices
+        For each layer the number of its backend.
+    embedding_device
+        Number of the backend that has the embeddings.
     n, n_kv, n_out
-        Tokens, cache rows that they look at, tokens whose results are wanted.
+        Numbers of tokens, of KV slots that attention reads, and of tokens with an output.
     window
-        Whether there are layers with a sliding window.
+        True if some layers have a sliding window.
     """
 
     def __init__(
         self,
         context: Context,
         backends: Sequence[Backend],
-        where: Sequence[int],
-        first: int,
+        layer_devices: Sequence[int],
+        embedding_device: int,
         n: int,
         n_kv: int,
         n_out: int,
         *,
         window: bool,
     ) -> None:
-        each: dict[str, tuple[int, ...]] = {"positions": (n,), "rows": (n,), "mask": (n, n_kv)}
+        each: dict[str, tuple[int, ...]] = {"positions": (n,), "kv_slots": (n,), "mask": (n, n_kv)}
         if window:
-            each["near"] = (n, n_kv)
-        shapes: dict[int, dict[str, tuple[int, ...]]] = {i: dict(each) for i in dict.fromkeys(where)}
-        shapes.setdefault(first, {})["tokens"] = (n,)
-        shapes[where[-1]]["wanted"] = (n_out,)
-        self._places = {i: Place(context, backends[i], found) for i, found in shapes.items()}
-        ends = self._places[first].tensors["tokens"], self._places[where[-1]].tensors["wanted"]
-        own = {i: _inputs(self._places[i], *ends) for i in dict.fromkeys(where)}
-        self.inputs = replace(own[where[0]], layers=tuple(own[i] for i in where))
-        """What the architecture builds its graph from."""
+            each["window_mask"] = (n, n_kv)
+        last = layer_devices[-1]
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {i: dict(each) for i in dict.fromkeys(layer_devices)}
+        shapes.setdefault(embedding_device, {})["tokens"] = (n,)
+        shapes[last]["output_ids"] = (n_out,)
+        self._devices = {i: DeviceInputs(context, backends[i], found) for i, found in shapes.items()}
+        ends = self._devices[embedding_device].tensors["tokens"], self._devices[last].tensors["output_ids"]
+        own = {i: _inputs(self._devices[i], *ends) for i in dict.fromkeys(layer_devices)}
+        self.inputs = replace(own[layer_devices[0]], layers=tuple(own[i] for i in layer_devices))
+        """Tensors from which the architecture builds its graph."""
 
     def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
-        """Write the inputs, on every device."""
-        for place in self._places.values():
-            place.set(values)
+        """Write the inputs on every device."""
+        for device in self._devices.values():
+            device.set(values)
 
 
-def _inputs(place: Place, tokens: Tensor, wanted: Tensor) -> Inputs:
-    t = place.tensors
-    return Inputs(tokens, t["positions"], t["rows"], t["mask"], wanted, t.get("near"))
+def _inputs(device: DeviceInputs, tokens: Tensor, output_ids: Tensor) -> Inputs:
+    t = device.tensors
+    return Inputs(tokens, t["positions"], t["kv_slots"], t["mask"], output_ids, t.get("window_mask"))

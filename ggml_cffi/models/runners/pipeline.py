@@ -1,10 +1,11 @@
-"""A runner for models that are on GPUs whole: each has some layers, and passes on what comes out of them.
+"""Pipeline runner: stages of layers, each on one or several devices, without ggml's scheduler.
 
-No scheduler takes part. Each GPU computes a graph of its own, which begins with reading its inputs from host memory and
-ends with writing its result there: one piece of work to hand over for a token, and no copy from device to device.
+A stage of several devices is tensor parallelism: each device has a shard of every layer. One stage of all devices is
+tensor parallelism alone, stages of one device each are pipeline parallelism alone, and stages of several devices
+combine the two.
 
-Prompts of several batches are in flight (pipeline parallelism): while one GPU computes its layers of a batch, the one
-before is at the next batch. That takes no memory on the GPUs.
+Each device computes graphs of its own. They begin with reading inputs from host memory, and end with writing results
+there: a token is one submission for a stage of one device, and nothing is copied from device to device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
-from itertools import groupby, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,39 +25,41 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.runners.base import Batch, Logits, WholeRunner
-from ggml_cffi.models.runners.stage import Layers, Stage, key_of
-from ggml_cffi.models.runners.weights import Progress, Weights
+from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.stage import Stage, StageGraph, key_of
+from ggml_cffi.models.runners.weights import Progress, StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import DIRECT
+from ggml_cffi.parallel.tensor_parallel import check_devices
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_TOGETHER = 16  # batches of a prompt that are computed without a look around: few enough to be stopped soon
+_QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
 
 Hidden = npt.NDArray[np.float32]
 
 
-def stages_of(weights: Weights) -> list[tuple[int, range]]:
-    """The backend, by its number, of each stage, and its layers; none if a scheduler is needed.
+def can_pipeline(weights: Weights) -> bool:
+    """Return whether stages of GPUs can compute a model whose layers each have one device.
 
-    It is, where the CPU or a remote device takes part, and for encoders.
+    They cannot if the CPU or a remote device takes part, if a device has layers at two places, and for encoders.
     """
-    used = dict.fromkeys([weights.first, *weights.where, weights.head])
-    backends = [share.backend for share in weights.placement]
-    if not weights.architecture.causal or not all(_reads_host_memory(backends[i]) for i in used):
-        return []
-    found, start = [], 0
-    for i, layers in groupby(weights.where):
-        n = len(list(layers))
-        found.append((i, range(start, start + n)))
-        start += n
-    numbers = [i for i, _ in found]
-    ends = weights.first == numbers[0] and weights.head == numbers[-1]
-    return found if ends and len(set(numbers)) == len(numbers) else []
+    used = [stage.devices[0] for stage in weights.stages]
+    return (
+        weights.architecture.causal
+        and len(set(used)) == len(used)
+        and _ends_fit(weights)
+        and all(_reads_host_memory(weights.backends[device]) for device in used)
+    )
+
+
+def _ends_fit(weights: Weights) -> bool:
+    """Return whether the first stage has the embeddings, and the last one the output head."""
+    first, last = weights.stages[0], weights.stages[-1]
+    return weights.embedding_devices == first.devices and weights.output_devices == last.devices
 
 
 def _reads_host_memory(backend: Backend) -> bool:
@@ -71,59 +74,106 @@ def _finish(stages: Iterable[Stage], *, if_free: bool = False) -> None:
         stage.finish(if_free=if_free)
 
 
-def layers_of(weights: Weights, layers: range) -> Layers:
-    """Layers that one device has."""
-    return Layers(weights.architecture, layers, [weights.tensors], [weights.cache])
+class PipelineRunner(Runner):
+    """A model in stages that run one after another, each on one or several devices.
 
-
-class StagedRunner(WholeRunner):
-    """Stages that run one after another, in flight where there are several batches.
-
-    Batches that are given together are made while those before are computed, also where there is one stage.
+    Several batches of a prompt are in flight: while one stage computes a batch, the stage before computes the next.
 
     Parameters
     ----------
-    architecture, backends, n_ctx, n_batch, kv_dtype, progress, where
-        As for :class:`~ggml_cffi.models.runners.base.WholeRunner`.
+    architecture
+        The model.
+    backends
+        Backends of the devices, the preferred first. The CPU may be the last, and then computes embeddings only.
+    n_ctx
+        Tokens of the context; the KV cache has as many slots, rounded up.
+    n_batch
+        Most tokens of one run.
+    kv_dtype
+        Type of keys and values in the cache.
+    progress
+        Called with bytes done and bytes in all while weights are loaded.
+    stages
+        Layers and devices of each stage. Default one stage of all GPUs, which is tensor parallelism. For 2 stages of 2
+        devices pass ``even_stages(architecture.n_layers, [(0, 1), (2, 3)])``.
+    whole_attention
+        True if each device of a stage of several computes all heads, and shares the feed-forward part alone: half as
+        many all-reduces, more memory.
     in_flight
-        Whether the stages of several batches are computed at the same time.
+        False if batches are to run through all stages one after another.
+    half_above, threads
+        As for :class:`~ggml_cffi.parallel.TensorParallel`.
 
     Raises
     ------
     ValueError
-        If a scheduler is needed; see :func:`stages_of`.
+        If a device cannot take part, or the model is too small for so many devices.
+    OutOfMemoryError
+        If a device has too little memory.
     """
 
     def __init__(
         self,
         architecture: Architecture,
-        backends: list[Backend],
-        n_ctx: int,
-        n_batch: int,
+        backends: Sequence[Backend],
+        n_ctx: int = 4096,
+        n_batch: int = 512,
         kv_dtype: Type = Type.F16,
         progress: Progress | None = None,
         *,
-        where: Sequence[int] | None = None,
+        stages: Sequence[StageSpec] | None = None,
+        whole_attention: bool = False,
         in_flight: bool = True,
+        half_above: int | None = None,
+        threads: bool | None = None,
     ) -> None:
-        super().__init__(architecture, backends, n_ctx, n_batch, kv_dtype, progress, where)
+        if stages is None:
+            gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu] or [0]
+            stages = [StageSpec(range(architecture.n_layers), tuple(gpus))]
+        check_stages(stages, architecture.n_layers, backends)
+        self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
+        self._closed = False
+        self._scheduler: Scheduler | None = None
         self.stages: list[Stage] = []
-        self._flows: list[_Flow] = []
+        """The stages in order."""
+        self._queues: list[_StageQueue] = []
+        self.weights = Weights(
+            architecture, backends, self.n_slots, kv_dtype, stages, progress, whole_attention=whole_attention
+        )
         try:
-            found = stages_of(self.weights)
-            if not found:
-                raise ValueError("the model is not on GPUs whole")
-            for i, layers in found:
-                stage = Stage(layers_of(self.weights, layers), Group([backends[i]]))
-                self.stages.append(stage)
-                (self.placement[i].compute_bytes,) = stage.reserve(n_batch, self.n_rows)
-            if in_flight or len(found) == 1:
-                self.n_in_flight, self.n_together = len(found), _TOGETHER
-                self._flows = [_Flow(stage) for stage in self.stages]
-            self._scheduler = Scheduler(backends)
+            if not _ends_fit(self.weights):
+                raise ValueError(
+                    "the device of the first or the last stage cannot compute with the embeddings or the output head "
+                    "in their type: use split='layer'"
+                )
+            for spec in stages:
+                group = Group([backends[i] for i in spec.devices], half_above=half_above, threads=threads)
+                self.stages.append(Stage(StageGraph.of(self.weights, spec), group))
+                sizes = self.stages[-1].reserve(n_batch, self.n_slots)
+                for i, size in zip(spec.devices, sizes, strict=True):
+                    self.placement[i].compute_bytes = size
+            # With one stage of several devices, the host is busy between the steps of a batch: no time for the next.
+            alone = len(stages) == 1 and len(stages[0].devices) == 1
+            on_gpu = not backends[stages[0].devices[0]].device.is_cpu
+            if (alone and on_gpu) or (in_flight and len(stages) > 1):
+                self.n_in_flight, self.n_queued_batches = len(stages), _QUEUED
+                self._queues = [_StageQueue(stage) for stage in self.stages]
+            if self.weights.is_whole and backends[-1].device.is_cpu:
+                self._scheduler = Scheduler(backends)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """A scheduler over all devices, which computes embeddings; None if layers are sharded, or without the CPU."""
+        self.check_open()
+        return self._scheduler
+
+    @property
+    def closed(self) -> bool:
+        """True once the model is closed."""
+        return self._closed
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         self.check_open()
@@ -131,14 +181,16 @@ class StagedRunner(WholeRunner):
 
     def run(self, batch: Batch) -> Logits:
         self.check_open()
+        if len(self.stages) == 1:
+            return self.stages[0].run(batch)
         programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
-        if small and len(programs) > 1 and all(program.landing is not None for program in programs[:-1]):
-            return self._run_watching(batch)
+        if small and all(program.polled_output is not None for program in programs[:-1]):
+            return self._run_polling(batch)
         return self._run_waiting(batch)
 
     def _run_waiting(self, batch: Batch) -> Logits:
-        """Each stage when the device of the one before is done."""
+        """Run each stage when the devices of the one before are done."""
         x: Hidden | None = None
         for stage, after in zip_longest(self.stages, self.stages[1:]):
             # While it computes, the next one gets its inputs.
@@ -146,63 +198,85 @@ class StagedRunner(WholeRunner):
         assert x is not None
         return x
 
-    def _run_watching(self, batch: Batch) -> Logits:
-        """Each stage when what the one before has computed is seen to be there; its device is waited for after that."""
+    def _run_polling(self, batch: Batch) -> Logits:
+        """Run each stage when the result of the one before shows in host memory, and wait for its device later."""
         x: Hidden | None = None
         try:
             for stage, after in pairwise(self.stages):
-                # The next one's device is this thread's then: it is given up before another is waited for.
-                x = stage.hand_over(batch, x, partial(after.prepare_ahead, batch), partial(_finish, (after, stage)))
+                # This thread then holds the next device: it must release that before it waits for this one.
+                x = stage.run_and_poll(
+                    batch, x, partial(after.prepare_and_record, batch), partial(_finish, (after, stage))
+                )
             return self.stages[-1].run(batch, x, meanwhile=partial(_finish, self.stages[:-1], if_free=True))
         finally:
-            _finish(reversed(self.stages))  # the last first: it may have recorded something, and be locked
+            _finish(reversed(self.stages))  # the last first: this thread may hold its device, for recorded work
 
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
-        if not self._flows:
+        if not self._queues:
             yield from map(self.run, batches)
             return
         self.check_open()
-        going: deque[Future[Hidden]] = deque()
+        in_flight: deque[Future[Hidden]] = deque()
         try:
             for i, batch in enumerate(batches):
-                going.append(self._start(batch, i % 2))
-                if len(going) > len(self.stages):
-                    yield going.popleft().result()
-            while going:
-                yield going.popleft().result()
+                in_flight.append(self._start(batch, i % 2))
+                if len(in_flight) > len(self.stages):
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
         finally:
-            for future in going:  # its weights may be freed next
+            for future in in_flight:  # the caller may free the weights next
                 future.exception()
-            for flow in self._flows:
-                flow.rest()
+            for queue in self._queues:
+                queue.clear()
 
     def _start(self, batch: Batch, slot: int) -> Future[Hidden]:
-        """Have every stage compute a batch, each when the one before has."""
+        """Queue a batch at every stage. Each computes it when the one before has."""
         x: Future[Hidden] | None = None
-        before: _Flow | None = None
-        for flow in self._flows:
-            written, x = flow.start(batch, slot, x, copied=flow is self._flows[-1])
+        before: _StageQueue | None = None
+        for queue in self._queues:
+            written, x = queue.start(batch, slot, x, copied=queue is self._queues[-1])
             if before is not None:
                 before.read[slot] = written
-            before = flow
+            before = queue
         assert before is not None
         assert x is not None
         before.read[slot] = x
         return x
 
     def close(self) -> None:
-        """Free weights, caches and graphs."""
-        for flow in self._flows:
-            flow.close()
-        self._flows = []
+        """Free weights, caches, graphs and scheduler. The backends stay open."""
+        self._closed = True
+        for queue in self._queues:
+            queue.close()
+        self._queues = []
         for stage in self.stages:
             stage.close()
-        super().close()
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
+            scheduler.close()
+        self.weights.close()
 
 
-class _Flow:
-    """Batches through one stage. A thread writes the inputs of one, while another has the device compute the one before
-    it: so that the device never waits for the first.
+def check_stages(stages: Sequence[StageSpec], n_layers: int, backends: Sequence[Backend]) -> None:
+    """Raise ValueError if stages do not have every layer once, in order, on devices that can compute together."""
+    layers = [layer for stage in stages for layer in stage.layers]
+    if layers != [*range(n_layers)] or not all(len(stage.layers) for stage in stages):
+        raise ValueError(f"stages have layers {layers}: each of the {n_layers} layers must be there once, in order")
+    used = [device for stage in stages for device in stage.devices]
+    if not all(0 <= device < len(backends) for device in used):
+        raise ValueError(f"stages have devices {used}: they are numbers of {len(backends)} backends, from 0")
+    if len(set(used)) < len(used):
+        raise ValueError(f"stages have devices {used}: each device can be in one stage only")
+    for stage in stages:
+        check_devices([backends[device].device for device in stage.devices])
+
+
+class _StageQueue:
+    """Batches on their way through one stage.
+
+    One thread writes the inputs of a batch while another waits for the devices, which compute the batch before: so the
+    devices never wait for the first thread.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -213,30 +287,31 @@ class _Flow:
             ThreadPoolExecutor(1, thread_name_prefix=f"ggml_cffi {name}") for name in ("inputs", "stage")
         )
         self.read: list[Future[Any] | None] = [None, None]
-        """For each slot, what is done once its last result has been read."""
+        """For each slot a future that is done once the last result there has been read."""
 
     def start(
         self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
     ) -> tuple[Future[ParallelProgram], Future[Hidden]]:
-        """Write the inputs of ``batch``, once the stage before has given ``x``, and compute it.
+        """Queue a batch: write its inputs once the stage before has given ``x``, then compute it.
 
         Returns
         -------
         tuple
-            What is done when ``x`` has been read; the result, which lies in the slot unless it is to be ``copied``.
+            A future that is done when ``x`` has been read, and the result. The result lies in the slot, unless
+            ``copied`` is True.
         """
         written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
         return written, self._runner.submit(_compute, written, copied=copied)
 
     def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> ParallelProgram:
         if read is not None:
-            read.exception()  # its own caller hears of it
+            read.exception()  # an exception is raised to the caller of that batch
         program = self._stage.prepare(batch, slot)
-        program.puts[0][...] = batch.tokens if x is None else x.result()
+        program.input_arrays[0][...] = batch.tokens if x is None else x.result()
         return program
 
-    def rest(self) -> None:
-        """Forget the results; nothing is under way."""
+    def clear(self) -> None:
+        """Forget the results. Nothing may be in flight."""
         self.read = [None, None]
 
     def close(self) -> None:

@@ -1,8 +1,7 @@
-"""Some layers of a model on some devices of their own."""
+"""A pipeline stage: some layers of a model on one or several devices of their own."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,27 +10,30 @@ import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.lru import LRU
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
-from ggml_cffi.parallel.program import ParallelProgram, ParallelTrace
+from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import AllGather, Rank
+from ggml_cffi.parallel.trace import ParallelTrace
 
-_PROGRAMS = 32  # graphs that are kept
+_PROGRAMS = 32  # that are kept
 
-#: Tokens, cache rows that they look at, tokens whose results are wanted.
+#: Sizes of a batch, on which the graph depends: tokens, KV slots that attention reads, tokens with an output.
 Key = tuple[int, int, int]
 
 
 def key_of(batch: Batch) -> Key:
-    """What the graph for a batch depends on."""
-    return len(batch.tokens), batch.mask.shape[1], len(batch.wanted)
+    """Return the sizes of a batch."""
+    return len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
 
 
-class Layers:
-    """The graph of some neighbouring layers, with what comes before the first and after the last of all.
+class StageGraph:
+    """The graph of neighbouring layers, with the embeddings before the first layer and the output head after the last.
 
     Parameters
     ----------
@@ -43,9 +45,8 @@ class Layers:
         For each device its weights by name.
     caches
         For each device the caches of all layers.
-    summed
-        The parts of a layer whose contributions several devices add up; see
-        :class:`~ggml_cffi.models.architectures.base.TensorParallelSpec`.
+    all_reduced
+        Parts of a layer that are all-reduced; see :class:`~ggml_cffi.models.architectures.base.TensorParallelSpec`.
     """
 
     def __init__(
@@ -54,14 +55,26 @@ class Layers:
         layers: range,
         weights: Sequence[Mapping[str, Tensor]],
         caches: Sequence[Sequence[LayerCache]],
-        summed: Collection[str] = (),
+        all_reduced: Collection[str] = (),
     ) -> None:
         self.architecture, self.layers, self.weights, self.caches = architecture, layers, weights, caches
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.n_layers
-        self._summed = summed
+        self._all_reduced = all_reduced
 
-    def inputs(self, n: int, n_kv: int, n_out: int) -> list[tuple[tuple[int, ...], Type]]:
-        """Shape and type of each input."""
+    @classmethod
+    def of(cls, weights: Weights, stage: StageSpec) -> StageGraph:
+        """Return the graph of one stage of a model."""
+        own = [weights.by_device[device] for device in stage.devices]
+        # Lists are indexed by the layer's number: other stages' layers are there, and not used.
+        caches = [
+            [each[rank if i in stage.layers else 0] for i, each in enumerate(weights.caches)]
+            for rank in range(len(stage.devices))
+        ]
+        all_reduced = weights.tensor_parallel(stage).all_reduced
+        return cls(weights.architecture, stage.layers, own, caches, all_reduced)
+
+    def input_types(self, n: int, n_kv: int, n_out: int) -> list[tuple[tuple[int, ...], Type]]:
+        """Return the shape and the type of each input."""
         start = ((n,), Type.I32) if self.is_first else ((n, self.architecture.n_embd), Type.F32)
         found: list[tuple[tuple[int, ...], Type]] = [start, ((n,), Type.I32), ((n,), Type.I64), ((n, n_kv), Type.F16)]
         if self.architecture.window:
@@ -70,85 +83,85 @@ class Layers:
             found.append(((n_out,), Type.I32))
         return found
 
-    def values(self, batch: Batch) -> list[npt.NDArray[Any]]:
-        """What :meth:`inputs` are for a batch, but the first of them: tokens, or what came out of the layers before."""
-        found: list[npt.NDArray[Any]] = [batch.positions, batch.rows, batch.mask]
+    def input_values(self, batch: Batch) -> list[npt.NDArray[Any]]:
+        """Return the inputs for a batch, without the first: that is tokens, or the result of the stage before."""
+        found: list[npt.NDArray[Any]] = [batch.positions, batch.kv_slots, batch.mask]
         if self.architecture.window:
-            found.append(batch.mask if batch.near is None else batch.near)
+            found.append(batch.mask if batch.window_mask is None else batch.window_mask)
         if self.is_last:
-            found.append(batch.wanted)
+            found.append(batch.output_ids)
         return found
 
     def trace(self, rank: Rank, *inputs: Tensor) -> Tensor | AllGather:
-        """The graph of one device: logits ``(n_out, n_vocab)``, or what goes into the next layer ``(n, n_embd)``."""
+        """Build the graph of one device: to logits ``(n_out, n_vocab)``, or the next stage's input ``(n, n_embd)``."""
         architecture, weights, cache = self.architecture, self.weights[rank.index], self.caches[rank.index]
-        start, positions, rows, mask, *more = inputs
-        near = more.pop(0) if architecture.window else None
-        wanted = more.pop() if self.is_last else positions  # which is not looked at before the last layer
-        sums = dict.fromkeys(self._summed, rank.all_reduce)
-        given = Inputs(start, positions, rows, mask, wanted, near, sums=sums)
+        start, positions, kv_slots, mask, *more = inputs
+        window_mask = more.pop(0) if architecture.window else None
+        output_ids = more.pop() if self.is_last else positions  # only the last layer reads it
+        sums = dict.fromkeys(self._all_reduced, rank.all_reduce)
+        given = Inputs(start, positions, kv_slots, mask, output_ids, window_mask, sums=sums)
         x = architecture.embed(weights, given) if self.is_first else start
-        x = architecture.through(self.layers, x, weights, cache, given)
+        x = architecture.build_layers(self.layers, x, weights, cache, given)
         if not self.is_last:
             return x
-        logits = architecture.logits(weights, architecture.finish(weights, x))
+        logits = architecture.logits(weights, architecture.final_norm(weights, x))
         logits.name = "logits"
         return rank.all_gather(logits)
 
     def measure(self, backends: Sequence[Backend], key: Key) -> ParallelTrace:
-        """The graph without memory, which says how much it would take."""
+        """Return the graph without memory, which says how much memory it needs."""
         n = len(backends)
-        return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.inputs(*key))
+        return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.input_types(*key))
 
 
 class Stage(Closing):
-    """Layers with devices to compute them.
+    """A pipeline stage with its devices.
 
     Parameters
     ----------
-    layers
-        What to compute.
+    graph
+        The graph of the layers.
     group
-        The devices; closed with this.
+        The devices; closed with this object.
     """
 
-    def __init__(self, layers: Layers, group: Group) -> None:
-        self.layers, self.group = layers, group
-        self._programs: OrderedDict[tuple[Key, int], ParallelProgram] = OrderedDict()
+    def __init__(self, graph: StageGraph, group: Group) -> None:
+        self.graph, self.group = graph, group
+        self._programs: LRU[tuple[Key, int], ParallelProgram] = LRU(_PROGRAMS)
         self._prepared: tuple[Batch, ParallelProgram] | None = None  # whose inputs are written
 
-    def reserve(self, n_batch: int, n_rows: int) -> list[int]:
-        """Make room for the largest batch now, so that too little memory is found while loading.
+    def reserve(self, n_batch: int, n_slots: int) -> list[int]:
+        """Allocate memory for the largest batch now, so that loading fails if there is too little.
 
         Returns
         -------
         list
-            Bytes of intermediate results, with the inputs, on each device.
+            Bytes of intermediate tensors and inputs on each device.
 
         Raises
         ------
         OutOfMemoryError
-            If a device has not enough.
+            If a device has too little memory.
         """
-        self._made((n_batch, n_rows, 1)).close()
-        return self.group.arena_sizes()
+        self._new_program((n_batch, n_slots, 1), 0).close()
+        return self.group.arena_bytes()
 
     def prepare(self, batch: Batch, slot: int = 0) -> ParallelProgram:
-        """The graph for a batch, with all inputs that are known before the layers before have computed it.
+        """Return the program for a batch, with all inputs that do not depend on the stage before.
 
         Parameters
         ----------
         slot
-            Which of two pieces of host memory has inputs and results: one can be written while a graph uses the other.
+            Number of the host memory for inputs and results: one is written while a program uses the other.
         """
         program = self.program(key_of(batch), slot)
-        for put, value in zip(program.puts[1:], self.layers.values(batch), strict=True):
-            put[...] = value
+        for target, value in zip(program.input_arrays[1:], self.graph.input_values(batch), strict=True):
+            target[...] = value
         self._prepared = batch, program
         return program
 
-    def prepare_ahead(self, batch: Batch) -> None:
-        """As :meth:`prepare`, and have the device record what it can; see ``Executor.record``."""
+    def prepare_and_record(self, batch: Batch) -> None:
+        """Prepare a batch, and record the beginning of its program ahead; see ``RecordAhead.record``."""
         self.prepare(batch).record()
 
     def run(
@@ -158,84 +171,80 @@ class Stage(Closing):
         *,
         meanwhile: Callable[[], object] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Compute a batch. The result lies where the next run writes its own.
+        """Compute a batch. The result is valid until the next run.
 
         Parameters
         ----------
         x
-            What came out of the layers before, if there are any.
+            Result of the stage before, if there is one.
         meanwhile
-            Called while the device computes; it must not wait for what another thread may hold.
+            Called while the device computes. It must not wait for locks that another thread may hold.
         """
         program = self._ready(batch, x)
         program.compute(meanwhile)
         return program.result()
 
-    def hand_over(
+    def run_and_poll(
         self,
         batch: Batch,
         x: npt.NDArray[np.float32] | None,
         meanwhile: Callable[[], object],
         finish: Callable[[], object],
     ) -> npt.NDArray[np.float32]:
-        """As :meth:`run`, but the result as soon as it has arrived. The device may not be done then: call
-        :meth:`finish`, also after an exception. ``finish`` is called where it is not seen to arrive, and calls that.
+        """Compute a batch, and return the result once it shows in host memory.
+
+        The device may not be done by then: call :meth:`finish` afterwards, also after an exception.
+
+        Parameters
+        ----------
+        batch, x, meanwhile
+            As for :meth:`run`.
+        finish
+            Called after a timeout; it calls :meth:`finish` of this stage.
         """
-        return self._ready(batch, x).hand_over(meanwhile, finish)
+        return self._ready(batch, x).submit_and_poll(meanwhile, finish)
 
     def finish(self, *, if_free: bool = False) -> None:
-        """Wait for the device; with ``if_free`` not while another thread uses it."""
+        """Wait for the device; with ``if_free`` not while another thread holds it."""
         self.group.executor.finish(if_free=if_free)
 
     def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> ParallelProgram:
-        """The graph for a batch, with all inputs."""
+        """Return the program for a batch, with all inputs."""
         if self._prepared is None or self._prepared[0] is not batch:
             self.prepare(batch)
         assert self._prepared is not None
         (_, program), self._prepared = self._prepared, None
-        program.puts[0][...] = batch.tokens if x is None else x
+        program.input_arrays[0][...] = batch.tokens if x is None else x
         return program
 
     def program(self, key: Key, slot: int = 0) -> ParallelProgram:
-        """The graph for batches of a size; the last few are kept."""
-        found = self._programs.get((key, slot))
-        if found is None:
-            found = self._programs[key, slot] = self._made(key, slot)
-            if len(self._programs) > _PROGRAMS:
-                _, oldest = self._programs.popitem(last=False)
-                oldest.close()
-        else:
-            self._programs.move_to_end((key, slot))
-        return found
+        """Return the program for batches of a size. The last few are kept."""
+        return self._programs.get((key, slot), lambda: self._new_program(key, slot))
 
-    def _made(self, key: Key, slot: int = 0) -> ParallelProgram:
-        group = self.group
+    def _new_program(self, key: Key, slot: int) -> ParallelProgram:
+        group, graph = self.group, self.graph
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        inputs, ahead = self.layers.inputs(*key), not self.layers.is_first
-        return ParallelProgram(group, ranks, self.layers.trace, inputs, slot, ahead=ahead)
+        return ParallelProgram(group, ranks, graph.trace, graph.input_types(*key), slot, ahead=not graph.is_first)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
-        """The graphs that are kept, the last used last."""
-        return tuple(self._programs.values())
+        """The programs that are kept, the last used last."""
+        return self._programs.values
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
-        """What the last run computed, and where."""
-        if not self._programs:
+        """Return the nodes that the last run computed, each with its backend."""
+        if not self.programs:
             return []
-        plans = self.programs[-1].plans
-        each = zip(plans, self.group.backends, strict=True)
-        return [(t, backend) for plan, backend in each for graph in plan.graphs for t in graph.nodes]
+        each = zip(self.programs[-1].step_graphs, self.group.backends, strict=True)
+        return [(t, backend) for graphs, backend in each for graph in graphs.graphs for t in graph.nodes]
 
     def clear(self) -> None:
-        """Give the graphs up."""
+        """Close the programs."""
         self._prepared = None
-        for program in self._programs.values():
-            program.close()
         self._programs.clear()
 
     def close(self) -> None:
-        """Free graphs and memory."""
+        """Free programs and memory."""
         self.clear()
         self.group.close()

@@ -1,303 +1,366 @@
-"""Which layer goes where, and getting it there."""
+"""Weights and KV caches of a model on its devices: whole tensors, and shards where several devices share a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dry_run import DryRunContext
-from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size, row_size
+from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
+from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
-from ggml_cffi.files.gguf.reader import TensorInfo
-from ggml_cffi.models.architectures.base import Architecture, LayerCache
+from ggml_cffi.files.gguf import TensorInfo
+from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec
+from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
 #: Called with bytes done and bytes in all while weights are loaded.
 Progress = Callable[[int, int], None]
 
-# Part of a GPU's free memory that weights and caches may take; the rest is for intermediate results.
-_USABLE = 0.85
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
+
+#: Weights that every layer reads: each device with layers has a copy.
+_OF_ALL_LAYERS = frozenset({"rope_freqs.weight"})
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """Neighbouring layers, and the devices that compute them."""
+
+    layers: range
+    devices: tuple[int, ...]
+    """Numbers of backends. Several devices have a shard of every layer each."""
 
 
 @dataclass
 class DevicePlacement:
-    """What one device holds."""
+    """Layers and bytes that one device holds."""
 
     backend: Backend
     layers: list[int] = field(default_factory=list)
     weight_bytes: int = 0
     cache_bytes: int = 0
     compute_bytes: int = 0
-    scratch_bytes: int = 0
-    """What a GPU's backend takes by itself: reckoned, only in plans."""
+    workspace_bytes: int = 0
+    """Memory that a GPU's backend takes by itself: an estimate, only in plans."""
     mapped_bytes: int = 0
-    """Of ``weight_bytes``, those that are the file's own pages: the system drops them when it needs the memory."""
+    """Part of ``weight_bytes`` that is mapped from the file: the system can drop these pages and read them again."""
     has_output: bool = False
     has_embeddings: bool = False
 
 
-def room_for_layers(architecture: Architecture, backends: Sequence[Backend]) -> list[int]:
-    """For each backend the bytes of layers, with their caches, that it has room for; the CPU, the last, for none.
+def stages_of(layer_devices: Sequence[int]) -> tuple[StageSpec, ...]:
+    """Return stages of one device each, from the device of each layer."""
+    found, start = [], 0
+    for device, layers in groupby(layer_devices):
+        n = len(list(layers))
+        found.append(StageSpec(range(start, start + n), (device,)))
+        start += n
+    return tuple(found)
 
-    The first GPU keeps room for the embeddings, the last one for the output.
+
+def even_stages(n_layers: int, devices: Sequence[Sequence[int]]) -> tuple[StageSpec, ...]:
+    """Return a stage of about equally many layers for each element of ``devices``.
+
+    >>> even_stages(32, [(0, 1), (2, 3)])
+    (StageSpec(layers=range(0, 16), devices=(0, 1)), StageSpec(layers=range(16, 32), devices=(2, 3)))
     """
-    room = [0 if b.device.is_cpu else int(b.device.memory().free * _USABLE) for b in backends]
-    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
-    if gpus:
-        room[gpus[-1]] -= architecture.info(architecture.output_tensor).nbytes
-        room[gpus[0]] -= architecture.info("token_embd.weight").nbytes
-    return [max(n, 0) for n in room]
-
-
-def split_layers(
-    architecture: Architecture,
-    backends: Sequence[Backend],
-    layer_cache: int,
-    *,
-    parts: Sequence[float] | None = None,
-    room: Sequence[float] | None = None,
-) -> list[int]:
-    """For each layer, the index of its backend: GPUs in proportion to their free memory, the CPU for what is left.
-
-    Layers that no GPU has room for are the first ones, next to the embeddings, which the CPU then holds too.
-
-    Parameters
-    ----------
-    layer_cache
-        Bytes of one layer's cache.
-    parts
-        How much of the layers each backend is to have, in proportion; default its room.
-    room
-        Bytes of layers that each backend may hold; the last one takes what is left, whatever it says there. Default
-        :func:`room_for_layers`.
-    """
-    if room is None:
-        room = room_for_layers(architecture, backends)
-    if parts is None:
-        parts = room
-    sizes = layer_bytes(architecture, layer_cache)
-    left, total = float(sum(sizes)), float(sum(parts))
-    # From the last layer down: each GPU takes its part of what is left, the last GPU the layers next to the output.
-    where = [len(backends) - 1] * architecture.n_layers
-    layer = architecture.n_layers - 1
-    for gpu in reversed(range(len(backends) - 1)):
-        share = left * parts[gpu] / total if total > 0 else 0.0
-        taken = 0
-        # Until half of the next layer is over its part.
-        while layer >= 0 and taken + sizes[layer] <= room[gpu] and taken + sizes[layer] / 2 <= share:
-            taken += sizes[layer]
-            where[layer] = gpu
-            layer -= 1
-        left, total = left - taken, total - parts[gpu]
-    return where
-
-
-def layer_bytes(architecture: Architecture, layer_cache: int) -> list[int]:
-    """Bytes of each layer: weights, and a cache of ``layer_cache`` bytes."""
-    sizes = [layer_cache] * architecture.n_layers
-    for name, info in architecture.file.tensors.items():
-        layer = layer_of(name)
-        if layer is not None and layer < len(sizes):
-            sizes[layer] += info.nbytes
-    return sizes
-
-
-def cache_bytes(architecture: Architecture, kind: Type, n_rows: int) -> int:
-    """Bytes of one layer's keys and values; 0 for an encoder, which keeps none."""
-    return sum(n_rows * row_size(kind, size) for size in architecture.kv_sizes) if architecture.causal else 0
+    n = len(devices)
+    return tuple(
+        StageSpec(range(n_layers * i // n, n_layers * (i + 1) // n), tuple(own)) for i, own in enumerate(devices)
+    )
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a tensor's name, ``blk.7.attn_q.weight`` -> 7."""
+    """Return the layer number in a tensor's name, ``blk.7.attn_q.weight`` -> 7, None without one."""
     parts = name.split(".")
     return int(parts[1]) if parts[0] == "blk" and len(parts) > 2 and parts[1].isdigit() else None
 
 
-class Weights:
-    """The weights and caches of a model on their devices.
+@dataclass
+class _Source:
+    """A tensor of the file, and the tensors that get it or its shards."""
 
-    On the CPU, weights are the file's own pages; for other devices they are streamed from the mapping.
+    info: TensorInfo
+    spec: ShardSpec
+    devices: tuple[int, ...]
+    tensors: list[Tensor]
+
+
+class Weights(Closing):
+    """Weights and KV caches of a model on their devices.
+
+    On the CPU, weights are the file's own pages. Other devices get theirs as a stream from the mapped file.
 
     Parameters
     ----------
     architecture
         The model.
     backends
-        The preferred first, the CPU last.
-    n_ctx
-        Rows of the caches.
+        The preferred first, the CPU last if it takes part.
+    n_slots
+        KV slots of the caches.
     kv_dtype
-        Their type.
+        Type of keys and values.
+    stages
+        Layers and their devices, in order, every layer once.
     progress
         Called while weights are loaded.
-    where
-        For each layer the index of its backend; default :func:`split_layers`.
+    whole_attention
+        True if each device of a stage of several computes all heads, and shares the feed-forward part alone.
     context
-        What is to hold the tensors. With a :class:`~ggml_cffi.core.dry_run.DryRunContext` nothing is loaded.
+        Context of the tensors. With a :class:`~ggml_cffi.core.dry_run.DryRunContext` nothing is loaded.
+
+    Raises
+    ------
+    ValueError
+        If the caches cannot have this type, or the model is too small for the devices of a stage.
+    OutOfMemoryError
+        If a device has too little memory.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         backends: Sequence[Backend],
-        n_ctx: int,
-        kv_dtype: Type = Type.F16,
+        n_slots: int,
+        kv_dtype: Type,
+        stages: Sequence[StageSpec],
         progress: Progress | None = None,
         *,
-        where: Sequence[int] | None = None,
+        whole_attention: bool = False,
         context: Context | None = None,
     ) -> None:
-        self.architecture = architecture
-        self.tensors: dict[str, Tensor] = {}
-        """Name to weight. ``output.weight`` is there even where it is tied to the embeddings."""
-        self.cache: list[LayerCache] = []
+        check_cache_dtype(kv_dtype, architecture.kv_sizes)
+        self.architecture, self.backends, self.stages = architecture, tuple(backends), tuple(stages)
+        self.layer_devices = [stage.devices[0] for stage in self.stages for _ in stage.layers]
+        """For each layer the number of its device, of the first where several share it."""
+        self.by_device: list[dict[str, Tensor]] = [{} for _ in backends]
+        """For each device its weights, or its shards of them, by name; ``output.weight`` also where it is tied."""
+        self.caches: list[list[LayerCache]] = []
+        """For each layer the keys and values: one entry for each device of its stage."""
         self.placement = [DevicePlacement(b) for b in backends]
+        """What each device holds."""
         self.context = Context() if context is None else context
+        self._dry = isinstance(self.context, DryRunContext)
+        self._whole_attention = whole_attention
+        self._specs: dict[int, TensorParallelSpec] = {}
+        self._sources: list[_Source] = []
         try:
-            self._place(n_ctx, kv_dtype, where)
-            if not self._sketched:
+            self._place_weights()
+            self._place_caches(n_slots, kv_dtype)
+            self._alloc()
+            if not self._dry:
                 self._load(progress)
         except BaseException:
-            self.context.close()
+            self.close()
             raise
 
     @property
-    def _sketched(self) -> bool:
-        return isinstance(self.context, DryRunContext)
+    def is_whole(self) -> bool:
+        """True if no tensor is sharded."""
+        return all(len(stage.devices) == 1 for stage in self.stages)
 
-    def _place(self, n_ctx: int, kind: Type, where: Sequence[int] | None) -> None:
-        architecture = self.architecture
-        check_cache(kind, architecture.kv_sizes)
-        if where is None:
-            backends = [share.backend for share in self.placement]
-            where = split_layers(architecture, backends, cache_bytes(architecture, kind, n_ctx))
-        self.where = list(where)
-        """For each layer the index of its share."""
-        last = len(self.placement) - 1
-        # The embeddings go to the first layer, so that no token needs the CPU; the head goes to the last. What an
-        # encoder adds to the embeddings goes with them.
-        self.first = self.where[0]
-        """The index of the share that has the embeddings."""
-        head = self.where[-1] if architecture.causal else self.first
-        if not _can_look_up(self.placement[self.first].backend, architecture.info("token_embd.weight")):
-            self.first = last
-        if architecture.causal and not _can_multiply(
-            self.placement[head].backend, architecture.info(architecture.output_tensor)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights by name, where :attr:`is_whole`."""
+        return {name: t for own in self.by_device for name, t in own.items()}
+
+    def tensor_parallel(self, stage: StageSpec) -> TensorParallelSpec:
+        """Return the division of a stage's layers among its devices."""
+        n = len(stage.devices)
+        if n == 1:
+            return TensorParallelSpec({}, frozenset())
+        if n not in self._specs:
+            self._specs[n] = self.architecture.tensor_parallel(n, whole_attention=self._whole_attention)
+        return self._specs[n]
+
+    # ------------------------------------------------------------------ places
+
+    def _place_weights(self) -> None:
+        """Make the tensors of all weights.
+
+        The embeddings go to the first layer's device, so that no token needs the CPU, and the output head to the last
+        layer's. An encoder adds other tensors to the embeddings: its head is where the embeddings are.
+        """
+        architecture, first = self.architecture, self.stages[0]
+        last = self.stages[-1] if architecture.causal else first
+        self.embedding_devices = first.devices
+        """Numbers of the devices that have the embeddings."""
+        self.output_devices = last.devices
+        """Numbers of the devices that have the output head."""
+        cpu = len(self.backends) - 1
+        if not self._all(first, _can_look_up, architecture.tensor_info("token_embd.weight")):
+            self.embedding_devices = (cpu,)
+        if architecture.causal and not self._all(
+            last, _can_multiply, architecture.tensor_info(architecture.output_tensor)
         ):
-            head = last
-        self.head = head
-        """The index of the share that has the output head."""
-        self._pending: list[tuple[Tensor, TensorInfo, int]] = []
+            self.output_devices = (cpu,)
+        of_layer = {layer: stage for stage in self.stages for layer in stage.layers}
         for name in architecture.shapes:
-            layer = layer_of(name)
-            target = self.where[layer] if layer is not None else self.first if name == "token_embd.weight" else head
-            self._add(name, architecture.info(name), target)
-        self.placement[head].has_output = architecture.causal
-        self.placement[self.first].has_embeddings = True
-        if architecture.causal and "output.weight" not in self.tensors:
-            if head == self.first:
-                self.tensors["output.weight"] = self.tensors["token_embd.weight"]
+            layer, info = layer_of(name), architecture.tensor_info(name)
+            if layer is not None:
+                self._add(name, info, of_layer[layer].devices)
+            elif name in _OF_ALL_LAYERS:
+                for devices in dict.fromkeys(stage.devices for stage in self.stages):
+                    self._add(name, info, devices)
             else:
-                self._add("output.weight", architecture.info("token_embd.weight"), head)
-        size_k, size_v = architecture.kv_sizes
-        for layer, target in enumerate(self.where):
-            self.placement[target].layers.append(layer)
-            if architecture.causal:
-                across = is_across(self.placement[target].backend, kind)
-                shape = (size_v, n_ctx) if across else (n_ctx, size_v)
-                k = self.context.new_tensor(kind, (n_ctx, size_k), name=f"cache_k.{layer}")
-                v = self.context.new_tensor(kind, shape, name=f"cache_v.{layer}")
-                self.cache.append(LayerCache(k, v, across))
-                self.placement[target].cache_bytes += k.nbytes + v.nbytes
-        for i, share in enumerate(self.placement):
-            kept = [self.cache[layer] for layer in share.layers if self.cache]
-            caches = [t for cache in kept for t in (cache.k, cache.v)]
+                at_start = name == "token_embd.weight"
+                self._add(name, info, self.embedding_devices if at_start else self.output_devices)
+        if architecture.causal and "output.weight" not in architecture.shapes:
+            if self.output_devices == self.embedding_devices and len(self.output_devices) == 1:
+                own = self.by_device[self.output_devices[0]]
+                own["output.weight"] = own["token_embd.weight"]
+            else:
+                self._add("output.weight", architecture.tensor_info("token_embd.weight"), self.output_devices)
+        for device in self.output_devices:
+            self.placement[device].has_output = architecture.causal
+        for device in self.embedding_devices:
+            self.placement[device].has_embeddings = True
+
+    def _all(self, stage: StageSpec, can: Callable[[Backend, TensorInfo], bool], info: TensorInfo) -> bool:
+        return all(can(self.backends[device], info) for device in stage.devices)
+
+    def _add(self, name: str, info: TensorInfo, devices: tuple[int, ...]) -> None:
+        spec = MIRROR
+        if len(devices) > 1:
+            spec = spec_for(name, self.tensor_parallel(StageSpec(range(0), devices)).shards)
+        shapes = spec.shapes(info.dtype, info.shape, len(devices))
+        tensors = [self.context.new_tensor(info.dtype, shape, name=name) for shape in shapes]
+        source = _Source(info, spec, devices, tensors)
+        self._sources.append(source)
+        for device, tensor in zip(devices, source.tensors, strict=True):
+            self.by_device[device][name] = tensor
+            self.placement[device].weight_bytes += tensor.nbytes
+            if self._is_mapped(source):
+                self.placement[device].mapped_bytes += tensor.nbytes
+
+    def _is_mapped(self, source: _Source) -> bool:
+        """Return whether a tensor is the file's own pages."""
+        return (
+            len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu and source.info.offset % 32 == 0
+        )
+
+    def _place_caches(self, n_slots: int, dtype: Type) -> None:
+        """Make the tensors of all caches."""
+        for stage in self.stages:
+            for layer in stage.layers:
+                made = []
+                for device in stage.devices:
+                    placement = self.placement[device]
+                    placement.layers.append(layer)
+                    if self.architecture.causal:
+                        made.append(self._new_cache(layer, device, n_slots, dtype, shared=len(stage.devices) > 1))
+                        placement.cache_bytes += made[-1].k.nbytes + made[-1].v.nbytes
+                if self.architecture.causal:
+                    self.caches.append(made)
+
+    def _new_cache(self, layer: int, device: int, n_slots: int, dtype: Type, *, shared: bool) -> LayerCache:
+        """Make keys and values of a layer, for the heads that the device has."""
+        size_k, size_v = self.architecture.kv_sizes
+        if shared:
+            own = self.by_device[device]
+            size_k, size_v = (own[f"blk.{layer}.attn_{x}.weight"].shape[0] for x in "kv")
+        transposed = is_v_transposed(self.backends[device], dtype)
+        shape = (size_v, n_slots) if transposed else (n_slots, size_v)
+        k = self.context.new_tensor(dtype, (n_slots, size_k), name=f"cache_k.{layer}")
+        v = self.context.new_tensor(dtype, shape, name=f"cache_v.{layer}")
+        return LayerCache(k, v, transposed)
+
+    def _alloc(self) -> None:
+        """Give the tensors memory, apart from those that are mapped from the file."""
+        for device, backend in enumerate(self.backends):
+            caches = [t for cache in self._caches_on(device) for t in (cache.k, cache.v)]
             streamed = [
-                t
-                for t, info, target in self._pending
-                if target == i and (self._sketched or not self._mapped(share, info))
+                tensor
+                for source in self._sources
+                if self._dry or not self._is_mapped(source)
+                for number, tensor in zip(source.devices, source.tensors, strict=True)
+                if number == device and tensor.size
             ]
             if caches:
-                self.context.alloc(share.backend.buffer_type, caches)
+                self.context.alloc(backend.buffer_type, caches)
             if streamed:
-                self.context.alloc(share.backend.buffer_type, streamed, usage=Usage.WEIGHTS)
+                self.context.alloc(backend.buffer_type, streamed, usage=Usage.WEIGHTS)
 
-    def _add(self, name: str, info: TensorInfo, target: int) -> None:
-        tensor = self.context.new_tensor(info.dtype, info.shape, name=name)
-        self.tensors[name] = tensor
-        self._pending.append((tensor, info, target))
-        self.placement[target].weight_bytes += info.nbytes
-        if self._mapped(self.placement[target], info):
-            self.placement[target].mapped_bytes += info.nbytes
+    def _caches_on(self, device: int) -> Iterator[LayerCache]:
+        for stage in self.stages:
+            if self.caches and device in stage.devices:
+                rank = stage.devices.index(device)
+                yield from (self.caches[layer][rank] for layer in stage.layers)
 
-    def _mapped(self, share: DevicePlacement, info: TensorInfo) -> bool:
-        return share.backend.device.is_cpu and info.offset % 32 == 0
+    # ------------------------------------------------------------------ loading
 
     def _load(self, progress: Progress | None) -> None:
+        """Map and stream the weights from the file."""
         file = self.architecture.file
         mappings: dict[int, Buffer] = {}
         jobs: list[Job] = []
         mapped = 0
         # In the file's order, so that a disk reads ahead.
-        for tensor, info, target in sorted(self._pending, key=lambda entry: (entry[1].part, entry[1].offset)):
-            if not self._mapped(self.placement[target], info):
-                jobs.append(Job(tensor, file.raw(info.name)))
+        for source in sorted(self._sources, key=lambda source: (source.info.part, source.info.offset)):
+            info = source.info
+            if not self._is_mapped(source):
+                pieces = shard_bytes(info.dtype, info.shape, file.raw(info.name), source.spec, len(source.devices))
+                jobs += [Job(t, data) for t, data in zip(source.tensors, pieces, strict=True) if data.size]
                 continue
             if info.part not in mappings:
                 mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
                 self.context.adopt(mappings[info.part])
+            (tensor,) = source.tensors
             self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
             mapped += info.nbytes
         total = mapped + sum(job.data.size for job in jobs)
         if progress and mapped:
             progress(mapped, total)
         report = None if progress is None else (lambda done, _: progress(mapped + done, total))
-        upload(jobs, [share.backend for share in self.placement], report)
-        del self._pending
+        upload(jobs, self.backends, report)
+        self._sources.clear()
 
     def close(self) -> None:
-        """Free everything."""
-        self.tensors.clear()
-        self.cache.clear()
+        """Free weights and caches."""
+        self.by_device = [{} for _ in self.backends]
+        self.caches.clear()
+        self._sources.clear()
         self.context.close()
 
 
 def _can_look_up(backend: Backend, table: TensorInfo) -> bool:
-    """Whether a backend can look up rows of a tensor: of its type, and of its size."""
+    """Return whether a backend can look up rows of a tensor of this type and size."""
     with Context() as context:
         rows = ops.get_rows(context.new_tensor(table.dtype, table.shape), context.new_tensor(Type.I32, (1,)))
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, rows.ptr))
 
 
 def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
-    """Whether a backend can multiply by a tensor."""
+    """Return whether a backend can multiply by a tensor of this type and size."""
     with Context() as context:
         x = context.new_tensor(Type.F32, (1, weight.shape[-1]))
         product = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
 
 
-def is_across(backend: Backend, kind: Type) -> bool:
-    """Whether values are cached transposed, for attention by two products.
+def is_v_transposed(backend: Backend, dtype: Type) -> bool:
+    """Return whether a device keeps values transposed in its cache, for attention as two products.
 
-    On the CPU, whose flash attention sums F16 values in F16. A quantized cache has only flash attention.
+    The CPU does: its flash attention sums F16 values in F16. A quantized cache works with flash attention only.
     """
-    return backend.device.is_cpu and block_size(kind) == 1
+    return backend.device.is_cpu and block_size(dtype) == 1
 
 
-def check_cache(kind: Type, sizes: tuple[int, int]) -> None:
-    """Raise ``ValueError`` if keys and values of so many elements cannot be kept as ``kind``."""
-    if kind in _NO_CACHE:
-        raise ValueError(f"kv_dtype {kind.name} cannot hold keys and values; F16, F32, BF16 and quantized types can")
-    block = block_size(kind)
+def check_cache_dtype(dtype: Type, sizes: tuple[int, int]) -> None:
+    """Raise ``ValueError`` if keys and values of so many elements cannot be kept as ``dtype``."""
+    if dtype in _NO_CACHE:
+        raise ValueError(f"kv_dtype {dtype.name} cannot hold keys and values: use F16, F32, BF16 or a quantized type")
+    block = block_size(dtype)
     if any(size % block for size in sizes):
         raise ValueError(
-            f"kv_dtype {kind.name} has blocks of {block}: keys and values of {sizes} elements do not fit them"
+            f"kv_dtype {dtype.name} has blocks of {block}, but keys and values have {sizes} elements: use F16"
         )

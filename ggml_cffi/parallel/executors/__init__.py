@@ -1,1 +1,28 @@
-"""Executors: how the graphs of a step are submitted to several devices."""
+"""Executors: how the graphs of a program's steps are submitted to one or several devices.
+
+Three classes have one interface (``base``): ``Turns`` (one thread), ``Threads`` (a thread for each device) and
+``RecordAhead`` (the next step is recorded while the devices compute this one, and results are polled in host memory).
+``choose`` picks one. What is special about ggml's Vulkan is in ``record_ahead``.
+"""
+
+from ggml_cffi.parallel.executors.base import Executor, Freeze, Step, StepMaker, Steps
+from ggml_cffi.parallel.executors.choose import choose_executor, choose_step_maker
+from ggml_cffi.parallel.executors.polling import WRITTEN_ONCE, PolledResults
+from ggml_cffi.parallel.executors.record_ahead import RecordAhead
+from ggml_cffi.parallel.executors.threads import Threads
+from ggml_cffi.parallel.executors.turns import Turns
+
+__all__ = [
+    "WRITTEN_ONCE",
+    "Executor",
+    "Freeze",
+    "PolledResults",
+    "RecordAhead",
+    "Step",
+    "StepMaker",
+    "Steps",
+    "Threads",
+    "Turns",
+    "choose_executor",
+    "choose_step_maker",
+]

@@ -1,0 +1,222 @@
+"""Decides which device each layer goes to.
+
+:func:`split_layers` divides the layers in proportion to free memory or to given numbers. :func:`place_layers` measures
+the result by a dry run and moves layers off a device that lacks memory, until all fits. Loading and planning both ask
+here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf, isfinite
+
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.dtypes import row_size
+from ggml_cffi.enums import Type
+from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.placement import calibration
+from ggml_cffi.models.placement.measure import measure
+from ggml_cffi.models.placement.options import Balance, LoadOptions
+from ggml_cffi.models.placement.placement import Placement
+from ggml_cffi.models.runners.base import kv_slots_for
+from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
+from ggml_cffi.parallel.tensor_parallel import check_devices
+
+#: Part of a GPU's free memory that weights and caches may take. Intermediate tensors take the rest.
+USABLE = 0.85
+
+
+def split_layers(
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    layer_cache_bytes: int,
+    *,
+    proportions: Sequence[float] | None = None,
+    capacity: Sequence[float] | None = None,
+) -> list[int]:
+    """Return for each layer the number of its backend: GPUs in proportion to their free memory, the CPU for the rest.
+
+    Layers that fit no GPU are the first ones, next to the embeddings, which the CPU then holds too.
+
+    Parameters
+    ----------
+    layer_cache_bytes
+        Bytes of one layer's cache.
+    proportions
+        Proportion of the layers for each backend; default its capacity.
+    capacity
+        Bytes of layers that each backend may hold. The last backend takes the rest, whatever its number is. Default
+        :func:`capacity_for_layers`.
+    """
+    if capacity is None:
+        capacity = capacity_for_layers(architecture, backends)
+    if proportions is None:
+        proportions = capacity
+    sizes = layer_bytes(architecture, layer_cache_bytes)
+    left, total = float(sum(sizes)), float(sum(proportions))
+    # From the last layer down: each GPU takes its part of what is left, so that the last GPU is next to the output.
+    layer_devices = [len(backends) - 1] * architecture.n_layers
+    layer = architecture.n_layers - 1
+    for gpu in reversed(range(len(backends) - 1)):
+        part = left * proportions[gpu] / total if total > 0 else 0.0
+        taken = 0
+        # Until half of the next layer would be beyond its part.
+        while layer >= 0 and taken + sizes[layer] <= capacity[gpu] and taken + sizes[layer] / 2 <= part:
+            taken += sizes[layer]
+            layer_devices[layer] = gpu
+            layer -= 1
+        left, total = left - taken, total - proportions[gpu]
+    return layer_devices
+
+
+def capacity_for_layers(architecture: Architecture, backends: Sequence[Backend]) -> list[int]:
+    """Return for each backend the bytes of layers and caches that fit it; 0 for the CPU, the last.
+
+    The first GPU keeps memory for the embeddings, the last one for the output head.
+    """
+    capacity = [0 if b.device.is_cpu else int(b.device.memory().free * USABLE) for b in backends]
+    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
+    if gpus:
+        capacity[gpus[-1]] -= architecture.tensor_info(architecture.output_tensor).nbytes
+        capacity[gpus[0]] -= architecture.tensor_info("token_embd.weight").nbytes
+    return [max(n, 0) for n in capacity]
+
+
+def place_layers(
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    options: LoadOptions,
+    proportions: Sequence[float] | None = None,
+    *,
+    strict: bool = False,
+) -> Placement:
+    """Divide the layers: as many on GPUs as fit beside the memory to compute with, the rest on the CPU.
+
+    Parameters
+    ----------
+    proportions
+        One for each backend; default free memory.
+    strict
+        True to keep to ``proportions`` even if they do not fit.
+    """
+    per_layer = layer_cache_bytes(architecture, options.kv_dtype, kv_slots_for(options.n_ctx))
+    sizes = layer_bytes(architecture, per_layer)
+    capacity: list[float] = [inf] * len(backends) if strict else [*capacity_for_layers(architecture, backends)]
+    proportions, op_offload = capacity if proportions is None else proportions, True
+    while True:
+        layer_devices = split_layers(architecture, backends, per_layer, proportions=proportions, capacity=capacity)
+        stages = stages_of(layer_devices)
+        plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
+        over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
+        full = [i for i in over if plans[i].layers and not strict]
+        if full:
+            for i in full:  # at least one layer less, until none is left
+                capacity[i] = max(sum(sizes[layer] for layer in plans[i].layers) - plans[i].missing, 0)
+        elif over and op_offload:
+            op_offload = False  # a GPU without layers can be left out
+        else:
+            members = tuple(range(len(backends)))
+            return Placement(layer_devices, op_offload, plans, stages if pipeline else (), members=members)
+
+
+def place_on_one(
+    architecture: Architecture, backends: Sequence[Backend], options: LoadOptions, device: int
+) -> Placement:
+    """Place the whole model on one backend, by its number. The CPU, which follows it, holds nothing."""
+    cpu = len(backends) - 1
+    members = (device, cpu) if device != cpu else (cpu,)
+    own = [backends[k] for k in members]
+    return replace(place_layers(architecture, own, options, [1.0, 0.0][: len(own)], strict=True), members=members)
+
+
+def place_replicas(architecture: Architecture, backends: Sequence[Backend], options: LoadOptions) -> Placement:
+    """Place the whole model on every GPU, or on the CPU if there is no GPU."""
+    cpu = len(backends) - 1
+    replicas = [place_on_one(architecture, backends, options, i) for i in range(cpu) or [cpu]]
+    first = replicas[0]
+    plans = [replica.devices[0] for replica in replicas]
+    if cpu:
+        plans.append(first.devices[-1])
+    return replace(first, devices=plans, split="data", members=(), replicas=tuple(replicas))
+
+
+def place_shards(architecture: Architecture, backends: Sequence[Backend], options: LoadOptions) -> Placement:
+    """Place a shard of every layer on each GPU: of the feed-forward part, and of attention if all heads do not fit.
+
+    Raises
+    ------
+    ValueError
+        If the devices cannot share layers, or the model is too small for so many.
+    """
+    members = tuple(range(len(backends) - 1)) or (0,)
+    own = [backends[i] for i in members]
+    check_devices([backend.device for backend in own])
+    stages = (StageSpec(range(architecture.n_layers), tuple(range(len(own)))),)
+    for whole_attention in (True, False):
+        plans, _ = measure(architecture, own, options, stages, whole_attention=whole_attention, pipeline=True)
+        if all(plan.fits for plan in plans):
+            break
+    return Placement([], False, plans, stages, "tensor", members, whole_attention=whole_attention)
+
+
+# ---------------------------------------------------------------------- sizes and proportions
+
+
+def layer_bytes(architecture: Architecture, layer_cache_bytes: int) -> list[int]:
+    """Return the bytes of each layer: its weights, and a cache of so many bytes."""
+    sizes = [layer_cache_bytes] * architecture.n_layers
+    for name, info in architecture.file.tensors.items():
+        layer = layer_of(name)
+        if layer is not None and layer < len(sizes):
+            sizes[layer] += info.nbytes
+    return sizes
+
+
+def layer_cache_bytes(architecture: Architecture, dtype: Type, n_slots: int) -> int:
+    """Return the bytes of one layer's keys and values; 0 for an encoder, which keeps none."""
+    return sum(n_slots * row_size(dtype, size) for size in architecture.kv_sizes) if architecture.causal else 0
+
+
+def main_dtype(architecture: Architecture) -> Type:
+    """Return the type of most bytes of the layers' weights."""
+    total: dict[Type, int] = {}
+    for name in architecture.shapes:
+        info = architecture.tensor_info(name)
+        if layer_of(name) is not None:
+            total[info.dtype] = total.get(info.dtype, 0) + info.nbytes
+    return max(total, key=lambda dtype: total[dtype])
+
+
+def proportions_of(
+    balance: Balance,
+    architecture: Architecture,
+    backends: Sequence[Backend],
+    chosen: Sequence[Device | str] | None,
+) -> tuple[list[float] | None, bool]:
+    """Return the proportions that a balance means, None for free memory, and whether the caller gave numbers.
+
+    The CPU takes part if it is among the devices that were ``chosen``, or has a number of its own.
+
+    Raises
+    ------
+    ValueError
+        If there is no such balance, or the numbers are not one for each device.
+    """
+    if isinstance(balance, str):
+        if balance == "memory":
+            return None, False
+        if balance != "speed":
+            raise ValueError(f"balance {balance!r} is not known: use 'memory', 'speed' or a sequence of numbers")
+        dtype = main_dtype(architecture)
+        named = len(backends) == (0 if chosen is None else len(chosen))
+        timed = [b for b in backends if named or not b.device.is_cpu]
+        return [1 / calibration.seconds(b, dtype) if b in timed else 0.0 for b in backends], False
+    numbers = [float(number) for number in balance]
+    if len(numbers) == len(backends) - 1:
+        numbers.append(0.0)
+    if len(numbers) != len(backends) or not all(isfinite(n) and n >= 0 for n in numbers) or not sum(numbers):
+        names = ", ".join(b.name for b in backends)
+        raise ValueError(f"balance {list(balance)} is not one number of 0 or more for each of {names}, not all 0")
+    return numbers, True

@@ -1,0 +1,95 @@
+"""A placement: the device of each layer, and the bytes that each device is to hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ggml_cffi.core import text
+from ggml_cffi.models.runners.weights import DevicePlacement, StageSpec
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """Layers and bytes that one device is to hold."""
+
+    device: str
+    layers: tuple[int, ...]
+    weight_bytes: int
+    mapped_bytes: int
+    """Part of ``weight_bytes`` that is mapped from the file: the system can drop these pages and read them again."""
+    cache_bytes: int
+    compute_bytes: int
+    """Intermediate tensors, the scheduler's copies included; in pipeline stages also inputs."""
+    input_bytes: int
+    workspace_bytes: int
+    """Memory that a GPU's backend takes by itself: an estimate."""
+    free: int
+    """Free memory that the device reports."""
+    has_output: bool
+    has_embeddings: bool
+
+    @classmethod
+    def of(cls, placement: DevicePlacement, input_bytes: int = 0) -> DevicePlan:
+        """Return the plan of what a device would hold, with its free memory now."""
+        return cls(
+            device=placement.backend.name,
+            layers=tuple(placement.layers),
+            weight_bytes=placement.weight_bytes,
+            mapped_bytes=placement.mapped_bytes,
+            cache_bytes=placement.cache_bytes,
+            compute_bytes=placement.compute_bytes,
+            input_bytes=input_bytes,
+            workspace_bytes=placement.workspace_bytes,
+            free=placement.backend.device.memory().free,
+            has_output=placement.has_output,
+            has_embeddings=placement.has_embeddings,
+        )
+
+    @property
+    def total(self) -> int:
+        """All bytes on the device."""
+        return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes + self.workspace_bytes
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the device lacks. Mapped weights need no free memory."""
+        return max(self.total - self.mapped_bytes - self.free, 0)
+
+    @property
+    def fits(self) -> bool:
+        """True if the device has enough free memory."""
+        return not self.missing
+
+    @property
+    def contents(self) -> str:
+        """Layers and ends of the model on the device, as text; ``-`` for nothing."""
+        parts = [text.ranges(self.layers)] if self.layers else []
+        return " + ".join([*parts, *["output"] * self.has_output, *["embeddings"] * self.has_embeddings]) or "-"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Decision which device holds which layers."""
+
+    layer_devices: list[int]
+    """For each layer the number of its device; empty if devices share every layer."""
+    op_offload: bool
+    """True if GPUs compute large batches with weights of the CPU."""
+    devices: list[DevicePlan]
+    """The devices in order, the CPU last."""
+    stages: tuple[StageSpec, ...] = ()
+    """Stages of a pipeline runner, with devices numbered as in ``members``; empty if the model needs a scheduler."""
+    split: str = "layer"
+    members: tuple[int, ...] = ()
+    """Numbers of the backends that take part."""
+    replicas: tuple[Placement, ...] = ()
+    """Placement of each replica, if devices have the whole model each."""
+    whole_attention: bool = False
+    """True if devices that share every layer each compute all heads."""
+    reason: str = ""
+    """Sentence that says why the split was chosen, if it was."""
+
+    @property
+    def fits(self) -> bool:
+        """True if every device has enough free memory."""
+        return all(device.fits for device in self.devices)

@@ -1,0 +1,154 @@
+"""Interface of an executor, and of the steps that it submits.
+
+A program of several devices has steps: the devices compute a step side by side, then exchange partial sums, then
+compute the next. A step of one device is one or more C graphs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, ClassVar
+
+from ggml_cffi import c
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.locks import Locks
+from ggml_cffi.parallel.executors.polling import PolledResults
+from ggml_cffi.scheduler.graph import Graph
+
+#: Makes nodes (C pointers) pass for leaves, so that a graph begins at them.
+Freeze = Callable[[Iterable[Any]], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """C graphs of one step of one device, in the order in which they are computed."""
+
+    deferred: tuple[Any, ...] = ()
+    """Graphs that a backend records and keeps until an event is recorded or the backend is synchronized."""
+    immediate: tuple[Any, ...] = ()
+    """Graphs that a backend submits to its device when it gets them."""
+
+    @property
+    def graphs(self) -> tuple[Any, ...]:
+        """All graphs of the step."""
+        return self.deferred + self.immediate
+
+
+#: The steps of each device. The last step may be missing on some devices.
+Steps = Sequence[Sequence[Step]]
+
+EMPTY = Step()
+
+
+class StepMaker(Closing):
+    """Makes a step of each graph of one device: here a step of that one graph.
+
+    A subclass may divide a graph so that a certain backend computes it sooner. Its C graphs live until it is closed.
+    """
+
+    def make(self, graph: Graph, freeze: Freeze) -> Step:
+        """Return the step that computes ``graph``.
+
+        Parameters
+        ----------
+        freeze
+            Makes nodes pass for leaves. The caller does so with all nodes of ``graph`` afterwards.
+        """
+        return Step(immediate=(graph.ptr,))
+
+    def close(self) -> None:
+        """Free the C graphs that were made."""
+
+
+class Executor(Closing, ABC):
+    """Submits the steps of programs to one or several devices: step ``k`` to all of them, then step ``k + 1``.
+
+    Parameters
+    ----------
+    backends
+        One for each device.
+    """
+
+    records_ahead: ClassVar[bool] = False
+    """True if deferred graphs are recorded while devices compute; other executors should not get any."""
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        self.backends = tuple(backends)
+        self.steps_computed = [0] * len(self.backends)
+        """Number of steps that each device has computed."""
+        self.locks = Locks(b.lock for b in self.backends)
+        """Locks of the devices. Every call holds them."""
+
+    def run(
+        self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
+    ) -> int:
+        """Compute a program and wait for it. Return 0, or the status that ggml reports.
+
+        Parameters
+        ----------
+        steps
+            ``steps[r][k]`` is step ``k`` of device ``r``. Step ``k`` begins when step ``k - 1`` of all devices is done.
+        meanwhile
+            Called once: while the device computes if there is one, before the first step if there are several.
+        sums
+            The partial sums at the end of each step but the last, if they can be polled.
+        """
+        if meanwhile is not None:
+            meanwhile()
+        with self.locks:
+            status = self.run_steps(steps)
+        self._count(steps)
+        return status
+
+    @abstractmethod
+    def run_steps(self, steps: Steps) -> int:
+        """Compute a program and wait for it, without locks and counters. Return 0, or the status that ggml reports."""
+
+    def run_first(self, steps: Steps) -> int:
+        """Compute a program as :meth:`run` does, and wait after each graph.
+
+        The first run of a program with deferred graphs must go this way: ggml may find that a device needs more memory,
+        and then submits what it has recorded.
+
+        C: ``ggml_backend_graph_compute``.
+        """
+        status = 0
+        with self.locks:
+            for step in zip_longest(*steps, fillvalue=EMPTY):
+                for backend, own in zip(self.backends, step, strict=True):
+                    for graph in own.graphs:
+                        status = c.ggml_backend_graph_compute(backend.ptr, graph) or status
+        self._count(steps)
+        return status
+
+    # ------------------------------------------------------------------ parts of a run
+
+    def record(self, steps: Steps) -> None:
+        """Record the beginning of a program before its inputs are known, if the executor can do so."""
+
+    def submit(self, steps: Steps) -> int:
+        """Begin to compute a program. Return 0, or the status that ggml reports. Call :meth:`finish` afterwards.
+
+        Where the host has to act between steps, the program is complete when this returns.
+        """
+        return self.run(steps)
+
+    def finish(self, *, if_free: bool = False) -> None:
+        """Wait for a program that was submitted.
+
+        Parameters
+        ----------
+        if_free
+            Do nothing while another thread holds the device.
+        """
+
+    def _count(self, steps: Steps) -> None:
+        for r, own in enumerate(steps):
+            self.steps_computed[r] += len(own)
+
+    def close(self) -> None:
+        """Free what the executor keeps. The backends stay open."""

@@ -1,0 +1,47 @@
+"""Choice of the executor, and of the steps that it gets: the one place where it depends on devices and processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.device import Device
+from ggml_cffi.core.threads import default_threads
+from ggml_cffi.parallel.executors.base import Executor, StepMaker
+from ggml_cffi.parallel.executors.record_ahead import RecordAhead, VulkanStepMaker, can_record_ahead, is_vulkan
+from ggml_cffi.parallel.executors.threads import Threads
+from ggml_cffi.parallel.executors.turns import Turns
+
+_PROCESSORS_PER_THREAD = 2  # for each device, from which on a thread for each is quicker
+
+
+def choose_executor(backends: Sequence[Backend], *, threads: bool | None = None) -> Executor:
+    """Return the executor for the devices of some backends.
+
+    Parameters
+    ----------
+    threads
+        True for a thread for each of several devices, False for one thread that serves them in turns. Default
+        recording ahead where the devices can; for all else threads if the processor has cores enough.
+    """
+    n = len(backends)
+    ahead = (threads is None or n == 1) and all(can_record_ahead(b.device) for b in backends)
+    if threads is None:
+        threads = default_threads() >= _PROCESSORS_PER_THREAD * n + 1
+    threads = threads and n > 1
+    if ahead:
+        return RecordAhead(backends, Threads(backends) if threads else None)
+    return Threads(backends) if threads else Turns(backends)
+
+
+def choose_step_maker(devices: Sequence[Device], *, ahead: bool) -> StepMaker:
+    """Return what makes the steps of one of ``devices``, which compute a program together.
+
+    Parameters
+    ----------
+    ahead
+        True to make steps that can be recorded ahead, for an executor that does so.
+    """
+    if all(is_vulkan(device) for device in devices):
+        return VulkanStepMaker(shared=len(devices) > 1, ahead=ahead)
+    return StepMaker()
