@@ -30,7 +30,7 @@ _READ_ANYWHERE = 2**27
 _IN_PYTHON = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
 
 
-def for_the_cpu(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
+def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
     """Nodes that others cannot compute, though they say so, each with what is in the way."""
     alignment = max((b.buffer_type.alignment for b in backends if not b.device.is_cpu), default=1)
     found = {

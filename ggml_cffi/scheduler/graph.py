@@ -15,10 +15,6 @@ from ggml_cffi.enums import Op
 # ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns the main thread's stack, and
 # other threads may have much smaller ones.
 _RECURSION_SAFE = 2_000
-# The fields that a scheduler writes: buffer, and everything from the operands to the data pointer.
-_TENSOR = "struct ggml_tensor"
-_SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
-_BUFFER = c.ffi.offsetof(_TENSOR, "buffer")
 
 
 class Graph(Handle):
@@ -39,7 +35,7 @@ class Graph(Handle):
     C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
     """
 
-    __slots__ = ("_nodes", "_order", "_saved", "contexts", "gradients", "members", "outputs")
+    __slots__ = ("_nodes", "_order", "contexts", "gradients", "members", "outputs")
 
     def __init__(self, *outputs: Tensor) -> None:
         if not outputs:
@@ -69,7 +65,6 @@ class Graph(Handle):
         self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
         self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
         """C pointers of all nodes and leaves."""
-        self._saved: list[tuple[Any, bytes, bytes]] | None = None
         try:
             self.check_free()
             if not self._nodes:
@@ -102,13 +97,9 @@ class Graph(Handle):
         for ctx in self.contexts:
             for other, nodes in ctx.held.copy().items():  # other threads' schedulers come and go
                 if not nodes.isdisjoint(self._nodes):
-                    raise ValueError(f"a scheduler holds {other!r} with some of these tensors: call its reset() first")
-
-    def hold(self) -> None:
-        """Mark the nodes as a scheduler's."""
-        nodes = frozenset(self._nodes)
-        for ctx in self.contexts:
-            ctx.held[self] = nodes
+                    raise ValueError(
+                        f"a scheduler holds {other.graph!r} with some of these tensors: call its reset() first"
+                    )
 
     @property
     def nodes(self) -> list[Tensor]:
@@ -160,41 +151,11 @@ class Graph(Handle):
                 if t.ptr in wanted:
                     yield t
 
-    def save(self) -> None:
-        """Remember what a scheduler is about to overwrite: the operands it replaces by copies, and the memory."""
-        saved = []
-        for p in self.members:
-            raw = c.ffi.buffer(p, c.ffi.sizeof(_TENSOR))
-            saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
-        self._saved = saved
-
-    def saved_sources(self) -> Iterator[tuple[Any, list[Any]]]:
-        """Every node with its operands as they were at :meth:`save`: a scheduler puts copies in their place."""
-        pointers = c.ffi.typeof("struct ggml_tensor *[]")
-        by_node = dict(zip(self.members, self._saved or (), strict=False))
-        for p in self._nodes:
-            _, _, rest = by_node[p]
-            sources = c.ffi.from_buffer(pointers, rest[: c.GGML_MAX_SRC * 8])
-            yield p, [src if src else None for src in c.ffi.unpack(sources, c.GGML_MAX_SRC)]
-
-    def restore(self) -> None:
-        """Undo what a scheduler wrote since :meth:`save`, the order of the nodes included.
-
-        Whoever saved holds :attr:`owner`, so that this works for a closed graph too.
-        """
-        for raw, buffer, rest in self._saved or ():
-            raw[_BUFFER : _BUFFER + 8] = buffer
-            raw[_SRC:_DATA_END] = rest
-        for i, p in enumerate(self._nodes):
-            self._order[i] = p
-        for ctx in self.contexts:
-            ctx.held.pop(self, None)
-
     def draw(self, path: str | PathLike[str] | None = None) -> str:
-        """The graph as an SVG document, written to ``path`` too. See :func:`ggml_cffi.viz.draw.svg`."""
-        from ggml_cffi.viz import draw
+        """The graph as an SVG document, written to ``path`` too. See :func:`ggml_cffi.viz.svg`."""
+        from ggml_cffi import viz
 
-        return draw.svg(self, path)
+        return viz.svg(self, path)
 
     def __repr__(self) -> str:
         return "<Graph closed>" if self.closed else f"<Graph {len(self)} nodes>"

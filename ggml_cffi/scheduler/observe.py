@@ -13,7 +13,7 @@ from ggml_cffi.scheduler.graph import Graph
 
 
 class Observed(Tensor):
-    """A node that was just computed: its values can be read, though it is a temporary, until the run goes on."""
+    """A node that was just computed: its values can be read, though it is an intermediate, until the run goes on."""
 
     __slots__ = ("live",)
     live: bool

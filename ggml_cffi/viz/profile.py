@@ -20,7 +20,7 @@ from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, op_name
 
-__all__ = ["Group", "NodeTime", "Profile", "SplitTime", "Times", "profile"]
+__all__ = ["NodeGroup", "NodeTime", "Profile", "SplitTime", "Times", "profile"]
 
 _ONE_A_VALUE = frozenset(
     {
@@ -86,7 +86,7 @@ class SplitTime:
 
 
 @dataclass
-class Group:
+class NodeGroup:
     """Nodes taken together: the sums of their medians, bytes and operations."""
 
     n_nodes: int = 0
@@ -128,11 +128,11 @@ class Profile:
         """The sum of the splits' medians. What exceeds :attr:`total` is what overlaps in a run."""
         return sum(row.seconds.median for row in self.splits)
 
-    def by_op(self) -> dict[str, Group]:
+    def by_op(self) -> dict[str, NodeGroup]:
         """Nodes by operation, the slowest first."""
         return _grouped(self.nodes, lambda row: row.op)
 
-    def by_backend(self) -> dict[str, Group]:
+    def by_backend(self) -> dict[str, NodeGroup]:
         """Nodes by backend, the slowest first."""
         return _grouped(self.nodes, lambda row: row.backend)
 
@@ -166,7 +166,7 @@ class Profile:
             rows.append((str(k), row.backend, str(row.n_nodes), _us(time), share, copying, f"{row.copied:,}"))
         return table(rows, right=(0, 2, 3, 4, 5, 6))
 
-    def _group_table(self, head: str, groups: dict[str, Group]) -> str:
+    def _group_table(self, head: str, groups: dict[str, NodeGroup]) -> str:
         rows = [(head, "nodes", "µs", "%", "GFLOP/s", "GB/s")]
         for name, group in groups.items():
             rates = _number(_rate(group.flop, group.seconds)), _number(_rate(group.nbytes, group.seconds))
@@ -301,7 +301,7 @@ def _splits(seen: Snapshot, clocks: list[_Clock], together: bool) -> list[SplitT
             copying.append((clock.asked[first] - before) / 1e9)
             # Our questions about the nodes in between are over when the work begins.
             computing.append((clock.done[last] - clock.asked[last if together else first]) / 1e9)
-        copies = [copy for copy in seen.copies if copy.split == k]
+        copies = seen.copies_to(k)
         if not copies:
             copying = [0.0] * len(clocks)
         both = [a + b for a, b in zip(copying, computing, strict=True)]
@@ -372,10 +372,10 @@ def _rate(count: int | None, seconds: float) -> float | None:
     return count / seconds / 1e9 if count is not None and seconds > 0 else None
 
 
-def _grouped(rows: Iterable[NodeTime], key: Callable[[NodeTime], str]) -> dict[str, Group]:
-    found: dict[str, Group] = {}
+def _grouped(rows: Iterable[NodeTime], key: Callable[[NodeTime], str]) -> dict[str, NodeGroup]:
+    found: dict[str, NodeGroup] = {}
     for row in rows:
-        found.setdefault(key(row), Group()).add(row)
+        found.setdefault(key(row), NodeGroup()).add(row)
     return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
 
 
@@ -396,7 +396,7 @@ def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[s
     before = clock.start
     for k, part in enumerate(seen.splits):
         tid, first, last = track[part.backend], part.nodes[0].ptr, part.nodes[-1].ptr
-        copies = [copy for copy in seen.copies if copy.split == k]
+        copies = seen.copies_to(k)
         start = before if copies else clock.asked[first]
         events.append(event("split", f"split {k}", tid, start, clock.done[last], {"nodes": len(part.nodes)}))
         if copies:

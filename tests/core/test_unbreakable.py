@@ -193,7 +193,7 @@ def test_a_refused_graph_marks_nothing(ctx, rng):
         with pytest.raises(ValueError, match="a scheduler holds"):
             ggml.Graph(h)
         s.compute(g)
-        with pytest.raises(ValueError, match="temporary"):
+        with pytest.raises(ValueError, match="intermediate"):
             h.numpy()
 
 

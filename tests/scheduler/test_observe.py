@@ -29,7 +29,7 @@ def test_temporaries_are_seen(chain, devices):
         assert [t for t, _ in seen] == list(nodes)
         for (_, got), want in zip(seen, (2 * values, 2 * values + 1, 6 * values + 3, 3 * values + 1.5), strict=True):
             np.testing.assert_allclose(got, want.reshape(got.shape), rtol=1e-5, atol=1e-5)
-        with pytest.raises(ValueError, match="is a temporary"):
+        with pytest.raises(ValueError, match="is an intermediate"):
             seen[0][0].numpy()
         only = []
         s.compute(observe=only.append, only=[nodes[1]])

@@ -7,6 +7,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import c
+from ggml_cffi.scheduler.held_graph import HeldGraph
 from tests.support import relative_error
 
 
@@ -107,10 +108,10 @@ def test_plain_ggml_gets_that_wrong(two_gpus, x):
         backends = c.ffi.new("ggml_backend_t[]", [a.ptr, b.ptr, cpu.ptr])
         s = c.ggml_backend_sched_new(backends, c.NULL, 3, 256, False, True)
         graph = chain.graph
-        graph.save()
+        held = HeldGraph(graph, [])
         assert c.ggml_backend_sched_reserve(s, graph.ptr)
         rewritten = [p.src[1] for p in graph.node_pointers()]
-        graph.restore()
+        held.restore()
         assert rewritten != [p.src[1] for p in graph.node_pointers()]
         c.ggml_backend_sched_free(s)
 
@@ -239,13 +240,13 @@ def test_a_graph_deeper_than_the_stack():
             assert len(graph) == 150_000
 
 
-def test_temporaries_cannot_be_read(devices, x):
+def test_intermediates_cannot_be_read(devices, x):
     """Plain ggml gives whatever is in their memory by now."""
     with Chain(devices[:1]) as chain, ggml.Scheduler(devices) as s:
         s.alloc(chain.graph)
         chain.x.set(x)
         s.compute()
-        with pytest.raises(ValueError, match="temporary: name it as an output"):
+        with pytest.raises(ValueError, match="intermediate of a graph: name it as an output"):
             chain.layers[0].numpy()
         s.reset()
         with ggml.Graph(chain.y, chain.layers[0]) as graph:

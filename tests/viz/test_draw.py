@@ -10,7 +10,8 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi.core import text as _text
-from ggml_cffi.viz import draw, layout
+from ggml_cffi.viz import layout
+from ggml_cffi.viz.svg import shades, svg
 from tests.support import need
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -58,7 +59,7 @@ def test_every_tensor_once(net, devices):
         nodes, leaves = graph.nodes, graph.leaves
         plain = graph.draw()
         s.alloc(graph)
-        for text in (plain, draw.svg(s), s.draw(), graph.draw(), draw.svg(graph)):
+        for text in (plain, svg(s), s.draw(), graph.draw(), svg(graph)):
             _, found = parse(text)
             assert len(set(ids(found))) == len(nodes) + len(leaves) == len(ids(found))
             names = sorted(g.get("data-name") for kind in ("node", "view") for g in found[kind])
@@ -71,7 +72,7 @@ def test_every_tensor_once(net, devices):
             assert "scale y" in captions["y"]
             assert "(8, 4) F32" in captions["y"]
             edges = found["edge"] + found["copy"]
-            assert len(edges) == sum(len({p for p in sources if p}) for _, sources in graph.saved_sources())
+            assert len(edges) == sum(len({p for p in sources if p}) for _, sources in s.held.sources())
             assert {e.get("data-from") for e in edges} | {e.get("data-to") for e in edges} == set(ids(found))
         assert {g.get("data-backend") for g in parse(plain)[1]["node"]} == {""}
 
@@ -166,9 +167,9 @@ def test_one_device_twice(net):
 
 
 def test_many_colours():
-    many = draw.shades([*(f"GPU{i}" for i in range(15)), "CPU"])
+    many = shades([*(f"GPU{i}" for i in range(15)), "CPU"])
     assert len(set(many.values())) == 16
-    assert many["CPU"] == draw.shades(["CPU"])["CPU"]
+    assert many["CPU"] == shades(["CPU"])["CPU"]
     assert all(re.fullmatch("#[0-9a-f]{6}", colour) for pair in many.values() for colour in pair)
 
 
@@ -182,7 +183,7 @@ def test_files_and_wrong_arguments(net, tmp_path):
             assert Path(path).read_text(encoding="utf-8") == text
             ElementTree.parse(path)
         with pytest.raises(TypeError, match="svg draws a Graph or a Scheduler, not Tensor"):
-            draw.svg(n.y)
+            svg(n.y)
     with pytest.raises(ggml.ClosedError):
         graph.draw()
     with pytest.raises(ggml.ClosedError):

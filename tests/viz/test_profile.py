@@ -2,12 +2,14 @@
 
 import json
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi.viz import profile as profiles
+
+profiles = import_module("ggml_cffi.viz.profile")  # the package has a function of that name
 
 
 @pytest.fixture

@@ -1,157 +1,23 @@
-"""What a scheduler made of a graph, as a table for the terminal and as a drawing."""
+"""Drawings: a graph as an SVG document."""
 
 from __future__ import annotations
 
 import colorsys
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
-from ggml_cffi import c
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.core.text import clean, columns, count, shorten, table
-from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.core.text import clean, columns, count, shorten
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 from ggml_cffi.viz.layout import BOX_HEIGHT, Box, Layout, place
-from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, op_name
+from ggml_cffi.viz.report import summary
+from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, is_weight, op_name
 
-__all__ = ["Copy", "Memory", "Report", "SplitRow", "report", "svg"]
-
-
-# ---------------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class SplitRow:
-    """One split of a graph."""
-
-    backend: str
-    n_nodes: int
-    first: str
-    """Its first node: operation, name, shape, type."""
-    last: str
-    copies: list[Copy]
-    """What is copied to its backend before it runs."""
-
-    @property
-    def copied(self) -> int:
-        """Bytes copied."""
-        return sum(copy.nbytes for copy in self.copies)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one backend."""
-
-    compute: int
-    """Buffer for intermediate results, and for what is copied in."""
-    inputs: int
-    """Leaves of the graph that are not marked as weights: inputs, constants, caches."""
-    weights: int
-    n_nodes: int
-    """Nodes that it computes."""
-
-    @property
-    def total(self) -> int:
-        """Compute buffer, inputs and weights together."""
-        return self.compute + self.inputs + self.weights
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a scheduler made of the graph that it holds. ``str()`` is a table."""
-
-    n_nodes: int
-    """Nodes, views included."""
-    n_leaves: int
-    splits: list[SplitRow]
-    memory: dict[str, Memory]
-    """By backend, in order of preference."""
-
-    @property
-    def copied(self) -> int:
-        """Bytes copied between backends in each run."""
-        return sum(split.copied for split in self.splits)
-
-    @property
-    def total(self) -> int:
-        """Bytes on all backends."""
-        return sum(m.total for m in self.memory.values())
-
-    def __str__(self) -> str:
-        copies = [copy for split in self.splits for copy in split.copies]
-        head = _summary(self.n_nodes, self.n_leaves, len(self.splits), copies)
-        rows = [("split", "backend", "nodes", "first node", "last node", "bytes in", "copied in")]
-        for k, split in enumerate(self.splits):
-            names = [copy.name for copy in split.copies]
-            names = names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
-            last = split.last if split.n_nodes > 1 else ""
-            rows.append(
-                (str(k), split.backend, str(split.n_nodes), split.first, last, f"{split.copied:,}", ", ".join(names))
-            )
-        numbers = {name: (m.n_nodes, m.compute, m.inputs, m.weights, m.total) for name, m in self.memory.items()}
-        numbers["all"] = tuple(map(sum, zip(*numbers.values(), strict=True)))  # type: ignore[assignment]
-        sizes = [["backend", "nodes", "compute", "inputs", "weights", "total"]]
-        sizes += [[name, *(f"{n:,}" for n in row)] for name, row in numbers.items()]
-        return "\n\n".join((head, table(rows, right=(0, 2, 5)), "bytes\n" + table(sizes, right=(1, 2, 3, 4, 5))))
-
-
-def _summary(n_nodes: int, n_leaves: int, n_splits: int, copies: list[Copy]) -> str:
-    parts = [count(n_nodes, "node"), f"{n_leaves:,} {'leaf' if n_leaves == 1 else 'leaves'}"]
-    if n_splits:
-        parts.append(count(n_splits, "split"))
-    if copies:
-        parts.append(f"{sum(copy.nbytes for copy in copies):,} bytes copied a run")
-    return ", ".join(parts)
-
-
-def report(scheduler: Scheduler) -> Report:
-    """The graph that ``scheduler`` holds: its splits, copies, and memory by backend.
-
-    Raises
-    ------
-    ValueError
-        If no graph is held.
-    """
-    with scheduler.lock:
-        seen = Snapshot.of(scheduler)
-        splits = [
-            SplitRow(
-                part.backend,
-                len(part.nodes),
-                describe(part.nodes[0]),
-                describe(part.nodes[-1]),
-                [copy for copy in seen.copies if copy.split == k],
-            )
-            for k, part in enumerate(seen.splits)
-        ]
-        sizes = dict(zip(seen.backends, scheduler.buffer_sizes().values(), strict=True))
-        memory = {name: _memory(seen, name, compute) for name, compute in sizes.items()}
-        return Report(len(seen.nodes), len(seen.leaves), splits, memory)
-
-
-def _memory(seen: Snapshot, backend: str, compute: int) -> Memory:
-    inputs = weights = 0
-    for t in seen.leaves:
-        if seen.where.get(t.ptr) == backend and not t.ptr.view_src:
-            if _is_weight(t):
-                weights += t.nbytes
-            else:
-                inputs += t.nbytes
-    n_nodes = sum(len(part.nodes) for part in seen.splits if part.backend == backend)
-    return Memory(compute, inputs, weights, n_nodes)
-
-
-def _is_weight(t: Tensor) -> bool:
-    buffer = (t.ptr.view_src or t.ptr).buffer
-    return bool(buffer) and c.ggml_backend_buffer_get_usage(buffer) == Usage.WEIGHTS
-
-
-# ---------------------------------------------------------------------- the drawing
+__all__ = ["shades", "svg"]
 
 # A light and a dark shade for each backend; the CPU, and what is nowhere yet, are grey and white.
 _SHADES = [
@@ -295,12 +161,12 @@ class _Drawing:
         return found
 
     def _caption(self, t: Tensor) -> tuple[str, str]:
-        kind = op_name(t) if t.ptr in self.seen.sources else "weight" if _is_weight(t) else "leaf"
+        kind = op_name(t) if t.ptr in self.seen.sources else "weight" if is_weight(t) else "leaf"
         return f"{kind} {shorten(clean(t.name), _LONGEST_NAME)}", f"{t.shape} {t.dtype.name}"
 
     def _title(self) -> str:
         seen = self.seen
-        return _summary(len(seen.nodes), len(seen.leaves), len(seen.splits), seen.copies)
+        return summary(len(seen.nodes), len(seen.leaves), len(seen.splits), seen.copies)
 
     # ------------------------------------------------------------------ pieces
 
@@ -337,7 +203,7 @@ class _Drawing:
     def _frame(self, k: int, at: Layout) -> str:
         part, frame = self.seen.splits[k], at.frames[k]
         fill, stroke = self.colour[part.backend]
-        copied = sum(copy.nbytes for copy in self.seen.copies if copy.split == k)
+        copied = sum(copy.nbytes for copy in self.seen.copies_to(k))
         label = f"split {k} · {part.backend} · {count(len(part.nodes), 'node')}"
         if copied:
             label += f" · {copied:,} B in"

@@ -1,0 +1,95 @@
+"""Preparation of a graph, and of ggml's scheduler, before a graph is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ggml_cffi import c
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.handle import Owner
+from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.enums import Op, TensorFlag, Type
+from ggml_cffi.errors import ClosedError, OutOfMemoryError
+from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.held_graph import HeldGraph
+from ggml_cffi.scheduler.overlap import overlapping
+from ggml_cffi.scheduler.placements import Placements
+
+MAX_BACKENDS = 16
+_READS_SECOND_OPERAND_LAST = frozenset({Op.ADD_ID, Op.SOFT_MAX_BACK})
+
+
+def check_backends(backends: Sequence[Backend]) -> None:
+    """Raise ``ValueError`` if a scheduler cannot have these backends, the last of which is the CPU."""
+    if len({b.ptr for b in backends}) < len(backends):
+        raise ValueError("a backend is listed twice; open the device twice for two streams on it")
+    if len(backends) > MAX_BACKENDS:
+        raise ValueError(f"{len(backends)} backends with the CPU; a scheduler has at most {MAX_BACKENDS}")
+
+
+def graph_owners(graph: Graph) -> list[Owner]:
+    """Return the owners of the graph and of its buffers, which other threads could close.
+
+    Raises
+    ------
+    ClosedError
+        If a context or a buffer of the graph is closed.
+    """
+    owners = [graph.owner, *(b.owner for ctx in graph.contexts for b in ctx.buffers)]
+    for ctx in graph.contexts:
+        ctx.ptr  # noqa: B018 - raises when closed
+        for p in ctx.released & graph.members:
+            raise ClosedError(f"the buffer of {Tensor(ctx, p, c.ggml_n_dims(p))!r} was closed")
+    return owners
+
+
+def keep_second_operands(graph: Graph) -> None:
+    """Keep ggml from writing a result over an operand that the operation still reads after it has begun to write."""
+    for p in graph.node_pointers():
+        if p.op in _READS_SECOND_OPERAND_LAST:
+            second = p.src[1]
+            for t in (second, second.view_src) if second.view_src else (second,):
+                t.flags |= TensorFlag.OUTPUT
+
+
+def order_for_overlap(scheduler: Any, prepared: HeldGraph, backends: Sequence[Backend], placements: Placements) -> None:
+    """Order the nodes so that several GPUs work at once, and pin them; see :mod:`ggml_cffi.scheduler.overlap`."""
+    graph = prepared.graph
+    placements.apply(scheduler, graph, backends[-1])
+    c.ggml_backend_sched_split_graph(scheduler, graph.ptr)
+    numbers = {b.ptr: i for i, b in enumerate(backends)}
+    find = c.ggml_backend_sched_get_tensor_backend
+    assigned = {p: numbers[find(scheduler, p)] for p in graph.node_pointers()}
+    prepared.restore()
+    ordered = overlapping(graph.node_pointers(), assigned, len(backends) - 1)
+    if ordered is not None:
+        graph.reorder(ordered)
+        # In another order ggml could choose other devices.
+        placements.pinned = {p: backends[i] for p, i in assigned.items() if p.op not in VIEWS}
+
+
+def uses_cpu(scheduler: Any, graph: Graph, backends: Sequence[Backend]) -> bool:
+    """Return whether ggml assigned a node of ``graph`` to the CPU, the last of ``backends``."""
+    cpu, find = backends[-1].ptr, c.ggml_backend_sched_get_tensor_backend
+    return len(backends) == 1 or any(find(scheduler, p) == cpu for p in graph.node_pointers())
+
+
+def prime(scheduler: Any, backends: Sequence[Backend]) -> None:
+    """Make ggml allocate a buffer on each backend, by a graph of one number on each.
+
+    An empty tensor needs a buffer with an address. Without one, ggml would place it in a buffer that does not exist
+    if the graphs before needed none, or take it for a tensor that was not placed.
+    """
+    with Context() as ctx:
+        nodes = [ctx.build(c.ggml_dup, 1, ctx.new_tensor(Type.F32, (1,)).ptr) for _ in backends]
+        with Graph(*nodes) as graph:
+            c.ggml_backend_sched_reset(scheduler)
+            for node, backend in zip(nodes, backends, strict=True):
+                c.ggml_backend_sched_set_tensor_backend(scheduler, node.ptr, backend.ptr)
+            enough = c.ggml_backend_sched_reserve(scheduler, graph.ptr)
+            c.ggml_backend_sched_reset(scheduler)
+    if not enough:
+        raise OutOfMemoryError("no room for a single number on each device")
