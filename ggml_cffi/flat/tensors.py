@@ -94,7 +94,7 @@ def ggml_new_i32(ctx: Context, value: int) -> Tensor:
 
 
 def ggml_set_name(tensor: Tensor, name: str) -> Tensor:
-    """Name a tensor, and return it. At most 63 bytes of the name are kept."""
+    """Set the name of a tensor, and return the tensor. At most 63 bytes of the name are kept."""
     require(tensor, Tensor).name = name
     return tensor
 

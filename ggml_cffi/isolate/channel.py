@@ -71,7 +71,7 @@ class Channel:
         # Blocks of the other side, which this side reads:
         self._mapped: dict[int, mmap.mmap] = {}
         self._viewed: set[int] = set()
-        self._released: list[int] = []  # blocks whose last view is gone, which the other side shall hear
+        self._released: list[int] = []  # blocks without views left, to be reported to the other side
 
     def send(self, tag: int, message: Any) -> None:
         """Send an object, with a number that the receiver finds in :attr:`Packet.tag`.

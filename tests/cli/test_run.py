@@ -61,21 +61,21 @@ def test_a_conversation_from_a_pipe(smollm2):
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=300)
     assert len(done.stdout.splitlines()) >= 3
     assert done.stderr.count("prompt:") == 3
-    assert "of them reused" in done.stderr  # the second question goes on where the first answer ended
+    assert "of them reused" in done.stderr  # the second question reuses the KV cache of the first
 
 
 def test_a_conversation_on_a_terminal(smollm2):
-    """Ctrl-C stops the answer, not the program."""
+    """Ctrl-C stops the answer and not the program."""
     command = f"-m ggml_cffi run {smollm2} --devices CPU --threads 2 --ctx 2048"
     child = pexpect.spawn(sys.executable, command.split(), timeout=120, encoding="utf-8", env={**os.environ})
     child.expect("Ctrl-C stops an answer")
     child.expect("> ")
     child.sendline("Write a very long story about the sea, with many chapters.")
-    child.expect("chapters.\r\n.{40}")  # some of the answer is there
+    child.expect("chapters.\r\n.{40}")  # a part of the answer has been printed
     child.sendintr()
     child.expect(r"\[stopped\]")
     child.expect("> ")
-    child.sendintr()  # at the prompt it drops the line
+    child.sendintr()  # at the prompt Ctrl-C discards the line
     child.expect("> ")
     child.sendline("/exit")
     child.expect(pexpect.EOF)

@@ -28,11 +28,11 @@ def test_star_import_gives_every_name_of_the_guide():
 
 
 def test_every_builder_of_ggml_is_exported_or_left_out_with_a_reason():
-    objects = {f.name for f in operations.builders(headers.read())}
-    assert set(generator.LEFT_OUT) | generator.BY_HAND <= objects
-    assert objects - set(generator.LEFT_OUT) == objects & set(flat.__all__)
+    builders = {f.name for f in operations.builders(headers.read())}
+    assert set(generator.LEFT_OUT) | generator.BY_HAND <= builders
+    assert builders - set(generator.LEFT_OUT) == builders & set(flat.__all__)
     assert not set(generator.LEFT_OUT) & set(flat.__all__)
-    assert set(generator.CALLS) <= objects
+    assert set(generator.CALLS) <= builders
 
 
 def test_no_entry_of_the_generators_table_is_redundant():

@@ -19,7 +19,7 @@ def test_inputs_move_to_where_they_are_placed_after_a_reservation(two_gpus, rng)
     assert [t.buffer_type.name for t in (guide.w1, guide.w2, guide.x)] == ["Vulkan0", "Vulkan1", "Vulkan0"]
     flat.ggml_backend_sched_graph_compute(sched, guide.graph)
     guide.check()
-    for t in (guide.w1, guide.w2, guide.x):  # back, all of them: the other buffers are as_flat_argument up
+    for t in (guide.w1, guide.w2, guide.x):  # all of them move back, so that the other buffers are freed
         flat.ggml_backend_sched_set_tensor_backend(sched, t, flat.ggml_backend_sched_get_backend(sched, 1))
     flat.ggml_backend_sched_alloc_graph(sched, guide.graph)
     flat.ggml_backend_sched_graph_compute(sched, guide.graph)

@@ -28,13 +28,13 @@ def test_values_may_be_set_at_any_point(devices, rng, when, parallel):
         guide.check()
     guide.set_x(rng)
     flat.ggml_backend_sched_graph_compute_async(sched, guide.graph)
-    guide.check()  # waits
+    guide.check()  # waits for the run
     flat.ggml_backend_sched_synchronize(sched)
     used = {b.name for _, b in sched.assignment()}
     assert used == (set(devices) if len(devices) > 1 else {devices[0], "CPU"})
     flat.ggml_backend_sched_reset(sched)
     guide.set_x(rng)
-    flat.ggml_backend_sched_graph_compute(sched, guide.graph)  # allocates again, placed as before
+    flat.ggml_backend_sched_graph_compute(sched, guide.graph)  # a new allocation keeps the placement
     guide.check()
     assert flat.ggml_backend_sched_get_n_splits(sched) >= len(used) - 1
     assert flat.ggml_backend_sched_get_n_copies(sched) in (1, 4)
@@ -47,7 +47,7 @@ def test_intermediate_tensors_cannot_be_read_unless_they_are_outputs(rng):
     flat.ggml_backend_sched_graph_compute(sched, guide.graph)
     with pytest.raises(ValueError, match="is an intermediate"):
         flat.ggml_get_f32(guide.h)
-    with pytest.raises(ValueError, match="is allocated already"):
+    with pytest.raises(ValueError, match="is already allocated"):
         flat.ggml_set_output(guide.h)
     flat.ggml_backend_sched_reset(sched)
     flat.ggml_set_output(guide.h)
@@ -66,7 +66,7 @@ def test_values_set_before_allocation_are_there_after_it(dtype, rng):
     assert before.shape == (64,)
     assert before.dtype == np.float32
     np.testing.assert_allclose(before, values.reshape(-1), rtol=1e-2, atol=2e-2)
-    flat.ggml_set_f32(flat.ggml_view_1d(ctx, a, 32, a.nb[1]), values[0])  # part of it
+    flat.ggml_set_f32(flat.ggml_view_1d(ctx, a, 32, a.nb[1]), values[0])  # a part of the tensor
     ctx.alloc("CPU")
     np.testing.assert_array_equal(flat.ggml_get_f32(a), np.tile(before[:32], 2))
     np.testing.assert_array_equal(flat.ggml_get_f32(flat.ggml_view_1d(ctx, a, 32, a.nb[1])), before[:32])

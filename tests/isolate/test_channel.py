@@ -78,7 +78,7 @@ def test_the_receiver_may_write_to_its_arrays(worker):
 
 
 def test_kept_arrays_are_not_overwritten_when_blocks_are_reused():
-    """More of it than there are views, on both sides, while the blocks of what is not kept are used again."""
+    """Both sides keep more arrays than there are views, while the blocks of other arrays are reused."""
     with Worker(isolated.things) as worker:
         kept = []
         for i in range(30):
@@ -104,7 +104,7 @@ def test_blocks_are_reused_and_freed_when_idle():
         blocks = channel(worker)._blocks
         for _ in range(20):
             worker.same(LARGE)
-        assert len(blocks) == 2  # the answer is the argument, so that the next one finds its block still in use
+        assert len(blocks) == 2  # the argument of the next call finds the block of this answer still in use
         worker.same(np.zeros(1 << 20))
         assert len(blocks) == 3
         for _ in range(40):
@@ -113,7 +113,7 @@ def test_blocks_are_reused_and_freed_when_idle():
         assert (worker.same(LARGE) == LARGE).all()
     with Worker(isolated.things, np.zeros(1 << 20)) as worker:
         worker.same(1)
-        assert not channel(worker)._free  # the weights' block is not kept for later
+        assert not channel(worker)._free  # the block of the weights was freed
 
 
 def test_a_worker_can_be_called_from_several_threads(worker):

@@ -176,7 +176,7 @@ assert after[2:] == (1, [], 0), after
 
 
 def test_a_worker_dies_with_its_parent_even_if_a_fork_lives_on():
-    """While it is busy in C, and the parent has no time to say anything."""
+    """The worker is busy in C when SIGKILL ends the parent."""
     done = run_python(
         """
 import os, sys, time
@@ -187,7 +187,7 @@ worker.submit("hang_in_c")
 time.sleep(0.2)
 print(worker.pid)
 fork = os.fork()
-if not fork:  # which lives on for a while, with all that it has inherited
+if not fork:  # the fork lives on for a while, with all open files of the parent
     os.close(1), os.close(2)
     time.sleep(60)
     os._exit(0)
@@ -217,7 +217,7 @@ print(worker.pid)
 
 
 def test_a_script_without_a_main_guard_can_use_workers(tmp_path):
-    """Functions and classes of the program itself, which the worker does not import."""
+    """Functions and classes of ``__main__`` are sent with their code: the worker does not import the script."""
     script = tmp_path / "script.py"
     script.write_text("""
 import numpy as np
@@ -246,7 +246,7 @@ with Worker(make) as worker:
 
 
 def test_ctrl_c_interrupts_the_parent_and_not_the_worker():
-    """The call is given up, the process lives on, and its late answer is nobody's."""
+    """The call is abandoned, the process lives on, and its late answer is ignored."""
     done = run_python("""
 import os, signal, sys, threading
 from tests.support import isolated
@@ -281,4 +281,7 @@ with Worker(isolated.things) as worker:
     os.waitpid(pid, 0)
     print(worker.same(2))
 """)
-    assert "ClosedError the worker 'things 1' was opened before a fork; open another one in this process\n2\n" in done.stdout
+    assert (
+        "ClosedError the worker 'things 1' was opened before a fork; open another one in this process\n2\n"
+        in done.stdout
+    )

@@ -214,7 +214,7 @@ def test_a_restart_that_fails_can_be_repeated(tmp_path):
 
 
 def wait_until_running(worker, future):
-    """Wait until a worker's second question, the first after ``make``, is uses."""
+    """Wait until the worker's second request runs, the first after ``make``."""
     while not (future.running() and worker._processes[0]._tag == 2):
         time.sleep(0.01)
 

@@ -110,7 +110,7 @@ def test_nodes_can_be_placed_on_remote_devices(servers, rng):
 
 @pytest.mark.parametrize("dtype", [ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q8_0])
 def test_a_remote_cpu_gives_the_same_values_as_the_local_one(servers, rng, dtype):
-    # Rows of other than 512 elements: of these, quantized, ggml asks the server for the size.
+    # ggml asks the server for the size of quantized rows if they are no multiple of 512 elements.
     W, X = rng.standard_normal((48, 96), dtype=np.float32), rng.standard_normal((5, 96), dtype=np.float32)
     results = []
     for name in (servers[0], "CPU"):
@@ -149,12 +149,12 @@ def test_a_model_runs_over_two_servers(servers, rng, tmp_path):
         logits = local.forward(prompt)
     with models.load(path, servers, n_ctx=64, n_threads=1) as remote:
         assert list(remote.generate_tokens(prompt, 12, stop_at_end=False)) == want
-        # Servers compute flash attention, the CPU here two products.
+        # The servers compute flash attention, the local CPU two matrix products.
         assert relative_error(remote.forward(prompt), logits) < 1e-2
         layers = [remote.layer_backend(i).name for i in range(3)]
         assert set(layers) == set(servers)
         assert {share.backend.name for share in remote.placement if share.layers} == set(servers)
-        used = {b.name for _, b in remote.scheduler.assignment()}  # the scheduler's own word
+        used = {b.name for _, b in remote.scheduler.assignment()}
         assert used == set(servers)
 
 
@@ -205,7 +205,7 @@ def test_objects_of_a_disconnected_server_raise_and_can_be_closed(servers, rng):
         for use in (t.numpy, d.memory, backend.synchronize, lambda: ggml.Buffer(d, 64)):
             with pytest.raises(ggml.ClosedError, match=f"{servers[0]} was disconnected"):
                 use()
-        assert rpc.health(servers[0]).memory  # it is free for others
+        assert rpc.health(servers[0]).memory  # the server is free for other clients
         with pytest.raises(ValueError, match=f"{servers[0]} is not connected"):
             rpc.disconnect(servers[0])
     assert ggml.device(servers[0]) != d

@@ -40,7 +40,7 @@ def test_closing_while_another_thread_holds_the_lock_frees_later(servers):
     thread = threading.Thread(target=talk)
     thread.start()
     inside.wait()
-    ctx.close()  # does not wait
+    ctx.close()  # returns at once
     # The lock's holder frees the memory, and nobody else may: only this private list shows when.
     assert len(connection._deferred) == 1
     over.set()

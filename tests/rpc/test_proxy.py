@@ -139,7 +139,7 @@ def test_a_server_that_crashes_in_a_computation_raises(victim):
             scheduler.alloc(graph)
             with pytest.raises(ValueError, match="holds row numbers"):
                 rows.set([99])
-            with rows.memory_lock(rows.ptr):  # past the check
+            with rows.memory_lock(rows.ptr):  # without the check of row numbers
                 c.ggml_backend_tensor_set(rows.ptr, c.ffi.new("int32_t *", 99), 0, 4)
             with pytest.raises(ggml.BackendCrashedError, match="closed the connection"):
                 scheduler.compute(graph)

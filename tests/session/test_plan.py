@@ -42,7 +42,7 @@ def test_the_plan_agrees_with_the_open_session(devices, rng):
             assert 0 <= device.compute_bytes - (memory.compute + memory.inputs - state) <= slack
             assert device.total == device.weight_bytes + device.compute_bytes
             assert compiled.reserve_size(x)[backend.device] == device.compute_bytes
-        # The real function still works.
+        # Planning leaves the compiled function usable.
         assert compiled(x).shape == (4, 32)
 
 

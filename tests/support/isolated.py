@@ -1,4 +1,4 @@
-"""What the tests run in worker processes. A module of its own: a worker imports it, and pytest not."""
+"""Functions and classes that the tests run in worker processes, in a module that imports no pytest."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ggml_cffi import c
 
 
 class OddError(ValueError):
-    """Cannot be made from what it was pickled with."""
+    """An exception that cannot be unpickled."""
 
     def __init__(self, one, two):
         super().__init__(f"{one} and {two}")
 
 
 class LocalError(ggml.GgmlError):
-    """Can be sent."""
+    """An exception that can be pickled."""
 
 
 class Things:
-    """Methods that are called in a worker."""
+    """An object whose methods are called in a worker."""
 
     n = 7
 
@@ -100,14 +100,14 @@ def dying():
 
 
 def scaled(weight):
-    """A session's function of a weight."""
+    """Return a session's function that multiplies by a weight."""
     session = ggml.Session(["CPU"], n_threads=1)
     w = session.weight(weight)
     return session.compile(lambda x: ggml.mul(x, w))
 
 
 class Crashes:
-    """Ways for a process to end."""
+    """An object whose methods end the process in different ways."""
 
     def __init__(self, weight=None):
         self.weight = weight
@@ -119,7 +119,7 @@ class Crashes:
         return self.weight
 
     def ggml_assert(self):
-        """A product of sizes that do not fit: C ends the process, where ours raises."""
+        """Multiply matrices of sizes that do not fit, through the C layer, which ends the process."""
         logging.getLogger("isolated").warning("about to multiply")
         ctx = c.ggml_init({"mem_size": 1 << 20, "mem_buffer": c.NULL, "no_alloc": True})
         a, b = (c.ggml_new_tensor_2d(ctx, c.GGML_TYPE_F32, n, 2) for n in (3, 4))
@@ -141,7 +141,7 @@ class Crashes:
         sys.exit(4)
 
     def fork_and_abort(self):
-        """The fork lives on, with all that it has inherited."""
+        """Abort, while a forked process lives on with all open files."""
         if not os.fork():
             time.sleep(3)
             os._exit(0)
