@@ -20,7 +20,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.files.sources import StoredTensor, readable, stored_type
+from ggml_cffi.files.sources import StoredTensor, as_source, default_dtype
 from ggml_cffi.scheduler.scheduler import Scheduler
 from ggml_cffi.session.compiled import CompiledFunction
 
@@ -130,8 +130,8 @@ class Session(Closing):
         OutOfMemoryError
             If the device has too little free memory.
         """
-        source = readable(values)
-        tensor_type = as_type(dtype) if dtype is not None else stored_type(source)
+        source = as_source(values)
+        tensor_type = as_type(dtype) if dtype is not None else default_dtype(source)
         memory = None if copy else _memory_in_place(source, tensor_type)
         if memory is not None and self._backend(on).device.is_cpu:
             return self._wrap(memory, tensor_type, source.shape, name)
@@ -248,7 +248,7 @@ class Session(Closing):
 
 def _memory_in_place(source: StoredTensor | npt.NDArray[Any], tensor_type: Type) -> npt.NDArray[np.uint8] | None:
     """Return the bytes of ``source`` without a copy, None if ggml cannot use them there as ``tensor_type``."""
-    if stored_type(source) is not tensor_type:
+    if default_dtype(source) is not tensor_type:
         return None
     if isinstance(source, StoredTensor):
         raw = source.raw()
