@@ -66,10 +66,10 @@ def measured(
 ) -> dict[str, Any]:
     """Load the model, and run the cases."""
     kind, n_ctx = "layer" if split == "one" else split, max(args.prompts) + args.decode
-    plan = models.plan(path, used, kind, n_ctx, expect=expect)
+    plan = models.plan(path, used, kind, n_ctx, expected_tokens=expect)
     before = {d: ggml.device(d).memory().free for d in used}
     start = time.perf_counter()
-    with models.load(path, used, kind, n_ctx, expect=expect) as model, ThreadPoolExecutor(len(used)) as pool:
+    with models.load(path, used, kind, n_ctx, expected_tokens=expect) as model, ThreadPoolExecutor(len(used)) as pool:
         busy = [share.device for share in plan.devices if share.layers]
         found: dict[str, Any] = {"load_s": time.perf_counter() - start, "split": plan.split if busy[1:] else "one"}
         texts = len(used) if plan.split == "data" else 1

@@ -13,8 +13,9 @@ from ggml_cffi import cli, models
 from ggml_cffi.models.architectures.bert import Bert
 from ggml_cffi.models.architectures.gemma3 import Gemma3
 from ggml_cffi.models.architectures.llama import Llama
+from ggml_cffi.models.placement.place import split_layers
 from ggml_cffi.models.runners.embedding import Embedder, batches
-from ggml_cffi.models.runners.weights import Weights
+from ggml_cffi.models.runners.weights import Weights, stages_of
 from tests.support import DATA, bert_float64, llama_float64, relative_error
 
 #: Lengths of texts for GPUs, 32 tokens together: software devices compile other shaders for more, for minutes.
@@ -27,9 +28,11 @@ def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
     """An embedder over its own weights and scheduler."""
     with ggml.GGUFFile(path) as file, ggml.Scheduler(devices) as scheduler:
         scheduler.backends[-1].n_threads = 1
-        weights = Weights(architecture(file), scheduler.backends, 256)
+        model = architecture(file)
+        stages = stages_of(split_layers(model, scheduler.backends, 0))
+        weights = Weights(model, scheduler.backends, 256, ggml.F16, stages)
         try:
-            with Embedder(weights.architecture, weights, scheduler, n_ctx, n_batch) as found:
+            with Embedder(model, weights, scheduler, n_ctx, n_batch) as found:
                 yield found
         finally:
             weights.close()

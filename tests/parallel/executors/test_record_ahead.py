@@ -1,6 +1,6 @@
-"""What ggml's Vulkan records, and hands to devices when it is told to.
+"""Work that ggml's Vulkan records, and submits when it is told to.
 
-All of it rests on how ggml does that, which another ggml may do otherwise: these tests fail then.
+All of it rests on how ggml does that. Another version of ggml may do otherwise: then these tests fail.
 """
 
 import json
@@ -14,13 +14,11 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import c, ops, parallel
 from ggml_cffi.core.op_sets import VIEWS
-from ggml_cffi.parallel import step_graphs as _step
-from ggml_cffi.parallel.executors import arrivals as _arrivals
+from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import Rank
 from tests.support import relative_error, run_python
-
-DIM = 64
+from tests.support.ranks import DIM, chain, expected
 
 
 @pytest.fixture
@@ -33,65 +31,47 @@ def weight(rng):
     return (rng.standard_normal((DIM, DIM)) / 8).astype(np.float32)
 
 
-def chain(w, n):
-    """``n`` products, each after a norm, and what graphs may be cut after."""
-
-    def run(rank, x):
-        for _ in range(n):
-            x = ops.linear(ops.relu(ops.rms_norm(x, 1e-5)), w[rank])
-        return x
-
-    return run
-
-
-def expected(x, w, n):
-    x = x.astype(np.float64)
-    for _ in range(n):
-        x = np.maximum(x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5), 0) @ w.T
-    return x
-
-
 @pytest.mark.parametrize("n", [1, 8, 20, 21, 22, 33, 34, 80])
-def test_what_is_recorded_waits_until_it_is_handed_out(gpu, weight, n, rng):
+def test_recorded_work_waits_until_it_is_submitted(gpu, weight, n, rng):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), n)
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
-            driver, ((step,),) = group.executor, program.steps
-            assert step.held
-            assert bool(step.rest) == (1 + 3 * n > _step._HELD)  # with the copy of the inputs
+            executor, ((step,),) = group.executor, program.steps
+            assert step.deferred
+            assert bool(step.immediate) == (1 + 3 * n > record_ahead._FIRST_PART)  # with the copy of the inputs
             program.record()  # nothing, before it has run once
             for k in (1.0, 2.0, 3.0):
-                program.puts[0][...] = x
-                program.takes[0][0][...] = k
+                program.input_arrays[0][...] = x
+                program.output_arrays[0][0][...] = k
                 if k == 1.0:
                     program.compute()
                 else:
-                    program.puts[0][...] = 0
+                    program.input_arrays[0][...] = 0
                     program.record()
                     time.sleep(0.02)
-                    assert (program.takes[0][0] == k).all()
-                    program.puts[0][...] = x  # what it is to be computed with
+                    assert (program.output_arrays[0][0] == k).all()
+                    program.input_arrays[0][...] = x  # what it is to be computed with
                     if k == 2.0:
                         program.compute()
                     else:
-                        program.hand_over(lambda: None)
-                        driver.finish()
+                        program.submit_and_poll(lambda: None)
+                        executor.finish()
                 assert relative_error(program.result(), expected(x, weight, n)) < 1e-2
-            assert driver.computed == [3]
+            assert executor.steps_computed == [3]
 
 
-def test_what_was_recorded_and_given_up(gpu, weight, rng):
-    """It is computed when the device is waited for, and the next run gets its own."""
+def test_recorded_work_that_is_given_up(gpu, weight, rng):
+    """It is computed when the device is waited for, and the next run records its own."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
-            program.puts[0][...] = 0
+            program.input_arrays[0][...] = 0
             program.compute()
             program.record()
             group.executor.finish()
-            program.puts[0][...] = x
+            program.input_arrays[0][...] = x
             program.compute()
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
 
@@ -101,48 +81,48 @@ def in_a_thread(function):
         return pool.submit(function).result(10)
 
 
-def test_the_device_belongs_to_a_thread_while_something_is_recorded(gpu, weight, rng):
+def test_a_thread_holds_the_device_while_work_is_recorded(gpu, weight, rng):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
-            driver, lock = group.executor, group.backends[0].lock
+            executor, lock = group.executor, group.backends[0].lock
 
             def is_free():
                 return in_a_thread(lambda: lock.acquire(blocking=False) and (lock.release() or True))
 
-            program.puts[0][...] = x
+            program.input_arrays[0][...] = x
             for _ in range(2):
                 program.compute()
                 program.record()
                 assert not is_free()
-                in_a_thread(lambda: driver.finish(if_free=True))  # it is not
+                in_a_thread(lambda: executor.finish(if_free=True))  # it is not
                 assert not is_free()
                 program.compute()
                 assert is_free()
                 program.record()
-                driver.finish()
+                executor.finish()
                 assert is_free()
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(lock.acquire).result()
                 program.record()  # nothing: another thread uses the device
-                assert driver._ahead is None
+                assert executor._recorded is None
                 pool.submit(lock.release).result()
             program.compute()
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
 
 
-def test_parts(gpu, weight):
-    """Each ends before a product, the first is held, and the others are handed over as a whole."""
+def test_a_long_graph_is_divided_before_products(gpu, weight):
+    """The first part is deferred, and the others are submitted whole."""
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 100)
         with ParallelProgram(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
             ((step,),) = program.steps
-            *held, nothing = step.held[::-1]
-            assert step.rest[::2] == (nothing,) * (len(step.rest) // 2)
+            *deferred, empty = step.deferred[::-1]
+            assert step.immediate[::2] == (empty,) * (len(step.immediate) // 2)
             parts = [
                 [c.ggml_graph_node(graph, i).op for i in range(c.ggml_graph_n_nodes(graph))]
-                for graph in (*held, *step.rest[1::2])
+                for graph in (*deferred, *step.immediate[1::2])
             ]
             counts = [
                 sum(op in (ggml.Op.MUL_MAT, ggml.Op.UNARY, ggml.Op.RMS_NORM, ggml.Op.CPY) for op in part)
@@ -155,8 +135,8 @@ def test_parts(gpu, weight):
 
 
 @pytest.mark.parametrize("n", [2, 60])
-def test_steps_of_several_devices(two_gpus, weight, n, rng):
-    """Those with more operations than ggml records at a time are not held, and their sums not watched."""
+def test_long_steps_of_several_devices_are_not_deferred(two_gpus, weight, n, rng):
+    """Steps with more operations than ggml records at a time are not deferred, and their sums not polled."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), n)
@@ -165,24 +145,24 @@ def test_steps_of_several_devices(two_gpus, weight, n, rng):
         for _ in range(20):
             assert relative_error(f(x), want) < 1e-2
         (program,) = f.programs
-        assert {bool(step.held) for own in program.steps for step in own} == {n == 2}
-        assert (program.arrivals is None) == (n == 60)
+        assert {bool(step.deferred) for own in program.steps for step in own} == {n == 2}
+        assert (program.polled_sums is None) == (n == 60)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])
-def test_only_short_steps_are_held(two_gpus, weight, rows, rng):
+def test_only_short_steps_are_deferred(two_gpus, weight, rows, rng):
     x = rng.standard_normal((rows, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 2)
         f = group.compile(lambda rank, x: rank.all_reduce(function(rank, x)))
         for _ in range(3):
             assert relative_error(f(x), 2 * expected(x, weight, 2)) < 1e-2
-        assert [bool(own[0].held) for own in f.programs[0].steps] == 2 * [rows < 17]
+        assert [bool(own[0].deferred) for own in f.programs[0].steps] == 2 * [rows < 17]
 
 
-def test_sums_that_come_late_do_not_hand_out_the_next_step(two_gpus, weight, rng, monkeypatch):
-    """Devices are waited for without what they have recorded: it would be computed with sums of before."""
-    monkeypatch.setattr(_arrivals, "_PATIENCE", 0.0)
+def test_late_sums_do_not_submit_the_next_step(two_gpus, weight, rng, monkeypatch):
+    """The wait leaves out recorded steps: they would be computed with sums of the run before."""
+    monkeypatch.setattr(polling, "_TIMEOUT", 0.0)
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 20)
@@ -195,32 +175,32 @@ def test_sums_that_come_late_do_not_hand_out_the_next_step(two_gpus, weight, rng
         f = group.compile(run)
         f(x)
         (program,) = f.programs
-        program.arrivals.patience = 0.0
+        program.polled_sums.timeout = 0.0
         want = x
         for _ in range(4):
             want = 2 * expected(want, weight, 20)
         for _ in range(5):
             assert relative_error(f(x), want) < 1e-2
-        assert program.arrivals.late > 5
+        assert program.polled_sums.n_timeouts > 5
 
 
-def test_an_interrupted_run_computes_with_sums_that_are_there(two_gpus, weight, rng, monkeypatch):
-    """What is recorded is computed then, but not with the mark of what is not there, which is a NaN."""
+def test_an_interrupted_run_computes_with_complete_sums(two_gpus, weight, rng, monkeypatch):
+    """Recorded steps are computed then, but not with the mark of unwritten numbers, which is a NaN."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 20)
         f = group.compile(lambda rank, x: function(rank, rank.all_reduce(function(rank, x))))
         want = f(x)
         (program,) = f.programs
-        monkeypatch.setattr(program.arrivals, "wait", lambda k, _: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(program.polled_sums, "wait", lambda k, _: (_ for _ in ()).throw(KeyboardInterrupt))
         for _ in range(10):
-            program.takes[0][0][...] = 0
+            program.output_arrays[0][0][...] = 0
             with pytest.raises(KeyboardInterrupt):
                 f(x)
-            assert relative_error(program.takes[0][0], want) < 1e-5
+            assert relative_error(program.output_arrays[0][0], want) < 1e-5
 
 
-def test_a_norm_is_not_cut_off(gpu, weight, rng):
+def test_no_part_ends_after_a_norm(gpu, weight, rng):
     """ggml may clear the sum of squares that a norm reads with the next graph, without waiting."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
@@ -234,7 +214,7 @@ def test_a_norm_is_not_cut_off(gpu, weight, rng):
 
         with ParallelProgram(group, [Rank(0, 1)], run, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             ((step,),) = program.steps
-            parts = [step.held[-1], *step.rest[1::2]]
+            parts = [step.deferred[-1], *step.immediate[1::2]]
             ends = [[c.ggml_graph_node(g, i).op for i in range(c.ggml_graph_n_nodes(g))] for g in parts]
             assert len(parts) > 2
             for ops_of in ends[:-1]:
@@ -242,7 +222,7 @@ def test_a_norm_is_not_cut_off(gpu, weight, rng):
                 assert computing[-1] == ggml.Op.UNARY
 
 
-def test_a_run_that_is_interrupted(two_gpus, weight, rng, monkeypatch):
+def test_a_run_after_an_interrupted_one(two_gpus, weight, rng, monkeypatch):
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 3)
@@ -255,14 +235,14 @@ def test_a_run_that_is_interrupted(two_gpus, weight, rng, monkeypatch):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(program.arrivals, "wait", interrupt)
+            patch.setattr(program.polled_sums, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 f(x)
         assert relative_error(f(x), want) < 1e-2
 
 
-def test_a_program_is_waited_for_the_first_time(two_gpus, weight, monkeypatch):
-    """ggml may hand out what is recorded, if it needs more memory than for what it computed before."""
+def test_the_first_run_waits_after_each_graph(two_gpus, weight, monkeypatch):
+    """ggml may submit recorded work if it needs more memory than for earlier graphs."""
     called = []
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 2)
@@ -276,14 +256,14 @@ def test_a_program_is_waited_for_the_first_time(two_gpus, weight, monkeypatch):
     assert called == ["run_first", "run", "run", "run_first"]
 
 
-def test_what_is_passed_over(gpu):
-    """The graph that computes nothing, alone."""
+def test_the_empty_graph_computes_nothing(gpu):
+    """Alone, before any other graph."""
     with ggml.Backend(gpu) as backend, ggml.Context() as ctx:
         x = ctx.new_tensor("f32", (4,))
         ctx.alloc(backend.buffer_type)
         x.set(np.ones(4))
-        assert c.ggml_backend_graph_compute(backend.ptr, _step._nothing()) == 0
-        assert c.ggml_graph_n_nodes(_step._nothing()) == 1
+        assert c.ggml_backend_graph_compute(backend.ptr, record_ahead.empty_graph()) == 0
+        assert c.ggml_graph_n_nodes(record_ahead.empty_graph()) == 1
         np.testing.assert_array_equal(x.numpy(), np.ones(4))
 
 
@@ -303,8 +283,8 @@ with parallel.TensorParallel(gpus) as group:
     f = group.compile(run)
     right = all((f(x) == 512 * x).all() for _ in range(20))
     program = f.programs[0]
-    held = [bool(s.held) for own in program.steps for s in own]
-    print(json.dumps([bool(right), any(held), all(held), program.arrivals is not None]))
+    deferred = [bool(s.deferred) for own in program.steps for s in own]
+    print(json.dumps([bool(right), any(deferred), all(deferred), program.polled_sums is not None]))
 """
 
 
@@ -321,11 +301,11 @@ with parallel.TensorParallel(gpus) as group:
     ],
 )
 @pytest.mark.usefixtures("two_gpus")
-def test_settings_of_ggml(env, want):
+def test_settings_of_ggml_under_which_nothing_is_deferred(env, want):
     assert json.loads(run_python(CODE, **env).stdout.splitlines()[-1]) == want
 
 
-def test_watching_beside_other_work(two_gpus, weight, rng):
+def test_polling_beside_other_work(two_gpus, weight, rng):
     """Backends of the same devices, and transfers, while steps are recorded."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     big = rng.standard_normal((64, 64)).astype(np.float32)
@@ -354,3 +334,32 @@ def test_watching_beside_other_work(two_gpus, weight, rng):
             stopped = True
             timer.join()
     assert not errors
+
+
+def test_a_short_graph_ends_with_views(two_gpus, rng):
+    """The backend polls during the last fifth of a graph: see ``_append_views``."""
+    nodes = {}
+    with parallel.TensorParallel(two_gpus[:1]) as group:
+
+        def run(rank, x):
+            for _ in range(12):
+                x = ops.linear(ops.view(ops.relu(x), x.shape), w[rank])
+            return x
+
+        values = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
+        w = group.weight(values)
+        f = group.compile(run)
+        for rows in (1, 17):
+            x = want = rng.standard_normal((rows, DIM)).astype(np.float32)
+            for _ in range(12):
+                want = np.maximum(want.astype(np.float64), 0) @ values.T
+            assert relative_error(f(x), want) < 1e-2
+            (plan,) = f.programs[-1].step_graphs
+            (step,) = plan.steps
+            assert not step.deferred
+            (graph,) = step.immediate
+            nodes[rows] = len(plan.node_pointers()), ggml.c.ggml_graph_n_nodes(graph)
+    (n, short), (m, long) = nodes[1], nodes[17]
+    assert n == m == long
+    assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes something
+    assert short - n < n / 3

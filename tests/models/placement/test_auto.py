@@ -1,0 +1,99 @@
+"""The split that suits a model and its devices best."""
+
+import json
+
+import pytest
+
+from ggml_cffi import models
+from ggml_cffi.models.placement import auto, calibration
+from tests.support.splits import PROMPT, gpu_memory
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Seconds of a layer by split: for a token, a batch, and one batch of many. Tests change them."""
+    found = {"one": (1e-3, 0.1, 0.1), "pipeline": (1.1e-3, 0.1, 0.06), "tensor": (2e-3, 0.2, 0.2)}
+
+    def fake(self, split, n, n_batch, *, whole_attention=False):
+        token, batch, long = found[split]
+        return auto.Costs(token if n < 8 else batch if n <= n_batch else long * n / n_batch, 1e-5)
+
+    monkeypatch.setattr(auto.Timer, "costs", fake)
+    return found
+
+
+def test_auto_takes_the_split_that_is_never_far_from_the_best(two_gpus, path, costs):
+    def chosen(**options):
+        plan = models.plan(path, two_gpus, "auto", n_batch=16, **options)
+        assert plan.reasons[0].startswith("Of the splits, ")
+        assert plan.fits
+        return plan.split, [share.device for share in plan.devices if share.layers]
+
+    # Batches in flight are worth more than what handing over costs a token.
+    assert chosen() == ("pipeline", list(two_gpus))
+    costs["tensor"] = 0.5e-3, 0.05, 0.05
+    assert chosen() == ("tensor", list(two_gpus))
+    costs["tensor"] = 2e-3, 0.2, 0.2
+    assert chosen(n_sequences=2) == ("data", list(two_gpus))
+
+
+def test_auto_takes_the_best_split_for_the_expected_tokens(two_gpus, path, costs):
+    def chosen(expect, **options):
+        plan = models.plan(path, two_gpus, "auto", n_batch=16, expected_tokens=expect, **options)
+        return plan.split, len([share for share in plan.devices if share.layers]), plan.reasons[0]
+
+    assert chosen((0, 64))[:2] == ("layer", 1)
+    assert chosen((16, 0))[:2] == ("layer", 1)
+    split, n, why = chosen((128, 16))
+    assert (split, n) == ("pipeline", 2)
+    assert "pipeline has 100% of the best speed" in why
+    # Three layers: one GPU takes 8 x 0.3 s for the prompt and 3 ms for a token.
+    assert f" one 128 + 16 {(128 + 16) / (8 * 0.3 + 16 * 3e-3):.0f};" in why
+    costs["tensor"] = 0.5e-3, 0.2, 0.2
+    assert chosen((16, 128))[:2] == ("layer", 1)
+    assert chosen((1, 128))[:2] == ("tensor", 2)
+    costs["tensor"] = 2e-3, 0.2, 0.2
+    assert chosen((128, 16), n_sequences=2)[:2] == ("data", 2)
+    for wrong in ((1, 2, 3), (0, 0), (-1, 4)):
+        with pytest.raises(ValueError, match="expected_tokens must be the tokens of a prompt and of an answer"):
+            chosen(wrong)
+    with pytest.raises(ValueError, match=r"expected_tokens \(4000, 1000\) are 5000 together, but n_ctx is"):
+        models.load(path, two_gpus, "auto", expected_tokens=(4000, 1000))
+
+
+def test_auto_takes_one_gpu_if_more_are_not_quicker(two_gpus, path, costs, monkeypatch):
+    gpu_memory(monkeypatch, 1 << 30)
+    monkeypatch.setattr(auto, "_rates", lambda a, found, *rest: {"decode": 1 if found.members == (0, 2) else 0.5})
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    with models.load(path, two_gpus, "auto", n_batch=16) as model:
+        assert model.plan.reasons == plan.reasons
+        assert model.plan.split == "layer"
+        assert "one has 100% of the best speed or more in each case. Tokens/s, timed: " in plan.reasons[0]
+        assert "Vulkan0 has 3 of 3 layers: it has room for all." in plan.reasons
+        model.forward(PROMPT)
+        assert {backend.name for _, backend in model.assignment()} == {"Vulkan0"}
+
+
+def test_auto_with_one_candidate(two_gpus, path, costs, monkeypatch):
+    plan = models.plan(path, ["CPU"], "auto")
+    assert plan.split == "layer"
+    assert plan.reasons[0] == "Of the splits, layer is the only one that is possible."
+    gpu_memory(monkeypatch, 900_000)
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    assert plan.split in ("pipeline", "tensor")  # one has no room for all
+    assert " one prompt " not in plan.reasons[0]
+    gpu_memory(monkeypatch, 600_000)
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    assert [len(share.layers) for share in plan.devices] == [1, 1, 1]
+    with pytest.raises(ValueError, match="n_sequences must be at least 1, not 0"):
+        models.plan(path, two_gpus, "auto", n_sequences=0)
+
+
+def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
+    monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path / "cache"))
+    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    kept = json.loads(calibration.path().read_text())
+    assert len(kept) == 3 * 3  # a token, a batch and several, on one GPU, by two in turn, and by two together
+    assert all(" tokens by " in name and all(x >= 0 for x in value) for name, value in kept.items())
+    monkeypatch.setattr(auto.Timer, "_measure", None)
+    assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]

@@ -1,0 +1,70 @@
+"""What does not fit is refused before anything is allocated, with proposals that do fit."""
+
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi import models
+from ggml_cffi.models.placement import proposals as proposing
+from tests.support.memory import memory
+
+
+def test_too_small_a_cpu_is_refused_before_anything_is_made(path, counted, monkeypatch):
+    memory(monkeypatch, CPU=500_000)
+    plan = models.plan(path, ["CPU"])
+    assert not plan.fits
+    assert plan.devices[0].missing > 0
+    assert "no: " in plan.table()
+    assert "does not fit" in str(plan)
+    with pytest.raises(ggml.OutOfMemoryError, match=r"m.gguf does not fit: CPU lacks .* These would fit: ") as caught:
+        models.load(path, ["CPU"])
+    assert not counted
+    for proposal in plan.proposals:
+        assert proposal in str(caught.value)
+
+
+def options_of(proposal):
+    """What to call with, for a proposal that says so."""
+    return eval(f"dict({proposal})", {})
+
+
+def proposals(path, devices=("CPU",), **options):
+    """Those of a plan, by what they change; each that can be tried does fit."""
+    plan = models.plan(path, devices, **options)
+    assert not plan.fits
+    found = {}
+    for proposal in plan.proposals:
+        found[proposal.split("=")[0]] = proposal
+        if proposal.startswith(("n_ctx", "kv_dtype", "n_batch")):
+            assert models.plan(path, devices, **(options | options_of(proposal))).fits
+    return found
+
+
+def test_each_kind_of_proposal_fits(path, monkeypatch):
+    monkeypatch.setattr(proposing, "gpus", list)  # no others in this machine
+    (whole,) = models.plan(path, ["CPU"]).devices
+    needed = whole.total - whole.mapped_bytes
+    memory(monkeypatch, CPU=needed - 1)
+    found = proposals(path)
+    assert found["n_ctx"] == "n_ctx=256"
+    assert found["n_batch"] == "n_batch=256"
+    assert any("one more device with " in text and "iB free" in text for text in found)
+    # the CPU attends by other products with a quantized cache: they take less
+    assert found["kv_dtype"] == "kv_dtype='q8_0'"
+    # with a tenth one change is not enough
+    memory(monkeypatch, CPU=needed // 10)
+    found = proposals(path)
+    assert list(found) == ["n_ctx", next(reversed(found))]
+    assert found["n_ctx"] == "n_ctx=512, kv_dtype='q4_0', n_batch=32"
+    # and there may be nothing left but more devices
+    memory(monkeypatch, CPU=0)
+    assert len(proposals(path)) == 1
+
+
+def test_given_proportions_that_do_not_fit_are_refused(two_gpus, path, monkeypatch, counted):
+    memory(monkeypatch, Vulkan0=2_000_000, Vulkan1=600_000)
+    found = proposals(path, two_gpus, balance=[1, 3], n_batch=16)
+    assert found["balance"].startswith("balance='memory': ")
+    assert "of 3 layers on Vulkan0" in found["balance"]
+    with pytest.raises(ggml.OutOfMemoryError, match=r"Vulkan1 lacks .* balance='memory'"):
+        models.load(path, two_gpus, balance=[1, 3], n_batch=16)
+    assert not counted

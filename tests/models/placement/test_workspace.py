@@ -1,0 +1,22 @@
+"""Memory that GPU backends take by themselves."""
+
+import ggml_cffi as ggml
+
+
+def test_workspace_is_estimated_for_large_products():
+    from ggml_cffi.models.placement.scratch import workspace_bytes
+
+    with ggml.Context() as ctx:
+        w, deep = ctx.new_tensor("f16", (512, 256)), ctx.new_tensor("f16", (512, 2048))
+        x = ctx.new_tensor("f32", (64, 256))
+        few, halves = ctx.new_tensor("f32", (4, 2048)), ctx.new_tensor("f16", (64, 2048))
+        many = ctx.new_tensor("f32", (64, 2048))
+
+        def estimate(*products):
+            with ggml.Graph(*products) as graph:
+                return workspace_bytes(graph.node_pointers())
+
+        assert estimate(ggml.mul_mat(deep, few)) == 0
+        assert estimate(ggml.mul_mat(w, x), ggml.neg(x)) == 64 * 256 * 2
+        assert estimate(ggml.mul_mat(deep, many)) == 64 * 2048 * 2 + (12 << 20)
+        assert estimate(ggml.mul_mat(deep, halves)) == 12 << 20

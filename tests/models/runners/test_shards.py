@@ -1,0 +1,192 @@
+"""Stages of several devices, which share every layer: against float64, and combined with pipeline stages."""
+
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.architectures.gemma3 import Gemma3
+from ggml_cffi.models.architectures.llama import Llama
+from ggml_cffi.models.architectures.qwen3 import Qwen3
+from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec, even_stages, pipeline
+from tests.support import need, relative_error, run_python
+from tests.support.llama_float64 import HEAD, Reference, random_model
+
+N_PROMPT, WINDOW = 12, 5
+GEMMA = {"name": "gemma3", ".attention.sliding_window": WINDOW, ".attention.sliding_window_pattern": 2}
+
+
+@contextmanager
+def opened(path, devices, kind=Llama, **options):
+    """A runner with backends of its own."""
+    with ExitStack() as stack:
+        file = stack.enter_context(ggml.GGUFFile(path))
+        threads = {"n_threads": 1} if devices[0] == "CPU" else {}
+        backends = [stack.enter_context(ggml.Backend(device, **threads)) for device in devices]
+        model = stack.enter_context(PipelineRunner(kind(file), backends, 256, **options))
+        yield model
+    assert model.closed
+
+
+def shared(devices):
+    """One stage of all devices, for the model of 3 layers."""
+    return [StageSpec(range(3), tuple(range(len(devices))))]
+
+
+def batch(ids, at, n_out=1):
+    """A batch of tokens at positions from ``at`` on."""
+    n = len(ids)
+    positions = np.arange(at, at + n)
+    back = positions[:, None] - np.arange(256)
+    mask, window_mask = (
+        np.where((back >= 0) & (back < window), np.float16(0), np.float16(-np.inf)) for window in (256, WINDOW)
+    )
+    outputs = np.arange(n - n_out, n, dtype=np.int32)
+    return Batch(np.asarray(ids, np.int32), positions.astype(np.int32), positions, mask, outputs, window_mask)
+
+
+def run(model, ids, at, n_out=1):
+    return model.run(batch(ids, at, n_out)).copy()
+
+
+def check(path, devices, rng, kind=Llama, most=1e-2, stages=None, **options):
+    """Compare a prompt, then tokens one by one, with float64. Return the open runner's steps and KV heads."""
+    reference = Reference(path)
+    ids = rng.integers(0, 50, N_PROMPT + 2)
+    want = reference.forward(ids)
+    with opened(path, devices, kind, stages=stages or shared(devices), **options) as model:
+        got = [run(model, ids[:N_PROMPT], 0, N_PROMPT), run(model, ids[:N_PROMPT], 0)]
+        np.testing.assert_allclose(got.pop(), got[0][-1:], atol=1e-3 * np.abs(got[0]).max())
+        got += [run(model, ids[i : i + 1], i) for i in range(N_PROMPT, len(ids))]
+        assert relative_error(np.concatenate(got), want) < most
+        steps = []
+        for stage, spec in zip(model.stages, model.weights.stages, strict=True):
+            steps.append(len(stage.programs[0].step_graphs[0].graphs))
+            # Only the first device has the last step of a stage that is not the last.
+            computed = [4 * (steps[-1] - (rank > 0 and spec.layers.stop < 3)) for rank in range(len(spec.devices))]
+            assert stage.group.executor.steps_computed == computed
+        for device, own in zip(devices, model.weights.by_device, strict=True):
+            assert {t.buffer_type.device.name for t in own.values()} == {device}
+        first = model.weights.stages[0].devices
+        heads = [model.weights.by_device[i]["blk.0.attn_k.weight"].shape[0] // HEAD for i in first]
+    return steps if len(steps) > 1 else steps[0], heads
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """As many ranks as wanted, all on the CPU."""
+    monkeypatch.setattr(pipeline, "check_devices", lambda devices: None)
+
+
+@pytest.mark.parametrize(
+    ("n", "kind", "changes", "heads"),
+    [
+        (1, Llama, {}, [2]),
+        (2, Llama, {}, [1, 1]),
+        (2, Llama, {"biases": True, "tied": True}, [1, 1]),
+        (2, Llama, {"dtype": ggml.Q8_0}, [1, 1]),
+        (2, Llama, {"n_heads": 6, "n_kv": 3}, [1, 2]),
+        (3, Llama, {}, [2, 2, 2]),  # fewer KV heads than devices: each has them all
+        (2, Qwen3, {"name": "qwen3"}, [1, 1]),
+        (2, Gemma3, GEMMA, [1, 1]),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, n, kind, changes, heads):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, **changes)
+    # ggml's CPU rounds what it multiplies with Q8_0 to 8 bits.
+    steps, found = check(path, ["CPU"] * n, rng, kind, most=3e-2 if "dtype" in changes else 2e-3)
+    assert found == heads
+    assert steps == (1 if n == 1 else 4 if n == 3 else 7)
+
+
+def test_gpus_compute_what_float64_does(two_gpus, tmp_path, rng):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    assert check(path, two_gpus, rng) == (7, [1, 1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"more": {"rope_freqs.weight": np.linspace(1.0, 8.0, 16)}}], ids=["", "rope"])
+def test_two_stages_of_two_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, changes):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, **changes)
+    stages = even_stages(3, [(0, 1), (2, 3)])
+    assert check(path, ["CPU"] * 4, rng, most=2e-3, stages=stages) == ([3, 5], [1, 1])
+
+
+def test_batches_in_flight_through_two_stages_of_two_ranks(on_the_cpu, tmp_path, rng):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    ids = rng.integers(0, 50, 4 * N_PROMPT)
+    want = Reference(path).forward(ids)
+    stages = even_stages(3, [(0, 1), (2, 3)])
+    with opened(path, ["CPU"] * 4, stages=stages) as model:
+        assert model.n_in_flight == 2
+        batches = [batch(ids[i : i + N_PROMPT], i, N_PROMPT) for i in range(0, len(ids), N_PROMPT)]
+        got = [logits.copy() for logits in model.run_all(batches)]
+        assert relative_error(np.concatenate(got), want) < 2e-3
+
+
+CODE = """
+import sys
+from pathlib import Path
+import numpy as np
+from ggml_cffi.models.runners import even_stages
+from tests.models.runners.test_shards import opened, run, shared
+from tests.support import relative_error
+path, ids = Path(sys.argv[1]), np.arange(1, 13)
+found = []
+four = ["Vulkan0", "Vulkan1", "Vulkan2", "Vulkan3"]
+for devices, stages in ((four[:1], shared(four[:1])), (four, even_stages(3, [(0, 1), (2, 3)]))):
+    with opened(path, devices, stages=stages) as model:
+        found.append([run(model, ids, 0), run(model, [13], 12), run(model, [14], 13)])
+for one, several in zip(*found):
+    assert relative_error(several, one) < 1e-2, relative_error(several, one)
+"""
+
+
+def test_two_stages_of_two_gpus_give_the_logits_of_one(tmp_path, rng):
+    need(("Vulkan0",))
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    code = CODE.replace("sys.argv[1]", repr(str(path)))
+    run_python(code, GGML_VK_VISIBLE_DEVICES="0,0,0,0")
+
+
+def test_models_that_cannot_be_shared(on_the_cpu, tmp_path, rng):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, dtype=ggml.Q8_0)
+    too_few = r"model\.gguf: the feed-forward part has 3 .*: too few for 4 devices"
+    with pytest.raises(ValueError, match=too_few), opened(path, ["CPU"] * 4, stages=shared("abcd")):
+        pass
+    with ggml.GGUFFile(path) as file, pytest.raises(ValueError, match="'llama' has no tensor parallelism"):
+        Architecture.tensor_parallel(Llama(file), 2)
+
+
+def test_impossible_stages_are_refused(tmp_path, rng):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    for devices, stages, message in (
+        (["CPU"], even_stages(2, [(0,)]), r"stages have layers \[0, 1\]: each of the 3 layers must be there once"),
+        (["CPU"], even_stages(3, [(1,)]), r"stages have devices \[1\]: they are numbers of 1 backends"),
+        (["CPU"] * 2, even_stages(3, [(0,), (0,)]), "each device can be in one stage only"),
+        (["CPU"] * 2, even_stages(3, [(0, 1)]), "a device is listed twice"),
+    ):
+        with pytest.raises(ValueError, match=message), opened(path, devices, stages=stages):
+            pass
+
+
+def test_progress_and_a_closed_runner(on_the_cpu, tmp_path, rng):
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    seen = []
+    with opened(path, ["CPU"] * 2, stages=shared("ab"), progress=lambda *a: seen.append(a)) as model:
+        assert not model.closed
+        assert seen[-1][0] == seen[-1][1]
+        with pytest.raises(ValueError, match="token ids are 50 to 50: they must be 0 to 49"):
+            batch([50], 0).check(50, 256)
+    with pytest.raises(ggml.ClosedError):
+        run(model, [1], 0)

@@ -1,0 +1,84 @@
+"""Replicas of a model: requests are dealt to them."""
+
+import threading
+
+import pytest
+
+import ggml_cffi as ggml
+from ggml_cffi import models
+from tests.support import relative_error
+from tests.support.splits import PROMPT, answers
+
+
+def test_texts_are_dealt_to_replicas(two_gpus, path):
+    prompts = [[i, i + 1, i + 2, 4, 5, 6, 7, 8, 9, 10, 11] for i in range(6)]
+    with models.load(path, ["Vulkan0"], "layer") as model:
+        want = answers(model, prompts)
+        vectors = model.embed(prompts)
+    with models.load(path, two_gpus, "data") as model:
+        assert answers(model, prompts) == want
+        assert len(model.cached) == 6
+        # as one list, by both at once
+        model.clear_cache()
+        assert not model.cached
+        found = {}
+        for number, token in deal(model, prompts, 3):
+            found.setdefault(number, []).append(token)
+        # Keys lie in other rows than before, so that sums are rounded differently: later tokens may differ.
+        assert [found[i][0] for i in range(6)] == [ids[0] for ids in want]
+        assert [len(found[i]) for i in range(6)] == [3] * 6
+        each = [len(batcher.cache.kept) for batcher in model._batchers]
+        assert sum(each) == 6
+        assert all(each)
+        assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
+        assert relative_error(model.embed(prompts), vectors) < 1e-3
+
+
+def deal(model, prompts, n):
+    """Token ids of several texts: the model has no vocabulary."""
+    from ggml_cffi.models.generation.requests import Request, generate_on_replicas
+    from ggml_cffi.models.generation.sampling import Sampler
+    from ggml_cffi.models.generation.timings import Timings
+
+    requests = [Request(list(ids), Sampler(), n, frozenset()) for ids in prompts]
+    timings = Timings()
+    for number, token in generate_on_replicas(model._batchers, requests, 2, timings):  # one at each
+        if token is not None:
+            yield number, token
+    assert timings.prompt_tokens == sum(map(len, prompts))
+
+
+def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
+    with models.load(path, two_gpus, "data") as model:
+        second = model._batchers[1]
+
+        def fail(batch):
+            raise ggml.GgmlError("the computation failed: failed")
+
+        monkeypatch.setattr(second.runner, "run", fail)
+        with pytest.raises(ggml.GgmlError, match="the computation failed"):
+            list(deal(model, [PROMPT] * 6, 3))
+        assert not any(batcher.active for batcher in model._batchers)
+        # and one that is left early
+        monkeypatch.undo()
+        stream = deal(model, [PROMPT] * 6, 30)
+        next(stream)
+        stream.close()
+        for batcher in model._batchers:
+            with batcher.exclusive():
+                assert not batcher.active
+    assert not any(t.name == "ggml_cffi replica" for t in threading.enumerate())
+
+
+def test_a_text_goes_where_its_beginning_is(two_gpus, path):
+    with models.load(path, two_gpus, "data") as model:
+        first, second = model._batchers
+        text = model.generate_tokens(PROMPT, 3, stop_at_end=False)
+        next(text)  # grows on the first: the next text goes to the second
+        other = [9] * 11
+        answers(model, [other])
+        assert [ids[:11] for ids in second.kept.values()] == [other]
+        text.close()
+        answers(model, [other])
+        assert model.timings.reused_tokens == 10
+        assert model._choose() is first
