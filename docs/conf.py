@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: ``make docs``."""
+"""Configuration of Sphinx for these pages: ``make docs``."""
 
 from __future__ import annotations
 
@@ -35,20 +35,14 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_type_aliases = {f"npt.{name}": f"numpy.typing.{name}" for name in ("ArrayLike", "DTypeLike")}
 suppress_warnings = ["config.cache"]
-#: What is handed on from inside to inside, and nobody else makes.
-nitpick_ignore = [
-    ("py:class", name) for name in ("ggml_cffi.models.placement.arrange.Wish", "Arrivals", "Plans", "Step")
-]
 
 _NAPOLEON = Config(napoleon_use_rtype=False)
-#: Modules whose names are part of the reference as they are; all others' are given as ``ggml_cffi.name``.
-_OWN_PAGES = tuple(
-    f"ggml_cffi.{name}" for name in ("enums", "gguf", "flat", "draw", "profile", "models", "isolate", "parallel")
-)
+#: Modules that the reference names in full; the names of all others are given as ``ggml_cffi.name``.
+_OWN_PAGES = tuple(f"ggml_cffi.{name}" for name in ("enums", "flat", "viz", "models", "isolate", "parallel", "rpc"))
 
 
 def _complete(_app: Any, docname: str, source: list[str]) -> None:
-    """Add to a page what is listed nowhere else than in the code."""
+    """Add the lists to a page that only the code has."""
     if docname == "reference/operations":
         source[0] += "\n\n".join(_operations())
     if docname == "reference/flat":
@@ -56,7 +50,7 @@ def _complete(_app: Any, docname: str, source: list[str]) -> None:
 
 
 def _operations() -> list[str]:
-    """Every operation, module by module, by the name that users call."""
+    """List every operation, module by module, by the name that users call."""
     folder = Path(ggml_cffi.ops.__path__[0])
     parts = [""]
     for path in sorted(folder.glob("*.py")):
@@ -74,7 +68,7 @@ def _operations() -> list[str]:
 
 
 def _flat_numbers() -> str:
-    """The constants of the flat API, with their values."""
+    """List the constants of the flat API, with their values."""
     from ggml_cffi import flat
 
     names = [name for name in flat.__all__ if not callable(getattr(flat, name))]
@@ -87,10 +81,10 @@ def _is_all(node: ast.stmt) -> bool:
 
 
 def _docstring(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Turn a numpy-style docstring into what Sphinx reads.
+    """Convert a numpy-style docstring to the form that Sphinx reads.
 
     Napoleon as an extension takes the first colon of a property for the end of a type, and a paragraph after a section
-    for a part of that section: ours, which name the C function, go before the first section.
+    for a part of that section. The paragraphs that name the C function therefore go before the first section.
     """
     paragraphs = [p.split("\n") for p in "\n".join(lines).strip("\n").split("\n\n")]
     sections = [i for i, p in enumerate(paragraphs) if _is_section(p)]
@@ -106,7 +100,7 @@ def _docstring(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, line
 def _signature(
     _app: Any, _what: str, _name: str, _obj: Any, _options: Any, arguments: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Numpy's types by the names that they have in the source, not what they stand for."""
+    """Give numpy's types the names that they have in the source."""
     alias = re.compile(r"[~\w.]*TypeAliasForwardRef\('([\w.]+)'\)")
     return arguments and alias.sub(r"~\1", arguments), returns and alias.sub(r"~\1", returns)
 
@@ -116,19 +110,36 @@ def _is_section(paragraph: list[str]) -> bool:
 
 
 def _resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A reference by the module that defines a name, such as ``ggml_cffi.core.tensor.Tensor``, as ``ggml_cffi.Tensor``.
+    """Resolve a reference by the defining module, such as ``ggml_cffi.core.tensor.Tensor``, as ``ggml_cffi.Tensor``.
 
-    What is not ours is plain text: the build needs no network.
+    References to other packages are plain text: the build needs no network.
     """
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"].lstrip("~.")
     domain = env.get_domain("py")
-    for name in _spellings(target):
+    last = target.rpartition(".")[2]
+    documented = [name for name in domain.objects if name.rpartition(".")[2] == last]
+    for name in (*_spellings(target), *(documented if len(documented) == 1 else ())):
         if name in domain.objects:
             where = domain.objects[name]
             return _link(app, node, content, where.docname, where.node_id, name)
-    return content if _foreign(target) else None
+    return content if _foreign(target) or _is_internal(target) else None
+
+
+def _is_internal(target: str) -> bool:
+    """Return whether ``target`` is the full name of an object of the package that no public module exports."""
+    module, _, name = target.rpartition(".")
+    if not module.startswith("ggml_cffi.") or any(name in _exports(page) for page in ("ggml_cffi", *_OWN_PAGES)):
+        return False
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def _exports(module: str) -> list[str]:
+    return getattr(importlib.import_module(module), "__all__", [])
 
 
 def _spellings(target: str) -> list[str]:
@@ -174,13 +185,13 @@ def _foreign(target: str) -> bool:
         "ndarray",
     )
     types = ("ArrayLike", "DTypeLike", "NDArray", "IntEnum", "Self")
-    inner = ("Head", "Architecture", "Stream", "Process", "Options", "Sum")  # ours, but of no use to a caller
+    inner = ("Trace", "check_tokens")  # named without their modules, and not public
     private = "._" in target or target.split(".")[-1] in inner
     return root in known or private or target in (*names, *types) or hasattr(builtins, root)
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Connect the functions of this file to Sphinx."""
     app.connect("source-read", _complete)
     app.connect("autodoc-process-docstring", _docstring)
     app.connect("autodoc-process-signature", _signature)

@@ -36,16 +36,16 @@ def main() -> None:
     cli.main(["devices"])
 
     path = models.fetch("smollm2")
-    with cli.progress_bar("loading") as progress:
-        model = models.load(path, n_ctx=512, progress=progress)
-    with model:
+    with models.load(path, n_ctx=512) as model:
         print(f"\n{path.name}: placement")
-        print(cli.placement(model))
+        print(model.plan.table())
         print(f"\n> {PROMPT}\n")
-        for piece in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):
-            print(piece, end="", flush=True)
+        for text in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):
+            print(text, end="", flush=True)
         computed = Counter(backend.name for _, backend in model.assignment())
-        print(f"\n\n{cli.speed(model)}")
+        t = model.timings
+        print(f"\n\nprompt: {t.prompt_tokens} tokens, {t.prompt_rate:.1f} tokens/s; ", end="")
+        print(f"decode: {t.decoded_tokens} tokens, {t.decode_rate:.1f} tokens/s")
         print("The last token was computed on " + ", ".join(f"{name} ({n} nodes)" for name, n in computed.items()))
 
 
