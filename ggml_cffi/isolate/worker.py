@@ -105,7 +105,7 @@ class Worker(Closing):
         self._restarts, self._timeout, self._start_timeout = restarts, timeout, start_timeout
         self._replaces = restarts > 0
         self._lock = threading.Lock()  # held during a call
-        self._state = threading.Lock()  # held for moments
+        self._state = threading.Lock()  # guards _closed and _pool; never held during a call
         self._pool: ThreadPoolExecutor | None = None
         self._closed = False
         self._pid = os.getpid()
@@ -171,8 +171,8 @@ class Worker(Closing):
             self._check_open()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"ggml_cffi calls of {self.name}")
-            before = None if self._replaces else self._processes[0]
-            return self._pool.submit(self._call, before, name, args, kwargs)
+            process = None if self._replaces else self._processes[0]
+            return self._pool.submit(self._call, process, name, args, kwargs)
 
     async def run_async(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call without blocking the event loop; see :meth:`call`. Cancelling the task cancels a call that waits."""
