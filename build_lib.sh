@@ -17,21 +17,21 @@ usage() {
 usage: ./build_lib.sh [--native | --portable] [--no-vulkan] [--no-cache] [--jobs N] [--source-only]
 
 Builds ggml $GGML_VERSION into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
-backends as plug-ins that are loaded when they are first asked for. Safe to run again.
+backends as plug-ins that are loaded on first use. It is safe to run again.
 
   --native       this machine's instructions (default)
-  --portable     every CPU variant, chosen when loaded; what a wheel ships
-  --no-vulkan    leave the Vulkan plug-in out
-  --no-cache     build even where a finished build with the same content key is cached
+  --portable     all CPU variants; ggml chooses one when it loads. For wheels
+  --no-vulkan    build without the Vulkan plug-in
+  --no-cache     build even if the cache has a build with the same content key
   --jobs N       parallel compiler jobs (default: $jobs)
   --source-only  fetch and verify the source into vendor/ggml/, build nothing
 
 environment:
-  GGML_SOURCE_DIR   a ggml $GGML_VERSION tree to use instead of the download (verified all the same)
+  GGML_SOURCE_DIR   a ggml $GGML_VERSION tree to use instead of the download (verified like it)
   VULKAN_SDK        a Vulkan SDK to compile the shaders with
   CC, CXX           compilers
   PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
-  GGML_CFFI_CACHE   where finished builds are kept (default: the user's cache folder)
+  GGML_CFFI_CACHE   folder of finished builds (default: the user's cache folder)
 USAGE
 }
 
@@ -55,7 +55,7 @@ trap 'code=$?; [ $code -eq 0 ] || printf "build_lib: stopped in step \"%s\" (exi
 sha256() { sha256sum "$@" 2>/dev/null || shasum -a 256 "$@"; }
 digest() { sha256 | cut -d' ' -f1; }
 
-# Runs a long command quietly; shows the end of its log only when it fails.
+# Run a long command quietly, and show the end of its log if it fails.
 quietly() {
     local log=$1; shift
     mkdir -p "$(dirname "$log")"
@@ -63,7 +63,7 @@ quietly() {
 }
 
 # ---------------------------------------------------------------- source
-tree_digest() { # of the files that are compiled, names and contents
+tree_digest() { # digest of names and contents of the compiled files
     (cd "$1" && find CMakeLists.txt ggml.pc.in cmake include src -type f | LC_ALL=C sort | tr '\n' '\0' |
         xargs -0 sha256sum | digest)
 }
@@ -142,18 +142,18 @@ use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true
     vulkan_id=$({ "$1" --version; "$CC" -E -dM -I"$2" -include vulkan/vulkan_core.h -x c /dev/null | grep VK_HEADER_VERSION; } 2>/dev/null | digest)
 }
 
-# Debian and Ubuntu carry newer tools in a newer suite. They are unpacked into a private prefix and run through that
-# prefix's own dynamic loader, so that nothing on the system changes.
+# Newer suites of Debian and Ubuntu have newer tools. They are unpacked into a private prefix and run through the dynamic
+# loader of that prefix, so the system does not change.
 suite_tools() { # suite
     local prefix=$cache/vulkan-tools-$1 tmp site label keyring component apt loader deb
     if [ ! -x "$prefix/glslc" ]; then
         command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
-        # The mirror is the one that this machine's own sources name.
+        # The mirror is that of the machine's own sources.
         read -r label site < <(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' 2>/dev/null |
             grep -m1 -E '^(Debian|Ubuntu) ') || { warn "apt knows no mirror yet; run apt-get update"; return 1; }
         keyring=/usr/share/keyrings/${label,,}-archive-keyring.gpg
         [ -f "$keyring" ] || keyring=""
-        say "fetching shader tools of suite $1 with apt (private prefix, the system is left alone)"
+        say "fetching shader tools of suite $1 with apt (private prefix; the system does not change)"
         mkdir -p "$cache"; tmp=$(mktemp -d "$cache/apt.XXXXXX")
         mkdir -p "$tmp/lists/partial" "$tmp/cache/archives/partial" "$tmp/debs" "$tmp/prefix"
         component="main"; [ "$1" = devel ] && component="main universe"
@@ -192,18 +192,18 @@ get_vulkan_tools() {
         if suite_tools "$suite"; then say "Vulkan tools: suite $suite, private prefix"; return; fi
     done
     vulkan=no
-    warn "no Vulkan: no glslc that knows cooperative matrices was found; install the Vulkan SDK and set VULKAN_SDK (building for the CPU only)"
+    warn "building for the CPU only: found no glslc with cooperative matrices; install the Vulkan SDK and set VULKAN_SDK"
 }
 
 # ---------------------------------------------------------------- build
 common=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_CCACHE=OFF
     -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$ORIGIN')
 
-# build_part NAME KEY TARGETS... -- CMAKE FLAGS...: leaves the part's libraries in $out, from the cache if they are there.
+# build_part NAME KEY TARGETS... -- CMAKE FLAGS...: put the libraries of a part into $out, from the cache if possible.
 build_part() {
     local name=$1 id=$2 key dir built targets=(); shift 2
     while [ "$1" != -- ]; do targets+=("$1"); shift; done; shift
-    # Paths differ between machines and mean nothing; versions and flags are what a build is made of.
+    # Versions and flags determine a build; paths differ between machines, so the key excludes them.
     key=$(printf '%s\n' "$GGML_TREE_SHA256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" | digest)
     built=$cache/build/$name-${key:0:16}
     if [ $use_cache = no ] || [ ! -d "$built" ]; then
@@ -225,13 +225,13 @@ build_part() {
     echo "$name $(basename "$built")" >>"$out.tmp/BUILD"
 }
 
-# One file per library, under the name by which the others ask for it: core libraries by SONAME, plug-ins by plain name.
+# Copy one file per library, under the name that the others load: core libraries by SONAME, plug-ins by plain name.
 collect() { # build tree, destination
     local file name
     find "$1" \( -name 'libggml*.so' -o -name 'libggml*.dylib' \) | while read -r file; do
         name=$(basename "$file")
         case $name in
-            # A plug-in build compiles the base too; the core part's own copy is the one that ships.
+            # A plug-in build compiles the base too; only the copy of the core part is shipped.
             libggml.* | libggml-base.*) [[ $(basename "$2") == core-* ]] || continue ;;
         esac
         case $name in

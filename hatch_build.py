@@ -1,4 +1,4 @@
-"""Wheels that carry built libraries are for one platform; without libraries they are for any."""
+"""Build hook for wheels: with built libraries they are for one platform, without libraries for any."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class PlatformTag(BuildHookInterface):
-    """Tags the wheel ``py3-none-<platform>`` when ``build_lib.sh`` has filled ``ggml_cffi/lib``."""
+    """Platform tag ``py3-none-<platform>`` of a wheel, if ``build_lib.sh`` has filled ``ggml_cffi/lib``."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before it builds."""
+        """Set the tag; hatchling calls this before it builds."""
         if version != "standard" or not any(Path(self.root, "ggml_cffi", "lib").glob("*ggml*")):
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -1,4 +1,4 @@
-"""Turns the public headers of the pinned ggml into the Python files marked as generated.
+"""Generator of the Python files and docs that follow from the public headers of the pinned ggml.
 
-``python -m codegen`` writes them, ``python -m codegen --check`` says which are stale.
+``python -m codegen`` writes the files; ``python -m codegen --check`` lists those that are stale.
 """

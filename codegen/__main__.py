@@ -1,4 +1,4 @@
-"""``python -m codegen [--check]``."""
+"""Entry point of ``python -m codegen [--check]``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = {
 
 
 def stale() -> dict[str, str]:
-    """The files whose text differs from what the headers give, each with its diff."""
+    """Return the generated files whose text differs from what the headers give, each with its diff."""
     parsed = headers.read()
     found = {}
     for name, render in TARGETS.items():
@@ -35,9 +35,10 @@ def stale() -> dict[str, str]:
 
 
 def main() -> int:
-    """Write the generated files, or say which are stale."""
-    parser = argparse.ArgumentParser(prog="python -m codegen", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail with a diff where a file is stale")
+    """Write the generated files, or list those that are stale."""
+    description = "Generate Python files and docs from the headers of the pinned ggml."
+    parser = argparse.ArgumentParser(prog="python -m codegen", description=description)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail with a diff of each stale file")
     if parser.parse_args().check:
         found = stale()
         for diff in found.values():

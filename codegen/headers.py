@@ -1,4 +1,4 @@
-"""Reads ggml's public headers: functions, enums, structs, typedefs and integer macros, as plain data."""
+"""Parser of ggml's public headers: functions, enums, structs, typedefs and integer macros, as plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pycparser import c_ast, c_generator, c_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Public headers in the order in which they include one another, with the library that holds their functions.
+#: Public headers in the order of their includes, with the library that exports their functions.
 HEADERS = {
     "ggml.h": "base",
     "ggml-alloc.h": "base",
@@ -26,7 +26,7 @@ HEADERS = {
     "ggml-vulkan.h": "vulkan",
     "ggml-rpc.h": "rpc",
 }
-#: Functions that these sources define are in libggml, the registry, whatever header declares them.
+#: Functions that these sources define are in libggml (the registry), regardless of the header that declares them.
 REGISTRY_SOURCES = ("ggml-backend-reg.cpp", "ggml-backend-dl.cpp")
 
 #: Public functions that are not bound, each with its reason.
@@ -39,7 +39,7 @@ SKIPPED = {
     "gguf_write_to_file_ptr": "takes a FILE *; use gguf_write_to_file",
 }
 
-# What the parser needs to know of the system headers; cffi knows these names by itself.
+# Types of the system headers, for the parser; cffi knows them.
 _PRELUDE = "".join(
     f"typedef {base} {name};\n"
     for name, base in {
@@ -61,7 +61,7 @@ _SIZEOF = {"int32_t": 4}
 
 @dataclass(frozen=True)
 class Function:
-    """One public C function: ``params`` are (name, C type) pairs."""
+    """Public C function; ``params`` are (name, C type) pairs."""
 
     name: str
     header: str
@@ -73,7 +73,7 @@ class Function:
 
 @dataclass
 class Headers:
-    """All that the public headers declare."""
+    """Declarations of the public headers."""
 
     version: str
     functions: list[Function] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Headers:
 
 
 def source_dir() -> Path:
-    """The pinned ggml tree, fetched by ``build_lib.sh --source-only`` when it is not there yet."""
+    """Return the pinned ggml tree; fetch it with ``build_lib.sh --source-only`` if it is missing."""
     given = os.environ.get("GGML_SOURCE_DIR")
     if given:
         return Path(given)
@@ -95,7 +95,7 @@ def source_dir() -> Path:
 
 
 def pins() -> dict[str, str]:
-    """The NAME=value pairs of ``vendor/pins.env``."""
+    """Return the NAME=value pairs of ``vendor/pins.env``."""
     lines = (ROOT / "vendor" / "pins.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
@@ -172,7 +172,7 @@ def _set_declname(node: c_ast.Node, name: str | None) -> None:
 
 
 class _Types(c_ast.NodeVisitor):
-    """Collects the enum and struct definitions inside a declaration."""
+    """Collector of the enum and struct definitions inside a declaration."""
 
     def __init__(self) -> None:
         self.found: list[c_ast.Enum | c_ast.Struct] = []
@@ -194,7 +194,7 @@ class _Types(c_ast.NodeVisitor):
 
 
 class _Folder(c_ast.NodeVisitor):
-    """Replaces array sizes and enum values by literals: cffi's parser evaluates no expressions."""
+    """Replacement of array sizes and enum values by literals: cffi's parser evaluates no expressions."""
 
     def visit_ArrayDecl(self, node: c_ast.ArrayDecl) -> None:
         if node.dim is not None:
@@ -203,12 +203,12 @@ class _Folder(c_ast.NodeVisitor):
 
     def visit_Enum(self, node: c_ast.Enum) -> None:
         known: dict[str, int] = {}
-        following = 0
+        next_value = 0
         for member in node.values.enumerators if node.values else ():
-            value = following if member.value is None else _value(member.value, known)
+            value = next_value if member.value is None else _value(member.value, known)
             member.value = c_ast.Constant("int", str(value))
             known[member.name] = value
-            following = value + 1
+            next_value = value + 1
 
 
 def _fold_constants(node: c_ast.Node) -> None:
@@ -255,7 +255,7 @@ def _cpp(include: Path, *options: str) -> str:
 
 
 def _preprocessed(include: Path) -> str:
-    """The headers' own text, with line markers, after preprocessing; system headers left out."""
+    """Return the text of the headers after preprocessing, with line markers and without system headers."""
     kept: list[str] = []
     ours = False
     for line in _cpp(include).splitlines():
@@ -270,7 +270,7 @@ def _preprocessed(include: Path) -> str:
 
 
 def _macros(include: Path) -> dict[str, int | str]:
-    """Macros of the headers that are an integer or a string."""
+    """Return the macros of the headers that are an integer or a string."""
     text = "".join((include / name).read_text() for name in HEADERS)
     names = set(re.findall(r"^\s*#\s*define\s+(\w+)[ \t]+\S", text, re.M))
     found: dict[str, int | str] = {}
@@ -281,7 +281,7 @@ def _macros(include: Path) -> dict[str, int | str]:
 
 
 def _defined_in(paths: Iterator[Path]) -> set[str]:
-    """Names of the functions whose definitions start a line in these C++ sources."""
+    """Return the names of functions whose definitions start a line in these C++ sources."""
     return {name for p in paths for name in re.findall(r"^\w[\w *]*?\b(ggml_\w+)\([^;]*?\{$", p.read_text(), re.M)}
 
 

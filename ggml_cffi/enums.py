@@ -5,7 +5,7 @@ from enum import IntEnum, IntFlag
 
 
 class Status(IntEnum):
-    """What a computation returned. C: ``enum ggml_status``."""
+    """Result of a computation. C: ``enum ggml_status``."""
 
     ALLOC_FAILED = -2
     FAILED = -1
@@ -55,23 +55,23 @@ class Type(IntEnum):
 
 
 class Prec(IntEnum):
-    """Accumulator precision asked of a matrix product or attention. C: ``enum ggml_prec``."""
+    """Requested precision of the sums in a matrix product or attention. C: ``enum ggml_prec``."""
 
     DEFAULT = 0
-    """Backend's choice."""
+    """Precision that the backend chooses."""
     F32 = 10
     """At least 32-bit accumulation."""
 
 
 class OpHint(IntEnum):
-    """Hints that a builder leaves on a node for the backends. C: ``enum ggml_op_hint``."""
+    """Hints of a builder to the backends, stored in a node. C: ``enum ggml_op_hint``."""
 
     NONE = 0
     SRC0_IS_HADAMARD = 1
 
 
 class Ftype(IntEnum):
-    """The mixture of types that a model file mostly holds. C: ``enum ggml_ftype``."""
+    """Types of the weights in a model file. C: ``enum ggml_ftype``."""
 
     UNKNOWN = -1
     ALL_F32 = 0
@@ -210,7 +210,7 @@ class Op(IntEnum):
 
 
 class UnaryOp(IntEnum):
-    """Functions under ``Op.UNARY``. C: ``enum ggml_unary_op``."""
+    """Functions of the operation ``Op.UNARY``. C: ``enum ggml_unary_op``."""
 
     ABS = 0
     SGN = 1
@@ -237,7 +237,7 @@ class UnaryOp(IntEnum):
 
 
 class GluOp(IntEnum):
-    """Gated linear units under ``Op.GLU``. C: ``enum ggml_glu_op``."""
+    """Gated linear units of the operation ``Op.GLU``. C: ``enum ggml_glu_op``."""
 
     REGLU = 0
     GEGLU = 1
@@ -248,7 +248,7 @@ class GluOp(IntEnum):
 
 
 class ObjectType(IntEnum):
-    """Kinds of objects in a context's pool. C: ``enum ggml_object_type``."""
+    """Types of objects in the memory pool of a context. C: ``enum ggml_object_type``."""
 
     TENSOR = 0
     GRAPH = 1
@@ -264,26 +264,26 @@ class LogLevel(IntEnum):
     WARN = 3
     ERROR = 4
     CONT = 5
-    """Continues the line before."""
+    """Continuation of the previous line."""
 
 
 class TensorFlag(IntFlag):
     """Roles of a tensor in a graph. C: ``enum ggml_tensor_flag``."""
 
     INPUT = 1
-    """Set by the caller before each run; the scheduler puts it on its last backend."""
+    """Input: the caller sets it before each run; the scheduler puts it on its last backend."""
     OUTPUT = 2
-    """Read by the caller after a run: its memory is not reused."""
+    """Output: the caller reads it after a run, so its memory is not reused."""
     PARAM = 4
-    """Trained by the optimizer."""
+    """Parameter that the optimizer trains."""
     LOSS = 8
-    """Minimized by the optimizer."""
+    """Loss that the optimizer minimizes."""
     COMPUTE = 16
-    """Must be computed."""
+    """Node that must be computed."""
 
 
 class TriType(IntEnum):
-    """Which triangle ``tri`` keeps. C: ``enum ggml_tri_type``."""
+    """Triangle that ``tri`` keeps. C: ``enum ggml_tri_type``."""
 
     UPPER_DIAG = 0
     UPPER = 1
@@ -331,21 +331,21 @@ class SchedPriority(IntEnum):
 
 
 class BackendBufferUsage(IntEnum):
-    """What a buffer is used for: nodes run where their weights are. C: ``enum ggml_backend_buffer_usage``."""
+    """Use of a buffer: nodes run on the device that holds their weights. C: ``enum ggml_backend_buffer_usage``."""
 
     ANY = 0
     """No particular use."""
     WEIGHTS = 1
-    """Weights: nodes that read them run on their device."""
+    """Weights: nodes that use them run on their device."""
     COMPUTE = 2
-    """Temporaries that an allocator places and reuses."""
+    """Intermediate tensors, whose memory an allocator reuses."""
 
 
 class BackendDevType(IntEnum):
-    """Kinds of devices. C: ``enum ggml_backend_dev_type``."""
+    """Types of devices. C: ``enum ggml_backend_dev_type``."""
 
     CPU = 0
-    """The processor, with the system's memory."""
+    """The processor, with system memory."""
     GPU = 1
     """A GPU with memory of its own."""
     IGPU = 2
@@ -353,11 +353,11 @@ class BackendDevType(IntEnum):
     ACCEL = 3
     """An accelerator that works beside the CPU backend."""
     META = 4
-    """Several devices behind one, for tensor parallelism."""
+    """Several devices behind one interface, for tensor parallelism."""
 
 
 class BackendMetaSplitAxis(IntEnum):
-    """How the meta device cuts a tensor, by ggml's axis. C: ``enum ggml_backend_meta_split_axis``."""
+    """Division of a tensor by the meta device, by ggml's axis. C: ``enum ggml_backend_meta_split_axis``."""
 
     AXIS_0 = 0
     AXIS_1 = 1
@@ -391,7 +391,7 @@ class OptLossType(IntEnum):
 
 
 class OptBuildType(IntEnum):
-    """Which graphs the optimizer builds. C: ``enum ggml_opt_build_type``."""
+    """Graphs that the optimizer builds. C: ``enum ggml_opt_build_type``."""
 
     FORWARD = 10
     GRAD = 20

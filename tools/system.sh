@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Brings what `make` needs from the system, and nothing that is there already:
-# a C++ compiler, Python's venv module, the Vulkan loader and, where no driver for a GPU is found, Mesa's software device.
-# Changes the system only as root on Debian or Ubuntu; elsewhere it says what to install.
+# Installs the system packages that `make` needs and that are missing: a C++ compiler, Python's venv module, the Vulkan
+# loader, and Mesa's software device if there is no driver for a GPU.
+# It changes the system only as root on Debian or Ubuntu; elsewhere it prints the names of the packages to install.
 set -euo pipefail
 
 say() { printf 'system: %s\n' "$*" >&2; }
@@ -15,27 +15,27 @@ install() { # packages...
     is_root_debian || fail "please install: $*"
     say "installing $*"
     export DEBIAN_FRONTEND=noninteractive
-    if [ $updated = no ]; then apt-get -qq update || say "apt-get update failed; trying with the lists as they are"; updated=yes; fi
+    if [ $updated = no ]; then apt-get -qq update || say "apt-get update failed; trying with the current package lists"; updated=yes; fi
     apt-get -qq install -y --no-install-recommends "$@" >/dev/null || fail "apt-get could not install: $*"
 }
 
 command -v c++ >/dev/null || install g++
 "$python" -c 'import venv, ensurepip' 2>/dev/null || install python3-venv
 
-# A driver manifest that is not a software device's belongs to a GPU.
+# Every driver manifest other than that of the software device belongs to a GPU.
 has_driver() { find /usr/share/vulkan/icd.d /etc/vulkan/icd.d -name '*.json' "$@" 2>/dev/null | grep -q .; }
 has_gpu() { compgen -G '/dev/dri/renderD*' >/dev/null || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
 loader() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || compgen -G '/usr/lib/*/libvulkan.so.1' >/dev/null; }
 
 [ "$(uname -s)" = Linux ] || exit 0
-loader || { is_root_debian && install libvulkan1; } || say "no Vulkan loader (libvulkan1): only the CPU will be used"
+loader || { is_root_debian && install libvulkan1; } || say "no Vulkan loader (libvulkan1): ggml will use the CPU only"
 if has_gpu && has_driver ! -name 'lvp*'; then exit 0; fi
 if ! is_root_debian; then
-    has_driver || say "no Vulkan driver: only the CPU will be used (Mesa's mesa-vulkan-drivers brings a software device)"
+    has_driver || say "no Vulkan driver: ggml will use the CPU only (mesa-vulkan-drivers has a software device)"
     exit 0
 fi
 
-# Debian 12's own Mesa (22.3) corrupts the heap with two logical devices; the backport does not.
+# Mesa 22.3 of Debian 12 corrupts the heap with two logical devices; the backport does not.
 mesa() { dpkg-query -W -f '${Version}' mesa-vulkan-drivers 2>/dev/null || true; }
 candidate() { apt-cache policy mesa-vulkan-drivers 2>/dev/null | awk '/Candidate:/ { print $2 }'; }
 good() { [ -n "$1" ] && [ "$1" != "(none)" ] && dpkg --compare-versions "$1" ge 24; }
@@ -52,7 +52,7 @@ site=$(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' |
 say "taking Mesa from $release-backports"
 key=/usr/share/keyrings/debian-archive-keyring.gpg
 [ -f $key ] && key="[signed-by=$key]" || key=""
-# The suite is named for this one call: the system's own sources stay as they are.
+# The suite is added for this call only; the sources of the system stay unchanged.
 sources=$(mktemp -d)
 trap 'rm -rf "$sources"' EXIT
 cp -r /etc/apt/sources.list.d "$sources/parts"

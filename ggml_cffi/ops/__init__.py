@@ -1,7 +1,7 @@
-"""Operations: functions from tensors to a tensor that a graph computes.
+"""Operations: functions that take tensors and return a node of a graph.
 
-Every function checks what ggml would assert, before it calls ggml. One module per kind; ``python -m codegen``
-writes this file from what each lists in ``__all__``.
+Each function raises an exception where ggml would end the process. ``python -m codegen`` writes this file
+from ``__all__`` of the modules.
 """
 
 from ggml_cffi.ops.attention import (

@@ -1,4 +1,4 @@
-"""Attention: scores, masks, softmax, and all of it in one."""
+"""Attention: masks, softmax, and the whole of attention in one operation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized, type_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._args import GROUPS, integer, real
-from ggml_cffi.ops._check import contiguous_rows, fail, home
+from ggml_cffi.ops._operands import contiguous_rows, op_error, result_context
+from ggml_cffi.ops._parameters import MAX_GROUPS, check_integer, check_real
 
 __all__ = [
     "diag_mask_inf",
@@ -28,7 +28,7 @@ __all__ = [
 
 def _check_sinks(op: str, a: Tensor, sinks: Tensor) -> None:
     if sinks.dtype is not Type.F32 or sinks.ne != (a.ne[2], 1, 1, 1) or not sinks.is_contiguous:
-        raise fail(op, f"sinks must be contiguous F32 of shape ({a.ne[2]},), one a head", a=a, sinks=sinks)
+        raise op_error(op, f"sinks must be contiguous F32 of shape ({a.ne[2]},), one a head", a=a, sinks=sinks)
 
 
 def _soft_max(
@@ -40,22 +40,22 @@ def _soft_max(
     numbers: tuple[float, float] | None,
     ctx: Context | None,
 ) -> Tensor:
-    ctx = home(op, a, optional=(mask, sinks), ctx=ctx)
+    ctx = result_context(op, a, optional=(mask, sinks), ctx=ctx)
     if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail(op, "a must be contiguous F32", a=a)
-    if a.ne[0] > 16384 and a.ne[1] * a.ne[2] * a.ne[3] > GROUPS:  # long rows are a kernel of their own on GPUs
-        raise fail(op, f"there are more than {GROUPS} rows of more than 16384", a=a)
+        raise op_error(op, "a must be contiguous F32", a=a)
+    if a.ne[0] > 16384 and a.ne[1] * a.ne[2] * a.ne[3] > MAX_GROUPS:  # GPUs have a separate kernel for long rows
+        raise op_error(op, f"there are more than {MAX_GROUPS} rows of more than 16384", a=a)
     if mask is not None:
         an, mn = a.ne, mask.ne
         if mask.dtype not in (Type.F32, Type.F16) or not mask.is_contiguous:
-            raise fail(op, "the mask must be contiguous F32 or F16", a=a, mask=mask)
+            raise op_error(op, "the mask must be contiguous F32 or F16", a=a, mask=mask)
         if mn[0] != an[0] or mn[1] < an[1] or not mn[2] or not mn[3] or an[2] % mn[2] or an[3] % mn[3]:
-            raise fail(op, "the mask does not fit a", a=a, mask=mask)
+            raise op_error(op, "the mask does not fit a", a=a, mask=mask)
     if sinks is not None:
         _check_sinks(op, a, sinks)
     if numbers is None:
         return ctx.build(function, a.ndim, a.ptr)
-    scale, max_bias = real(op, "scale", numbers[0]), real(op, "max_bias", numbers[1], lowest=0.0)
+    scale, max_bias = check_real(op, "scale", numbers[0]), check_real(op, "max_bias", numbers[1], lowest=0.0)
     if max_bias and mask is None:
         raise ValueError(f"{op}: max_bias needs a mask")
     out = ctx.build(function, a.ndim, a.ptr, mask.ptr if mask is not None else c.NULL, scale, max_bias)
@@ -65,12 +65,15 @@ def _soft_max(
 
 
 def soft_max(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``exp(a) / exp(a).sum(-1, keepdims=True)``. Contiguous F32. C: ``ggml_soft_max``."""
+    """Compute softmax along the last axis: ``exp(a) / exp(a).sum(-1, keepdims=True)``. Contiguous F32.
+
+    C: ``ggml_soft_max``.
+    """
     return _soft_max("soft_max", c.ggml_soft_max, a, None, None, None, ctx)
 
 
 def soft_max_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`soft_max`, written over ``a``. C: ``ggml_soft_max_inplace``."""
+    """Compute :func:`soft_max` in place: write the result over ``a``. C: ``ggml_soft_max_inplace``."""
     return _soft_max("soft_max_inplace", c.ggml_soft_max_inplace, a, None, None, None, ctx)
 
 
@@ -83,20 +86,21 @@ def soft_max_ext(
     max_bias: float = 0.0,
     ctx: Context | None = None,
 ) -> Tensor:
-    """``softmax(scale * a + mask)`` along the last axis.
+    """Compute ``softmax(scale * a + mask)`` along the last axis.
 
     Parameters
     ----------
     a
         ``(..., n_heads, m, n)``, contiguous F32.
     mask
-        F32 or F16, contiguous; its last size is ``a``'s, the one before at least ``a``'s, leading ones divide ``a``'s.
+        F32 or F16, contiguous. Its last size equals that of ``a``, the one before is at least that of ``a``, and
+        leading sizes divide those of ``a``.
     sinks
-        ``(n_heads,)``, F32: for each head a score more that takes part in the sum and is then left out.
+        ``(n_heads,)``, F32: an additional score for each head, which enters the sum but has no column in the result.
     scale
         Factor of ``a``.
     max_bias
-        Largest slope of ALiBi, the factors of the mask, which it needs; 0 for none.
+        Largest slope of ALiBi, which scales the mask and so needs one; 0 for none.
 
     Returns
     -------
@@ -122,21 +126,21 @@ def soft_max_ext_inplace(
     max_bias: float = 0.0,
     ctx: Context | None = None,
 ) -> Tensor:
-    """As :func:`soft_max_ext`, written over ``a``. C: ``ggml_soft_max_ext_inplace``."""
+    """Compute :func:`soft_max_ext` in place: write the result over ``a``. C: ``ggml_soft_max_ext_inplace``."""
     return _soft_max("soft_max_ext_inplace", c.ggml_soft_max_ext_inplace, a, mask, sinks, (scale, max_bias), ctx)
 
 
 def _mask_diagonal(op: str, function: Callable[..., Any], a: Tensor, n_past: int, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail(op, "a must be contiguous F32 (use cont)", a=a)
-    if a.ne[1] * a.ne[2] * a.ne[3] > GROUPS:
-        raise fail(op, f"there are more than {GROUPS} rows", a=a)
-    return ctx.build(function, a.ndim, a.ptr, integer(op, "n_past", n_past, 0))
+        raise op_error(op, "a must be contiguous F32 (use cont)", a=a)
+    if a.ne[1] * a.ne[2] * a.ne[3] > MAX_GROUPS:
+        raise op_error(op, f"there are more than {MAX_GROUPS} rows", a=a)
+    return ctx.build(function, a.ndim, a.ptr, check_integer(op, "n_past", n_past, 0))
 
 
 def diag_mask_inf(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """``-inf`` where ``column > n_past + row``, ``a`` elsewhere: scores of a token with later ones left out.
+    """Apply a causal mask: ``-inf`` where ``column > n_past + row``, ``a`` elsewhere.
 
     Parameters
     ----------
@@ -153,7 +157,7 @@ def diag_mask_inf(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> 
     Raises
     ------
     ValueError
-        If ``a`` or ``n_past`` is not so.
+        If ``a`` is not contiguous F32 or has too many rows, or ``n_past`` is negative.
 
     C: ``ggml_diag_mask_inf``.
     """
@@ -161,17 +165,17 @@ def diag_mask_inf(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> 
 
 
 def diag_mask_inf_inplace(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`diag_mask_inf`, written over ``a``. C: ``ggml_diag_mask_inf_inplace``."""
+    """Compute :func:`diag_mask_inf` in place: write the result over ``a``. C: ``ggml_diag_mask_inf_inplace``."""
     return _mask_diagonal("diag_mask_inf_inplace", c.ggml_diag_mask_inf_inplace, a, n_past, ctx)
 
 
 def diag_mask_zero(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`diag_mask_inf` with 0 in place of ``-inf``. C: ``ggml_diag_mask_zero``."""
+    """Apply a causal mask as :func:`diag_mask_inf` does, with 0 in place of ``-inf``. C: ``ggml_diag_mask_zero``."""
     return _mask_diagonal("diag_mask_zero", c.ggml_diag_mask_zero, a, n_past, ctx)
 
 
 def diag_mask_zero_inplace(a: Tensor, n_past: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`diag_mask_zero`, written over ``a``. C: ``ggml_diag_mask_zero_inplace``."""
+    """Compute :func:`diag_mask_zero` in place: write the result over ``a``. C: ``ggml_diag_mask_zero_inplace``."""
     return _mask_diagonal("diag_mask_zero_inplace", c.ggml_diag_mask_zero_inplace, a, n_past, ctx)
 
 
@@ -187,7 +191,7 @@ def flash_attn_ext(
     logit_softcap: float = 0.0,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Attention ``softmax(scale * q @ k.T + mask) @ v`` in one pass, without storing the scores.
+    """Compute attention ``softmax(scale * q @ k.T + mask) @ v`` in one pass, without storing the scores.
 
     Parameters
     ----------
@@ -196,22 +200,22 @@ def flash_attn_ext(
     k
         ``(..., n_kv_heads, n_kv, head_size)``; ``n_kv_heads`` divides ``n_heads``. Float or quantized.
     v
-        ``(..., n_kv_heads, n_kv, v_size)``, of any such type.
+        ``(..., n_kv_heads, n_kv, v_size)``, float or quantized.
     mask
-        ``(..., n_tokens or more, n_kv)``, contiguous F16: 0 where a token may look, ``-inf`` where not.
+        ``(..., n_tokens or more, n_kv)``, contiguous F16: 0 where a token attends to a key, ``-inf`` elsewhere.
     sinks
-        ``(n_heads,)``, F32: for each head a score more that takes part in softmax's sum, with no value.
+        ``(n_heads,)``, F32: an additional score for each head, which enters the sum of softmax but has no value.
     scale
         Usually ``1 / sqrt(head_size)``.
     max_bias
         Largest slope of ALiBi, which needs a mask.
     logit_softcap
-        Scores become ``cap * tanh(score / cap)``; 0 for none.
+        Cap of the scores: they become ``cap * tanh(score / cap)``; 0 for none.
 
     Returns
     -------
     Tensor
-        ``(..., n_tokens, n_heads, v_size)``, F32: heads and tokens have changed places.
+        ``(..., n_tokens, n_heads, v_size)``, F32: the axes of heads and tokens are swapped.
 
     Raises
     ------
@@ -221,36 +225,36 @@ def flash_attn_ext(
     C: ``ggml_flash_attn_ext``, ``ggml_flash_attn_ext_set_prec`` (F32), ``ggml_flash_attn_ext_add_sinks``.
     Source: Dao et al., FlashAttention, 2022; Xiao et al., Attention Sinks, 2023.
     """
-    ctx = home("flash_attn_ext", q, k, v, optional=(mask, sinks), ctx=ctx)
+    ctx = result_context("flash_attn_ext", q, k, v, optional=(mask, sinks), ctx=ctx)
     qn, kn, vn = q.ne, k.ne, v.ne
     if q.dtype is not Type.F32 or not (contiguous_rows(q) and contiguous_rows(k) and contiguous_rows(v)):
-        raise fail("flash_attn_ext", "q must be F32, and the rows of q, k and v contiguous", q=q, k=k, v=v)
+        raise op_error("flash_attn_ext", "q must be F32, and the rows of q, k and v contiguous", q=q, k=k, v=v)
     if k.dtype in _NO_KV or v.dtype in _NO_KV:
-        raise fail("flash_attn_ext", "k and v must be float or quantized", q=q, k=k, v=v)
+        raise op_error("flash_attn_ext", "k and v must be float or quantized", q=q, k=k, v=v)
     if not qn[0]:
-        raise fail("flash_attn_ext", "the heads have no elements", q=q, k=k, v=v)
+        raise op_error("flash_attn_ext", "the heads have no elements", q=q, k=k, v=v)
     if qn[0] != kn[0] or kn[1] != vn[1] or kn[2] != vn[2]:
-        raise fail("flash_attn_ext", "q, k and v differ in head size, length or heads", q=q, k=k, v=v)
+        raise op_error("flash_attn_ext", "q, k and v differ in head size, length or heads", q=q, k=k, v=v)
     if not kn[2] or qn[2] % kn[2] or not qn[3] == kn[3] == vn[3]:
-        raise fail("flash_attn_ext", "the heads of k must divide those of q", q=q, k=k, v=v)
+        raise op_error("flash_attn_ext", "the heads of k must divide those of q", q=q, k=k, v=v)
     if k.nb[0] > k.nb[1]:
-        raise fail("flash_attn_ext", "k must not be transposed", q=q, k=k, v=v)
-    # Heads of these sizes go to GPUs, which read four elements at once.
+        raise op_error("flash_attn_ext", "k must not be transposed", q=q, k=k, v=v)
+    # GPUs accept heads of these sizes, and read four elements at a time.
     if not (qn[0] % 8 or vn[0] % 8 or all(map(_rows_in_fours, (q, k, v)))):
-        raise fail(
+        raise op_error(
             "flash_attn_ext", "rows of q, k and v must start at multiples of 4 elements (use cont)", q=q, k=k, v=v
         )
     if mask is not None:
         mn = mask.ne
         if mask.dtype is not Type.F16 or not mask.is_contiguous:
-            raise fail("flash_attn_ext", "the mask must be contiguous F16", q=q, k=k, mask=mask)
+            raise op_error("flash_attn_ext", "the mask must be contiguous F16", q=q, k=k, mask=mask)
         if mn[0] != kn[1] or mn[1] < qn[1] or not mn[2] or not mn[3] or qn[2] % mn[2] or qn[3] % mn[3]:
-            raise fail("flash_attn_ext", "the mask does not fit q and k", q=q, k=k, mask=mask)
+            raise op_error("flash_attn_ext", "the mask does not fit q and k", q=q, k=k, mask=mask)
     if sinks is not None:
         _check_sinks("flash_attn_ext", q, sinks)
-    scale = real("flash_attn_ext", "scale", scale)
-    max_bias = real("flash_attn_ext", "max_bias", max_bias, lowest=0.0)
-    logit_softcap = real("flash_attn_ext", "logit_softcap", logit_softcap, lowest=0.0)
+    scale = check_real("flash_attn_ext", "scale", scale)
+    max_bias = check_real("flash_attn_ext", "max_bias", max_bias, lowest=0.0)
+    logit_softcap = check_real("flash_attn_ext", "logit_softcap", logit_softcap, lowest=0.0)
     if max_bias and mask is None:
         raise ValueError("flash_attn_ext: max_bias needs a mask")
     out = ctx.build(

@@ -1,8 +1,8 @@
-"""Convolutions that gather the windows of ``x`` first, **rounded to F16**, and multiply then.
+"""Convolutions through windows: the windows of ``x`` are gathered, **rounded to F16**, and multiplied by the kernels.
 
-A *kernel* ``(out, in, ..., height, width)`` slides over ``x``, ``(batch, in, ..., height, width)``, as in
-``torch.nn.functional``: it is not mirrored. ``stride``, ``padding`` (zeros on both sides) and ``dilation`` are an
-integer, or one for each axis in the order of the shape. Values beyond 65504 become infinite.
+A *kernel* ``(out, in, ..., height, width)`` slides over ``x``, ``(batch, in, ..., height, width)``. As in
+``torch.nn.functional``, the kernel is not mirrored. ``stride``, ``padding`` (zeros on both sides) and ``dilation`` are
+one integer for all axes, or one per axis in the order of the shape. Values beyond 65504 become infinite.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ from ggml_cffi import c
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import INT_MAX, integer
-from ggml_cffi.ops._check import check_result, fail, home
-from ggml_cffi.ops._window import (
+from ggml_cffi.ops._operands import (
     F32_F16,
+    check_groups,
+    check_result,
+    check_sizes,
+    check_start,
+    is_contiguous,
+    op_error,
+    result_context,
+)
+from ggml_cffi.ops._parameters import INT_MAX, check_integer
+from ggml_cffi.ops._windows import (
     Ints,
     Window,
     check_depthwise,
-    check_groups,
-    check_sizes,
-    check_start,
+    check_gather,
+    check_gather_3d,
     check_types,
-    gather,
-    gather_3d,
-    is_contiguous,
-    slide,
-    window_of,
+    check_window,
+    window_counts,
 )
 
 __all__ = [
@@ -51,10 +55,10 @@ def _conv_1d(
 ) -> Tensor:
     check_types(op, kernel, x, F32_F16, F32_F16)
     if not is_contiguous(kernel) or kernel.ne[3] != 1:
-        raise fail(op, "the kernel must be contiguous and have three axes at most", kernel=kernel, x=x)
+        raise op_error(op, "the kernel must be contiguous and have three axes at most", kernel=kernel, x=x)
     if x.ne[2] != 1:  # C reshapes (out, n, length) to (n, out, length)
-        raise fail(op, "ggml mixes batches up: x must be one signal (conv_2d takes more)", kernel=kernel, x=x)
-    out = gather(op, kernel, x, window, Type.F16)
+        raise op_error(op, "x must be one signal: ggml mixes up batches (use conv_2d for those)", kernel=kernel, x=x)
+    out = check_gather(op, kernel, x, window, Type.F16)
     check_result(op, (*out, kernel.ne[2]))
     return ctx.build(function, max(x.ndim, 2), kernel.ptr, x.ptr, *args, n=5)
 
@@ -62,14 +66,14 @@ def _conv_1d(
 def conv_1d(
     kernel: Tensor, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """Convolution of a signal, as ``torch.nn.functional.conv1d``. Windows are rounded to F16.
+    """Convolve a signal, as ``torch.nn.functional.conv1d`` does. Windows are rounded to F16.
 
     Parameters
     ----------
     kernel
         ``(out, in, k)``, contiguous F32 or F16.
     x
-        ``(in, length)``, or ``(1, in, length)``: ggml mixes batches up. F32 or F16, contiguous rows.
+        ``(in, length)`` or ``(1, in, length)``, one signal only: ggml mixes up batches. F32 or F16, contiguous rows.
 
     Returns
     -------
@@ -83,15 +87,15 @@ def conv_1d(
 
     C: ``ggml_conv_1d``.
     """
-    ctx = home("conv_1d", kernel, x, ctx=ctx)
-    (s,), (p,), (d,) = window = window_of("conv_1d", 1, stride, padding, dilation)
+    ctx = result_context("conv_1d", kernel, x, ctx=ctx)
+    (s,), (p,), (d,) = window = check_window("conv_1d", 1, stride, padding, dilation)
     return _conv_1d("conv_1d", c.ggml_conv_1d, kernel, x, window, ctx, s, p, d)
 
 
 def conv_1d_ph(kernel: Tensor, x: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`conv_1d`, padded by half of the kernel. C: ``ggml_conv_1d_ph``."""
-    ctx = home("conv_1d_ph", kernel, x, ctx=ctx)
-    (s,), _, (d,) = window = window_of("conv_1d_ph", 1, stride, min(kernel.ne[0] // 2, 2**30 - 1), dilation)
+    """Convolve a signal as :func:`conv_1d` does, padded by half of the kernel. C: ``ggml_conv_1d_ph``."""
+    ctx = result_context("conv_1d_ph", kernel, x, ctx=ctx)
+    (s,), _, (d,) = window = check_window("conv_1d_ph", 1, stride, min(kernel.ne[0] // 2, 2**30 - 1), dilation)
     return _conv_1d("conv_1d_ph", c.ggml_conv_1d_ph, kernel, x, window, ctx, s, d)
 
 
@@ -102,14 +106,14 @@ def _conv_1d_dw(
     check_sizes(op, kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     if not is_contiguous(kernel) or not is_contiguous(x):
-        raise fail(op, "the kernel and x must be contiguous (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel and x must be contiguous (use cont)", kernel=kernel, x=x)
     if x.ne[2:] != (1, 1):
-        raise fail(op, "x must be one signal, without batches", kernel=kernel, x=x)
+        raise op_error(op, "x must be one signal, without batches", kernel=kernel, x=x)
     if kernel.ne[1] != 1 or kernel.ne[3] != 1 or kernel.ne[2] % x.ne[1]:
-        raise fail(op, f"the kernel must be ({x.ne[1]}, 1, k), or a multiple of that", kernel=kernel, x=x)
+        raise op_error(op, f"the kernel must be ({x.ne[1]}, 1, k), or a multiple of that", kernel=kernel, x=x)
     if x.nb[1] > INT_MAX:
-        raise fail(op, "a channel has 2**31 bytes or more", kernel=kernel, x=x)
-    out = slide(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
+        raise op_error(op, "a channel has 2**31 bytes or more", kernel=kernel, x=x)
+    out = window_counts(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
     check_result(op, (kernel.ne[0], *out, kernel.ne[2]))
     check_groups(op, "elements of a window", kernel.ne[0], 512)
     return ctx.build(function, max(x.ndim, 2), kernel.ptr, x.ptr, *args, n=4)
@@ -118,14 +122,14 @@ def _conv_1d_dw(
 def conv_1d_dw(
     kernel: Tensor, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """Convolution of each channel of a signal by its own kernels, as torch's with as many groups as channels.
+    """Convolve each channel of a signal with its own kernels, as torch does with one group per channel.
 
     Windows are rounded to F16.
 
     Parameters
     ----------
     kernel
-        ``(channels * m, 1, k)``, contiguous F32 or F16; the ``m`` kernels of a channel follow each other.
+        ``(channels * m, 1, k)``, contiguous F32 or F16; the ``m`` kernels of a channel are adjacent.
     x
         ``(channels, length)``, contiguous F32 or F16.
 
@@ -141,17 +145,17 @@ def conv_1d_dw(
 
     C: ``ggml_conv_1d_dw``.
     """
-    ctx = home("conv_1d_dw", kernel, x, ctx=ctx)
-    (s,), (p,), (d,) = window = window_of("conv_1d_dw", 1, stride, padding, dilation)
+    ctx = result_context("conv_1d_dw", kernel, x, ctx=ctx)
+    (s,), (p,), (d,) = window = check_window("conv_1d_dw", 1, stride, padding, dilation)
     return _conv_1d_dw("conv_1d_dw", c.ggml_conv_1d_dw, kernel, x, window, ctx, s, p, d)
 
 
 def conv_1d_dw_ph(
     kernel: Tensor, x: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`conv_1d_dw`, padded by half of the kernel. C: ``ggml_conv_1d_dw_ph``."""
-    ctx = home("conv_1d_dw_ph", kernel, x, ctx=ctx)
-    (s,), _, (d,) = window = window_of("conv_1d_dw_ph", 1, stride, min(kernel.ne[0] // 2, 2**30 - 1), dilation)
+    """Convolve each channel as :func:`conv_1d_dw` does, padded by half of the kernel. C: ``ggml_conv_1d_dw_ph``."""
+    ctx = result_context("conv_1d_dw_ph", kernel, x, ctx=ctx)
+    (s,), _, (d,) = window = check_window("conv_1d_dw_ph", 1, stride, min(kernel.ne[0] // 2, 2**30 - 1), dilation)
     return _conv_1d_dw("conv_1d_dw_ph", c.ggml_conv_1d_dw_ph, kernel, x, window, ctx, s, d)
 
 
@@ -160,8 +164,8 @@ def _conv_2d(
 ) -> Tensor:
     check_types(op, kernel, x, F32_F16, F32_F16)
     if not is_contiguous(kernel):
-        raise fail(op, "the kernel must be contiguous (use cont)", kernel=kernel, x=x)
-    out = gather(op, kernel, x, window, Type.F16)
+        raise op_error(op, "the kernel must be contiguous (use cont)", kernel=kernel, x=x)
+    out = check_gather(op, kernel, x, window, Type.F16)
     check_result(op, (*out, kernel.ne[3], x.ne[3]))
     return ctx.build(function, max(x.ndim, 3), kernel.ptr, x.ptr, *args, n=7)
 
@@ -169,7 +173,7 @@ def _conv_2d(
 def conv_2d(
     kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """Convolution of images, as ``torch.nn.functional.conv2d``. Windows are rounded to F16.
+    """Convolve images, as ``torch.nn.functional.conv2d`` does. Windows are rounded to F16.
 
     Parameters
     ----------
@@ -178,7 +182,7 @@ def conv_2d(
     x
         ``(n, in, h, w)``, F32 or F16; each channel contiguous.
     stride, padding, dilation
-        An integer, or ``(vertical, horizontal)``.
+        One integer, or ``(vertical, horizontal)``.
 
     Returns
     -------
@@ -192,21 +196,24 @@ def conv_2d(
 
     C: ``ggml_conv_2d``.
     """
-    ctx = home("conv_2d", kernel, x, ctx=ctx)
-    window = window_of("conv_2d", 2, stride, padding, dilation)
+    ctx = result_context("conv_2d", kernel, x, ctx=ctx)
+    window = check_window("conv_2d", 2, stride, padding, dilation)
     return _conv_2d("conv_2d", c.ggml_conv_2d, kernel, x, window, ctx, *window[0], *window[1], *window[2])
 
 
 def conv_2d_sk_p0(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`conv_2d` over windows side by side, as for the patches of an image. C: ``ggml_conv_2d_sk_p0``."""
-    ctx = home("conv_2d_sk_p0", kernel, x, ctx=ctx)
+    """Convolve as :func:`conv_2d` does, with windows side by side, such as the patches of an image.
+
+    C: ``ggml_conv_2d_sk_p0``.
+    """
+    ctx = result_context("conv_2d_sk_p0", kernel, x, ctx=ctx)
     window = (tuple(min(max(k, 1), INT_MAX) for k in kernel.ne[:2]), (0, 0), (1, 1))
     return _conv_2d("conv_2d_sk_p0", c.ggml_conv_2d_sk_p0, kernel, x, window, ctx)
 
 
 def conv_2d_s1_ph(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`conv_2d` of stride 1, padded by half of the kernel. C: ``ggml_conv_2d_s1_ph``."""
-    ctx = home("conv_2d_s1_ph", kernel, x, ctx=ctx)
+    """Convolve as :func:`conv_2d` does, with stride 1 and padding by half of the kernel. C: ``ggml_conv_2d_s1_ph``."""
+    ctx = result_context("conv_2d_s1_ph", kernel, x, ctx=ctx)
     window = ((1, 1), tuple(k // 2 for k in kernel.ne[:2]), (1, 1))
     return _conv_2d("conv_2d_s1_ph", c.ggml_conv_2d_s1_ph, kernel, x, window, ctx)
 
@@ -214,18 +221,18 @@ def conv_2d_s1_ph(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> T
 def conv_2d_dw(
     kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """Convolution of each channel by its own kernel, as torch's with as many groups as channels.
+    """Convolve each channel of images with its own kernel, as torch does with one group per channel.
 
     Windows are rounded to F16 beside an F16 kernel. :func:`conv_2d_dw_direct` needs less memory.
 
     Parameters
     ----------
     kernel
-        ``(channels, 1, kh, kw)``, contiguous F16 or BF16: ggml's CPU has no product of F32 kernels and F16 windows.
+        ``(channels, 1, kh, kw)``, contiguous F16 or BF16: ggml's CPU cannot multiply F32 kernels and F16 windows.
     x
         ``(n, channels, h, w)``, contiguous F32, or F16 beside an F16 kernel.
     stride, padding, dilation
-        An integer, or ``(vertical, horizontal)``.
+        One integer, or ``(vertical, horizontal)``.
 
     Returns
     -------
@@ -240,17 +247,17 @@ def conv_2d_dw(
     C: ``ggml_conv_2d_dw``. Source: Howard et al., MobileNets, 2017.
     """
     op = "conv_2d_dw"
-    ctx = home(op, kernel, x, ctx=ctx)
-    window = window_of(op, 2, stride, padding, dilation)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    window = check_window(op, 2, stride, padding, dilation)
     if kernel.dtype is Type.F32:
-        raise fail(op, "the kernel must be F16 or BF16 (conv_2d_dw_direct takes F32)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel must be F16 or BF16 (conv_2d_dw_direct takes F32)", kernel=kernel, x=x)
     check_types(op, kernel, x, (Type.F16, Type.BF16), F32_F16 if kernel.dtype is Type.F16 else (Type.F32,))
     check_depthwise(op, kernel, x)
     if not is_contiguous(kernel) or not is_contiguous(x):
-        raise fail(op, "the kernel and x must be contiguous (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel and x must be contiguous (use cont)", kernel=kernel, x=x)
     if x.nb[2] > INT_MAX:
-        raise fail(op, "a channel has 2**31 bytes or more", kernel=kernel, x=x)
-    out = slide(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
+        raise op_error(op, "a channel has 2**31 bytes or more", kernel=kernel, x=x)
+    out = window_counts(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
     check_result(op, (prod(kernel.ne[:2]), *out, x.ne[2] * x.ne[3]))
     check_groups(op, "elements of a window", prod(kernel.ne[:2]), 512)
     return ctx.build(c.ggml_conv_2d_dw, max(x.ndim, 3), kernel.ptr, x.ptr, *window[0], *window[1], *window[2], n=7)
@@ -266,7 +273,7 @@ def conv_3d(
     *,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Convolution of volumes, as ``torch.nn.functional.conv3d``. Windows are rounded to F16.
+    """Convolve volumes, as ``torch.nn.functional.conv3d`` does. Windows are rounded to F16.
 
     Parameters
     ----------
@@ -275,9 +282,9 @@ def conv_3d(
     x
         ``(n * in, depth, h, w)``, F32, contiguous rows.
     channels
-        ``in``: ggml has no fifth axis to tell it.
+        The size ``in``: ggml's tensors have no fifth axis for it.
     stride, padding, dilation
-        An integer, or three.
+        One integer, or three.
 
     Returns
     -------
@@ -292,12 +299,12 @@ def conv_3d(
     C: ``ggml_conv_3d``.
     """
     op = "conv_3d"
-    ctx = home(op, kernel, x, ctx=ctx)
-    channels = integer(op, "channels", channels, 1)
-    window = window_of(op, 3, stride, padding, dilation)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    channels = check_integer(op, "channels", channels, 1)
+    window = check_window(op, 3, stride, padding, dilation)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     if not is_contiguous(kernel):
-        raise fail(op, "the kernel must be contiguous (use cont)", kernel=kernel, x=x)
-    out = gather_3d(op, kernel, x, channels, window, Type.F16)
+        raise op_error(op, "the kernel must be contiguous (use cont)", kernel=kernel, x=x)
+    out = check_gather_3d(op, kernel, x, channels, window, Type.F16)
     check_result(op, (*out, kernel.ne[3] // channels * (x.ne[3] // channels)))
     return ctx.build(c.ggml_conv_3d, 4, kernel.ptr, x.ptr, channels, *window[0], *window[1], *window[2], n=8)

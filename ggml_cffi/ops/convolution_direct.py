@@ -1,7 +1,7 @@
-"""Convolutions without memory for the windows, and transposed convolutions.
+"""Direct and transposed convolutions: they need no memory for the windows.
 
-Shapes and parameters are those of :mod:`~ggml_cffi.ops.convolution`. F32 kernels stay F32, except on GPUs with matrix
-units for F16.
+Shapes and parameters are those of :mod:`~ggml_cffi.ops.convolution`. F32 kernels stay F32, except on GPUs that have
+matrix units for F16.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import type_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import INT_MAX, integer
-from ggml_cffi.ops._check import contiguous_rows, fail, home
-from ggml_cffi.ops._window import (
+from ggml_cffi.ops._operands import (
     F32_F16,
-    Ints,
-    check_channels,
-    check_depthwise,
     check_groups,
     check_sizes,
     check_start,
+    contiguous_rows,
+    is_contiguous,
+    op_error,
+    result_context,
+)
+from ggml_cffi.ops._parameters import INT_MAX, check_integer
+from ggml_cffi.ops._windows import (
+    Ints,
+    check_channels,
+    check_depthwise,
     check_types,
     check_volumes,
-    is_contiguous,
-    slide,
-    window_of,
+    check_window,
+    window_counts,
 )
 
 __all__ = [
@@ -38,34 +42,34 @@ __all__ = [
     "conv_transpose_2d_p0",
 ]
 
-_WORK = 16 * 2**20  # bytes in which the CPU gathers windows
+_WORK = 16 * 2**20  # bytes that the CPU has for gathered windows
 
 
 def _check_direct(op: str, kernel: Tensor, x: Tensor, row: int, out_channels: int, places: int) -> None:
-    """What the direct convolutions ask for, of windows of ``row`` elements."""
+    """Check the operands of a direct convolution with windows of ``row`` elements."""
     if not is_contiguous(kernel) or not contiguous_rows(x):
-        raise fail(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     if row * type_size(kernel.dtype) + out_channels * 4 > _WORK:
-        raise fail(op, f"a window takes more than the {_WORK} bytes that the CPU has for it", kernel=kernel, x=x)
-    # Places are counted in blocks of 32 or more, 512 along one axis.
+        raise op_error(op, f"a window takes more than the {_WORK} bytes that the CPU has for it", kernel=kernel, x=x)
+    # GPUs compute places in blocks of 32 or more, at most 512 of them along one axis.
     if places * out_channels > INT_MAX or places > 2**29:
-        raise fail(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
+        raise op_error(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
 
 
 def conv_2d_direct(
     kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`~ggml_cffi.ops.conv_2d`, without memory for the windows.
+    """Convolve images as :func:`~ggml_cffi.ops.conv_2d` does, without memory for the windows.
 
     Parameters
     ----------
     kernel
-        ``(out, in, kh, kw)``, contiguous F32 or F16; windows are of its type. A window takes at most 16 MiB.
+        ``(out, in, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     x
         ``(n, in, h, w)``, F32, contiguous rows.
     stride, padding, dilation
-        An integer, or ``(vertical, horizontal)``.
+        One integer, or ``(vertical, horizontal)``.
 
     Raises
     ------
@@ -75,12 +79,12 @@ def conv_2d_direct(
     C: ``ggml_conv_2d_direct``.
     """
     op = "conv_2d_direct"
-    ctx = home(op, kernel, x, ctx=ctx)
-    window = window_of(op, 2, stride, padding, dilation)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    window = check_window(op, 2, stride, padding, dilation)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     check_sizes(op, kernel=kernel, x=x)
     check_channels(op, kernel, x, 2)
-    out = slide(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
+    out = window_counts(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
     _check_direct(op, kernel, x, prod(kernel.ne[:3]), kernel.ne[3], prod(out) * x.ne[3])
     return ctx.build(c.ggml_conv_2d_direct, max(x.ndim, 3), kernel.ptr, x.ptr, *window[0], *window[1], *window[2])
 
@@ -95,18 +99,18 @@ def conv_3d_direct(
     *,
     ctx: Context | None = None,
 ) -> Tensor:
-    """As :func:`~ggml_cffi.ops.conv_3d`, without memory for the windows.
+    """Convolve volumes as :func:`~ggml_cffi.ops.conv_3d` does, without memory for the windows.
 
     Parameters
     ----------
     kernel
-        ``(out * in, kd, kh, kw)``, contiguous F32 or F16; windows are of its type. A window takes at most 16 MiB.
+        ``(out * in, kd, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     x
         ``(n * in, depth, h, w)``, F32, contiguous rows.
     channels
-        ``in``.
+        The size ``in``.
     stride, padding, dilation
-        An integer, or three.
+        One integer, or three.
 
     Raises
     ------
@@ -116,9 +120,9 @@ def conv_3d_direct(
     C: ``ggml_conv_3d_direct``.
     """
     op = "conv_3d_direct"
-    ctx = home(op, kernel, x, ctx=ctx)
-    channels = integer(op, "channels", channels, 1)
-    window = window_of(op, 3, stride, padding, dilation)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    channels = check_integer(op, "channels", channels, 1)
+    window = check_window(op, 3, stride, padding, dilation)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     out = check_volumes(op, kernel, x, channels, window)
     n, oc = x.ne[3] // channels, kernel.ne[3] // channels
@@ -127,13 +131,13 @@ def conv_3d_direct(
 
 
 def _channels_last(kernel: Tensor, x: Tensor) -> bool:
-    """Whether both lie in memory with the channels of each pixel side by side, as the kernels for that read them."""
+    """Return whether the channels of each pixel are adjacent in both, as the kernels for this layout need them."""
     w, h, channels = x.ne[:3]
     size, one = type_size(x.dtype), type_size(kernel.dtype)
     strides = (channels * size, w * channels * size, size, h * w * channels * size)
     across, down, single, channel = kernel.nb
     return (
-        channels > 1 and w > 1  # or else ggml takes it for contiguous, or for neither
+        channels > 1 and w > 1  # else ggml treats x as contiguous, or as neither
         and x.nb == strides
         and channel == one
         and across == channels * one
@@ -145,18 +149,18 @@ def _channels_last(kernel: Tensor, x: Tensor) -> bool:
 def conv_2d_dw_direct(
     kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`~ggml_cffi.ops.conv_2d_dw`, in one pass, without memory for the windows.
+    """Convolve each channel as :func:`~ggml_cffi.ops.conv_2d_dw` does, in one pass, without memory for the windows.
 
     Parameters
     ----------
     kernel
         ``(channels, 1, kh, kw)``, F32 or F16.
     x
-        ``(n, channels, h, w)``, F32. Both contiguous, or both with the channels of a pixel side by side: ``x`` a
-        ``permute(_, (0, 3, 1, 2))`` of ``(n, h, w, channels)``, the kernel a ``permute(_, (3, 2, 0, 1))`` of
-        ``(kh, kw, 1, channels)``. The result then lies as ``x`` does.
+        ``(n, channels, h, w)``, F32. Both are contiguous, or both have the channels of a pixel adjacent: ``x`` is then
+        a ``permute(_, (0, 3, 1, 2))`` of ``(n, h, w, channels)``, the kernel a ``permute(_, (3, 2, 0, 1))`` of
+        ``(kh, kw, 1, channels)``. The result has the layout of ``x``.
     stride, padding, dilation
-        An integer, or ``(vertical, horizontal)``.
+        One integer, or ``(vertical, horizontal)``.
 
     Raises
     ------
@@ -166,28 +170,28 @@ def conv_2d_dw_direct(
     C: ``ggml_conv_2d_dw_direct``.
     """
     op = "conv_2d_dw_direct"
-    ctx = home(op, kernel, x, ctx=ctx)
-    window = window_of(op, 2, stride, padding, dilation)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    window = check_window(op, 2, stride, padding, dilation)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     check_depthwise(op, kernel, x)
     if not (is_contiguous(kernel) and x.head.dense) and not _channels_last(kernel, x):
-        raise fail(op, "the kernel and x must be contiguous, or have their channels last", kernel=kernel, x=x)
-    out = slide(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
+        raise op_error(op, "the kernel and x must be contiguous, or have their channels last", kernel=kernel, x=x)
+    out = window_counts(op, kernel.ne, x.ne, window, kernel=kernel, x=x)
     if prod(out) * x.ne[2] * x.ne[3] > INT_MAX:
-        raise fail(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
+        raise op_error(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
     return ctx.build(c.ggml_conv_2d_dw_direct, max(x.ndim, 3), kernel.ptr, x.ptr, *window[0], *window[1], *window[2])
 
 
 def conv_transpose_1d(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
-    """Transposed convolution of a signal, as ``torch.nn.functional.conv_transpose1d`` without padding.
+    """Compute the transposed convolution of a signal, as ``torch.nn.functional.conv_transpose1d`` without padding.
 
     ``result[o, stride * t + j] += sum(kernel[:, o, j] * x[:, t])``
 
     Parameters
     ----------
     kernel
-        ``(in, out, k)``, contiguous rows. F32 if ``128 * stride + k`` is at most 4096, what a GPU's workgroup holds;
-        or F16, which the CPU computes.
+        ``(in, out, k)``, contiguous rows. F32 if ``128 * stride + k`` is at most 4096, the
+        limit of a GPU's workgroup; or F16, for the CPU.
     x
         ``(in, length)``, F32, contiguous rows.
 
@@ -201,30 +205,30 @@ def conv_transpose_1d(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Contex
     ValueError
         If shapes or types do not fit.
 
-    C: ``ggml_conv_transpose_1d``, of padding 0 and dilation 1: it has no other.
+    C: ``ggml_conv_transpose_1d``, with padding 0 and dilation 1, the only values that ggml supports.
     """
     op = "conv_transpose_1d"
-    ctx = home(op, kernel, x, ctx=ctx)
-    s = integer(op, "stride", stride, 1)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    s = check_integer(op, "stride", stride, 1)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     check_sizes(op, kernel=kernel, x=x)
     if kernel.ne[3] != 1 or x.ne[2:] != (1, 1):
-        raise fail(op, "the kernel must be (in, out, k) and x (in, length), without batches", kernel=kernel, x=x)
+        raise op_error(op, "the kernel must be (in, out, k) and x (in, length), without batches", kernel=kernel, x=x)
     if kernel.ne[2] != x.ne[1]:
-        raise fail(op, f"the kernel is of {kernel.ne[2]} channels, x of {x.ne[1]}", kernel=kernel, x=x)
+        raise op_error(op, f"the kernel has {kernel.ne[2]} channels, x {x.ne[1]}", kernel=kernel, x=x)
     if not contiguous_rows(kernel) or not contiguous_rows(x):
-        raise fail(op, "the rows of the kernel and of x must be contiguous (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the rows of the kernel and of x must be contiguous (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     if kernel.dtype is Type.F32 and 128 * s + kernel.ne[0] > 4096:
-        raise fail(op, f"stride {s} is too large for F32 on GPUs (use col2im_1d, or F16)", kernel=kernel, x=x)
+        raise op_error(op, f"stride {s} is too large for F32 on GPUs (use col2im_1d, or F16)", kernel=kernel, x=x)
     if ((x.ne[0] - 1) * s + kernel.ne[0]) * kernel.ne[1] > INT_MAX:
-        raise fail(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
+        raise op_error(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
     check_groups(op, "channels of the result", kernel.ne[1])
     return ctx.build(c.ggml_conv_transpose_1d, max(x.ndim, 2), kernel.ptr, x.ptr, s, 0, 1)
 
 
 def conv_transpose_2d_p0(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
-    """Transposed convolution of an image, as ``torch.nn.functional.conv_transpose2d`` without padding.
+    """Compute the transposed convolution of an image, as ``torch.nn.functional.conv_transpose2d`` without padding.
 
     ``result[0, o, stride * i + k, stride * j + l] += sum(kernel[:, o, k, l] * x[0, :, i, j])``
 
@@ -233,7 +237,7 @@ def conv_transpose_2d_p0(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Con
     kernel
         ``(in, out, kh, kw)``, contiguous F32 or F16; ``x`` is rounded to its type.
     x
-        ``(in, h, w)``, or ``(1, in, h, w)``: ggml's CPU leaves out other batches. F32, contiguous rows.
+        ``(in, h, w)``, or ``(1, in, h, w)``: ggml's CPU ignores other batches. F32, contiguous rows.
     stride
         The same for both axes.
 
@@ -250,18 +254,18 @@ def conv_transpose_2d_p0(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Con
     C: ``ggml_conv_transpose_2d_p0``.
     """
     op = "conv_transpose_2d_p0"
-    ctx = home(op, kernel, x, ctx=ctx)
-    s = integer(op, "stride", stride, 1)
+    ctx = result_context(op, kernel, x, ctx=ctx)
+    s = check_integer(op, "stride", stride, 1)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     check_sizes(op, kernel=kernel, x=x)
     if x.ne[3] != 1:
-        raise fail(op, "x must be one image, without batches", kernel=kernel, x=x)
+        raise op_error(op, "x must be one image, without batches", kernel=kernel, x=x)
     if kernel.ne[3] != x.ne[2]:
-        raise fail(op, f"the kernel is of {kernel.ne[3]} channels, x of {x.ne[2]}", kernel=kernel, x=x)
+        raise op_error(op, f"the kernel has {kernel.ne[3]} channels, x {x.ne[2]}", kernel=kernel, x=x)
     if not is_contiguous(kernel) or not contiguous_rows(x):
-        raise fail(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     out = [(size - 1) * s + k for size, k in zip(x.ne[:2], kernel.ne[:2], strict=True)]
     if prod(out) * kernel.ne[2] > INT_MAX or prod(out) > 2**29:
-        raise fail(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
+        raise op_error(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
     return ctx.build(c.ggml_conv_transpose_2d_p0, max(x.ndim, 3), kernel.ptr, x.ptr, s)

@@ -1,10 +1,11 @@
 """Operations written in Python.
 
-The function gets numpy views of the result and of the operands, and fills the result. It runs on the CPU, wherever its
-operands are: the scheduler brings them. An exception in it stops the run, and is raised where the run was started.
+The function gets numpy views of the result and of the operands, and fills the result. It runs on the CPU; the
+scheduler copies operands from other devices. An exception in the function stops the run, and the call that started the
+run raises it.
 
-The views are ggml's own memory, valid during the call only: a function that keeps one (rather than a copy) stops the
-run with a ``RuntimeError``.
+The views show ggml's own memory, which is valid during the call only. A function that keeps a view, not a copy, stops
+the run with a ``RuntimeError``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ggml_cffi.core.dtypes import as_type, has_numpy
 from ggml_cffi.core.shapes import check_shape, ne_of
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import check_result, fail, home
+from ggml_cffi.ops._operands import check_result, op_error, result_context
 
 __all__ = [
     "custom_4d",
@@ -42,34 +43,34 @@ Function = Callable[..., object]
 
 
 class Call:
-    """A Python function as ggml calls it, with what went wrong in it."""
+    """A Python function that ggml calls, with the first exception that it raised."""
 
     def __init__(self, op: str, function: Function, n_tasks: int | None, ndims: Sequence[int], first: int) -> None:
         self.op = op
         self.function = function
         self.n_tasks = n_tasks
         self.ndims = ndims
-        self.first = first  # the operand in C that is the first of the function's
+        self.first = first  # index in C of the function's first operand
         self.error: BaseException | None = None
         self.stop: Callable[[], None] | None = None
 
         cdecl = f"ggml_custom{op[10] if op.startswith('map') else ''}_op_t"
         self.callback = c.ffi.callback(cdecl, self._called, onerror=self._failed)
-        """What ggml calls, on its own threads."""
+        """C callback, which ggml calls on its own threads."""
 
     def _failed(self, _kind: Any, error: BaseException, _trace: Any) -> None:
-        """What goes wrong in :meth:`_called` comes here, a signal's exception before its first line included."""
+        """Store an exception of :meth:`_called`, also that of a signal before its first line, and stop the run."""
         self.error = error
         if self.stop is not None:
             self.stop()
 
     def _called(self, *arguments: Any) -> None:
         *tensors, part, parts, _data = arguments
-        # ggml calls on every thread, whatever number of tasks it was told.
+        # ggml calls the function on every thread, also beyond the number of tasks.
         parts = parts if self.n_tasks is None else min(parts, self.n_tasks)
         if part >= parts or self.error is not None:
             return
-        if len(tensors) == 1:  # the operands are in the result
+        if len(tensors) == 1:  # C passes the result only, which refers to its operands
             end = self.first + len(self.ndims) - 1
             tensors += [tensors[0].src[i] for i in range(self.first, end)]
         views = [_view(p, ndim) for p, ndim in zip(tensors, self.ndims, strict=True)]
@@ -78,7 +79,7 @@ class Call:
         held = [sys.getrefcount(view) for view in views]
         self.function(*views) if self.n_tasks == 1 else self.function(*views, part, parts)
         if [sys.getrefcount(view) for view in views] != held:
-            raise RuntimeError(f"{self.op}: the function kept a view of memory that is ggml's: keep a copy")
+            raise RuntimeError(f"{self.op}: the function kept a view of ggml's memory: keep a copy instead")
 
 
 def _view(pointer: Any, ndim: int) -> npt.NDArray[Any]:
@@ -97,17 +98,17 @@ def _build(
     *,
     out: Tensor | tuple[Type, tuple[int, ...]],
 ) -> Tensor:
-    """``out`` is a tensor to write over, or type and shape of the result."""
+    """Build the node. ``out`` is a tensor to write over, or the type and shape of the result."""
     written = (out,) if isinstance(out, Tensor) else ()
     if not callable(function):
         raise TypeError(f"{op}: a function is needed, not {type(function).__name__}")
-    ctx = home(op, *written, *operands, ctx=ctx)
+    ctx = result_context(op, *written, *operands, ctx=ctx)
     for t in (*written, *operands):
         if not has_numpy(t.dtype):
-            raise fail(op, f"numpy has no {t.dtype.name}: cast it to F32 first", a=t)
+            raise op_error(op, f"numpy has no {t.dtype.name}: cast it to F32 first", a=t)
     dtype, shape = (out.dtype, out.shape) if isinstance(out, Tensor) else out
     if op.endswith("_inplace") and dtype in dtypes.INTEGERS:
-        raise TypeError(f"{op}: integers may be row numbers, which are checked when they are set: not in place")
+        raise TypeError(f"{op}: integers, which may be checked row numbers, cannot be written in place")
     if not has_numpy(dtype):
         raise TypeError(f"{op}: numpy has no {dtype.name}: make the result F32 and cast it")
     tasks = -1 if n_tasks is None else index(n_tasks)
@@ -128,22 +129,23 @@ def _build(
 
 
 def map_custom1(a: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None) -> Tensor:
-    """A tensor of ``a``'s shape and type that ``function(out, a)`` fills.
+    """Compute a tensor of ``a``'s shape and type with ``function(out, a)``.
 
     Parameters
     ----------
     a
-        Any type that numpy has.
+        Tensor of a type that numpy has.
     function
-        Gets numpy views of the result, to be written, and of ``a``, read-only.
+        Function of numpy views: of the result, to be filled, and of ``a``, read-only.
     n_tasks
-        Calls that share the work, each on a thread of the backend, which may have fewer: with other than 1, the
-        function also gets its number and how many there are, ``function(out, a, i, n)``. None for one a thread.
+        Number of calls that share the work, each on a thread of the backend; None for one call per thread. Unless it
+        is 1, the function also gets its number and the number of calls, ``function(out, a, i, n)``. There are fewer
+        calls if the backend has fewer threads.
 
     Raises
     ------
     ValueError
-        If numpy has no such type, or ``n_tasks`` is below 1.
+        If numpy lacks the type, or ``n_tasks`` is below 1.
     TypeError
         If ``function`` cannot be called.
 
@@ -155,35 +157,38 @@ def map_custom1(a: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: 
 def map_custom2(
     a: Tensor, b: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`map_custom1`, by ``function(out, a, b)``; ``b`` may have any shape. C: ``ggml_map_custom2``."""
+    """Compute a tensor as :func:`map_custom1` does, with ``function(out, a, b)``; ``b`` may have any shape.
+
+    C: ``ggml_map_custom2``.
+    """
     return _build("map_custom2", function, (a, b), n_tasks, ctx, out=_like(a))
 
 
 def map_custom3(
     a: Tensor, b: Tensor, c: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`map_custom1`, by ``function(out, a, b, c)``. C: ``ggml_map_custom3``."""
+    """Compute a tensor as :func:`map_custom1` does, with ``function(out, a, b, c)``. C: ``ggml_map_custom3``."""
     return _build("map_custom3", function, (a, b, c), n_tasks, ctx, out=_like(a))
 
 
 def map_custom1_inplace(
     a: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`map_custom1`, ``out`` being ``a`` itself. C: ``ggml_map_custom1_inplace``."""
+    """Compute :func:`map_custom1` in place: ``out`` is ``a`` itself. C: ``ggml_map_custom1_inplace``."""
     return _build("map_custom1_inplace", function, (a,), n_tasks, ctx, out=_like(a))
 
 
 def map_custom2_inplace(
     a: Tensor, b: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`map_custom2`, ``out`` being ``a`` itself. C: ``ggml_map_custom2_inplace``."""
+    """Compute :func:`map_custom2` in place: ``out`` is ``a`` itself. C: ``ggml_map_custom2_inplace``."""
     return _build("map_custom2_inplace", function, (a, b), n_tasks, ctx, out=_like(a))
 
 
 def map_custom3_inplace(
     a: Tensor, b: Tensor, c: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`map_custom3`, ``out`` being ``a`` itself. C: ``ggml_map_custom3_inplace``."""
+    """Compute :func:`map_custom3` in place: ``out`` is ``a`` itself. C: ``ggml_map_custom3_inplace``."""
     return _build("map_custom3_inplace", function, (a, b, c), n_tasks, ctx, out=_like(a))
 
 
@@ -196,16 +201,16 @@ def custom_4d(
     n_tasks: int | None = 1,
     ctx: Context | None = None,
 ) -> Tensor:
-    """A tensor of any shape that ``function(out, *operands)`` fills.
+    """Compute a tensor of any shape with ``function(out, *operands)``.
 
     Parameters
     ----------
     operands
-        Up to 9 tensors; without any, ``ctx`` must be given.
+        Up to 9 tensors. Without operands, ``ctx`` must be given.
     shape, dtype
-        Of the result.
+        Shape and type of the result.
 
-    Other parameters and errors as :func:`map_custom1`. C: ``ggml_custom_4d``.
+    Other parameters and errors as for :func:`map_custom1`. C: ``ggml_custom_4d``.
     """
     sizes, kind = check_shape(shape), as_type(dtype)
     _check_operands("custom_4d", operands, _MAX_OPERANDS)
@@ -221,7 +226,7 @@ def custom_inplace(
     n_tasks: int | None = 1,
     ctx: Context | None = None,
 ) -> Tensor:
-    """``a`` written over by ``function(a, *operands)``, with up to 8 operands. C: ``ggml_custom_inplace``."""
+    """Write over ``a`` with ``function(a, *operands)``, with up to 8 operands. C: ``ggml_custom_inplace``."""
     _check_operands("custom_inplace", operands, _MAX_OPERANDS - 1)
     if not isinstance(a, Tensor):
         raise TypeError(f"custom_inplace: a Tensor is needed, not {type(a).__name__}")
@@ -234,8 +239,8 @@ def _like(a: Tensor) -> tuple[Type, tuple[int, ...]]:
     return a.dtype, a.shape
 
 
-def _check_operands(op: str, operands: Sequence[Tensor], most: int) -> None:
+def _check_operands(op: str, operands: Sequence[Tensor], limit: int) -> None:
     if isinstance(operands, Tensor) or not isinstance(operands, Sequence):
-        raise TypeError(f"{op}: operands are a sequence of tensors")
-    if len(operands) > most:
-        raise ValueError(f"{op}: at most {most} operands, not {len(operands)}")
+        raise TypeError(f"{op}: operands must be a sequence of tensors")
+    if len(operands) > limit:
+        raise ValueError(f"{op}: at most {limit} operands, not {len(operands)}")

@@ -1,7 +1,7 @@
-"""Gated linear units: one half, or one tensor, gates the other.
+"""Gated linear units: one half of a tensor, or one of two tensors, gates the other.
 
-The plain forms cut the last axis of ``a`` in two, ``x`` then ``y``, and give ``f(x) * y``; the ``_swapped`` forms give
-``x * f(y)``; the ``_split`` forms take ``x`` and ``y`` as two tensors. F32 or F16, contiguous.
+The plain forms divide the last axis of ``a`` into halves ``x`` and ``y``, and return ``f(x) * y``. The ``_swapped``
+forms return ``x * f(y)``. The ``_split`` forms take ``x`` and ``y`` as two tensors. F32 or F16, contiguous.
 Source: Shazeer, GLU Variants Improve Transformer, 2020.
 """
 
@@ -14,8 +14,8 @@ from ggml_cffi import c
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import real
-from ggml_cffi.ops._check import fail, home
+from ggml_cffi.ops._operands import op_error, result_context
+from ggml_cffi.ops._parameters import check_real
 
 __all__ = [
     "geglu",
@@ -40,25 +40,25 @@ _TYPES = (Type.F32, Type.F16)
 
 
 def _whole(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype not in _TYPES or a.ne[0] % 2:
-        raise fail(op, "a must be F32 or F16 with an even last size", a=a)
+        raise op_error(op, "a must be F32 or F16 with an even last size", a=a)
     if not c.ggml_is_contiguous_1(a.ptr):
-        raise fail(op, "a must be contiguous (use cont)", a=a)
+        raise op_error(op, "a must be contiguous (use cont)", a=a)
     return ctx.build(function, a.ndim, a.ptr)
 
 
 def _split(op: str, function: Callable[..., Any], x: Tensor, y: Tensor, ctx: Context | None, *args: float) -> Tensor:
-    ctx = home(op, x, y, ctx=ctx)
+    ctx = result_context(op, x, y, ctx=ctx)
     if x.ne != y.ne or x.dtype is not y.dtype or x.dtype not in _TYPES:
-        raise fail(op, "x and y must have one shape, and both be F32 or both F16", x=x, y=y)
+        raise op_error(op, "x and y must have one shape, and both be F32 or both F16", x=x, y=y)
     if not (c.ggml_is_contiguous_1(x.ptr) and c.ggml_is_contiguous_1(y.ptr)):
-        raise fail(op, "x and y must be contiguous (use cont)", x=x, y=y)
+        raise op_error(op, "x and y must be contiguous (use cont)", x=x, y=y)
     return ctx.build(function, x.ndim, x.ptr, y.ptr, *args)
 
 
 def reglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of the halves of ``a``, ``f`` being relu: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``f(x) * y`` for the halves of ``a``, with relu as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_reglu``.
     """
@@ -66,7 +66,7 @@ def reglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def reglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``x * f(y)`` of the halves of ``a``, ``f`` being relu: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``x * f(y)`` for the halves of ``a``, with relu as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_reglu_swapped``.
     """
@@ -74,7 +74,7 @@ def reglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def reglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of two tensors of one shape, ``f`` being relu.
+    """Multiply ``f(x) * y`` for two tensors of one shape, with relu as ``f``.
 
     C: ``ggml_reglu_split``.
     """
@@ -82,7 +82,7 @@ def reglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu (tanh form): ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``f(x) * y`` for the halves of ``a``, with gelu (tanh form) as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu``.
     """
@@ -90,7 +90,7 @@ def geglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu (tanh form): ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``x * f(y)`` for the halves of ``a``, with gelu (tanh form) as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu_swapped``.
     """
@@ -98,7 +98,7 @@ def geglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu (tanh form).
+    """Multiply ``f(x) * y`` for two tensors of one shape, with gelu (tanh form) as ``f``.
 
     C: ``ggml_geglu_split``.
     """
@@ -106,7 +106,7 @@ def geglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def swiglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of the halves of ``a``, ``f`` being silu: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``f(x) * y`` for the halves of ``a``, with silu as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_swiglu``.
     """
@@ -114,7 +114,7 @@ def swiglu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def swiglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``x * f(y)`` of the halves of ``a``, ``f`` being silu: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``x * f(y)`` for the halves of ``a``, with silu as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_swiglu_swapped``.
     """
@@ -122,7 +122,7 @@ def swiglu_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def swiglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of two tensors of one shape, ``f`` being silu.
+    """Multiply ``f(x) * y`` for two tensors of one shape, with silu as ``f``.
 
     C: ``ggml_swiglu_split``.
     """
@@ -130,7 +130,7 @@ def swiglu_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_erf(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu (exact form): ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``f(x) * y`` for the halves of ``a``, with gelu (exact form) as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu_erf``.
     """
@@ -138,7 +138,7 @@ def geglu_erf(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_erf_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu (exact form): ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``x * f(y)`` for the halves of ``a``, with gelu (exact form) as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu_erf_swapped``.
     """
@@ -146,7 +146,7 @@ def geglu_erf_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_erf_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu (exact form).
+    """Multiply ``f(x) * y`` for two tensors of one shape, with gelu (exact form) as ``f``.
 
     C: ``ggml_geglu_erf_split``.
     """
@@ -154,7 +154,7 @@ def geglu_erf_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tens
 
 
 def geglu_quick(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of the halves of ``a``, ``f`` being gelu_quick: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``f(x) * y`` for the halves of ``a``, with gelu_quick as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu_quick``.
     """
@@ -162,7 +162,7 @@ def geglu_quick(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_quick_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``x * f(y)`` of the halves of ``a``, ``f`` being gelu_quick: ``(..., 2 n)`` to ``(..., n)``.
+    """Multiply ``x * f(y)`` for the halves of ``a``, with gelu_quick as ``f``: ``(..., 2 n)`` to ``(..., n)``.
 
     C: ``ggml_geglu_quick_swapped``.
     """
@@ -170,7 +170,7 @@ def geglu_quick_swapped(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def geglu_quick_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``f(x) * y`` of two tensors of one shape, ``f`` being gelu_quick.
+    """Multiply ``f(x) * y`` for two tensors of one shape, with gelu_quick as ``f``.
 
     C: ``ggml_geglu_quick_split``.
     """
@@ -178,12 +178,13 @@ def geglu_quick_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Te
 
 
 def swiglu_oai(x: Tensor, y: Tensor, alpha: float, limit: float, *, ctx: Context | None = None) -> Tensor:
-    """``x' / (1 + exp(-alpha x')) * (1 + y')`` with ``x' = min(x, limit)``, ``y' = clip(y, -limit, limit)``. F32.
+    """Compute SwiGLU with limits: ``x' / (1 + exp(-alpha x')) * (1 + y')`` with ``x' = min(x, limit)``, ``y' = clip(y,
+    -limit, limit)``. F32.
 
     C: ``ggml_swiglu_oai``.
     """
-    home("swiglu_oai", x, y, ctx=ctx)
+    result_context("swiglu_oai", x, y, ctx=ctx)
     if x.dtype is not Type.F32:
-        raise fail("swiglu_oai", "x and y must be F32", x=x, y=y)
-    numbers = real("swiglu_oai", "alpha", alpha), real("swiglu_oai", "limit", limit)
+        raise op_error("swiglu_oai", "x and y must be F32", x=x, y=y)
+    numbers = check_real("swiglu_oai", "alpha", alpha), check_real("swiglu_oai", "limit", limit)
     return _split("swiglu_oai", c.ggml_swiglu_oai, x, y, ctx, *numbers)

@@ -1,7 +1,8 @@
 """Windows of signals, images and volumes, as the rows of a matrix.
 
 A *kernel* ``(out, in, ..., height, width)`` slides over ``x``, ``(batch, in, ..., height, width)``. ``stride``,
-``padding`` (zeros on both sides) and ``dilation`` are an integer, or one for each axis in the order of the shape.
+``padding`` (zeros on both sides) and ``dilation`` are one integer for all axes, or one per axis in the order of the
+shape.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.shapes import check_shape, ne_of
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import INT_MAX, integer
-from ggml_cffi.ops._check import check_result, fail, home
-from ggml_cffi.ops._window import (
+from ggml_cffi.ops._operands import (
     F32_F16,
-    Ints,
     check_groups,
+    check_result,
     check_sizes,
     check_start,
-    gather,
-    gather_3d,
     is_contiguous,
-    slide,
-    window_of,
+    op_error,
+    result_context,
 )
+from ggml_cffi.ops._parameters import INT_MAX, check_integer
+from ggml_cffi.ops._windows import Ints, check_gather, check_gather_3d, check_window, window_counts
 
 __all__ = [
     "col2im_1d",
@@ -49,18 +48,18 @@ def im2col(
     dtype: Type | str = Type.F32,
     ctx: Context | None = None,
 ) -> Tensor:
-    """The windows of ``x`` that a kernel of this shape sees, a row each: a convolution is then a matrix product.
+    """Gather the windows of ``x`` that a kernel of this shape covers, one per row: a matrix product then convolves.
 
     Parameters
     ----------
     kernel
-        ``(out, in, kh, kw)``, or ``(out, in, k)`` with ``is_2d=False``. Only its shape matters.
+        ``(out, in, kh, kw)``, or ``(out, in, k)`` with ``is_2d=False``. Only its shape is used.
     x
         ``(n, in, h, w)``, or ``(n, in, length)``. F32, or F16 if ``dtype`` is.
     stride, padding, dilation
-        An integer, or one for each of the axes of a window.
+        One integer, or one per axis of a window.
     is_2d
-        Whether windows are of two axes or of one.
+        True for windows with two axes, False for one.
     dtype
         F32 or F16.
 
@@ -80,11 +79,11 @@ def im2col(
     if not isinstance(is_2d, bool):
         raise TypeError(f"im2col: is_2d must be a bool, not {is_2d!r}")
     n = 2 if is_2d else 1
-    ctx = home("im2col", kernel, x, ctx=ctx)
-    window = window_of("im2col", n, stride, padding, dilation)
+    ctx = result_context("im2col", kernel, x, ctx=ctx)
+    window = check_window("im2col", n, stride, padding, dilation)
     if to not in F32_F16 or x.dtype not in (Type.F32, to):
-        raise fail("im2col", f"windows of {to.name} cannot be gathered", x=x)
-    gather("im2col", kernel, x, window, to)
+        raise op_error("im2col", f"windows of {to.name} cannot be gathered", x=x)
+    check_gather("im2col", kernel, x, window, to)
     flat = (*window[0], *window[1], *window[2]) if is_2d else (*window[0], 0, *window[1], 0, *window[2], 0)
     return ctx.build(c.ggml_im2col, max(x.ndim, n + 1), kernel.ptr, x.ptr, *flat, is_2d, to)
 
@@ -100,23 +99,23 @@ def im2col_back(
     is_2d: bool = True,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Adds windows up where :func:`im2col` took them from: its gradient.
+    """Sum windows at the places from which :func:`im2col` took them: its gradient.
 
     Parameters
     ----------
     a
-        Gradient of the windows, of the shape that :func:`im2col` gives, contiguous F32.
+        Gradient of the windows, in the shape that :func:`im2col` returns, contiguous F32.
     kernel
-        As in :func:`im2col`, F32 or F16.
+        As for :func:`im2col`, F32 or F16.
     shape
-        Of the ``x`` there.
+        Shape of the ``x`` of :func:`im2col`.
     stride, padding, dilation, is_2d
-        As there.
+        As for :func:`im2col`.
 
     Returns
     -------
     Tensor
-        Of ``shape``, F32.
+        Shape ``shape``, F32.
 
     Raises
     ------
@@ -126,24 +125,24 @@ def im2col_back(
     C: ``ggml_im2col_back``.
     """
     op = "im2col_back"
-    ctx = home(op, a, kernel, ctx=ctx)
+    ctx = result_context(op, a, kernel, ctx=ctx)
     if not isinstance(is_2d, bool):
         raise TypeError(f"{op}: is_2d must be a bool, not {is_2d!r}")
     n = 2 if is_2d else 1
     sizes = check_shape(shape)
     ne = ne_of(sizes)
-    s, p, d = window_of(op, n, stride, padding, dilation)
+    s, p, d = check_window(op, n, stride, padding, dilation)
     if a.dtype is not Type.F32 or not is_contiguous(a) or kernel.dtype not in F32_F16:
-        raise fail(op, "a must be contiguous F32, and the kernel F32 or F16", a=a, kernel=kernel)
+        raise op_error(op, "a must be contiguous F32, and the kernel F32 or F16", a=a, kernel=kernel)
     check_sizes(op, a=a, kernel=kernel)
     if kernel.ne[n] != ne[n] or (n == 1 and ne[3] != 1):
-        raise fail(op, f"the kernel does not fit {sizes}", a=a, kernel=kernel)
+        raise op_error(op, f"the kernel does not fit {sizes}", a=a, kernel=kernel)
     if prod(ne[: n + 1]) * 4 > INT_MAX:
         raise ValueError(f"{op}: {sizes} has 2**31 bytes or more in a batch")
-    out = slide(op, kernel.ne, ne, (s, p, d), a=a, kernel=kernel)
+    out = window_counts(op, kernel.ne, ne, (s, p, d), a=a, kernel=kernel)
     want = (prod(kernel.ne[: n + 1]), *out, ne[n + 1], 1)[:4]
     if a.ne != want:
-        raise fail(op, f"a is not the windows of {sizes}, which are {want[::-1]}", a=a, kernel=kernel)
+        raise op_error(op, f"a is not the windows of {sizes}, which are {want[::-1]}", a=a, kernel=kernel)
     flat = (*s, *p, *d) if is_2d else (*s, 0, *p, 0, *d, 0)
     check_result(op, ne)
     return ctx.build(c.ggml_im2col_back, len(sizes), a.ptr, kernel.ptr, c.ffi.new("int64_t[4]", ne), *flat, is_2d)
@@ -160,18 +159,18 @@ def im2col_3d(
     dtype: Type | str = Type.F32,
     ctx: Context | None = None,
 ) -> Tensor:
-    """The windows of volumes, as :func:`im2col`.
+    """Gather the windows of volumes, as :func:`im2col` does for images.
 
     Parameters
     ----------
     kernel
-        ``(out * in, kd, kh, kw)``. Only its shape matters.
+        ``(out * in, kd, kh, kw)``. Only its shape is used.
     x
         ``(n * in, depth, h, w)``, F32, contiguous rows.
     channels
-        ``in``.
+        The size ``in``.
     stride, padding, dilation
-        An integer, or three.
+        One integer, or three.
     dtype
         F32 or F16.
 
@@ -188,17 +187,17 @@ def im2col_3d(
     C: ``ggml_im2col_3d``.
     """
     to = as_type(dtype)
-    ctx = home("im2col_3d", kernel, x, ctx=ctx)
-    channels = integer("im2col_3d", "channels", channels, 1)
-    window = window_of("im2col_3d", 3, stride, padding, dilation)
+    ctx = result_context("im2col_3d", kernel, x, ctx=ctx)
+    channels = check_integer("im2col_3d", "channels", channels, 1)
+    window = check_window("im2col_3d", 3, stride, padding, dilation)
     if to not in F32_F16:
-        raise fail("im2col_3d", f"windows of {to.name} cannot be gathered", x=x)
-    gather_3d("im2col_3d", kernel, x, channels, window, to)
+        raise op_error("im2col_3d", f"windows of {to.name} cannot be gathered", x=x)
+    check_gather_3d("im2col_3d", kernel, x, channels, window, to)
     return ctx.build(c.ggml_im2col_3d, 4, kernel.ptr, x.ptr, channels, *window[0], *window[1], *window[2], to)
 
 
 def col2im_1d(a: Tensor, out_channels: int, stride: int = 1, padding: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """Windows added up where they lie: with a matrix product before it, a transposed convolution.
+    """Sum overlapping windows of a signal: after a matrix product, a transposed convolution.
 
     ``result[o, stride * t + j - padding] += a[t, o * k + j]``
 
@@ -207,11 +206,11 @@ def col2im_1d(a: Tensor, out_channels: int, stride: int = 1, padding: int = 0, *
     a
         ``(length, out_channels * k)``, contiguous F32, F16 or BF16.
     out_channels
-        Divides ``a``'s last size.
+        Number of output channels; divides the last size of ``a``.
     stride
-        Steps from one window to the next.
+        Distance from one window to the next.
     padding
-        Elements that are cut off both ends.
+        Number of elements removed at both ends.
 
     Returns
     -------
@@ -226,18 +225,18 @@ def col2im_1d(a: Tensor, out_channels: int, stride: int = 1, padding: int = 0, *
     C: ``ggml_col2im_1d``.
     """
     op = "col2im_1d"
-    ctx = home(op, a, ctx=ctx)
-    oc = integer(op, "out_channels", out_channels, 1)
-    s, p = integer(op, "stride", stride, 1), integer(op, "padding", padding, 0, 2**30 - 1)
+    ctx = result_context(op, a, ctx=ctx)
+    oc = check_integer(op, "out_channels", out_channels, 1)
+    s, p = check_integer(op, "stride", stride, 1), check_integer(op, "padding", padding, 0, 2**30 - 1)
     if a.dtype not in (Type.F32, Type.F16, Type.BF16) or not is_contiguous(a) or a.ne[2:] != (1, 1):
-        raise fail(op, "a must be a contiguous matrix of F32, F16 or BF16", a=a)
+        raise op_error(op, "a must be a contiguous matrix of F32, F16 or BF16", a=a)
     check_sizes(op, a=a)
     check_start(op, a=a)
     if a.ne[0] % oc:
-        raise fail(op, f"the last size is no multiple of {oc} channels", a=a)
+        raise op_error(op, f"the last size is not a multiple of {oc} channels", a=a)
     length = (a.ne[1] - 1) * s + a.ne[0] // oc - 2 * p
     if not length > 0 or length * oc > INT_MAX or length + p > INT_MAX:
-        raise fail(op, f"the result would have length {length}", a=a)
+        raise op_error(op, f"the result would have length {length}", a=a)
     check_groups(op, "channels", oc)
     check_groups(op, "elements of a channel", length, 256)
     return ctx.build(c.ggml_col2im_1d, 2, a.ptr, s, oc, p)

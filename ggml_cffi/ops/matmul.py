@@ -7,10 +7,10 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._args import GROUPS
-from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
+from ggml_cffi.ops._operands import check_result, contiguous_rows, op_error, result_context
+from ggml_cffi.ops._parameters import MAX_GROUPS
 from ggml_cffi.ops.elementwise import add
-from ggml_cffi.ops.rows import _limit
+from ggml_cffi.ops.rows import limit_row_numbers
 
 __all__ = [
     "linear",
@@ -23,27 +23,27 @@ _HALF = frozenset({Type.F16, Type.BF16})
 _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})
 
 
-#: Heads of operands that were checked, by their ids, with that of the product: most products of a model are of a few
-#: kinds, and equal heads are one object.
+#: Heads of checked operands, by their ids, with the head of the product. A model has few different products, and equal
+#: heads are one object, so most calls find their check here.
 _products: dict[tuple[int, int], tuple[Head, Head, Head]] = {}
 _MOST_PRODUCTS = 1024
 
 
 def _check_product(a: Tensor, b: Tensor) -> tuple[Head, Head, Head]:
-    """The heads of ``a`` and ``b``, and of their product if there is one."""
+    """Check a product, and return the heads of ``a``, of ``b`` and of the product."""
     an, bn = a.ne, b.ne
     if an[0] != bn[0]:
-        raise fail("mul_mat", "inner sizes differ", a=a, b=b)
+        raise op_error("mul_mat", "inner sizes differ", a=a, b=b)
     if not an[0]:
-        raise fail("mul_mat", "the inner size is 0", a=a, b=b)
+        raise op_error("mul_mat", "the inner size is 0", a=a, b=b)
     check_result("mul_mat", (an[1], *bn[1:]))
     if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
-        raise fail("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
+        raise op_error("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
     if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:
-        raise fail("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
+        raise op_error("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
     half = b.dtype is a.dtype and b.dtype in _HALF
     if a.dtype in _INTEGERS or not (b.dtype is Type.F32 or half):
-        raise fail(
+        raise op_error(
             "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
         )
     n, m = an[1], bn[1]
@@ -55,21 +55,21 @@ def _check_product(a: Tensor, b: Tensor) -> tuple[Head, Head, Head]:
 
 
 def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
-    """``b @ a.T``: every row of ``b`` against every row of ``a``.
+    """Multiply ``b @ a.T``: every row of ``b`` by every row of ``a``.
 
     Parameters
     ----------
     a
         ``(..., n, k)``, any float or quantized type, not transposed.
     b
-        ``(..., m, k)``, F32 (or F16 beside an F16 ``a``). Its leading sizes are multiples of ``a``'s, which is
-        repeated.
+        ``(..., m, k)``, F32 (or the type of ``a`` if that is F16 or BF16). Its leading sizes are multiples of those of
+        ``a``, which is repeated.
     prec
-        ``Prec.F32`` asks for sums in F32. By default GPUs may sum in F16, which is faster and about 1e-3 to 1e-2 off.
-        ggml's Vulkan products of more than 8 rows round their operands to F16 whatever is asked, F32 ones too: values
-        beyond 65504 become infinite. ``GGML_VK_DISABLE_F16=1`` in the environment keeps them F32.
+        ``Prec.F32`` requests sums in F32. By default GPUs may sum in F16, which is faster, with errors of about 1e-3 to
+        1e-2. For products of more than 8 rows, ggml's Vulkan backend rounds operands to F16 in any case, also F32 ones:
+        values beyond 65504 become infinite. ``GGML_VK_DISABLE_F16=1`` in the environment keeps them F32.
     ctx
-        Context of the result; default the youngest of the operands'.
+        Context of the result. Default: the youngest context of the operands.
 
     Returns
     -------
@@ -84,11 +84,11 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
     C: ``ggml_mul_mat``, ``ggml_mul_mat_set_prec``.
     """
     if not (ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context):
-        ctx = home("mul_mat", a, b, ctx=ctx)
+        ctx = result_context("mul_mat", a, b, ctx=ctx)
     known = _products.get((id(a._head), id(b._head)))
     if known is None:
         known = _check_product(a, b)
-    # A vector for b gives a vector: (k,) -> (n,).
+    # If b is a vector, so is the result: (k,) -> (n,).
     ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
     out = (ctx or a.context).emit(c.ggml_mul_mat, ndim, known[2], a.ptr, b.ptr)
     if prec is not Prec.DEFAULT:
@@ -97,7 +97,7 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Context | None = None) -> Tensor:
-    """``x @ weight.T + bias``, as ``torch.nn.functional.linear``.
+    """Apply a linear layer: ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` does.
 
     Parameters
     ----------
@@ -116,27 +116,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
     C: ``ggml_mul_mat``, ``ggml_add``.
     """
     if isinstance(weight, Tensor) and weight.ndim != 2:
-        raise fail("linear", "weight must be a matrix", weight=weight)
+        raise op_error("linear", "weight must be a matrix", weight=weight)
     y = mul_mat(weight, x, ctx=ctx)
     if bias is None:
         return y
     if isinstance(bias, Tensor) and not bias.ne[0] == y.ne[0] == bias.size:
-        raise fail("linear", "bias must have one value for each row of weight", weight=weight, bias=bias)
+        raise op_error("linear", "bias must have one value for each row of weight", weight=weight, bias=bias)
     return add(y, bias, ctx=ctx)
 
 
 def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``b[t, e] @ a[ids[t, e]].T``: each row of ``b`` against the matrix that ``ids`` names, its expert's.
+    """Multiply each row of ``b`` by the matrix of its expert: ``b[t, e] @ a[ids[t, e]].T``.
 
     Parameters
     ----------
     a
         ``(n_experts, n, k)``, any float or quantized type, contiguous.
     b
-        ``(n_tokens, n_used, k)``, F32, contiguous. Its middle size divides that of ``ids``: 1 for one row for all.
+        ``(n_tokens, n_used, k)``, F32, contiguous. Its middle size divides that of ``ids``: 1 for a row that all the
+        experts of a token share.
     ids
-        ``(n_tokens, n_used)``, I32 with contiguous rows, an input or from argsort, such as that of the router's
-        scores. Values must be 0 to ``n_experts - 1``: they are checked when they are set.
+        ``(n_tokens, n_used)``, I32 with contiguous rows: an input, or a result of argsort, such as that of the router's
+        scores. Values must be 0 to ``n_experts - 1``; an input is checked when its values are set.
 
     Returns
     -------
@@ -146,37 +147,37 @@ def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None)
     Raises
     ------
     ValueError
-        If the shapes or types do not fit, or ``ids`` holds values out of range already.
+        If the shapes or types do not fit, or ``ids`` already holds values out of range.
 
     C: ``ggml_mul_mat_id``. Source: Shazeer et al., Outrageously Large Neural Networks, 2017.
     """
-    ctx = home("mul_mat_id", a, b, ids, ctx=ctx)
+    ctx = result_context("mul_mat_id", a, b, ids, ctx=ctx)
     an, bn, rn = a.ne, b.ne, ids.ne
     if a.dtype in _INTEGERS or b.dtype is not Type.F32 or ids.dtype is not Type.I32:
-        raise fail("mul_mat_id", "a must be a float or quantized type, b F32 and ids I32", a=a, b=b, ids=ids)
+        raise op_error("mul_mat_id", "a must be a float or quantized type, b F32 and ids I32", a=a, b=b, ids=ids)
     if an[0] != bn[0] or not an[0]:
-        raise fail("mul_mat_id", "inner sizes differ, or are 0", a=a, b=b, ids=ids)
+        raise op_error("mul_mat_id", "inner sizes differ, or are 0", a=a, b=b, ids=ids)
     if an[3] != 1 or bn[3] != 1 or rn[1:] != (bn[2], 1, 1) or not bn[1] or rn[0] % bn[1]:
-        raise fail("mul_mat_id", "ids must name a matrix of a for each row of b, or several", a=a, b=b, ids=ids)
-    # Views with gaps between the matrices are read wrongly on GPUs.
+        raise op_error("mul_mat_id", "ids must name a matrix of a for each row of b, or several", a=a, b=b, ids=ids)
+    # GPUs read views with gaps between the matrices wrongly.
     if not (a.is_contiguous and b.is_contiguous and contiguous_rows(ids)):
-        raise fail("mul_mat_id", "a, b and the rows of ids must be contiguous (use cont)", a=a, b=b, ids=ids)
-    if an[2] > GROUPS or rn[0] > GROUPS:
-        raise fail("mul_mat_id", f"there are more than {GROUPS} experts, or uses of them", a=a, b=b, ids=ids)
-    _limit("mul_mat_id", ids, an[2], "experts")
+        raise op_error("mul_mat_id", "a, b and the rows of ids must be contiguous (use cont)", a=a, b=b, ids=ids)
+    if an[2] > MAX_GROUPS or rn[0] > MAX_GROUPS:
+        raise op_error("mul_mat_id", f"more than {MAX_GROUPS} experts, or experts per token", a=a, b=b, ids=ids)
+    limit_row_numbers("mul_mat_id", ids, an[2], "experts")
     check_result("mul_mat_id", (an[1], rn[0], bn[2], 1))
     return ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
 
 
 def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``b.T @ a``: the sum of the outer products of the rows of ``b`` and ``a``.
+    """Sum the outer products of the rows of ``b`` and ``a``: ``b.T @ a``.
 
     Parameters
     ----------
     a
         ``(..., k, n)``, F32, F16 or quantized, contiguous rows.
     b
-        ``(..., k, m)``, F32. Its leading sizes are those of ``a``, or multiples if ``a`` is F32.
+        ``(..., k, m)``, F32. Its leading sizes equal those of ``a``, or are multiples of them if ``a`` is F32.
 
     Returns
     -------
@@ -190,17 +191,17 @@ def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_out_prod``.
     """
-    ctx = home("out_prod", a, b, ctx=ctx)
+    ctx = result_context("out_prod", a, b, ctx=ctx)
     an, bn = a.ne, b.ne
     if (a.dtype not in (Type.F32, Type.F16) and not is_quantized(a.dtype)) or b.dtype is not Type.F32:
-        raise fail("out_prod", "a must be F32, F16 or quantized, and b F32", a=a, b=b)
+        raise op_error("out_prod", "a must be F32, F16 or quantized, and b F32", a=a, b=b)
     if an[1] != bn[1]:
-        raise fail("out_prod", "inner sizes differ", a=a, b=b)
+        raise op_error("out_prod", "inner sizes differ", a=a, b=b)
     if not an[2] or not an[3] or bn[2] % an[2] or bn[3] % an[3]:
-        raise fail("out_prod", "the leading sizes of b must be multiples of a's", a=a, b=b)
+        raise op_error("out_prod", "the leading sizes of b must be multiples of a's", a=a, b=b)
     if a.dtype is not Type.F32 and an[2:] != bn[2:]:
-        raise fail("out_prod", f"a {a.dtype.name} a must have the leading sizes of b", a=a, b=b)
+        raise op_error("out_prod", f"a {a.dtype.name} a must have the leading sizes of b", a=a, b=b)
     if not contiguous_rows(a) or a.nb[0] > a.nb[1]:
-        raise fail("out_prod", "the rows of a must be contiguous (use cont)", a=a, b=b)
+        raise op_error("out_prod", "the rows of a must be contiguous (use cont)", a=a, b=b)
     check_result("out_prod", (an[0], bn[0], *bn[2:]))
     return ctx.build(c.ggml_out_prod, max(a.ndim, b.ndim, 2), a.ptr, b.ptr)

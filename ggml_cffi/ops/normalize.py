@@ -9,8 +9,8 @@ from ggml_cffi import c
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import GROUPS, integer, real
-from ggml_cffi.ops._check import contiguous_rows, fail, home
+from ggml_cffi.ops._operands import contiguous_rows, op_error, result_context
+from ggml_cffi.ops._parameters import MAX_GROUPS, check_integer, check_real
 
 __all__ = [
     "group_norm",
@@ -25,21 +25,21 @@ __all__ = [
 
 
 def _along_rows(op: str, function: Callable[..., Any], a: Tensor, eps: float, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not contiguous_rows(a):
-        raise fail(op, "a must be F32 with contiguous rows", a=a)
-    eps = real(op, "eps", eps, lowest=0.0)
+        raise op_error(op, "a must be F32 with contiguous rows", a=a)
+    eps = check_real(op, "eps", eps, lowest=0.0)
     return ctx.build(function, a.ndim, a.ptr, eps)
 
 
 def _rms(op: str, function: Callable[..., Any], a: Tensor, eps: float, ctx: Context | None) -> Tensor:
-    if isinstance(a, Tensor) and max(a.ne[1:]) > GROUPS:
-        raise fail(op, f"axes before the last must have at most {GROUPS} (reshape them into several)", a=a)
+    if isinstance(a, Tensor) and max(a.ne[1:]) > MAX_GROUPS:
+        raise op_error(op, f"axes before the last must have at most {MAX_GROUPS} (reshape them into several)", a=a)
     return _along_rows(op, function, a, eps, ctx)
 
 
 def rms_norm(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None) -> Tensor:
-    """``a / sqrt(mean(a**2) + eps)`` along the last axis.
+    """Normalize by the root mean square along the last axis: ``a / sqrt(mean(a**2) + eps)``.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def rms_norm(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None) -> Ten
     Raises
     ------
     ValueError
-        If ``a`` or ``eps`` is not so.
+        If ``a`` or ``eps`` does not fit.
 
     C: ``ggml_rms_norm``. Source: Zhang & Sennrich, Root Mean Square Layer Normalization, 2019.
     """
@@ -64,12 +64,13 @@ def rms_norm(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None) -> Ten
 
 
 def rms_norm_inplace(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`rms_norm`, written over ``a``. C: ``ggml_rms_norm_inplace``."""
+    """Compute :func:`rms_norm` in place: write the result over ``a``. C: ``ggml_rms_norm_inplace``."""
     return _rms("rms_norm_inplace", c.ggml_rms_norm_inplace, a, eps, ctx)
 
 
 def norm(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
-    """``(a - mean(a)) / sqrt(var(a) + eps)`` along the last axis. F32, contiguous rows; ``eps`` at least 0.
+    """Normalize by mean and variance along the last axis: ``(a - mean(a)) / sqrt(var(a) + eps)``. F32, contiguous rows;
+    ``eps`` at least 0.
 
     C: ``ggml_norm``. Source: Ba et al., Layer Normalization, 2016.
     """
@@ -77,12 +78,13 @@ def norm(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
 
 
 def norm_inplace(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`norm`, written over ``a``. C: ``ggml_norm_inplace``."""
+    """Compute :func:`norm` in place: write the result over ``a``. C: ``ggml_norm_inplace``."""
     return _along_rows("norm_inplace", c.ggml_norm_inplace, a, eps, ctx)
 
 
 def l2_norm(a: Tensor, eps: float = 1e-12, *, ctx: Context | None = None) -> Tensor:
-    """``a / max(sqrt(sum(a**2)), eps)`` along the last axis. F32, contiguous rows; ``eps`` at least 0.
+    """Normalize by the length along the last axis: ``a / max(sqrt(sum(a**2)), eps)``. F32, contiguous rows; ``eps`` at
+    least 0.
 
     C: ``ggml_l2_norm``.
     """
@@ -90,32 +92,32 @@ def l2_norm(a: Tensor, eps: float = 1e-12, *, ctx: Context | None = None) -> Ten
 
 
 def l2_norm_inplace(a: Tensor, eps: float = 1e-12, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`l2_norm`, written over ``a``. C: ``ggml_l2_norm_inplace``."""
+    """Compute :func:`l2_norm` in place: write the result over ``a``. C: ``ggml_l2_norm_inplace``."""
     return _along_rows("l2_norm_inplace", c.ggml_l2_norm_inplace, a, eps, ctx)
 
 
 def _groups(op: str, function: Callable[..., Any], a: Tensor, n_groups: int, eps: float, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not contiguous_rows(a):
-        raise fail(op, "a must be F32 with contiguous rows", a=a)
-    n_groups = integer(op, "n_groups", n_groups, 1)
-    # A smaller last group is another one on GPUs than on the CPU, and reaches outside the tensor there.
+        raise op_error(op, "a must be F32 with contiguous rows", a=a)
+    n_groups = check_integer(op, "n_groups", n_groups, 1)
+    # GPUs and CPU differ in a smaller last group, and GPUs would read outside the tensor.
     if a.ne[2] % n_groups:
-        raise fail(op, f"the {a.ne[2]} channels cannot be cut into {n_groups} equal groups", a=a)
-    if n_groups * a.ne[3] > GROUPS:
-        raise fail(op, f"there are more than {GROUPS} groups", a=a)
-    return ctx.build(function, a.ndim, a.ptr, n_groups, real(op, "eps", eps, lowest=0.0))
+        raise op_error(op, f"{a.ne[2]} channels do not divide into {n_groups} equal groups", a=a)
+    if n_groups * a.ne[3] > MAX_GROUPS:
+        raise op_error(op, f"there are more than {MAX_GROUPS} groups", a=a)
+    return ctx.build(function, a.ndim, a.ptr, n_groups, check_real(op, "eps", eps, lowest=0.0))
 
 
 def group_norm(a: Tensor, n_groups: int, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
-    """``(a - mean(a)) / sqrt(var(a) + eps)`` of each group of channels.
+    """Normalize each group of channels by its mean and variance: ``(a - mean(a)) / sqrt(var(a) + eps)``.
 
     Parameters
     ----------
     a
         ``(..., channels, height, width)``, F32 with contiguous rows.
     n_groups
-        Divides the channels. All groups of a batch are at most 65535.
+        Number of groups; divides the channels. A batch has at most 65535 groups in all.
     eps
         Added to the variance; at least 0.
 
@@ -127,7 +129,7 @@ def group_norm(a: Tensor, n_groups: int, eps: float = 1e-5, *, ctx: Context | No
     Raises
     ------
     ValueError
-        If type, groups or ``eps`` are not so.
+        If type, groups or ``eps`` do not fit.
 
     C: ``ggml_group_norm``. Source: Wu & He, Group Normalization, 2018.
     """
@@ -135,5 +137,5 @@ def group_norm(a: Tensor, n_groups: int, eps: float = 1e-5, *, ctx: Context | No
 
 
 def group_norm_inplace(a: Tensor, n_groups: int, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`group_norm`, written over ``a``. C: ``ggml_group_norm_inplace``."""
+    """Compute :func:`group_norm` in place: write the result over ``a``. C: ``ggml_group_norm_inplace``."""
     return _groups("group_norm_inplace", c.ggml_group_norm_inplace, a, n_groups, eps, ctx)

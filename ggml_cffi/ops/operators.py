@@ -1,7 +1,7 @@
-"""What the operators of :class:`~ggml_cffi.core.tensor.Tensor` do: numpy's meaning, built from the operations.
+"""Implementation of the operators of :class:`~ggml_cffi.core.tensor.Tensor`, with numpy's meaning.
 
-Scalars and arrays may stand beside tensors. Arrays become constants of the result's context: their values are written
-when the graph is given memory.
+The other operand may be a number or an array. An array becomes a constant in the context of the result; its values are
+written when the graph gets memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, Type
 from ggml_cffi.ops import elementwise, reduce, unary
 from ggml_cffi.ops import shape as shapes
-from ggml_cffi.ops._check import fail
+from ggml_cffi.ops._operands import op_error
 from ggml_cffi.ops.matmul import mul_mat
 
 
 def as_tensor(value: Any, beside: Tensor) -> Any:
-    """``value`` as a tensor that fits ``beside``: itself, or a constant of its context; None if it cannot be one."""
+    """Return ``value`` as a tensor: itself, or a constant in the context of ``beside``; None if it cannot be one."""
     if isinstance(value, Tensor):
         return value
     array = np.asarray(value)
@@ -33,8 +33,8 @@ def as_tensor(value: Any, beside: Tensor) -> Any:
     return beside.context.constant(array, dtype)
 
 
-def _scalar(value: Any) -> float | None:
-    """``value`` as a float, if it is a plain number or an array of no axes."""
+def _as_number(value: Any) -> float | None:
+    """Return ``value`` as a float if it is a plain number or an array without axes, else None."""
     if isinstance(value, Tensor) or np.ndim(value):
         return None
     array = np.asarray(value)
@@ -45,34 +45,34 @@ def _broadcast(op: str, a: Tensor, b: Tensor) -> tuple[int, ...]:
     try:
         return np.broadcast_shapes(a.shape, b.shape)
     except ValueError:
-        raise fail(op, "shapes do not broadcast by numpy's rules", a=a, b=b) from None
+        raise op_error(op, "shapes do not broadcast by numpy's rules", a=a, b=b) from None
 
 
-def _padded(t: Tensor, ndim: int) -> Tensor:
-    """``t`` with axes of size 1 put before its own: the same memory, another number of axes."""
+def _with_axes(t: Tensor, ndim: int) -> Tensor:
+    """Return ``t`` with leading axes of size 1: the same memory with ``ndim`` axes."""
     return t if t.ndim == ndim else Tensor(t.context, t.ptr, ndim)
 
 
-def _stretched(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    t = _padded(t, len(shape))
+def _repeated(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    t = _with_axes(t, len(shape))
     return t if t.shape == shape else shapes.repeat(t, shape)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """``t`` with contiguous rows, copied if need be."""
+def _contiguous_rows(t: Tensor) -> Tensor:
+    """Return ``t`` if its rows are contiguous, else a contiguous copy."""
     return t if t.nb[0] == dtypes.type_size(t.dtype) else shapes.cont(t)
 
 
 def _arithmetic(op: str, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     shape = _broadcast(op, a, b)
     if op in ("add", "mul") and prod(b.shape) > prod(a.shape):
-        a, b = b, a  # the larger first: ggml repeats the second
-    return function(_rows(_stretched(a, shape)), _padded(b, len(shape)))
+        a, b = b, a  # ggml repeats the second operand, so the larger comes first
+    return function(_contiguous_rows(_repeated(a, shape)), _with_axes(b, len(shape)))
 
 
 def add(a: Tensor, b: Any) -> Any:
-    """``a + b``"""
-    number = _scalar(b)
+    """Compute ``a + b``."""
+    number = _as_number(b)
     if number is not None and a.dtype is Type.F32 and a.is_contiguous:
         return elementwise.scale_bias(a, 1.0, number)
     other = as_tensor(b, a)
@@ -80,9 +80,9 @@ def add(a: Tensor, b: Any) -> Any:
 
 
 def sub(a: Any, b: Any) -> Any:
-    """``a - b``, either of them a tensor."""
+    """Compute ``a - b``; one of them is a tensor."""
     tensor = a if isinstance(a, Tensor) else b
-    number = _scalar(b) if isinstance(a, Tensor) else _scalar(a)
+    number = _as_number(b) if isinstance(a, Tensor) else _as_number(a)
     if number is not None and tensor.dtype is Type.F32 and tensor.is_contiguous:
         if tensor is a:
             return elementwise.scale_bias(a, 1.0, -number)
@@ -92,8 +92,8 @@ def sub(a: Any, b: Any) -> Any:
 
 
 def mul(a: Tensor, b: Any) -> Any:
-    """``a * b``"""
-    number = _scalar(b)
+    """Compute ``a * b``."""
+    number = _as_number(b)
     if number is not None and a.dtype is Type.F32 and a.is_contiguous:
         return elementwise.scale(a, number)
     other = as_tensor(b, a)
@@ -101,9 +101,9 @@ def mul(a: Tensor, b: Any) -> Any:
 
 
 def div(a: Any, b: Any) -> Any:
-    """``a / b``, either of them a tensor."""
+    """Compute ``a / b``; one of them is a tensor."""
     tensor = a if isinstance(a, Tensor) else b
-    number = _scalar(b) if isinstance(a, Tensor) else None
+    number = _as_number(b) if isinstance(a, Tensor) else None
     if number and tensor.dtype is Type.F32 and tensor.is_contiguous:
         return elementwise.scale(tensor, 1.0 / number)
     x, y = as_tensor(a, tensor), as_tensor(b, tensor)
@@ -111,30 +111,30 @@ def div(a: Any, b: Any) -> Any:
 
 
 def neg(a: Tensor) -> Tensor:
-    """``-a``"""
-    return unary.neg(_rows(a))
+    """Compute ``-a``."""
+    return unary.neg(_contiguous_rows(a))
 
 
 def matmul(a: Any, b: Any) -> Any:
-    """``a @ b`` as numpy has it: vectors, matrices, and stacks of matrices that broadcast.
+    """Compute ``a @ b`` by numpy's rules: vectors, matrices, and stacks of matrices that broadcast.
 
-    ``x @ w.T`` reads ``w`` as it lies; other right-hand sides are transposed into a copy.
+    ``x @ w.T`` uses ``w`` without a copy; any other right-hand side is transposed into a copy.
     """
     tensor = a if isinstance(a, Tensor) else b
     x, y = as_tensor(a, tensor), as_tensor(b, tensor)
     if x is None or y is None:
         return NotImplemented
     if not x.ndim or not y.ndim:
-        raise fail("matmul", "a and b must have axes (multiply by numbers with *)", a=x, b=y)
+        raise op_error("matmul", "a and b must have axes (use * to multiply by a number)", a=x, b=y)
     left = shapes.reshape(_contiguous(x), (1, -1)) if x.ndim == 1 else x
     right = shapes.reshape(_contiguous(y), (-1, 1)) if y.ndim == 1 else y
     if left.shape[-1] != right.shape[-2]:
-        raise fail("matmul", "inner sizes differ", a=x, b=y)
-    turned = _turned(right)
-    batch = np.broadcast_shapes(left.shape[:-2], turned.shape[:-2]) if _batches_fit(left, turned) else None
+        raise op_error("matmul", "inner sizes differ", a=x, b=y)
+    turned = _swapped(right)
+    batch = np.broadcast_shapes(left.shape[:-2], turned.shape[:-2]) if _batches_broadcast(left, turned) else None
     if batch is None:
-        raise fail("matmul", "the stacks do not broadcast", a=x, b=y)
-    out = mul_mat(turned, _rows(_stretched(left, (*batch, *left.shape[-2:]))))
+        raise op_error("matmul", "the stacks do not broadcast", a=x, b=y)
+    out = mul_mat(turned, _contiguous_rows(_repeated(left, (*batch, *left.shape[-2:]))))
     shape = list(batch)
     if x.ndim > 1:
         shape.append(left.shape[-2])
@@ -143,7 +143,7 @@ def matmul(a: Any, b: Any) -> Any:
     return out if out.shape == tuple(shape) else shapes.reshape(out, shape)
 
 
-def _batches_fit(a: Tensor, b: Tensor) -> bool:
+def _batches_broadcast(a: Tensor, b: Tensor) -> bool:
     sizes = zip(a.shape[:-2][::-1], b.shape[:-2][::-1], strict=False)
     return all(m == n or m == 1 or n == 1 for m, n in sizes)
 
@@ -152,8 +152,8 @@ def _contiguous(t: Tensor) -> Tensor:
     return t if t.is_contiguous else shapes.cont(t)
 
 
-def _turned(t: Tensor) -> Tensor:
-    """The last two axes swapped, rows contiguous."""
+def _swapped(t: Tensor) -> Tensor:
+    """Return ``t`` with its last two axes swapped and contiguous rows."""
     if t.op is Op.TRANSPOSE:
         source = Tensor(t.context, t.ptr.src[0], t.ndim)
         if source.nb[0] == dtypes.type_size(source.dtype) and source.nb[0] <= source.nb[1]:
@@ -162,9 +162,9 @@ def _turned(t: Tensor) -> Tensor:
 
 
 def total(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
-    """Sum or mean over all elements, or along one axis."""
+    """Compute the sum or the mean over all elements, or along one axis."""
     if a.dtype is not Type.F32:
-        raise fail(op, "a must be F32", a=a)
+        raise op_error(op, "a must be F32", a=a)
     n = a.ndim
     if axis is None:
         out = reduce.sum(_contiguous(a))
@@ -176,18 +176,19 @@ def total(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
     axis %= n
     order = [i for i in range(n) if i != axis] + [axis]
     moved = a if axis == n - 1 else shapes.cont(shapes.permute(a, order))
-    out = (reduce.sum_rows if op == "sum" else reduce.mean)(_rows(moved))
+    out = (reduce.sum_rows if op == "sum" else reduce.mean)(_contiguous_rows(moved))
     shape = [1 if i == axis else m for i, m in enumerate(a.shape)]
     return shapes.reshape(out, shape if keepdims else [m for i, m in enumerate(a.shape) if i != axis])
 
 
 def item(a: Tensor, key: Any) -> Tensor:
-    """``a[key]`` by integers, slices and ``...``: a view.
+    """Return ``a[key]`` for integers, slices and ``...``: a view.
 
-    Steps are for all axes but the last. An integer on the last axis takes a copy, since ggml's rows have no gaps.
+    Steps are possible for all axes but the last. An integer on the last axis needs a copy, since ggml's rows have no
+    gaps.
     """
     sizes, strides = a.shape, a.nb[: a.ndim][::-1]
-    keys = _full_key(a, key)
+    keys = _expand_key(a, key)
     offset, shape, steps = 0, [], []
     for axis, k in enumerate(keys):
         n, stride = sizes[axis], strides[axis]
@@ -209,22 +210,22 @@ def item(a: Tensor, key: Any) -> Tensor:
         shape.append(count)
         steps.append(stride * step)
     if a.ndim and strides[-1] != dtypes.type_size(a.dtype):
-        raise fail("item", "the rows of a must be contiguous to be cut (use cont)", a=a)
+        raise op_error("item", "the rows of a must be contiguous for indexing (use cont)", a=a)
     out = shapes.view(a, shape, strides=steps, offset=offset)
     kept = [m for m, k in zip(shape, keys, strict=True) if isinstance(k, slice)]
     if len(kept) == len(shape):
         return out
     if keys and not isinstance(keys[-1], slice):
         return shapes.reshape(shapes.cont(out), kept)
-    # Axes of size 1 before the last: left out of the description, the memory stays as it is.
+    # Axes of size 1 before the last are dropped from the shape; the memory is the same.
     kept_steps = [s for s, k in zip(steps, keys, strict=True) if isinstance(k, slice)]
     return shapes.view(a, kept, strides=kept_steps, offset=offset)
 
 
-def _full_key(a: Tensor, key: Any) -> list[Any]:
+def _expand_key(a: Tensor, key: Any) -> list[Any]:
     keys = list(key) if isinstance(key, tuple) else [key]
     if any(k is None or isinstance(k, bool | list | np.ndarray | Tensor) for k in keys):
-        raise TypeError("tensors are indexed by integers, slices and ...; rows by number are get_rows(a, rows)")
+        raise TypeError("index tensors by integers, slices and ...; get_rows(a, rows) selects rows by number")
     dots = [i for i, k in enumerate(keys) if k is Ellipsis]
     missing = a.ndim - len(keys) + len(dots)
     if len(dots) > 1 or missing < 0:
@@ -234,5 +235,5 @@ def _full_key(a: Tensor, key: Any) -> list[Any]:
 
 
 def permuted(a: Tensor, axes: Sequence[int]) -> Tensor:
-    """``a`` with its axes in another order; all reversed for none."""
+    """Return ``a`` with its axes in another order; in reverse order if ``axes`` is empty."""
     return shapes.permute(a, axes or range(a.ndim)[::-1])

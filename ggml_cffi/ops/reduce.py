@@ -1,4 +1,4 @@
-"""Sums, means and positions."""
+"""Sums, means, and the position of the largest element."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ggml_cffi import c
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._check import contiguous_rows, fail, home
+from ggml_cffi.ops._operands import contiguous_rows, op_error, result_context
 
 __all__ = [
     "argmax",
@@ -21,23 +21,23 @@ __all__ = [
 
 
 def _along_rows(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype is not Type.F32 or not contiguous_rows(a):
-        raise fail(op, "a must be F32 with contiguous rows", a=a)
+        raise op_error(op, "a must be F32 with contiguous rows", a=a)
     return ctx.build(function, a.ndim, a.ptr)
 
 
 def sum(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """The sum of all elements, a scalar of shape ``()``. F32, contiguous. C: ``ggml_sum``."""
-    home("sum", a, ctx=ctx)
+    """Sum all elements; the result is a scalar of shape ``()``. F32, contiguous. C: ``ggml_sum``."""
+    result_context("sum", a, ctx=ctx)
     if not a.is_contiguous:  # GPUs would read the gaps too
-        raise fail("sum", "a must be F32 and contiguous (use cont)", a=a)
+        raise op_error("sum", "a must be F32 and contiguous (use cont)", a=a)
     out = _along_rows("sum", c.ggml_sum, a, ctx)
     return Tensor(out.context, out.ptr, 0)
 
 
 def sum_rows(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Sums along the last axis, which stays with size 1: ``a.sum(-1, keepdims=True)``. F32, contiguous rows.
+    """Sum along the last axis, which stays with size 1: ``a.sum(-1, keepdims=True)``. F32, contiguous rows.
 
     C: ``ggml_sum_rows``.
     """
@@ -45,7 +45,7 @@ def sum_rows(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def mean(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Means along the last axis, which stays with size 1: ``a.mean(-1, keepdims=True)``. F32, contiguous rows.
+    """Take the mean along the last axis, which stays with size 1: ``a.mean(-1, keepdims=True)``. F32, contiguous rows.
 
     C: ``ggml_mean``.
     """
@@ -53,12 +53,12 @@ def mean(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def cumsum(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Running sums along the last axis: ``a.cumsum(-1)``. F32, contiguous rows. C: ``ggml_cumsum``."""
+    """Compute cumulative sums along the last axis: ``a.cumsum(-1)``. F32, contiguous rows. C: ``ggml_cumsum``."""
     return _along_rows("cumsum", c.ggml_cumsum, a, ctx)
 
 
 def argmax(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """The position of the largest element of each row: ``a.argmax(-1)``, I32.
+    """Return the position of the largest element of each row: ``a.argmax(-1)``, I32.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def argmax(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_argmax``.
     """
-    ctx = home("argmax", a, ctx=ctx)
+    ctx = result_context("argmax", a, ctx=ctx)
     if a.dtype is not Type.F32 or a.ndim > 2 or not contiguous_rows(a) or not 0 < a.ne[0] < 2**31:
-        raise fail("argmax", "a must be an F32 matrix with contiguous rows that are not empty", a=a)
+        raise op_error("argmax", "a must be an F32 matrix with contiguous rows that are not empty", a=a)
     return ctx.build(c.ggml_argmax, max(a.ndim - 1, 0), a.ptr)

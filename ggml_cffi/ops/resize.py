@@ -1,4 +1,4 @@
-"""Other sizes of the same tensor, other places of its elements; ranges, constants and triangles."""
+"""Resampling, padding, shifting and triangles; ranges and constants."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.shapes import check_shape, ne_of
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import ScaleFlag, ScaleMode, TriType, Type
-from ggml_cffi.ops._args import GROUPS, INT_MAX, integer, real
-from ggml_cffi.ops._check import check_result, contiguous_rows, fail, home
-from ggml_cffi.ops._window import check_groups, check_sizes, check_start, is_contiguous, member
+from ggml_cffi.ops._operands import (
+    check_groups,
+    check_result,
+    check_sizes,
+    check_start,
+    contiguous_rows,
+    is_contiguous,
+    op_error,
+    result_context,
+)
+from ggml_cffi.ops._parameters import INT_MAX, MAX_GROUPS, check_integer, check_member, check_real
 
 __all__ = [
     "arange",
@@ -30,41 +38,41 @@ __all__ = [
     "upscale",
 ]
 
-_LONGEST = 2**22  # beyond, the single precision of the kernels finds rows that are not there
-_FARTHEST = 2**15 - 1  # what GPUs' roll has room for
+_LONGEST = 2**22  # with longer axes, the single precision of the kernels finds rows that do not exist
+_LONGEST_SHIFT = 2**15 - 1  # limit of the GPUs' kernel
 
 
 def _f32(op: str, a: Tensor) -> None:
     if a.dtype is not Type.F32:
-        raise fail(op, "a must be F32", a=a)
+        raise op_error(op, "a must be F32", a=a)
     check_sizes(op, a=a)
 
 
 def _check_ne(op: str, ne: Sequence[int], a: Tensor) -> None:
-    """Have a result fit what the kernels count elements with."""
+    """Raise ``ValueError`` unless the kernels can count the elements of a result."""
     check_result(op, tuple(ne))
     if np.prod(ne, dtype=object) > INT_MAX:
-        raise fail(op, "the result would have 2**31 elements or more", a=a)
+        raise op_error(op, "the result would have 2**31 elements or more", a=a)
 
 
 # ---------------------------------------------------------------------- interpolation
 
 
 def _interpolated(op: str, a: Tensor, ne: Sequence[int], mode: ScaleMode, flags: ScaleFlag) -> int:
-    """Check an interpolation; the number that C takes for its mode."""
-    kind = member(op, ScaleMode, mode)
-    bits = integer(op, "flags", flags, 0, ScaleFlag.ALIGN_CORNERS | ScaleFlag.ANTIALIAS)
+    """Check an interpolation, and return the number of its mode in C."""
+    kind = check_member(op, ScaleMode, mode)
+    bits = check_integer(op, "flags", flags, 0, ScaleFlag.ALIGN_CORNERS | ScaleFlag.ANTIALIAS)
     if bits & 0xFF:
         raise ValueError(f"{op}: flags must be of ScaleFlag, not {flags!r}")
     if bits & ScaleFlag.ANTIALIAS and kind is not ScaleMode.BILINEAR:
-        raise ValueError(f"{op}: ggml has ANTIALIAS for BILINEAR only")
-    if bits & ScaleFlag.ALIGN_CORNERS and kind is ScaleMode.NEAREST:  # single precision cuts whole numbers
-        raise ValueError(f"{op}: ALIGN_CORNERS means nothing to NEAREST")
-    if bits & ScaleFlag.ANTIALIAS and bits & ScaleFlag.ALIGN_CORNERS:  # the filter misses the pixel to the right
+        raise ValueError(f"{op}: ggml supports ANTIALIAS with BILINEAR only")
+    if bits & ScaleFlag.ALIGN_CORNERS and kind is ScaleMode.NEAREST:  # single precision rounds whole numbers down
+        raise ValueError(f"{op}: ALIGN_CORNERS has no meaning for NEAREST")
+    if bits & ScaleFlag.ANTIALIAS and bits & ScaleFlag.ALIGN_CORNERS:  # ggml's filter misses the pixel to the right
         raise ValueError(f"{op}: ggml's ANTIALIAS is wrong with ALIGN_CORNERS")
     _f32(op, a)
     if min(ne) < 1 or max(*ne, *a.ne) > _LONGEST:
-        raise fail(op, f"sizes must be 1 to {_LONGEST}, before and after", a=a)
+        raise op_error(op, f"sizes must be 1 to {_LONGEST}, before and after", a=a)
     _check_ne(op, ne, a)
     return int(kind) | int(bits)
 
@@ -77,22 +85,22 @@ def interpolate(
     *,
     ctx: Context | None = None,
 ) -> Tensor:
-    """``a`` resampled to another shape.
+    """Resample ``a`` to another shape.
 
-    The last two axes are interpolated; along others the element before is taken.
+    The last two axes are interpolated. Along the other axes the result takes the previous element.
 
     Parameters
     ----------
     a
         F32.
     shape
-        As many sizes as ``a`` has axes.
+        One size per axis of ``a``.
     mode
-        ``NEAREST`` takes element ``floor(i * old / new)``; ``BILINEAR`` and ``BICUBIC`` (with -0.75) go between the
-        centres of elements.
+        ``NEAREST`` takes element ``floor(i * old / new)``; ``BILINEAR`` and ``BICUBIC`` (with -0.75) interpolate
+        between the centres of elements.
     flags
-        ``ALIGN_CORNERS``: the first and the last elements stay where they are. ``ANTIALIAS``, of ``BILINEAR`` alone:
-        a wider filter where the result is smaller.
+        ``ALIGN_CORNERS`` keeps the first and the last elements in their places. ``ANTIALIAS``, for ``BILINEAR`` only,
+        widens the filter if the result is smaller.
 
     Raises
     ------
@@ -101,17 +109,17 @@ def interpolate(
 
     C: ``ggml_interpolate``. Source: Keys, Cubic convolution interpolation for digital image processing, 1981.
     """
-    ctx = home("interpolate", a, ctx=ctx)
+    ctx = result_context("interpolate", a, ctx=ctx)
     sizes = check_shape(shape)
     if len(sizes) != a.ndim:
-        raise fail("interpolate", f"{sizes} has another number of axes", a=a)
+        raise op_error("interpolate", f"{sizes} has a different number of axes", a=a)
     ne = ne_of(sizes)
     bits = _interpolated("interpolate", a, ne, mode, flags)  # type: ignore[arg-type]
     return ctx.build(c.ggml_interpolate, a.ndim, a.ptr, *ne, bits)
 
 
 def upscale(a: Tensor, factor: int, mode: ScaleMode = ScaleMode.NEAREST, *, ctx: Context | None = None) -> Tensor:
-    """The last two axes ``factor`` times as long, as :func:`interpolate`.
+    """Enlarge the last two axes by ``factor``, as :func:`interpolate` does.
 
     Parameters
     ----------
@@ -129,8 +137,8 @@ def upscale(a: Tensor, factor: int, mode: ScaleMode = ScaleMode.NEAREST, *, ctx:
 
     C: ``ggml_upscale``.
     """
-    ctx = home("upscale", a, ctx=ctx)
-    n = integer("upscale", "factor", factor, 2)
+    ctx = result_context("upscale", a, ctx=ctx)
+    n = check_integer("upscale", "factor", factor, 2)
     bits = _interpolated("upscale", a, (a.ne[0] * n, a.ne[1] * n, *a.ne[2:]), mode, ScaleFlag(0))
     return ctx.build(c.ggml_upscale, max(a.ndim, 2), a.ptr, n, bits)
 
@@ -139,24 +147,24 @@ def upscale(a: Tensor, factor: int, mode: ScaleMode = ScaleMode.NEAREST, *, ctx:
 
 
 def _pair(op: str, value: Any) -> tuple[int, int]:
-    """Elements before and after."""
+    """Return the numbers of elements before and after an axis."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        n = integer(op, "pad_width", value, 0)
+        n = check_integer(op, "pad_width", value, 0)
         return n, n
     if len(value) != 2:
         raise ValueError(f"{op}: pad_width is an integer or (before, after), not {value!r}")
-    return integer(op, "pad_width", value[0], 0), integer(op, "pad_width", value[1], 0)
+    return check_integer(op, "pad_width", value[0], 0), check_integer(op, "pad_width", value[1], 0)
 
 
 def _widths(op: str, a: Tensor, pad_width: Any) -> list[tuple[int, int]]:
-    """Elements before and after each of the four axes, in ggml's order."""
+    """Return the numbers of elements before and after each of the four axes, in ggml's order."""
     given = pad_width
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not any(_is_pair(v) for v in given):
         pairs = [_pair(op, given)] * a.ndim
     elif len(given) == a.ndim:
         pairs = [_pair(op, v) for v in given]
     else:
-        raise fail(op, f"pad_width {given!r} is no pair for each axis", a=a)
+        raise op_error(op, f"pad_width {given!r} needs one pair per axis", a=a)
     widths = [*reversed(pairs), *[(0, 0)] * (4 - a.ndim)]
     _check_ne(op, [n + before + after for n, (before, after) in zip(a.ne, widths, strict=True)], a)
     return widths
@@ -167,14 +175,14 @@ def _is_pair(value: Any) -> bool:
 
 
 def pad(a: Tensor, pad_width: int | Sequence[int] | Sequence[Sequence[int]], *, ctx: Context | None = None) -> Tensor:
-    """``a`` with zeros around it, as ``numpy.pad(a, pad_width)``.
+    """Pad ``a`` with zeros, as ``numpy.pad(a, pad_width)`` does.
 
     Parameters
     ----------
     a
         F32.
     pad_width
-        One number for all sides, ``(before, after)`` for all axes, or such a pair for each.
+        One number for all sides, one pair ``(before, after)`` for all axes, or one pair per axis.
 
     Raises
     ------
@@ -183,7 +191,7 @@ def pad(a: Tensor, pad_width: int | Sequence[int] | Sequence[Sequence[int]], *, 
 
     C: ``ggml_pad``, ``ggml_pad_ext``.
     """
-    ctx = home("pad", a, ctx=ctx)
+    ctx = result_context("pad", a, ctx=ctx)
     _f32("pad", a)
     widths = _widths("pad", a, pad_width)
     return ctx.build(c.ggml_pad_ext, a.ndim, a.ptr, *(n for pair in widths for n in pair))
@@ -192,14 +200,14 @@ def pad(a: Tensor, pad_width: int | Sequence[int] | Sequence[Sequence[int]], *, 
 def pad_circular(
     a: Tensor, pad_width: int | Sequence[int] | Sequence[Sequence[int]], *, ctx: Context | None = None
 ) -> Tensor:
-    """``a`` continued around itself, as ``numpy.pad(a, pad_width, mode="wrap")``.
+    """Pad ``a`` with elements from its other end, as ``numpy.pad(a, pad_width, mode="wrap")`` does.
 
     Parameters
     ----------
     a
         F32.
     pad_width
-        As for :func:`pad`; before an axis at most its size.
+        As for :func:`pad`; the padding before an axis is at most the size of the axis.
 
     Raises
     ------
@@ -208,16 +216,16 @@ def pad_circular(
 
     C: ``ggml_pad_circular``, ``ggml_pad_ext_circular``.
     """
-    ctx = home("pad_circular", a, ctx=ctx)
+    ctx = result_context("pad_circular", a, ctx=ctx)
     _f32("pad_circular", a)
     widths = _widths("pad_circular", a, pad_width)
     if any(before > n for n, (before, _) in zip(a.ne, widths, strict=True)):
-        raise fail("pad_circular", "an axis takes no more elements before it than it has", a=a)
+        raise op_error("pad_circular", "the padding before an axis must not exceed its size", a=a)
     return ctx.build(c.ggml_pad_ext_circular, a.ndim, a.ptr, *(n for pair in widths for n in pair))
 
 
 def pad_reflect_1d(a: Tensor, pad_width: int | Sequence[int], *, ctx: Context | None = None) -> Tensor:
-    """The last axis continued by its mirror image, as ``numpy.pad(..., mode="reflect")``.
+    """Pad the last axis with its mirror image, as ``numpy.pad(..., mode="reflect")`` does.
 
     Parameters
     ----------
@@ -233,32 +241,32 @@ def pad_reflect_1d(a: Tensor, pad_width: int | Sequence[int], *, ctx: Context | 
 
     C: ``ggml_pad_reflect_1d``.
     """
-    ctx = home("pad_reflect_1d", a, ctx=ctx)
+    ctx = result_context("pad_reflect_1d", a, ctx=ctx)
     before, after = _pair("pad_reflect_1d", pad_width)
     if a.dtype is not Type.F32 or not is_contiguous(a):
-        raise fail("pad_reflect_1d", "a must be contiguous F32 (use cont)", a=a)
+        raise op_error("pad_reflect_1d", "a must be contiguous F32 (use cont)", a=a)
     check_sizes("pad_reflect_1d", a=a)
     if max(before, after) >= a.ne[0]:
-        raise fail("pad_reflect_1d", "the last axis must be longer than what is put before and after it", a=a)
+        raise op_error("pad_reflect_1d", "the last axis must be longer than the padding before and after it", a=a)
     _check_ne("pad_reflect_1d", (a.ne[0] + before + after, *a.ne[1:]), a)
     return ctx.build(c.ggml_pad_reflect_1d, max(a.ndim, 1), a.ptr, before, after)
 
 
-# ---------------------------------------------------------------------- other places, parts
+# ---------------------------------------------------------------------- shifts and triangles
 
 
 def roll(a: Tensor, shift: int | Sequence[int], axis: int | Sequence[int], *, ctx: Context | None = None) -> Tensor:
-    """Elements moved along axes; those beyond the end come in at the start. As ``numpy.roll(a, shift, axis)``.
+    """Shift elements along axes; those beyond one end return at the other, as ``numpy.roll(a, shift, axis)`` does.
 
     Parameters
     ----------
     a
         F32, contiguous rows.
     shift
-        Places to move by, negative ones towards the start; one for each of ``axis``, or one for all. At most 32767
-        either way round.
+        Distance of the shift, negative towards the start: one for each of ``axis``, or one for all. At most 32767 in
+        the shorter direction.
     axis
-        An axis or several.
+        One axis or several.
 
     Raises
     ------
@@ -268,10 +276,10 @@ def roll(a: Tensor, shift: int | Sequence[int], axis: int | Sequence[int], *, ct
     C: ``ggml_roll``.
     """
     op = "roll"
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     many = [isinstance(v, Sequence) and not isinstance(v, str | bytes) for v in (shift, axis)]
     given = list(axis) if many[1] else [axis]  # type: ignore[arg-type]
-    axes = [integer(op, "axis", i, -a.ndim, a.ndim - 1) for i in given]
+    axes = [check_integer(op, "axis", i, -a.ndim, a.ndim - 1) for i in given]
     shifts = list(shift) if many[0] else [shift] * len(axes)  # type: ignore[arg-type]
     if many[0] and not many[1]:
         axes *= len(shifts)
@@ -279,26 +287,26 @@ def roll(a: Tensor, shift: int | Sequence[int], axis: int | Sequence[int], *, ct
         raise ValueError(f"{op}: {len(shifts)} shifts for {len(axes)} axes")
     _f32(op, a)
     if not contiguous_rows(a):
-        raise fail(op, "the rows of a must be contiguous (use cont)", a=a)
+        raise op_error(op, "the rows of a must be contiguous (use cont)", a=a)
     total = [0, 0, 0, 0]
     for n, i in zip(shifts, axes, strict=True):
-        total[a.ndim - 1 - i % a.ndim] += integer(op, "shift", n, -INT_MAX)
+        total[a.ndim - 1 - i % a.ndim] += check_integer(op, "shift", n, -INT_MAX)
     for i, n in enumerate(a.ne):
-        total[i] = (total[i] + n // 2) % n - n // 2  # the shorter way round
-        if abs(total[i]) > _FARTHEST:
-            raise fail(op, f"a shift by {total[i]} is more than {_FARTHEST}", a=a)
+        total[i] = (total[i] + n // 2) % n - n // 2  # a shift in the shorter direction
+        if abs(total[i]) > _LONGEST_SHIFT:
+            raise op_error(op, f"a shift by {total[i]} is more than {_LONGEST_SHIFT}", a=a)
     return ctx.build(c.ggml_roll, a.ndim, a.ptr, *total)
 
 
 def tri(a: Tensor, kind: TriType, *, ctx: Context | None = None) -> Tensor:
-    """One triangle of each matrix, zeros in the other, as ``numpy.tril`` and ``numpy.triu``.
+    """Keep one triangle of each matrix, and zero the other, as ``numpy.tril`` and ``numpy.triu`` do.
 
     Parameters
     ----------
     a
         ``(..., n, n)``, contiguous F32.
     kind
-        ``LOWER_DIAG`` is ``tril``, ``UPPER_DIAG`` is ``triu``; ``LOWER`` and ``UPPER`` leave the diagonal out.
+        ``LOWER_DIAG`` is ``tril``, ``UPPER_DIAG`` is ``triu``; ``LOWER`` and ``UPPER`` exclude the diagonal.
 
     Raises
     ------
@@ -307,24 +315,24 @@ def tri(a: Tensor, kind: TriType, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_tri``.
     """
-    ctx = home("tri", a, ctx=ctx)
-    which = member("tri", TriType, kind)
+    ctx = result_context("tri", a, ctx=ctx)
+    triangle = check_member("tri", TriType, kind)
     if a.dtype is not Type.F32 or not is_contiguous(a) or a.ne[0] != a.ne[1]:
-        raise fail("tri", "a must be contiguous F32 (use cont), its matrices square", a=a)
+        raise op_error("tri", "a must be contiguous F32 (use cont), its matrices square", a=a)
     check_sizes("tri", a=a)
-    return ctx.build(c.ggml_tri, a.ndim, a.ptr, which)
+    return ctx.build(c.ggml_tri, a.ndim, a.ptr, triangle)
 
 
 # ---------------------------------------------------------------------- constants
 
 
 def _fill(op: str, function: Callable[..., Any], a: Tensor, value: float, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
-    x = real(op, "value", value, infinite=True)
+    ctx = result_context(op, a, ctx=ctx)
+    x = check_real(op, "value", value, infinite=True)
     if a.dtype not in (Type.F32, Type.F16) or not is_contiguous(a):
-        raise fail(op, "a must be contiguous F32 or F16", a=a)
+        raise op_error(op, "a must be contiguous F32 or F16", a=a)
     if a.dtype is Type.F16 and 65520 <= abs(x) < float("inf"):
-        raise fail(op, f"F16 cannot hold {x}", a=a)
+        raise op_error(op, f"F16 cannot hold {x}", a=a)
     check_groups(op, "elements", a.size, 512)
     if op == "fill_inplace":
         check_start(op, a=a)
@@ -332,14 +340,14 @@ def _fill(op: str, function: Callable[..., Any], a: Tensor, value: float, ctx: C
 
 
 def fill(a: Tensor, value: float, *, ctx: Context | None = None) -> Tensor:
-    """A tensor of ``a``'s shape and type, of one value, as ``numpy.full_like``.
+    """Create a tensor of ``a``'s shape and type with one value everywhere, as ``numpy.full_like`` does.
 
     Parameters
     ----------
     a
-        Contiguous F32 or F16, of at most 33,553,920 elements: more are not safe on all GPUs.
+        Contiguous F32 or F16, of at most 33,553,920 elements, the limit of some GPUs.
     value
-        May be infinite.
+        A number, possibly infinite.
 
     Raises
     ------
@@ -352,21 +360,21 @@ def fill(a: Tensor, value: float, *, ctx: Context | None = None) -> Tensor:
 
 
 def fill_inplace(a: Tensor, value: float, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`fill`, written over ``a``. C: ``ggml_fill_inplace``."""
+    """Compute :func:`fill` in place: write the result over ``a``. C: ``ggml_fill_inplace``."""
     return _fill("fill_inplace", c.ggml_fill_inplace, a, value, ctx)
 
 
 def arange(start: float, stop: float | None = None, step: float = 1.0, *, ctx: Context) -> Tensor:
-    """``start, start + step, ...`` up to but without ``stop``, as ``numpy.arange``, in F32.
+    """Create ``start, start + step, ...`` up to but without ``stop``, as ``numpy.arange`` does, in F32.
 
     Parameters
     ----------
     start, stop
-        With one of them, from 0 to it. ``stop`` is above ``start``.
+        Limits, with ``stop`` above ``start``. A single number is the stop of a range from 0.
     step
-        Above 0. The length, ``ceil((stop - start) / step)``, is counted in F32 too.
+        Distance of the elements, above 0. The length, ``ceil((stop - start) / step)``, is computed in F32 too.
     ctx
-        Context of the result; there are no operands that it could come from.
+        Context of the result, required because there are no operands.
 
     Raises
     ------
@@ -376,22 +384,22 @@ def arange(start: float, stop: float | None = None, step: float = 1.0, *, ctx: C
     C: ``ggml_arange``.
     """
     if ctx is None:
-        raise TypeError("arange: ctx is needed, there are no operands")
-    ctx = home("arange", ctx=ctx)
+        raise TypeError("arange: ctx is required, since there are no operands")
+    ctx = result_context("arange", ctx=ctx)
     ends = (0.0, start) if stop is None else (start, stop)
-    first, last = (np.float32(real("arange", name, x)) for name, x in zip(("start", "stop"), ends, strict=True))
-    by = np.float32(real("arange", "step", step))
+    first, last = (np.float32(check_real("arange", name, x)) for name, x in zip(("start", "stop"), ends, strict=True))
+    by = np.float32(check_real("arange", "step", step))
     if not (last > first and by > 0):
         raise ValueError(f"arange: stop must be above start and step above 0, not {first}, {last}, {by}")
     with np.errstate(over="ignore", under="ignore"):
         count = np.ceil((last - first) / by)
-    if not 1 <= count <= GROUPS * 512:
-        raise ValueError(f"arange: at most {GROUPS * 512} elements, and one at least, not {count}")
+    if not 1 <= count <= MAX_GROUPS * 512:
+        raise ValueError(f"arange: the number of elements must be 1 to {MAX_GROUPS * 512}, not {count}")
     return ctx.build(c.ggml_arange, 1, float(first), float(last), float(by))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, *, ctx: Context | None = None) -> Tensor:
-    """Cosines, then sines, of each time at ``dim // 2`` frequencies from 1 down to almost ``1 / max_period``.
+    """Embed times as cosines, then sines, at ``dim // 2`` frequencies from 1 down to almost ``1 / max_period``.
 
     ``cos(t * max_period**(-i / (dim // 2)))``
 
@@ -400,9 +408,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, *, 
     timesteps
         ``(n,)``, F32.
     dim
-        Size of an embedding. The last element of an odd one is 0.
+        Size of an embedding. If it is odd, the last element is 0.
     max_period
-        1 or more.
+        Longest period, at least 1.
 
     Returns
     -------
@@ -418,10 +426,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000, *, 
     diffusion probabilistic models, 2020.
     """
     op = "timestep_embedding"
-    ctx = home(op, timesteps, ctx=ctx)
-    n, period = integer(op, "dim", dim, 2, GROUPS * 256), integer(op, "max_period", max_period, 1)
+    ctx = result_context(op, timesteps, ctx=ctx)
+    n, period = check_integer(op, "dim", dim, 2, MAX_GROUPS * 256), check_integer(op, "max_period", max_period, 1)
     if timesteps.dtype is not Type.F32 or not contiguous_rows(timesteps) or timesteps.ne[1:] != (1, 1, 1):
-        raise fail(op, "timesteps must be an F32 vector", timesteps=timesteps)
+        raise op_error(op, "timesteps must be an F32 vector", timesteps=timesteps)
     check_sizes(op, timesteps=timesteps)
     check_start(op, timesteps=timesteps)
     check_groups(op, "times", timesteps.ne[0])

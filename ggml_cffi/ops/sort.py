@@ -1,4 +1,4 @@
-"""Sorting rows, by number."""
+"""Order of the elements in rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ggml_cffi import c
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import SortOrder, Type
-from ggml_cffi.ops._args import integer
-from ggml_cffi.ops._check import check_result, fail, home
+from ggml_cffi.ops._operands import check_result, op_error, result_context
+from ggml_cffi.ops._parameters import check_integer
 
 __all__ = [
     "argsort",
@@ -22,24 +22,24 @@ __all__ = [
 
 def _check(op: str, a: Tensor) -> None:
     if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise fail(op, "a must be contiguous F32 (use cont)", a=a)
+        raise op_error(op, "a must be contiguous F32 (use cont)", a=a)
     n = a.ne[0]
-    # ggml's Vulkan code finds the next power of two in single precision, and loses elements where that is rounded.
+    # ggml's Vulkan code computes the next power of two in single precision, and loses elements if it rounds down.
     if n > 2**31 - 1 or (n > 2**20 and 2 ** ceil(np.log2(np.float32(n)) - np.float32(4e-6)) < n):
-        raise fail(op, f"rows of {n} cannot be sorted", a=a)
+        raise op_error(op, f"rows of {n} elements are too long to be sorted", a=a)
 
 
 def argsort(a: Tensor, order: SortOrder = SortOrder.ASC, *, ctx: Context | None = None) -> Tensor:
-    """The numbers of the elements of each row in the order of their values, as ``numpy.argsort``. Not stable.
+    """Return the positions of each row's elements in the order of their values, as ``numpy.argsort`` does. Not stable.
 
-    The result may serve as row numbers of :func:`get_rows` and others.
+    The result can be the row numbers of :func:`get_rows` and other operations.
 
     Parameters
     ----------
     a
         Contiguous F32.
     order
-        ``SortOrder.ASC``, the smallest first, or ``DESC``.
+        ``SortOrder.ASC`` (the smallest first) or ``DESC``.
 
     Returns
     -------
@@ -53,23 +53,24 @@ def argsort(a: Tensor, order: SortOrder = SortOrder.ASC, *, ctx: Context | None 
 
     C: ``ggml_argsort``.
     """
-    ctx = home("argsort", a, ctx=ctx)
+    ctx = result_context("argsort", a, ctx=ctx)
     _check("argsort", a)
     check_result("argsort", a.ne)
     return ctx.build(c.ggml_argsort, a.ndim, a.ptr, SortOrder(order))
 
 
 def argsort_top_k(a: Tensor, k: int, *, ctx: Context | None = None) -> Tensor:
-    """The numbers of the ``k`` largest elements of each row, the largest first: a view of a whole :func:`argsort`.
+    """Return the positions of the ``k`` largest elements of each row, the largest first: a view of a whole
+    :func:`argsort`.
 
-    The result may serve as row numbers of :func:`get_rows` and others.
+    The result can be the row numbers of :func:`get_rows` and other operations.
 
     Parameters
     ----------
     a
         ``(..., n)``, contiguous F32.
     k
-        1 to ``n``.
+        Number of positions, 1 to ``n``.
 
     Returns
     -------
@@ -83,28 +84,28 @@ def argsort_top_k(a: Tensor, k: int, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_argsort_top_k``.
     """
-    ctx = home("argsort_top_k", a, ctx=ctx)
+    ctx = result_context("argsort_top_k", a, ctx=ctx)
     _check("argsort_top_k", a)
-    k = integer("argsort_top_k", "k", k, 1, max(a.ne[0], 1))
+    k = check_integer("argsort_top_k", "k", k, 1, max(a.ne[0], 1))
     if not a.ne[0]:
-        raise fail("argsort_top_k", "the rows of a are empty", a=a)
+        raise op_error("argsort_top_k", "the rows of a are empty", a=a)
     return ctx.build(c.ggml_argsort_top_k, a.ndim, a.ptr, k, n=2)
 
 
 def top_k(a: Tensor, k: int, *, ctx: Context | None = None) -> Tensor:
-    """The numbers of the ``k`` largest elements of each row, in no order; faster than sorting.
+    """Return the positions of the ``k`` largest elements of each row, in no order; faster than sorting.
 
-    Parameters and errors as :func:`argsort_top_k`. The values should be numbers: with infinities or NaN among them
-    GPUs may name others. So the result cannot serve as row numbers; that of :func:`argsort_top_k` can.
+    Parameters and errors as for :func:`argsort_top_k`. The values should be finite: with infinities or NaN, GPUs may
+    return wrong positions. So the result cannot be row numbers; that of :func:`argsort_top_k` can.
 
     C: ``ggml_top_k``.
     """
-    ctx = home("top_k", a, ctx=ctx)
+    ctx = result_context("top_k", a, ctx=ctx)
     _check("top_k", a)
-    k = integer("top_k", "k", k, 1, max(a.ne[0], 1))
+    k = check_integer("top_k", "k", k, 1, max(a.ne[0], 1))
     if not a.ne[0]:
-        raise fail("top_k", "the rows of a are empty", a=a)
+        raise op_error("top_k", "the rows of a are empty", a=a)
     if k == 1:
-        # ggml's Vulkan kernel compares bits here, by which -2 is larger than -1.
+        # ggml's Vulkan kernel compares bits, so -2 counts as larger than -1.
         return argsort_top_k(a, 1, ctx=ctx)
     return ctx.build(c.ggml_top_k, a.ndim, a.ptr, k)

@@ -1,4 +1,4 @@
-"""Copies, and writing over a part of a tensor."""
+"""Copies, and writes over a part of a tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import INTEGERS, is_quantized, type_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._args import GROUPS, INT_MAX, encodes, integer
-from ggml_cffi.ops._check import FLOATS, check_separate, contiguous_rows, fail, home
+from ggml_cffi.ops._operands import FLOATS, check_separate, contiguous_rows, encodes, op_error, result_context
+from ggml_cffi.ops._parameters import INT_MAX, MAX_GROUPS, check_integer
 
 __all__ = [
     "acc",
@@ -27,41 +27,41 @@ _PLAIN = FLOATS | {Type.I32}
 
 
 def _check_target(op: str, a: Tensor, b: Tensor) -> None:
-    """What is written in place must not be row numbers, now or later, nor overlap with what is read."""
+    """Raise ``ValueError`` if the target may hold row numbers, or overlaps with the source."""
     if a.dtype in INTEGERS:
-        raise fail(op, "integers cannot be written in place: they may be row numbers, which are checked when set", a=a)
-    start, other = a._offset(), b._offset()
-    if a._root() == b._root() and start < other + b.nbytes and other < start + a.nbytes:
-        raise fail(op, "a and b overlap in memory", a=a, b=b)
+        raise op_error(op, "integers, which may be checked row numbers, cannot be written in place", a=a)
+    start, other = a.memory_offset(), b.memory_offset()
+    if a.memory_root() == b.memory_root() and start < other + b.nbytes and other < start + a.nbytes:
+        raise op_error(op, "a and b overlap in memory", a=a, b=b)
     check_separate(op, a)
 
 
 def _window(
     op: str, a: Tensor, b: Tensor, strides: Sequence[int] | None, offset: int, largest: int
 ) -> tuple[int, int, int, int]:
-    """The strides and the offset, in C's order, at which ``b`` lies in ``a``."""
+    """Return the strides and the offset of ``b`` in ``a``, in C's order."""
     unit, bn = type_size(a.dtype), b.ne
-    offset = integer(op, "offset", offset, 0, largest)
+    offset = check_integer(op, "offset", offset, 0, largest)
     if not b.size:
-        raise fail(op, "b has no elements", a=a, b=b)
+        raise op_error(op, "b has no elements", a=a, b=b)
     given = list(a.nb)
     if strides is not None:
         if len(strides) != b.ndim:
-            raise fail(op, f"strides {tuple(strides)} do not fit the axes of b", a=a, b=b)
-        given[: b.ndim] = [integer(op, "strides", s, 0, 2**62) for s in reversed(strides)]
+            raise op_error(op, f"strides {tuple(strides)} do not fit the axes of b", a=a, b=b)
+        given[: b.ndim] = [check_integer(op, "strides", s, 0, 2**62) for s in reversed(strides)]
         if b.ndim and given[0] != unit and bn[0] > 1:
-            raise fail(op, f"the last axis must be contiguous: its stride is {unit} bytes, not {given[0]}", a=a, b=b)
+            raise op_error(op, f"the last axis must be contiguous, with a stride of {unit}, not {given[0]}", a=a, b=b)
     nb, end = [unit], bn[0] * unit
     for n, stride in zip(bn[1:], given[1:], strict=True):
-        # ggml's Vulkan kernel finds the place in b by dividing: each stride must span all that is inside.
+        # ggml's Vulkan kernel divides by the strides to find the place in b, so each must span the axes inside.
         nb.append(stride if n > 1 else end)
         if nb[-1] < end or nb[-1] % unit:
-            raise fail(op, f"strides {tuple(given[:4])[: max(b.ndim, 1)][::-1]} would mix the axes of b", a=a, b=b)
+            raise op_error(op, f"strides {tuple(given[:4])[: max(b.ndim, 1)][::-1]} mix the axes of b", a=a, b=b)
         end += (n - 1) * nb[-1]
     if offset % unit or offset + end > a.nbytes:
-        raise fail(op, f"bytes {offset} to {offset + end} are not elements of a, which has {a.nbytes} bytes", a=a, b=b)
-    if max(nb) > INT_MAX or a.size > GROUPS * 512:
-        raise fail(op, f"a has more than {GROUPS * 512} elements, or strides of 2**31 bytes or more", a=a, b=b)
+        raise op_error(op, f"bytes {offset} to {offset + end} are outside a, which has {a.nbytes} bytes", a=a, b=b)
+    if max(nb) > INT_MAX or a.size > MAX_GROUPS * 512:
+        raise op_error(op, f"a has more than {MAX_GROUPS * 512} elements, or strides of 2**31 bytes or more", a=a, b=b)
     return nb[1], nb[2], nb[3], offset
 
 
@@ -74,11 +74,11 @@ def _acc(
     offset: int,
     ctx: Context | None,
 ) -> Tensor:
-    ctx = home(op, a, b, ctx=ctx)
+    ctx = result_context(op, a, b, ctx=ctx)
     if a.dtype is not Type.F32 or b.dtype is not Type.F32:
-        raise fail(op, "a and b must be F32", a=a, b=b)
+        raise op_error(op, "a and b must be F32", a=a, b=b)
     if not a.is_contiguous or not contiguous_rows(b):
-        raise fail(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
+        raise op_error(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
     window = _window(op, a, b, strides, offset, INT_MAX)
     if op.endswith("_inplace"):
         _check_target(op, a, b)
@@ -88,7 +88,7 @@ def _acc(
 def acc(
     a: Tensor, b: Tensor, *, strides: Sequence[int] | None = None, offset: int = 0, ctx: Context | None = None
 ) -> Tensor:
-    """``a`` with ``b`` added to a part of it: ``out = a.copy(); out[part] += b``.
+    """Add ``b`` to a part of ``a``: ``out = a.copy(); out[part] += b``.
 
     Parameters
     ----------
@@ -97,10 +97,10 @@ def acc(
     b
         F32 with contiguous rows.
     strides
-        Bytes in ``a`` from one element of ``b`` to the next along each axis of ``b``; default ``a``'s own, so that
-        the last axes of both are the same. The last axis is contiguous, and each stride spans the axes after it.
+        Bytes in ``a`` from one element of ``b`` to the next along each axis of ``b``. Default: the strides of ``a``,
+        for the last axes. The last axis is contiguous, and each stride spans the axes after it.
     offset
-        Bytes from the start of ``a`` to where the first element of ``b`` goes.
+        Bytes from the start of ``a`` to the first element of the part.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def acc(
 def acc_inplace(
     a: Tensor, b: Tensor, *, strides: Sequence[int] | None = None, offset: int = 0, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`acc`, written over ``a``. C: ``ggml_acc_inplace``."""
+    """Compute :func:`acc` in place: write the result over ``a``. C: ``ggml_acc_inplace``."""
     return _acc("acc_inplace", c.ggml_acc_inplace, a, b, strides, offset, ctx)
 
 
@@ -133,11 +133,11 @@ def _set(
     offset: int,
     ctx: Context | None,
 ) -> Tensor:
-    ctx = home(op, a, b, ctx=ctx)
+    ctx = result_context(op, a, b, ctx=ctx)
     if a.dtype not in (Type.F32, Type.I32) or a.dtype is not b.dtype:
-        raise fail(op, "a and b must both be F32 or both I32", a=a, b=b)
+        raise op_error(op, "a and b must both be F32 or both I32", a=a, b=b)
     if not a.is_contiguous or not contiguous_rows(b):
-        raise fail(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
+        raise op_error(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
     window = _window(op, a, b, strides, offset, 2**30 - 1)
     if op.endswith("_inplace"):
         _check_target(op, a, b)
@@ -147,9 +147,9 @@ def _set(
 def set(
     a: Tensor, b: Tensor, *, strides: Sequence[int] | None = None, offset: int = 0, ctx: Context | None = None
 ) -> Tensor:
-    """``a`` with ``b`` in place of a part of it: ``out = a.copy(); out[part] = b``.
+    """Replace a part of ``a`` by ``b``: ``out = a.copy(); out[part] = b``.
 
-    Parameters and errors as :func:`acc`; ``a`` and ``b`` may both be I32 too, and ``offset`` is below 2**30.
+    Parameters and errors as for :func:`acc`. ``a`` and ``b`` may also both be I32; ``offset`` is below 2**30.
 
     C: ``ggml_set``, ``ggml_set_1d``, ``ggml_set_2d``.
     """
@@ -159,7 +159,7 @@ def set(
 def set_inplace(
     a: Tensor, b: Tensor, *, strides: Sequence[int] | None = None, offset: int = 0, ctx: Context | None = None
 ) -> Tensor:
-    """As :func:`set`, F32 only, written over ``a``.
+    """Compute :func:`set` in place, F32 only: write the result over ``a``.
 
     C: ``ggml_set_inplace``, ``ggml_set_1d_inplace``, ``ggml_set_2d_inplace``.
     """
@@ -167,16 +167,16 @@ def set_inplace(
 
 
 def cpy(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """``b[...] = a``: writes ``a`` over ``b``, cast to its type, and returns a view of ``b``.
+    """Write ``a`` over ``b``, cast to its type: ``b[...] = a``. Return a view of ``b``.
 
     Parameters
     ----------
     a
         F32, F16, BF16, I32 or quantized.
     b
-        As many elements as ``a``, filled in order. F32, F16 or BF16, if ``a`` is a float; F32 if ``a`` is I32 or
-        quantized; or quantized and contiguous, of ``a``'s shape, if ``a`` is a float with contiguous rows or contiguous
-        and of the same type.
+        Tensor with as many elements as ``a``, filled in order. F32, F16 or BF16 if ``a`` is a float; F32 if ``a`` is
+        I32 or quantized. Also quantized, contiguous and of ``a``'s shape, if ``a`` is a float with contiguous rows, or
+        contiguous and of the same type.
 
     Raises
     ------
@@ -185,39 +185,39 @@ def cpy(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
 
     C: ``ggml_cpy``.
     """
-    ctx = home("cpy", a, b, ctx=ctx)
+    ctx = result_context("cpy", a, b, ctx=ctx)
     source, target = a.dtype, b.dtype
     if a.size != b.size:
-        raise fail("cpy", "a and b differ in their number of elements", a=a, b=b)
+        raise op_error("cpy", "a and b differ in their number of elements", a=a, b=b)
     _check_target("cpy", b, a)
     if is_quantized(source) or is_quantized(target):
         if a.ne != b.ne:
-            raise fail("cpy", "quantized tensors are copied to and from tensors of the same shape", a=a, b=b)
+            raise op_error("cpy", "quantized tensors are copied to and from tensors of the same shape", a=a, b=b)
         if source is target:
-            known, laid = True, a.is_contiguous and b.is_contiguous
+            known, layout_fits = True, a.is_contiguous and b.is_contiguous
         elif is_quantized(source):
-            # The CPU counts the elements with 32 bits.
-            known, laid = target is Type.F32 and a.size < 2**32, contiguous_rows(b)
+            # The CPU kernel counts elements in 32 bits.
+            known, layout_fits = target is Type.F32 and a.size < 2**32, contiguous_rows(b)
         else:
-            known, laid = source in FLOATS and encodes(target), contiguous_rows(a) and b.is_contiguous
-        if known and not laid:
-            raise fail("cpy", "quantized tensors must be contiguous, and the rows of others (use cont)", a=a, b=b)
+            known, layout_fits = source in FLOATS and encodes(target), contiguous_rows(a) and b.is_contiguous
+        if known and not layout_fits:
+            raise op_error("cpy", "quantized tensors must be contiguous, and the rows of others (use cont)", a=a, b=b)
     else:
         known = (source in FLOATS and target in FLOATS) or (source is Type.I32 and target is Type.F32)
     if not known:
-        raise fail("cpy", "there is no such conversion", a=a, b=b)
+        raise op_error("cpy", "ggml has no such conversion", a=a, b=b)
     return ctx.build(c.ggml_cpy, b.ndim, a.ptr, b.ptr)
 
 
 def _dup(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
-    ctx = home(op, a, ctx=ctx)
+    ctx = result_context(op, a, ctx=ctx)
     if a.dtype not in _PLAIN and not (is_quantized(a.dtype) and a.is_contiguous):
-        raise fail(op, "a must be F32, F16, BF16 or I32, or quantized and contiguous", a=a)
+        raise op_error(op, "a must be F32, F16, BF16 or I32, or quantized and contiguous", a=a)
     return ctx.build(function, a.ndim, a.ptr)
 
 
 def dup(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """A copy of ``a``, contiguous.
+    """Copy ``a`` to contiguous memory.
 
     Raises
     ------
@@ -230,5 +230,5 @@ def dup(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def dup_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """As :func:`dup`, written over ``a``, which leaves it as it is. C: ``ggml_dup_inplace``."""
+    """Copy ``a`` onto itself, which leaves it unchanged. C: ``ggml_dup_inplace``."""
     return _dup("dup_inplace", c.ggml_dup_inplace, a, ctx)
