@@ -1,9 +1,13 @@
-"""Models from GGUF files.
+"""Models from GGUF files: loading onto devices, text generation, embeddings, perplexity, conversion.
+
+``load`` opens a file as a ``Model``. ``architectures`` build the graphs, ``tokenizers`` turn text into token ids,
+``placement`` decides which device holds which layer, ``runners`` compute batches of tokens, ``generation`` makes these
+batches and keeps the KV cache, ``convert`` writes GGUF files.
 
 >>> from ggml_cffi import models
 >>> with models.load("model.gguf") as model:  # doctest: +SKIP
-...     for piece in model.generate("The capital of France is", max_tokens=16):
-...         print(piece, end="", flush=True)
+...     for text in model.generate("The capital of France is", max_tokens=16):
+...         print(text, end="", flush=True)
 """
 
 from ggml_cffi.models.architectures.registry import ARCHITECTURES

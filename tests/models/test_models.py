@@ -106,7 +106,7 @@ def test_two_gpus_compute_what_one_does(smollm2, on_two_gpus):
         assert {backend.name for _, backend in one.assignment()} == {"Vulkan0"}
 
 
-def test_a_chat_is_answered_by_the_model_s_template(on_cpu):
+def test_a_chat_is_answered_through_the_chat_template(on_cpu):
     messages = [{"role": "user", "content": "Hi!"}]
     text = on_cpu.apply_chat_template(messages)
     assert text.endswith("<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n")

@@ -11,7 +11,7 @@ from tests.support.generation import batcher_of, generate_alone, generate_togeth
 
 
 def test_sequences_generated_together_are_as_generated_alone(devices, path, rng):
-    """Sixteen at once, more of them waiting; each run holds parts of prompts and single tokens of others."""
+    """Sixteen prompts are in generation and two wait; runs mix chunks of some prompts with single tokens of others."""
     ids = random_prompts(rng, [3, 40, 12, 9, 30, 21, 14, 10, 2, 33, 17, 28, 5, 19, 8, 25, 11, 16])
     with models.load(path, devices, n_ctx=512, n_batch=128) as model:
         want = [generate_alone(model, one, 10) for one in ids]
@@ -19,7 +19,7 @@ def test_sequences_generated_together_are_as_generated_alone(devices, path, rng)
         for number, token in generate_together(model, ids, 10, max_sequences=16):
             got[number].append(token)
         same = sum(a == b for a, b in zip(got, want, strict=True))
-    # Products of one row and of many round differently: a token may differ where two were about equal.
+    # Rounding depends on the number of rows in a product: two almost equal logits may change their order.
     assert same >= len(ids) - 2
     assert all(len(one) == 10 for one in got)
 
@@ -51,21 +51,21 @@ def test_threads_that_share_runs_get_what_they_get_alone(path, rng):
         for job in jobs:
             job.join()
         assert not batcher_of(model).active
-    assert len(wrong) <= 2  # where two tokens were about equal
+    assert len(wrong) <= 2  # where two logits were almost equal
 
 
 def test_a_closed_or_deleted_iterator_frees_its_slots(path):
     with models.load(path, ["CPU"]) as model:
-        for leave in ("close", "forget"):
-            text = model.generate_tokens([1, 2], stop_at_end=False)
-            next(text)
+        for leave in ("close", "delete"):
+            tokens = model.generate_tokens([1, 2], stop_at_end=False)
+            next(tokens)
             if leave == "close":
-                text.close()
-            del text
+                tokens.close()
+            del tokens
             gc.collect()
             assert not batcher_of(model).active
-        never_begun = model.generate_tokens([1, 2], stop_at_end=False)
-        del never_begun
+        never_started = model.generate_tokens([1, 2], stop_at_end=False)
+        del never_started
         model.clear_cache()
         assert n_free_slots(model) == len(batcher_of(model).cache.slots)
 
@@ -73,8 +73,8 @@ def test_a_closed_or_deleted_iterator_frees_its_slots(path):
 def test_a_failed_run_does_not_damage_the_cache(path, monkeypatch):
     with models.load(path, ["CPU"]) as model:
         want = generate_alone(model, [1, 2, 3], 6)
-        text = model.generate_tokens([1, 2, 3], 6, stop_at_end=False, reuse=False)
-        got = [next(text), next(text)]
+        tokens = model.generate_tokens([1, 2, 3], 6, stop_at_end=False, reuse=False)
+        got = [next(tokens), next(tokens)]
         run = model._runners[0].run
 
         def fail(batch):
@@ -85,14 +85,14 @@ def test_a_failed_run_does_not_damage_the_cache(path, monkeypatch):
         with pytest.raises(ggml.AbortedError):
             next(other)
         monkeypatch.setattr(model._runners[0], "run", run)
-        assert got + list(text) == want
+        assert got + list(tokens) == want
 
 
 def test_closing_the_model_ends_generation(path):
     with models.load(path, ["CPU"]) as model:
-        text = model.generate_tokens([1], stop_at_end=False)
-        next(text)
+        tokens = model.generate_tokens([1], stop_at_end=False)
+        next(tokens)
     with pytest.raises(ggml.ClosedError, match="closed"):
-        next(text)
+        next(tokens)
     with pytest.raises(ggml.ClosedError):
         next(model.generate_tokens([1], stop_at_end=False))

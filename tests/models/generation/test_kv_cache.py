@@ -4,11 +4,11 @@ import threading
 
 import pytest
 
-import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.models.generation.kv_cache import common_length
 from tests.support import llama_float64, relative_error
-from tests.support.generation import generate_alone, generate_together, n_free_slots, random_prompts
+from tests.support.generation import batcher_of, generate_alone, generate_together, n_free_slots, random_prompts
 
 
 def test_common_length_counts_equal_tokens_at_the_beginning():
@@ -48,7 +48,7 @@ def test_kept_sequences_are_evicted_oldest_first(path, rng):
 
 
 def test_sequences_that_do_not_fit_together_are_evicted_and_computed_anew(path, rng):
-    """Two long texts in a cache that holds one and a half: the later one is computed anew where it must."""
+    """Two long sequences share a cache that holds one and a half: the later one is computed anew where necessary."""
     ids = random_prompts(rng, [150, 150])
     with models.load(path, ["CPU"], n_ctx=256) as model:
         want = [generate_alone(model, one, 40) for one in ids]
@@ -79,7 +79,7 @@ def test_the_cache_can_have_other_dtypes(path, rng, kind, tolerance):
     want = llama_float64.Reference(path).forward(ids)
     with models.load(path, ["CPU"], kv_dtype=kind, n_batch=16) as model:
         assert relative_error(model.forward(ids), want) < tolerance
-        assert model._runners[0].caches[0][0].k.dtype is ggml.dtypes.as_type(kind)
+        assert batcher_of(model).cache.layers[0][0].k.dtype is as_type(kind)
 
 
 def test_impossible_dtypes_of_the_cache_are_refused(path):

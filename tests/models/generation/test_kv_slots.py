@@ -5,7 +5,7 @@ import numpy as np
 from ggml_cffi.models.generation import KVSlots
 
 
-def test_slots():
+def test_slots_are_allocated_released_and_masked():
     slots = KVSlots(8)
     assert slots.allocate(1, 0, 3).tolist() == [0, 1, 2]
     assert slots.allocate(2, 0, 2).tolist() == [3, 4]
