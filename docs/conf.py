@@ -185,7 +185,7 @@ def _foreign(target: str) -> bool:
         "ndarray",
     )
     types = ("ArrayLike", "DTypeLike", "NDArray", "IntEnum", "Self")
-    inner = ("Trace", "check_tokens")  # named without their modules, and not public
+    inner = ("Head", "Trace", "check_tokens")  # named without their modules, and not public
     private = "._" in target or target.split(".")[-1] in inner
     return root in known or private or target in (*names, *types) or hasattr(builtins, root)
 
