@@ -20,8 +20,9 @@ def test_layers_go_to_the_cpu_where_gpus_are_full(two_gpus, tmp_path, rng, monke
     tokens = list(range(12))
     with models.load(path, ["CPU"]) as model:
         want = model.forward(tokens)
-    real, room = ggml.Device.memory, 600_000  # one layer of weights and cache, the output, and what a run takes
-    monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(room, room))
+    real = ggml.Device.memory
+    limit = 600_000  # bytes of one layer with its cache, the output, and the intermediate results
+    monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(limit, limit))
     with models.load(path, two_gpus, n_batch=16) as model:
         assert [model.layer_backend(i).name for i in range(3)] == ["CPU", "Vulkan0", "Vulkan1"]
         assert relative_error(model.forward(tokens), want) < 1e-2

@@ -24,7 +24,7 @@ def decided(case):
 @pytest.fixture(scope="module")
 def on_cpu(smollm2):
     with models.load(smollm2, ["CPU"], n_ctx=1024, n_threads=2) as model:
-        model.forward([1])  # from now on it holds one graph
+        model.forward([1])  # the model keeps one graph from now on
         yield model
 
 
@@ -156,7 +156,7 @@ def test_a_prompt_longer_than_a_batch_is_computed_in_chunks(smollm2, on_cpu):
     with models.load(smollm2, ["CPU"], n_ctx=320, n_batch=64) as model:
         assert relative_error(model.forward(tokens, last=True), on_cpu.forward(tokens, last=True)) < 0.1
         made = list(model.generate_tokens(tokens, stop_at_end=False))
-        assert len(made) == 320 - 300 + 1  # the last token needs no place in the context
+        assert len(made) == 320 - 300 + 1  # the last token needs no KV slot
 
 
 def test_the_cpu_computes_a_long_batch_in_parts(on_cpu, monkeypatch):

@@ -11,7 +11,7 @@ from tests.support.tokenizers import NAMES, tokenizer_of
 
 
 def minilm_metadata():
-    """Return the metadata of a GGUF file, tokenizer_of_file from Hugging Face's vocabulary."""
+    """Return the metadata of a GGUF file, made from Hugging Face's vocabulary."""
     vocab = json.loads((fetch("minilm") / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     special = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     texts = [

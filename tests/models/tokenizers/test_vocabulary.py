@@ -72,12 +72,11 @@ def test_odd_vocabularies_are_accepted(tmp_path):
     assert tokenizer_of_file(tmp_path, LLAMA, scores=unscored).encode("ab", bos=False) in ([7, 5], [7, 3, 4])
     bert = tokenizer_of_file(tmp_path, BERT, unknown_token_id=0, bos_token_id=1, seperator_token_id=2)
     assert bert.encode("A ab c á") == [1, 3, 3, 4, 0, 3, 2]
-    assert tokenizer_of_file(tmp_path, BERT).encode("a b") == [3]  # neither frame nor unknown token
+    assert tokenizer_of_file(tmp_path, BERT).encode("a b") == [3]  # no frame, and no unknown token
     empty = tokenizer_of_file(tmp_path, GPT2, tokens=["a", "b", "", "</s>"])
     assert empty.decode([2]) == "[EMPTY_2]"
-    assert (
-        tokenizer_of_file(tmp_path, GPT2, tokens=["a", "b", "漢", "x y"]).decode([2, 3]) == "漢x y"
-    )  # no letters for bytes
+    no_byte_letters = tokenizer_of_file(tmp_path, GPT2, tokens=["a", "b", "漢", "x y"])
+    assert no_byte_letters.decode([2, 3]) == "漢x y"
 
 
 def test_some_special_tokens_absorb_whitespace(tmp_path):
