@@ -142,7 +142,7 @@ def im2col_back(
     out = window_counts(op, kernel.ne, ne, (s, p, d), a=a, kernel=kernel)
     want = (prod(kernel.ne[: n + 1]), *out, ne[n + 1], 1)[:4]
     if a.ne != want:
-        raise op_error(op, f"a is not the windows of {sizes}, which are {want[::-1]}", a=a, kernel=kernel)
+        raise op_error(op, f"a does not hold the windows of {sizes}, which are {want[::-1]}", a=a, kernel=kernel)
     flat = (*s, *p, *d) if is_2d else (*s, 0, *p, 0, *d, 0)
     check_result(op, ne)
     return ctx.build(c.ggml_im2col_back, len(sizes), a.ptr, kernel.ptr, c.ffi.new("int64_t[4]", ne), *flat, is_2d)

@@ -164,7 +164,7 @@ def view(
             nb[i] = nb[i - 1] * ne[i - 1] if i > 1 else nb[1]
     last = 0 if 0 in ne else (ne[0] // block) * unit + sum((n - 1) * s for n, s in zip(ne[1:], nb[1:], strict=True))
     if offset < 0 or offset % unit or offset + last > a.nbytes:
-        raise op_error("view", f"bytes {offset} to {offset + last} are outside a, which has {a.nbytes} bytes", a=a)
+        raise op_error("view", f"bytes {offset} to {offset + last} are not elements of a ({a.nbytes} bytes)", a=a)
     pointer = a.ptr
     root = pointer.view_src or pointer
     dense = ne[0] // block * unit * prod(ne[1:])

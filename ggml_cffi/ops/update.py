@@ -59,7 +59,7 @@ def _window(
             raise op_error(op, f"strides {tuple(given[:4])[: max(b.ndim, 1)][::-1]} mix the axes of b", a=a, b=b)
         end += (n - 1) * nb[-1]
     if offset % unit or offset + end > a.nbytes:
-        raise op_error(op, f"bytes {offset} to {offset + end} are outside a, which has {a.nbytes} bytes", a=a, b=b)
+        raise op_error(op, f"bytes {offset} to {offset + end} are not elements of a ({a.nbytes} bytes)", a=a, b=b)
     if max(nb) > INT_MAX or a.size > MAX_GROUPS * 512:
         raise op_error(op, f"a has more than {MAX_GROUPS * 512} elements, or strides of 2**31 bytes or more", a=a, b=b)
     return nb[1], nb[2], nb[3], offset

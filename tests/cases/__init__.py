@@ -1,10 +1,10 @@
-"""Cases: operations with their operands, and what numpy says the result is.
+"""Cases: operations with their operands, and float64 references in numpy.
 
-Each module here belongs to the module of that name in ``ggml_cffi/ops/`` and has
+Each module here belongs to the module of the same name in ``ggml_cffi/ops/`` and has
 
-* a float64 reference for each operation, a function of its name and parameters, marked ``@reference``: it gets an array
-  where the operation gets a tensor;
-* ``CASES``, what is run on every device and compared, and what the fuzzer starts from;
+* a float64 reference for each operation, a function of the same name and parameters, marked ``@reference``: it gets an
+  array for each tensor;
+* ``CASES``, which the tests run on every device, and from which the fuzzer starts;
 * ``WRONG``, calls that must be refused, by a part of the message.
 """
 
@@ -26,14 +26,14 @@ from ggml_cffi.core import dtypes
 Array = npt.NDArray[Any]
 Layout = Literal["contiguous", "gaps", "permuted", "transposed"] | tuple[int, ...]
 
-#: Relative error allowed by the type of the operands and of the result: backends compute in F32, or in F16 where an
-#: operand is F16, and round activations to 8 bits beside quantized weights.
+#: Allowed relative error by the type of the operands and of the result. Backends compute in F32, or in F16 if an
+#: operand is F16, and round activations to 8 bits if the weights are quantized.
 TOLERANCE = {Type.F32: 1e-5, Type.F16: 2e-3, Type.BF16: 1e-2}
 _QUANTIZED = 1e-2
 
 REFERENCE: dict[str, Callable[..., Array]] = {}
 
-#: Operations whose rows come in no order.
+#: Operations with rows in no order.
 UNORDERED = {"top_k"}
 
 
@@ -45,12 +45,12 @@ def reference(function: Callable[..., Array]) -> Callable[..., Array]:
 
 @dataclass(frozen=True)
 class In:
-    """An operand.
+    """Operand of a case.
 
-    ``layout`` says how it lies in memory: ``"gaps"`` has unused elements (NaN) after each row, ``"permuted"`` has the
-    two axes before the last swapped, ``"transposed"`` the last two; a tuple names the axes in the order of memory.
-    ``values`` are an interval to draw from, for integers the upper bound, or the values themselves; by default normal,
-    for integers 0 or 1.
+    ``layout`` is the layout in memory: ``"gaps"`` has unused elements (NaN) after each row, ``"permuted"`` has the two
+    axes before the last swapped, ``"transposed"`` the last two; a tuple lists the axes in the order of memory.
+    ``values`` are an interval for random numbers, the upper bound of random integers, or the values themselves. By
+    default numbers are normally distributed, and integers are 0 or 1.
     """
 
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class In:
     values: tuple[float, float] | int | Array | None = field(default=None, compare=False)
 
     def draw(self, rng: np.random.Generator) -> Array:
-        """Values, rounded as the type rounds them, in float64 (or int64)."""
+        """Draw values, rounded to the type, in float64 (or int64)."""
         if isinstance(self.values, np.ndarray):
             drawn: Array = self.values
         elif self.dtype in dtypes.INTEGERS:
@@ -76,7 +76,7 @@ class In:
         return np.asarray(rounded, np.float64)
 
     def tensor(self, ctx: ggml.Context) -> tuple[ggml.Tensor, ggml.Tensor]:
-        """The operand, and the input tensor behind it."""
+        """Return the operand, and the input tensor behind it."""
         shape = list(self.shape)
         if self.layout == "gaps":
             shape[-1] += dtypes.block_size(self.dtype)
@@ -90,7 +90,7 @@ class In:
         return ggml.permute(base, [axes.index(axis) for axis in range(len(axes))]), base
 
     def _axes(self) -> list[int]:
-        """The axes in the order of memory."""
+        """Return the axes in the order of memory."""
         axes = list(range(len(self.shape)))
         if isinstance(self.layout, tuple):
             return list(self.layout)
@@ -99,7 +99,7 @@ class In:
         return axes
 
     def store(self, base: ggml.Tensor, values: Array) -> None:
-        """Write ``values`` where the operand sees them."""
+        """Write ``values`` to the memory that the operand shows."""
         if self.layout == "gaps":
             filler = 0.0 if self.dtype in dtypes.INTEGERS or not dtypes.has_numpy(self.dtype) else np.nan
             stored = np.full(base.shape, filler, np.float64)
@@ -115,7 +115,7 @@ class In:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: ``arguments`` by name, with an :class:`In` for each tensor."""
+    """One call: its arguments by name, with an :class:`In` for each tensor."""
 
     op: str
     arguments: Mapping[str, Any]
@@ -125,21 +125,21 @@ class Case:
         return {name: value for name, value in self.arguments.items() if isinstance(value, In)}
 
     def allowed(self, result: Type) -> float:
-        """Relative error allowed: the loosest of the types involved."""
+        """Return the allowed relative error: the largest of the types involved."""
         if self.tolerance is not None:
             return self.tolerance
         types = {result, *(spec.dtype for spec in self.operands().values())} - dtypes.INTEGERS
         return max((TOLERANCE.get(t, _QUANTIZED) for t in types), default=0.0)
 
     def want(self, values: Mapping[str, Array]) -> Array:
-        """What the reference says for operands of these values."""
+        """Compute the reference for operands with these values."""
         function = REFERENCE.get(self.op) or REFERENCE[self.op.removesuffix("_inplace")]
         return np.asarray(function(**{**self.arguments, **values}))
 
     def build(self, ctx: ggml.Context) -> tuple[ggml.Tensor, dict[str, ggml.Tensor]]:
-        """The result, and the input tensors behind the operands.
+        """Return the result, and the input tensors behind the operands.
 
-        What is written over in place is a copy, so that the input stays.
+        An operation in place gets a copy of its first operand, so that the input stays.
         """
         tensors, inputs = {}, {}
         for i, (name, spec) in enumerate(self.operands().items()):
@@ -150,16 +150,16 @@ class Case:
         return getattr(ggml, self.op)(**{**self.arguments, **tensors, **extra}), inputs
 
     def run(self, devices: tuple[str, ...], rng: np.random.Generator) -> tuple[Array, Array, float]:
-        """The result as computed on ``devices``, as the reference has it, and the relative error allowed."""
+        """Return the result on ``devices``, the reference, and the allowed relative error."""
         values = {name: spec.draw(rng) for name, spec in self.operands().items()}
         with ggml.Context() as ctx, ggml.Scheduler(devices) as scheduler:
             result, inputs = self.build(ctx)
             with ggml.Graph(result) as graph:
                 try:
                     scheduler.alloc(graph)
-                except ggml.UnsupportedOpError:  # a node in place belongs where its operand is
+                except ggml.UnsupportedOpError:  # a node in place must be on the device of its operand
                     if result.ptr.view_src in {base.ptr for base in inputs.values()}:
-                        return self.run(("CPU",), rng)  # the operand is an input, which is on a GPU by now
+                        return self.run(("CPU",), rng)  # the operand is an input, which is on a GPU
                     for node in graph.nodes:
                         if node == result or not node.ptr.view_src:
                             scheduler.place(node, scheduler.backends[-1])
@@ -181,7 +181,7 @@ class Case:
 
 
 def case(op: str, tolerance: float | None = None, /, **arguments: Any) -> Case:
-    """A case of ``op``; operands are :class:`In`, everything else is passed on as it is."""
+    """Return a case of ``op``. Operands are :class:`In`; other arguments are passed on."""
     return Case(op, arguments, tolerance)
 
 
@@ -197,7 +197,7 @@ def _collect() -> tuple[list[Case], dict[str, Callable[..., Any]]]:
             first = next(iter(one.operands().values()), None)
             if twin not in ggml.ops.__all__ or first is None or first.layout != "contiguous":
                 continue
-            if first.dtype not in dtypes.INTEGERS:  # which may be row numbers: they are not written in place
+            if first.dtype not in dtypes.INTEGERS:  # integers may be row numbers, which cannot be written in place
                 cases.append(replace(one, op=twin))
     return cases, wrong
 

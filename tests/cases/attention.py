@@ -10,7 +10,7 @@ from tests.cases import Array, In, case, reference
 
 
 def softmax(x: Array, sinks: Array | None = None) -> Array:
-    """Along the last axis; ``sinks`` are a score more for each head, the axis before the last two."""
+    """Compute softmax along the last axis; ``sinks`` are an additional score per head."""
     e = np.exp(x - x.max(-1, keepdims=True))
     total = e.sum(-1, keepdims=True)
     if sinks is not None:
@@ -19,14 +19,14 @@ def softmax(x: Array, sinks: Array | None = None) -> Array:
 
 
 def slopes(n_heads: int, max_bias: float) -> Array:
-    """ALiBi's: powers of ``2**(-max_bias / n)`` for the largest power of two of heads, odd ones of its root after."""
+    """Return ALiBi's slopes: powers of ``2**(-max_bias / n)``, ``n`` a power of two; then odd powers of its root."""
     n = 2 ** int(np.log2(n_heads))
     first = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
     return np.concatenate([first, 2.0 ** (-max_bias / 2 * np.arange(1, 2 * (n_heads - n), 2) / n)])
 
 
 def biased(scores: Array, mask: Array | None, max_bias: float) -> Array:
-    """``scores`` of (..., heads, m, n) with the mask on them, repeated over leading axes."""
+    """Add the mask to ``scores`` (..., heads, m, n), repeated over leading axes."""
     if mask is None:
         return scores
     mask = mask.reshape((1,) * (scores.ndim - mask.ndim) + mask.shape)[..., : scores.shape[-2], :]
@@ -83,12 +83,12 @@ def flash_attn_ext(
 
 
 def causal(m: int, n: int, *leading: int) -> Array:
-    """A mask of ``m`` tokens, the last of ``n``."""
+    """Return the causal mask of the last ``m`` of ``n`` tokens."""
     return np.broadcast_to(np.where(np.tri(m, n, n - m), 0.0, -np.inf), (*leading, m, n)).copy()
 
 
 F16 = Type.F16
-#: Keys and values of half precision; GPUs add them up so.
+#: Tolerance for keys and values of half precision, in which GPUs sum.
 HALF = 3e-3
 
 CASES = [

@@ -1,4 +1,4 @@
-"""Gradients, against central differences or the Jacobian of what they are the gradient of."""
+"""Gradients, compared with central differences or the Jacobian of the operation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.cases import Array, In, case, reference
 
 
 def differences(function: Callable[[Array], Array], x: Array, grad: Array) -> Array:
-    """The gradient of ``sum(grad * function(x))`` by central differences."""
+    """Return the gradient of ``sum(grad * function(x))`` by central differences."""
     out = np.zeros(x.shape)
     for i in np.ndindex(x.shape):
         step = np.zeros(x.shape)
@@ -58,7 +58,7 @@ def soft_max_ext_back(grad: Array, y: Array, scale: float = 1.0) -> Array:
 
 
 def turned_back(a: Array, angles: Array, pairs: list[tuple[int, int]], factor: float) -> Array:
-    """``a``, ``(..., n_tokens, n_heads, head_size)``, times the transposed rotations by ``angles[token, pair]``."""
+    """Rotate ``a``, ``(..., n_tokens, n_heads, head_size)``, back by ``angles[token, pair]``."""
     shape = a.shape
     a = a.reshape((1,) * (3 - a.ndim) + shape)
     out = a.copy()
@@ -182,8 +182,8 @@ def rows_back(t, grad=(4, 5), rows=(4,), n_rows=3, dtype="f32", index="i32"):  #
 
 
 WRONG = {
-    "repeat_back: the sizes of grad are no multiples": lambda t: ggml.repeat_back(t(4), (3,)),
-    "repeat_back: the sizes of grad are no multiples of (0, 2)": lambda t: ggml.repeat_back(t(2, 2), (0, 2)),
+    "repeat_back: the sizes of grad are not multiples": lambda t: ggml.repeat_back(t(4), (3,)),
+    "repeat_back: the sizes of grad are not multiples of (0, 2)": lambda t: ggml.repeat_back(t(2, 2), (0, 2)),
     "repeat_back: grad must be F32": lambda t: ggml.repeat_back(t(4, dtype="f16"), (2,)),
     "repeat_back: grad must be F32 with contiguous rows": lambda t: ggml.repeat_back(t(4, 2).T, (2, 2)),
     "repeat_back: grad has no elements": lambda t: ggml.repeat_back(t(0, 2), (2, 2)),
@@ -192,7 +192,7 @@ WRONG = {
     "get_rows_back: grad must be F32 or F16": lambda t: rows_back(t, dtype="bf16"),
     "get_rows_back: rows must be contiguous I32": lambda t: rows_back(t, index="i64"),
     "get_rows_back: grad must be a matrix": lambda t: rows_back(t, grad=(2, 4, 5)),
-    "rows a vector with a number for each": lambda t: rows_back(t, rows=(3,)),
+    "rows a vector with one number per row": lambda t: rows_back(t, rows=(3,)),
     "get_rows_back: n_rows must be 1": lambda t: rows_back(t, n_rows=0),
     "get_rows_back: n_rows must be an integer": lambda t: rows_back(t, n_rows=True),
     "get_rows_back: grad has no elements": lambda t: rows_back(t, grad=(4, 0)),

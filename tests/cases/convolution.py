@@ -12,14 +12,14 @@ from tests.cases.im2col import BF16, F16, channels_after_places, windows
 
 
 def convolve(kernel: Array, x: Array, *window: Any) -> Array:
-    """``(out, in, *k)`` over ``(n, in, *sizes)``."""
+    """Convolve ``(n, in, *sizes)`` with kernels ``(out, in, *k)``."""
     n = kernel.ndim - 2
     rows = channels_after_places(windows(x, kernel.shape[2:], *window), n)
     return np.moveaxis(rows @ kernel.reshape(len(kernel), -1).T, -1, 1)
 
 
 def depthwise(kernel: Array, x: Array, *window: Any) -> Array:
-    """``(in * m, 1, *k)`` over ``(n, in, *sizes)``: kernels ``m * i`` to ``m * (i + 1)`` see channel ``i``."""
+    """Convolve ``(n, in, *sizes)`` with kernels ``(in * m, 1, *k)``, ``m`` adjacent kernels per channel."""
     m = len(kernel) // x.shape[1]
     parts = [convolve(kernel[i : i + 1], x[:, i // m : i // m + 1], *window) for i in range(len(kernel))]
     return np.concatenate(parts, 1)
@@ -84,10 +84,10 @@ def conv_3d(kernel: Array, x: Array, channels: int, stride: Any = 1, padding: An
     return out.reshape(-1, *out.shape[2:])
 
 
-# The windows are of F16, whatever the operands are.
+# Windows are F16 for operands of any type.
 ROUNDED = 2e-3
 
-# Nine channels come out of most: ggml has a kernel of its own for each smaller number, slow to compile without a GPU.
+# Most cases have nine output channels: ggml compiles another kernel for each smaller number, slowly without a GPU.
 CASES = [
     case("conv_1d", ROUNDED, kernel=In((9, 3, 3)), x=In((3, 11))),
     case("conv_1d", kernel=In((9, 2, 4), F16), x=In((1, 2, 16)), stride=3, padding=2, dilation=2),
@@ -131,7 +131,7 @@ CASES = [
 ]
 
 WRONG = {
-    "conv_1d: ggml mixes batches up": lambda t: ggml.conv_1d(t(4, 3, 3), t(2, 3, 8)),
+    "conv_1d: x must be one signal: ggml mixes up batches": lambda t: ggml.conv_1d(t(4, 3, 3), t(2, 3, 8)),
     "conv_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_1d(t(4, 3, 3), t(2, 8)),
     "conv_1d: kernel must be F32 or F16": lambda t: ggml.conv_1d(t(4, 3, 3, dtype="bf16"), t(3, 8)),
     "conv_1d: x must be F32 or F16": lambda t: ggml.conv_1d(t(4, 3, 3), t(3, 8, dtype="i32")),
@@ -166,5 +166,7 @@ WRONG = {
     "conv_3d: the first sizes must be multiples": lambda t: ggml.conv_3d(t(3, 1, 1, 1), t(2, 2, 2, 2), 2),
     "conv_3d: the kernel must be contiguous": lambda t: ggml.conv_3d(ggml.transpose(t(2, 1, 2, 2)), t(2, 2, 2, 2), 2),
     "conv_3d: x must be F32": lambda t: ggml.conv_3d(t(2, 1, 1, 1), t(2, 2, 2, 2, dtype="f16"), 2),
-    "conv_3d: stride takes an integer, or 3": lambda t: ggml.conv_3d(t(2, 1, 1, 1), t(2, 2, 2, 2), 2, (1, 1)),
+    "conv_3d: stride must be one integer or 3 integers": lambda t: ggml.conv_3d(
+        t(2, 1, 1, 1), t(2, 2, 2, 2), 2, (1, 1)
+    ),
 }

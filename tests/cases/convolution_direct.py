@@ -1,4 +1,4 @@
-"""Convolutions in one pass, and transposed ones."""
+"""Direct and transposed convolutions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def conv_transpose_2d_p0(kernel: Array, x: Array, stride: int = 1) -> Array:
     return out.reshape(*x.shape[:-3], *out.shape)
 
 
-# GPUs with matrix units compute in F16 here, sums included, whatever the operands are.
+# GPUs with matrix units compute and sum in F16 here, for operands of any type.
 ROUNDED = 5e-3
 
 LAST = (0, 2, 3, 1)  # channels last
@@ -124,7 +124,7 @@ WRONG = {
     "conv_3d_direct: the first sizes must be": lambda t: ggml.conv_3d_direct(t(3, 1, 1, 1), t(2, 2, 2, 2), 2),
     "conv_3d_direct: a window takes more": lambda t: ggml.conv_3d_direct(t(1, 128, 256, 128), t(1, 128, 256, 128), 1),
     "conv_3d_direct: channels must be an integer": lambda t: ggml.conv_3d_direct(t(2, 1, 1, 1), t(2, 2, 2, 2), None),
-    "conv_transpose_1d: the kernel is of 3 channels, x of 2": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(2, 7)),
+    "conv_transpose_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(2, 7)),
     "conv_transpose_1d: the kernel must be (in, out, k)": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(2, 3, 7)),
     "conv_transpose_1d: stride 32 is too large for F32": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(3, 7), 32),
     "conv_transpose_1d: stride must be 1": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(3, 7), 0),
@@ -135,7 +135,7 @@ WRONG = {
         t(1, 64, 4, dtype="f16"), t(1, 2**24), 4
     ),
     "conv_transpose_2d_p0: x must be one image": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 3, 4, 4)),
-    "conv_transpose_2d_p0: the kernel is of 3": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 4, 4)),
+    "conv_transpose_2d_p0: the kernel has 3": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 4, 4)),
     "conv_transpose_2d_p0: stride must be 1": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(3, 4, 4), 0),
     "conv_transpose_2d_p0: the kernel must be contiguous": lambda t: ggml.conv_transpose_2d_p0(
         ggml.transpose(t(3, 4, 2, 2)), t(3, 4, 4)

@@ -105,6 +105,6 @@ WRONG = {
     "dsv4_hc_pre: x and weights do not fit": lambda t: ggml.dsv4_hc_pre(t(3, 4, 5), t(3, 5)),
     "dsv4_hc_pre: x must be F32": lambda t: ggml.dsv4_hc_pre(t(3, 4, 5, dtype="f16"), t(3, 4)),
     "dsv4_hc_pre: x and weights do not": lambda t: ggml.dsv4_hc_pre(t(3, 0, 5), t(3, 0)),
-    "dsv4_hc_post: x must be of shape": lambda t: ggml.dsv4_hc_post(t(3, 6), t(3, 4, 5), t(3, 4), t(3, 4, 4)),
+    "dsv4_hc_post: x must be (n_tokens, n_embd)": lambda t: ggml.dsv4_hc_post(t(3, 6), t(3, 4, 5), t(3, 4), t(3, 4, 4)),
     "dsv4_hc_post: post and comb do not fit": lambda t: ggml.dsv4_hc_post(t(3, 5), t(3, 4, 5), t(3, 4), t(3, 4, 5)),
 }

@@ -10,7 +10,7 @@ from tests.cases import Array, In, case, reference
 
 
 def tiled(small: Array, big: Array) -> Array:
-    """``small`` repeated up to the shape of ``big``, as ggml does: each size divides the other."""
+    """Repeat ``small`` up to the shape of ``big`` by ggml's rule: each size divides the other."""
     small = small.reshape((1,) * (big.ndim - small.ndim) + small.shape)
     return np.tile(small, [m // n if n else 0 for m, n in zip(big.shape, small.shape, strict=True)])
 
@@ -103,7 +103,9 @@ WRONG = {
     "add_cast: a quantized a takes": lambda t: ggml.add_cast(t(2, 32, dtype="q4_0"), t(32), "f32"),
     "add_cast: ggml cannot quantize the sum to I32": lambda t: ggml.add_cast(t(32, dtype="q4_0"), t(32), "i32"),
     "add_cast: ggml cannot quantize the sum to Q8_1": lambda t: ggml.add_cast(t(32, dtype="q4_0"), t(32), "q8_1"),
-    "add_cast: rows of 32 are no whole blocks of Q4_K": lambda t: ggml.add_cast(t(32, dtype="q4_0"), t(32), "q4_k"),
+    "add_cast: rows of 32 elements do not fill whole blocks of Q4_K": lambda t: ggml.add_cast(
+        t(32, dtype="q4_0"), t(32), "q4_k"
+    ),
     "scale: a must be contiguous F32": lambda t: ggml.scale(ggml.transpose(t(4, 5)), 2.0),
     "scale_bias: a must be contiguous F32": lambda t: ggml.scale_bias(t(4, dtype="f16"), 1, 1),
     "scale_bias_inplace: a must be contiguous F32": lambda t: ggml.scale_bias_inplace(t(4, dtype="f16"), 1, 1),

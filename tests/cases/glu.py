@@ -107,7 +107,7 @@ def swiglu_oai(x: Array, y: Array, alpha: float, limit: float) -> Array:
 
 
 F16 = Type.F16
-# The CPU looks gelus up in a table of half-precision values.
+# The CPU reads GELU from a table of half-precision values.
 CASES = [
     *(
         case(f"{op}{form}", tolerance, **{name: In(shape, dtype, layout) for name in names})

@@ -15,12 +15,12 @@ F16, BF16 = Type.F16, Type.BF16
 
 
 def each(value: Any, n: int) -> tuple[Any, ...]:
-    """One value for each of ``n`` axes."""
+    """Return one value per axis."""
     return tuple(value) if isinstance(value, Sequence) else (value,) * n
 
 
 def windows(x: Array, k: Sequence[int], stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
-    """The windows of the last ``len(k)`` axes of ``x``: its other axes, the places, and the sizes of a window."""
+    """Return the windows of the last ``len(k)`` axes of ``x``, with the axes (other axes, places, window)."""
     n = len(k)
     s, p, d = each(stride, n), each(padding, n), each(dilation, n)
     lead = x.shape[: x.ndim - n]
@@ -34,7 +34,7 @@ def windows(x: Array, k: Sequence[int], stride: Any = 1, padding: Any = 0, dilat
 
 
 def channels_after_places(rows: Array, n: int) -> Array:
-    """``(batch, channels, *places, *window)`` as a row for each place."""
+    """Reorder ``(batch, channels, *places, *window)`` to one row per place."""
     rows = np.moveaxis(rows, 1, 1 + n)
     return rows.reshape(*rows.shape[: n + 1], -1)
 
@@ -65,7 +65,7 @@ def im2col_back(
     dilation: Any = 1,
     is_2d: bool = True,
 ) -> Array:
-    # The gathering is linear: its transpose, from what it does to each element alone. Axes left out have one element.
+    # The gather is linear: its transpose follows from its effect on each element. Missing axes have one element.
     full = (1,) * (4 - len(shape)) + tuple(shape)
     kernel, a = (t.reshape((1,) * (4 - t.ndim) + t.shape) for t in (kernel, a))
     out = np.zeros(full)
@@ -142,7 +142,9 @@ WRONG = {
     "im2col: the kernel has 3 channels, x 2": lambda t: ggml.im2col(t(4, 3, 3, 3), t(1, 2, 8, 8)),
     "im2col: the kernel, dilated, is larger than": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), dilation=2),
     "im2col: stride must be 1 to": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), stride=(1, 0)),
-    "im2col: stride takes an integer, or 2": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), stride=(1, 1, 1)),
+    "im2col: stride must be one integer or 2 integers": lambda t: ggml.im2col(
+        t(1, 1, 3, 3), t(1, 1, 4, 4), stride=(1, 1, 1)
+    ),
     "im2col: padding must be 0 to": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), padding=2**31),
     "im2col: padding must be an integer, not 0.5": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), padding=0.5),
     "im2col: dilation must be an integer, not True": lambda t: ggml.im2col(t(1, 1, 3, 3), t(1, 1, 4, 4), dilation=True),
@@ -160,7 +162,7 @@ WRONG = {
         t(1, 1, 3, 3), ggml.view(t(2, 1, 5, 5), (1, 1, 5, 5), offset=100)
     ),
     "im2col: elements of a window: at most": lambda t: ggml.im2col(t(1, 1, 1, 2**26), t(1, 1, 1, 2**26)),
-    "im2col_back: a is not the windows of (1, 1, 4, 4), which are (1, 2, 2, 9)": lambda t: ggml.im2col_back(
+    "im2col_back: a does not hold the windows of (1, 1, 4, 4), which are (1, 2, 2, 9)": lambda t: ggml.im2col_back(
         t(1, 2, 3, 9), t(1, 1, 3, 3), (1, 1, 4, 4)
     ),
     "im2col_back: the kernel, dilated, is larger": lambda t: ggml.im2col_back(
@@ -173,7 +175,9 @@ WRONG = {
     "im2col_back: (1, 1, 32768, 32768) has 2**31 bytes": lambda t: ggml.im2col_back(
         t(1, 2, 2, 9), t(1, 1, 3, 3), (1, 1, 2**15, 2**15)
     ),
-    "im2col_3d: the first sizes must be multiples of the 2": lambda t: ggml.im2col_3d(t(3, 1, 1, 1), t(2, 2, 2, 2), 2),
+    "im2col_3d: the first sizes must be multiples of channels=2": lambda t: ggml.im2col_3d(
+        t(3, 1, 1, 1), t(2, 2, 2, 2), 2
+    ),
     "im2col_3d: channels must be 1 to": lambda t: ggml.im2col_3d(t(3, 1, 1, 1), t(2, 2, 2, 2), 0),
     "im2col_3d: x must be F32": lambda t: ggml.im2col_3d(t(2, 1, 1, 1), t(2, 2, 2, 2, dtype="f16"), 2),
     "im2col_3d: the rows of x": lambda t: ggml.im2col_3d(t(2, 1, 1, 1), ggml.transpose(t(2, 2, 2, 2)), 2),
@@ -182,7 +186,7 @@ WRONG = {
     "im2col_3d: the windows of a volume": lambda t: ggml.im2col_3d(
         t(1, 100, 100, 100), t(1, 100, 101, 3000), 1, padding=(0, 0, 0)
     ),
-    "col2im_1d: the last size is no multiple of 4": lambda t: ggml.col2im_1d(t(3, 6), 4),
+    "col2im_1d: the last size is not a multiple of 4": lambda t: ggml.col2im_1d(t(3, 6), 4),
     "col2im_1d: a must be a contiguous matrix": lambda t: ggml.col2im_1d(t(2, 3, 6), 2),
     "col2im_1d: the result would have length 0": lambda t: ggml.col2im_1d(t(3, 2), 1, padding=2),
     "col2im_1d: stride must be 1": lambda t: ggml.col2im_1d(t(3, 2), 1, stride=0),

@@ -10,7 +10,7 @@ from tests.cases import Array, In, case, reference
 
 
 def repeated(small: Array, big: Array) -> Array:
-    """Leading axes of ``small`` up to those of ``big``, each matrix repeated in place."""
+    """Repeat each matrix of ``small`` along its leading axes up to those of ``big``."""
     small = small.reshape((1,) * (big.ndim - small.ndim) + small.shape)
     for axis in range(big.ndim - 2):
         small = np.repeat(small, big.shape[axis] // small.shape[axis], axis)
@@ -40,7 +40,7 @@ def out_prod(a: Array, b: Array) -> Array:
 
 
 F16, Q8_0, I32 = Type.F16, Type.Q8_0, Type.I32
-#: Backends may round the operands to half precision, or to 8 bits beside quantized weights, and add up in F16.
+#: Backends may round operands to half precision, or to 8 bits if weights are quantized, and sum in F16.
 ROUNDED = 5e-3
 COARSE = 1e-2
 
@@ -103,14 +103,12 @@ WRONG = {
     "mul_mat_id: a, b and the rows of ids must be contiguous": lambda t: ggml.mul_mat_id(
         ggml.permute(t(6, 4, 8), (1, 0, 2)), t(3, 2, 8), ids(t, 3, 2)
     ),
-    "mul_mat_id: there are more than 65535 experts": lambda t: ggml.mul_mat_id(
-        t(65536, 1, 1), t(3, 2, 1), ids(t, 3, 2)
-    ),
+    "mul_mat_id: more than 65535 experts": lambda t: ggml.mul_mat_id(t(65536, 1, 1), t(3, 2, 1), ids(t, 3, 2)),
     "mul_mat_id: a has no experts": lambda t: ggml.mul_mat_id(t(0, 6, 8), t(3, 2, 8), ids(t, 3, 2)),
     "mul_mat_id: row numbers must be an input tensor": lambda t: ggml.mul_mat_id(
         t(4, 6, 8), t(3, 2, 8), ggml.top_k(t(3, 4), 2)
     ),
-    "mul_mat_id: places in rows of 5 are beyond the 4 experts": lambda t: ggml.mul_mat_id(
+    "mul_mat_id: positions in rows of 5 exceed the 4 experts": lambda t: ggml.mul_mat_id(
         t(4, 6, 8), t(3, 2, 8), ggml.argsort_top_k(t(3, 5), 2)
     ),
     "out_prod: inner sizes differ": lambda t: ggml.out_prod(t(3, 4), t(4, 3)),

@@ -58,7 +58,7 @@ WRONG = {
     "l2_norm_inplace: a must be F32": lambda t: ggml.l2_norm_inplace(t(4, dtype="i32")),
     "group_norm: n_groups must be 1 to": lambda t: ggml.group_norm(t(4, 2, 2), 0),
     "group_norm: n_groups must be an integer, not 2.0": lambda t: ggml.group_norm(t(4, 2, 2), 2.0),
-    "group_norm: the 4 channels cannot be cut into 3": lambda t: ggml.group_norm(t(4, 2, 2), 3),
+    "group_norm: 4 channels do not divide into 3": lambda t: ggml.group_norm(t(4, 2, 2), 3),
     "group_norm: there are more than 65535 groups": lambda t: ggml.group_norm(t(65536, 1, 2), 65536),
     "group_norm: a must be F32": lambda t: ggml.group_norm(t(4, 2, 2, dtype="f16"), 2),
     "group_norm_inplace: eps must be": lambda t: ggml.group_norm_inplace(t(4, 2, 2), 2, -1e-3),

@@ -16,7 +16,7 @@ MAX, AVG = OpPool.MAX, OpPool.AVG
 
 
 def corners(size: int, k: int, s: int, p: float) -> list[tuple[int, int]]:
-    """Start and end of each window; half an element of padding is one at the end."""
+    """Return start and end of each window; half an element of padding is one element at the end."""
     return [(at, at + k) for at in range(-floor(p), size + ceil(p) - k + 1, s)]
 
 
@@ -29,7 +29,7 @@ def pool_1d(a: Array, pool: OpPool, kernel: int, stride: int | None = None, padd
 
 
 def boxes(shape: tuple[int, ...], kernel: Any, stride: Any, padding: Any) -> list[tuple[int, int, slice, slice]]:
-    """Row, column and elements of each window of the last two axes."""
+    """Yield row, column and elements of each window of the last two axes."""
     k = each(kernel, 2)
     s, p = k if stride is None else each(stride, 2), each(padding, 2)
     rows, columns = (corners(shape[i - 2], k[i], s[i], p[i]) for i in (0, 1))
@@ -85,18 +85,20 @@ WRONG = {
     "pool_1d: kernel must be 1 to": lambda t: ggml.pool_1d(t(3), MAX, 0),
     "pool_1d: stride must be 1 to": lambda t: ggml.pool_1d(t(3), MAX, 2, 0),
     "pool_1d: padding must be an integer": lambda t: ggml.pool_1d(t(3), MAX, 2, 1, 0.5),
-    "pool_1d: padding 2 would leave windows of 2": lambda t: ggml.pool_1d(t(3), MAX, 2, 1, 2),
-    "pool_1d: there is no OpPool 2": lambda t: ggml.pool_1d(t(3), 2, 2),
-    "pool_1d: OpPool is needed, not 'max'": lambda t: ggml.pool_1d(t(3), "max", 2),
+    "pool_1d: padding 2 would give windows of 2 that hold padding only": lambda t: ggml.pool_1d(t(3), MAX, 2, 1, 2),
+    "pool_1d: OpPool has no member 2": lambda t: ggml.pool_1d(t(3), 2, 2),
+    "pool_1d: a member of OpPool is needed, not 'max'": lambda t: ggml.pool_1d(t(3), "max", 2),
     "pool_1d: a must be contiguous F32 or F16": lambda t: ggml.pool_1d(ggml.transpose(t(3, 4)), AVG, 2),
     "pool_1d: a has no elements": lambda t: ggml.pool_1d(t(0), AVG, 2),
     "pool_1d: axes and windows must be at most": lambda t: ggml.pool_1d(t(2**22 + 1), AVG, 2),
     "pool_1d: elements of the result": lambda t: ggml.pool_1d(t(2**14, 2**12), AVG, 1),
     "pool_2d: padding must be whole or half": lambda t: ggml.pool_2d(t(3, 3), MAX, 2, padding=0.25),
-    "pool_2d: padding 0.5 would leave windows of 1": lambda t: ggml.pool_2d(t(3, 3), MAX, 1, padding=0.5),
+    "pool_2d: padding 0.5 would give windows of 1 that hold padding only": lambda t: ggml.pool_2d(
+        t(3, 3), MAX, 1, padding=0.5
+    ),
     "pool_2d: padding must be a finite number": lambda t: ggml.pool_2d(t(3, 3), MAX, 2, padding=float("nan")),
     "pool_2d: padding takes a number, or 2": lambda t: ggml.pool_2d(t(3, 3), MAX, 2, padding=(1, 1, 1)),
-    "pool_2d: stride takes an integer, or 2": lambda t: ggml.pool_2d(t(3, 3), MAX, 2, (1,)),
+    "pool_2d: stride must be one integer or 2 integers": lambda t: ggml.pool_2d(t(3, 3), MAX, 2, (1,)),
     "pool_2d: a must be contiguous F32 or F16": lambda t: ggml.pool_2d(t(3, 3, dtype="bf16"), MAX, 2),
     "pool_2d: the window is larger than": lambda t: ggml.pool_2d(t(3, 3), MAX, (2, 4)),
     "pool_2d: a starts inside another": lambda t: ggml.pool_2d(ggml.view(t(4, 3), (3, 3), offset=12), MAX, 2),

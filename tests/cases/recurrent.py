@@ -42,7 +42,7 @@ def ssm_scan(
 
 
 def run_heads(step: Any, state: Array, *operands: Array) -> Array:
-    """Rows for tokens and states, of what ``step(state, head, *operands)`` says: the new state and the result."""
+    """Run ``step(state, head, *operands)``, which returns the new state and the result; return all rows."""
     n_tokens, n_heads, size = operands[0].shape
     states = state.reshape(-1, n_heads, size, size).copy()
     each = n_tokens // len(states)
@@ -116,7 +116,7 @@ def scan(
     mamba1: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
-    """Operands of ssm_scan."""
+    """Return operands of ssm_scan."""
     return {
         "s": In((n, n_heads, size, d_state)),
         "x": In((n_seqs, n_tokens, n_heads, size)),
@@ -130,7 +130,7 @@ def scan(
 
 
 def heads(op: str, tokens: int, n_heads: int, n_seqs: int, size: int = 64, **changed: Any) -> dict[str, Any]:
-    """Operands of the two RWKVs and of gated_linear_attn, so small that the states do not grow."""
+    """Return operands of the two RWKVs and of gated_linear_attn, so small that states do not grow."""
     small, decay = (-0.2, 0.2), (0.5, 1.0)
     given = {"rwkv_wkv6": "k v r td", "rwkv_wkv7": "r w k v a b", "gated_linear_attn": "k v q g"}[op].split()
     shape = (tokens, n_heads, size)
@@ -143,7 +143,7 @@ def heads(op: str, tokens: int, n_heads: int, n_seqs: int, size: int = 64, **cha
 def delta(
     n_seqs: int = 2, tokens: int = 3, n_heads: int = 4, size: int = 16, shared: int = 2, gates: int = 1, **changed: Any
 ) -> dict[str, Any]:
-    """Operands of gated_delta_net."""
+    """Return operands of gated_delta_net."""
     key = In((n_seqs, tokens, shared, size), values=(-0.3, 0.3))
     return {
         "q": key,
@@ -157,7 +157,7 @@ def delta(
 
 
 def triangle(*shape: int) -> In:
-    """Near the triangle of ones, whose inverse has two diagonals: others lose a digit with every few rows."""
+    """Return a matrix near the triangle of ones, which is well-conditioned: its inverse has two diagonals."""
     return In(shape, values=(1.0, 1.1))
 
 
@@ -192,7 +192,7 @@ CASES = [
 
 
 def call(op, operands, t, **changed):  # type: ignore[no-untyped-def]
-    """``op`` with inputs of the operands' shapes, some of them changed."""
+    """Call ``op`` with inputs in the shapes of its operands, some of them changed."""
     made = {k: t(*v.shape, dtype=v.dtype) if isinstance(v, In) else v for k, v in {**operands, **changed}.items()}
     return getattr(ggml, op)(**made)
 
@@ -203,12 +203,12 @@ def rwkv6(t, **changed):  # type: ignore[no-untyped-def]
 
 WRONG = {
     "ssm_conv: sx must have two or three axes": lambda t: ggml.ssm_conv(t(2, 2, 5, 9), t(5, 4)),
-    "ssm_conv: sx must have weight's channels": lambda t: ggml.ssm_conv(t(6, 9), t(5, 4)),
-    "and at least d_conv - 1 inputs": lambda t: ggml.ssm_conv(t(5, 2), t(5, 4)),
+    "ssm_conv: sx needs the channels of weight": lambda t: ggml.ssm_conv(t(6, 9), t(5, 4)),
+    "and d_conv - 1 inputs or more": lambda t: ggml.ssm_conv(t(5, 2), t(5, 4)),
     "ssm_conv: sx must be F32": lambda t: ggml.ssm_conv(t(5, 9, dtype="f16"), t(5, 4)),
     "ssm_conv: sx must not have gaps": lambda t: ggml.ssm_conv(ggml.view(t(5, 10), (5, 9), strides=(40, 4)), t(5, 4)),
     "ssm_conv: weight must be contiguous F32": lambda t: ggml.ssm_conv(t(5, 9), t(5, 4, dtype="f16")),
-    "ssm_conv: there are more than 65535 sequences": lambda t: ggml.ssm_conv(t(65536, 1, 1), t(1, 1)),
+    "ssm_conv: more than 65535 sequences": lambda t: ggml.ssm_conv(t(65536, 1, 1), t(1, 1)),
     "ssm_conv: sx has more than 2**31": lambda t: ggml.ssm_conv(t(2**16, 2**15), t(2**16, 1)),
     "ssm_conv: sx starts inside": lambda t: ggml.ssm_conv(ggml.view(t(50), (5, 9), offset=4), t(5, 4)),
     "ssm_scan: s must be contiguous F32": lambda t: call("ssm_scan", scan(), t, s=t(2, 4, 5, 6, dtype="f16")),
@@ -223,8 +223,8 @@ WRONG = {
     "ssm_scan: A must be of shape": lambda t: call("ssm_scan", scan(), t, A=t(4, 2)),
     "ssm_scan: the groups of B and C": lambda t: call("ssm_scan", scan(groups=3), t),
     "ssm_scan: x has no elements": lambda t: call("ssm_scan", scan(n_tokens=0), t),
-    "ssm_scan: n_snapshots 4 is more than": lambda t: call("ssm_scan", scan(), t, n_snapshots=4),
-    "than 1 for Mamba-1": lambda t: call("ssm_scan", scan(mamba1=True), t, n_snapshots=2),
+    "ssm_scan: n_snapshots 4 exceeds the number of tokens": lambda t: call("ssm_scan", scan(), t, n_snapshots=4),
+    "or 1 for Mamba-1": lambda t: call("ssm_scan", scan(mamba1=True), t, n_snapshots=2),
     "ssm_scan: n_snapshots must be 1": lambda t: call("ssm_scan", scan(), t, n_snapshots=0),
     "ssm_scan: n_snapshots must be an integer": lambda t: call("ssm_scan", scan(), t, n_snapshots=1.0),
     "ssm_scan: there are more than 65535": lambda t: call("ssm_scan", scan(n_seqs=65536), t),
@@ -233,8 +233,8 @@ WRONG = {
     ),
     "ssm_scan: s starts inside": lambda t: call("ssm_scan", scan(), t, s=ggml.view(t(241), (2, 4, 5, 6), offset=4)),
     "rwkv_wkv6: k must be contiguous F32": lambda t: rwkv6(t, k=t(4, 3, 64, dtype="f16")),
-    "rwkv_wkv6: all but the state must be of one shape": lambda t: rwkv6(t, v=t(4, 2, 64)),
-    "rwkv_wkv6: all but the state must be of one": lambda t: rwkv6(
+    "rwkv_wkv6: all operands but the state must have one shape": lambda t: rwkv6(t, v=t(4, 2, 64)),
+    "rwkv_wkv6: all operands but the state must have one": lambda t: rwkv6(
         t, **dict.fromkeys(("k", "v", "r", "td"), t(2, 4, 3, 64))
     ),
     "rwkv_wkv6: tf must be contiguous F32": lambda t: rwkv6(t, tf=t(3, 64, dtype="f16")),
@@ -242,7 +242,7 @@ WRONG = {
     "rwkv_wkv6: tf starts inside": lambda t: rwkv6(t, tf=ggml.view(t(200), (3, 64), offset=4)),
     "rwkv_wkv6: head_size must be 64": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 4, 3, 2, 32), t),
     "rwkv_wkv6: state must be of shape": lambda t: rwkv6(t, state=t(2, 64, 64 * 3)),
-    "rwkv_wkv6: the sequences must have equally many": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 4, 3, 3), t),
+    "rwkv_wkv6: the sequences must have the same number": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 4, 3, 3), t),
     "rwkv_wkv6: k has no elements": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 0, 3, 2), t),
     "rwkv_wkv6: state has no elements": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 4, 3, 0), t),
     "rwkv_wkv6: there are more than": lambda t: call("rwkv_wkv6", heads("rwkv_wkv6", 4, 32768, 2), t),

@@ -1,4 +1,4 @@
-"""Sums, means and positions."""
+"""Sums, means, and the position of the largest element."""
 
 from __future__ import annotations
 

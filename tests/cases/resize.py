@@ -1,4 +1,4 @@
-"""Other sizes, other places; ranges, constants and triangles."""
+"""Resampling, padding, shifting, triangles; ranges and constants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cubic(x: Array, a: float = -0.75) -> Array:
 
 
 def resampling(old: int, new: int, mode: ScaleMode, flags: int) -> Array:
-    """``(new, old)``: what each old element is worth to each new one."""
+    """Return ``(new, old)``: the weight of each old element in each new one."""
     corners = bool(flags & CORNERS) and old > 1 and new > 1
     ratio = (old - 1) / (new - 1) if corners else old / new
     if mode is NEAREST:
@@ -38,7 +38,7 @@ def resampling(old: int, new: int, mode: ScaleMode, flags: int) -> Array:
     if flags & ANTIALIAS:
         weights = hat((np.arange(old) - at[:, None]) / max(ratio, 1))
         return weights / weights.sum(1, keepdims=True)
-    # Elements beyond an edge are copies of the one at the edge.
+    # Elements beyond an edge repeat the element at the edge.
     kernel: Callable[[Array], Array] = hat if mode is BILINEAR else cubic
     out = np.zeros((new, old))
     for i in range(-3, old + 3):
@@ -157,13 +157,15 @@ CASES = [
 ]
 
 WRONG = {
-    "interpolate: (4, 4, 4) has another number": lambda t: ggml.interpolate(t(2, 2), (4, 4, 4)),
-    "interpolate: ALIGN_CORNERS means nothing to NEAREST": lambda t: ggml.interpolate(t(2, 2), (4, 4), flags=CORNERS),
-    "interpolate: ggml has ANTIALIAS for BILINEAR": lambda t: ggml.interpolate(t(2, 2), (4, 4), BICUBIC, ANTIALIAS),
+    "interpolate: (4, 4, 4) has a different number": lambda t: ggml.interpolate(t(2, 2), (4, 4, 4)),
+    "interpolate: ALIGN_CORNERS has no meaning for NEAREST": lambda t: ggml.interpolate(t(2, 2), (4, 4), flags=CORNERS),
+    "interpolate: ggml supports ANTIALIAS with BILINEAR": lambda t: ggml.interpolate(
+        t(2, 2), (4, 4), BICUBIC, ANTIALIAS
+    ),
     "interpolate: ggml's ANTIALIAS is wrong": lambda t: ggml.interpolate(
         t(2, 2), (4, 4), BILINEAR, ANTIALIAS | CORNERS
     ),
-    "interpolate: there is no ScaleMode 3": lambda t: ggml.interpolate(t(2, 2), (4, 4), 3),
+    "interpolate: ScaleMode has no member 3": lambda t: ggml.interpolate(t(2, 2), (4, 4), 3),
     "interpolate: flags must be of ScaleFlag": lambda t: ggml.interpolate(t(2, 2), (4, 4), BILINEAR, 1),
     "interpolate: a must be F32": lambda t: ggml.interpolate(t(2, 2, dtype="f16"), (4, 4)),
     "interpolate: sizes must be 1 to": lambda t: ggml.interpolate(t(2, 2), (4, 0)),
@@ -172,11 +174,11 @@ WRONG = {
     "upscale: factor must be 2 to": lambda t: ggml.upscale(t(2, 2), 1),
     "upscale: sizes must be 1 to": lambda t: ggml.upscale(t(2, 2), 2**31 - 1),
     "pad: pad_width must be 0 to": lambda t: ggml.pad(t(2, 2), -1),
-    "pad: pad_width [(1, 1)] is no pair for each axis": lambda t: ggml.pad(t(2, 2), [(1, 1)]),
+    "pad: pad_width [(1, 1)] needs one pair per axis": lambda t: ggml.pad(t(2, 2), [(1, 1)]),
     "pad: pad_width is an integer or (before, after)": lambda t: ggml.pad(t(2, 2), (1, 2, 3)),
     "pad: a must be F32": lambda t: ggml.pad(t(2, 2, dtype="f16"), 1),
     "pad: the result would have 2**31": lambda t: ggml.pad(t(2, 2), (0, 2**16)),
-    "pad_circular: an axis takes no more": lambda t: ggml.pad_circular(t(2, 2), (3, 0)),
+    "pad_circular: the padding before an axis must not exceed": lambda t: ggml.pad_circular(t(2, 2), (3, 0)),
     "pad_circular: a has no elements": lambda t: ggml.pad_circular(t(2, 0), 1),
     "pad_circular: pad_width must be an integer": lambda t: ggml.pad_circular(t(2, 2), None),
     "pad_reflect_1d: the last axis must be longer": lambda t: ggml.pad_reflect_1d(t(2, 2), (0, 2)),
@@ -189,18 +191,18 @@ WRONG = {
     "roll: a must be F32": lambda t: ggml.roll(t(2, 3, dtype="i32"), 1, 0),
     "roll: a has no elements": lambda t: ggml.roll(t(2, 0), 1, 0),
     "tri: a must be contiguous F32": lambda t: ggml.tri(t(2, 3), TriType.LOWER),
-    "tri: there is no TriType 4": lambda t: ggml.tri(t(2, 2), 4),
+    "tri: TriType has no member 4": lambda t: ggml.tri(t(2, 2), 4),
     "fill: F16 cannot hold": lambda t: ggml.fill(t(2, dtype="f16"), 1e5),
     "fill: value must be a finite number": lambda t: ggml.fill(t(2), float("nan")),
     "fill: a must be contiguous F32 or F16": lambda t: ggml.fill(t(2, dtype="bf16"), 1),
     "fill: elements: at most 33553920": lambda t: ggml.fill(t(2**25), 1),
     "fill_inplace: a starts inside another": lambda t: ggml.fill_inplace(ggml.view(t(4), (2,), offset=8), 1),
-    "arange: ctx is needed": lambda t: ggml.arange(5, ctx=None),
+    "arange: ctx is required": lambda t: ggml.arange(5, ctx=None),
     "arange: stop must be above start": lambda t: ggml.arange(5, 5, ctx=t(1).context),
     "arange: stop must be above start and step above 0, not 0.0, 5.0, 0": lambda t: ggml.arange(
         5, step=0, ctx=t(1).context
     ),
-    "arange: at most 33553920 elements": lambda t: ggml.arange(1, step=1e-30, ctx=t(1).context),
+    "arange: the number of elements must be 1 to 33553920": lambda t: ggml.arange(1, step=1e-30, ctx=t(1).context),
     "arange: step must be a finite number": lambda t: ggml.arange(1, 2, float("inf"), ctx=t(1).context),
     "timestep_embedding: timesteps must be an F32 vector": lambda t: ggml.timestep_embedding(t(2, 2), 8),
     "timestep_embedding: dim must be 2": lambda t: ggml.timestep_embedding(t(2), 0),

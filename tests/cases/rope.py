@@ -12,7 +12,7 @@ from tests.cases import Array, In, case, reference
 
 
 def rotated(a: Array, angles: Array, n_dims: int, mode: RopeMode, factor: float = 1.0) -> Array:
-    """``a`` with its pairs turned by ``angles`` of (tokens, pairs)."""
+    """Rotate the pairs of ``a`` by ``angles`` (tokens, pairs)."""
     n = angles.shape[1]
     first, second = np.arange(n), np.arange(n) + (n_dims if mode is RopeMode.VISION else n_dims // 2)
     if mode is RopeMode.NORMAL:
@@ -25,7 +25,7 @@ def rotated(a: Array, angles: Array, n_dims: int, mode: RopeMode, factor: float 
 
 
 def yarn(turns: Array, n_dims: int, n_ctx_orig: int, base: float, scale: float, ext: float, fast: float, slow: float):  # type: ignore[no-untyped-def]
-    """Angles of YaRN and their factor: fast pairs keep their speed, slow ones are scaled, between there is a ramp."""
+    """Return the angles of YaRN and their factor: fast pairs are kept, slow pairs scaled, with a ramp in between."""
     if not ext:
         return turns * scale, 1.0
     low, high = (n_dims * np.log(n_ctx_orig / (2 * np.pi * beta)) / (2 * np.log(base)) for beta in (fast, slow))
@@ -35,7 +35,7 @@ def yarn(turns: Array, n_dims: int, n_ctx_orig: int, base: float, scale: float, 
 
 
 def resolution(values: dict[str, Any], arguments: dict[str, Any]) -> float:
-    """How far results can be off since angles are single-precision numbers: these are a 2**24th of each other apart."""
+    """Return the error that single-precision angles cause, which have a relative spacing of ``2**-24``."""
     factors = values.get("freq_factors")
     slowest = 1.0 if factors is None else min(np.abs(factors).min(initial=1), 1.0)
     faster = max(abs(arguments.get("freq_scale", 1.0)), 1.0)
@@ -99,7 +99,7 @@ def rope_multi(
 
 
 F16, I32, NEOX = Type.F16, Type.I32, RopeMode.NEOX
-#: Single-precision angles: their error grows with the position.
+#: The error of single-precision angles grows with the position.
 ANGLES = 1e-4
 FAR = np.array([0, 1, 7, 100, 999])
 
@@ -215,8 +215,8 @@ def p(t, n=5):  # type: ignore[no-untyped-def]
 NAN = float("nan")
 WRONG = {
     "rope_ext: positions must be I32 of shape (5,)": lambda t: ggml.rope_ext(t(5, 2, 8), p(t, 4), n_dims=8),
-    "rope: positions must be I32 of shape (5,), one a token": lambda t: ggml.rope(t(5, 2, 8), t(5), n_dims=8),
-    "rope_multi: positions must be I32 of shape (20,), four a token": lambda t: ggml.rope_multi(
+    "rope: positions must be I32 of shape (5,), one per token": lambda t: ggml.rope(t(5, 2, 8), t(5), n_dims=8),
+    "rope_multi: positions must be I32 of shape (20,), four per token": lambda t: ggml.rope_multi(
         t(5, 2, 8), p(t), n_dims=8, sections=(2, 1, 1, 0)
     ),
     "rope_ext: n_dims must be even": lambda t: ggml.rope_ext(t(5, 2, 8), p(t), n_dims=7),

@@ -76,7 +76,7 @@ WRONG = {
     "get_rows: a has no rows": lambda t: ggml.get_rows(t(0, 4), i32(t, 2)),
     "get_rows: a must be a float, quantized or I32": lambda t: ggml.get_rows(ggml.transpose(t(4, 5)), i32(t, 2)),
     "get_rows: row numbers must be an input tensor": lambda t: ggml.get_rows(t(4, 4), ggml.top_k(t(4), 2)),
-    "get_rows: places in rows of 5 are beyond the 4 rows": lambda t: ggml.get_rows(t(4, 4), ggml.argsort(t(5))),
+    "get_rows: positions in rows of 5 exceed the 4 rows": lambda t: ggml.get_rows(t(4, 4), ggml.argsort(t(5))),
     "set_rows: a and b differ": lambda t: ggml.set_rows(t(4, 4), t(2, 5), t(2, dtype="i64")),
     "set_rows: one row number per row": lambda t: ggml.set_rows(t(4, 4), t(2, 4), t(3, dtype="i64")),
     "set_rows: b must be F32": lambda t: ggml.set_rows(t(4, 4), t(2, 4, dtype="bf16"), t(2, dtype="i64")),

@@ -13,7 +13,7 @@ from tests.cases import Array, In, case, reference
 
 @reference
 def reshape(a: Array, shape: Any) -> Array:
-    return a.reshape(shape.shape if isinstance(shape, np.ndarray) else shape)  # a tensor stands for its shape
+    return a.reshape(shape.shape if isinstance(shape, np.ndarray) else shape)  # a tensor can stand for its shape
 
 
 @reference
@@ -28,7 +28,7 @@ def transpose(a: Array) -> Array:
 
 @reference
 def view(a: Array, shape: Any, strides: Any = None, offset: int = 0) -> Array:
-    """Of F32, which float64 is twice as large as."""
+    """Compute a view with strides and offset in bytes of F32; float64 elements are twice as large."""
     steps = None if strides is None else [2 * s for s in strides]
     return np.ndarray(shape, np.float64, np.ascontiguousarray(a, np.float64), 2 * offset, steps)
 
@@ -45,7 +45,7 @@ def cast(a: Array, dtype: Type) -> Array:
 
 @reference
 def repeat(a: Array, shape: Any) -> Array:
-    shape = getattr(shape, "shape", shape)  # or that of a tensor
+    shape = getattr(shape, "shape", shape)  # a tensor can stand for its shape
     padded = (1,) * (len(shape) - a.ndim) + a.shape
     return np.tile(a, [m // n for m, n in zip(shape, padded, strict=True)])
 
@@ -120,13 +120,13 @@ CASES = [
 ]
 
 WRONG = {
-    "reshape: (5,) has another number": lambda t: ggml.reshape(t(4), (5,)),
-    "reshape: (3, -1) has another number": lambda t: ggml.reshape(t(4), (3, -1)),
-    "reshape: (2, 3) has another number": lambda t: ggml.reshape(t(4), t(2, 3)),
+    "reshape: (5,) has a different number": lambda t: ggml.reshape(t(4), (5,)),
+    "reshape: (3, -1) has a different number": lambda t: ggml.reshape(t(4), (3, -1)),
+    "reshape: (2, 3) has a different number": lambda t: ggml.reshape(t(4), t(2, 3)),
     "reshape: a must be contiguous": lambda t: ggml.reshape(ggml.transpose(t(4, 5)), (20,)),
-    "reshape: rows of 16 are no whole blocks": lambda t: ggml.reshape(t(32, dtype="q4_0"), (2, 16)),
-    "permute: (0, 0) is no permutation": lambda t: ggml.permute(t(4, 5), (0, 0)),
-    "permute: (1, 0) is no permutation": lambda t: ggml.permute(t(4), (1, 0)),
+    "reshape: rows of 16 do not fill whole blocks": lambda t: ggml.reshape(t(32, dtype="q4_0"), (2, 16)),
+    "permute: (0, 0) is not a permutation": lambda t: ggml.permute(t(4, 5), (0, 0)),
+    "permute: (1, 0) is not a permutation": lambda t: ggml.permute(t(4), (1, 0)),
     "permute: the last axis of a quantized": lambda t: ggml.permute(t(4, 32, dtype="q4_0"), (1, 0)),
     "transpose: a must have at least two axes": lambda t: ggml.transpose(t(4)),
     "transpose: the last axis of a quantized": lambda t: ggml.transpose(t(4, 32, dtype="q4_0")),
@@ -137,25 +137,25 @@ WRONG = {
     "view: strides (16,) do not fit": lambda t: ggml.view(t(4), (2, 2), strides=(16,)),
     "view: strides (1180591620717411303424, 4) do not fit": lambda t: ggml.view(t(4), (1, 2), strides=(2**70, 4)),
     "view: the last axis must be contiguous": lambda t: ggml.view(t(8), (2, 2), strides=(16, 8)),
-    "view: strides (6, 4) are no multiples": lambda t: ggml.view(t(8), (2, 1), strides=(6, 4)),
+    "view: strides (6, 4) are not multiples": lambda t: ggml.view(t(8), (2, 1), strides=(6, 4)),
     "view: bytes 0 to 1000": lambda t: ggml.view(t(8), (2, 1), strides=(996, 4)),
     "view: a view of 16 bytes is larger": lambda t: ggml.view(t(3), (2, 2), strides=(4, 4)),
-    "view: rows of 16 are no whole blocks": lambda t: ggml.view(t(32, dtype="q4_0"), (16,)),
+    "view: rows of 16 do not fill whole blocks": lambda t: ggml.view(t(32, dtype="q4_0"), (16,)),
     "cont: only F32": lambda t: ggml.cont(ggml.transpose(t(2, 32, dtype="f64"))),
     "cont: only F32, F16, BF16 and I32": lambda t: ggml.cont(t(4, dtype="i64")),
-    "cont: (5,) has another number of elements": lambda t: ggml.cont(t(4), (5,)),
-    "cont: rows of 16 are no whole blocks of Q4_0": lambda t: ggml.cont(t(32, dtype="q4_0"), (2, 16)),
-    "cast: there is no conversion to I32": lambda t: ggml.cast(t(4), "i32"),
-    "cast: there is no conversion to IQ2_XXS": lambda t: ggml.cast(t(256), "iq2_xxs"),
+    "cont: (5,) has a different number of elements": lambda t: ggml.cont(t(4), (5,)),
+    "cont: rows of 16 do not fill whole blocks of Q4_0": lambda t: ggml.cont(t(32, dtype="q4_0"), (2, 16)),
+    "cast: ggml has no conversion to I32": lambda t: ggml.cast(t(4), "i32"),
+    "cast: ggml has no conversion to IQ2_XXS": lambda t: ggml.cast(t(256), "iq2_xxs"),
     "cast: Q8_1 is a format inside": lambda t: ggml.cast(t(32), "q8_1"),
-    "cast: rows of 4 are no whole blocks": lambda t: ggml.cast(t(4), "q4_0"),
+    "cast: rows of 4 do not fill whole blocks": lambda t: ggml.cast(t(4), "q4_0"),
     "cast: a has no elements": lambda t: ggml.cast(t(0), "f16"),
-    "repeat: (5,) is no multiple": lambda t: ggml.repeat(t(2), (5,)),
-    "repeat: (3,) is no multiple": lambda t: ggml.repeat(t(2), t(3)),
-    "repeat: (4,) is no multiple": lambda t: ggml.repeat(t(1, 2), (4,)),
+    "repeat: (5,) is not a multiple": lambda t: ggml.repeat(t(2), (5,)),
+    "repeat: (3,) is not a multiple": lambda t: ggml.repeat(t(2), t(3)),
+    "repeat: (4,) is not a multiple": lambda t: ggml.repeat(t(1, 2), (4,)),
     "repeat: a must be F32, F16": lambda t: ggml.repeat(t(32, dtype="q4_0"), (64,)),
-    "concat: a and b must have as many axes, 0": lambda t: ggml.concat(t(2), t(2, 2)),
-    "concat: a and b must have as many axes, 1": lambda t: ggml.concat(t(2), t(2), 1),
+    "concat: a and b must have the same number of axes, and axis 0": lambda t: ggml.concat(t(2), t(2, 2)),
+    "concat: a and b must have the same number of axes, and axis 1": lambda t: ggml.concat(t(2), t(2), 1),
     "concat: a and b must be of one type": lambda t: ggml.concat(t(2), t(2, dtype="f16")),
     "concat: a and b differ in more than axis 0": lambda t: ggml.concat(t(2, 3), t(2, 4)),
     "diag: a must be F32": lambda t: ggml.diag(t(4, dtype="f16")),

@@ -1,4 +1,4 @@
-"""Sorting rows, by number."""
+"""Order of the elements in rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES = [
 WRONG = {
     "argsort: a must be contiguous F32": lambda t: ggml.argsort(t(4, dtype="i32")),
     "argsort: a must be contiguous F32 (use cont): a (5, 4)": lambda t: ggml.argsort(ggml.transpose(t(4, 5))),
-    "argsort: rows of 2097153 cannot be sorted": lambda t: ggml.argsort(t(2**21 + 1)),
+    "argsort: rows of 2097153 elements are too long": lambda t: ggml.argsort(t(2**21 + 1)),
     "2 is not a valid SortOrder": lambda t: ggml.argsort(t(4), 2),
     "argsort_top_k: k must be 1 to 4, not 5": lambda t: ggml.argsort_top_k(t(4), 5),
     "argsort_top_k: the rows of a are empty": lambda t: ggml.argsort_top_k(t(3, 0), 1),

@@ -1,4 +1,4 @@
-"""Losses. The steps of optimizers, which write over weights that have memory, are in ``test_training_ops``."""
+"""Losses. ``tests/ops/test_training.py`` has the steps of optimizers, whose weights must have memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cross_entropy_loss(logits: Array, labels: Array) -> Array:
 
 @reference
 def cross_entropy_loss_back(grad: Array, logits: Array, labels: Array) -> Array:
-    """See ``test_training_ops`` for that it is a gradient."""
+    """Compute the gradient; ``tests/ops/test_training.py`` compares this reference with differences."""
     logits = np.atleast_1d(logits)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     return (grad.reshape(()) * (p - labels) / (logits.size / logits.shape[-1])).reshape(labels.shape)
@@ -30,7 +30,7 @@ def count_equal(a: Array, b: Array) -> Array:
 
 
 def labels(*shape: int) -> In:
-    """Rows that sum to 1."""
+    """Return rows that sum to 1."""
     p = np.random.default_rng(7).uniform(0.1, 1, shape)
     return In(shape, values=p / p.sum(-1, keepdims=True))
 
@@ -57,7 +57,7 @@ WRONG = {
     "cross_entropy_loss: labels must be contiguous F32": lambda t: ggml.cross_entropy_loss(t(4), t(4, dtype="f16")),
     "cross_entropy_loss: logits has no elements": lambda t: ggml.cross_entropy_loss(t(0, 4), t(0, 4)),
     "cross_entropy_loss: logits has more than 2**31": lambda t: ggml.cross_entropy_loss(t(2**31), t(2**31)),
-    # Axes of size 1 may have any strides, for ggml: its kernels would walk along them.
+    # ggml accepts any strides for axes of size 1, but its kernels use them.
     "cross_entropy_loss: logits must be contiguous": lambda t: ggml.cross_entropy_loss(
         ggml.permute(t(2, 5, 4), (1, 0, 2)), t(5, 2, 4)
     ),

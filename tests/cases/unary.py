@@ -100,7 +100,7 @@ def relu(a: Array) -> Array:
 
 @reference
 def round(a: Array) -> Array:  # noqa: A001 - named as the operation
-    """Halves away from zero."""
+    """Round halves away from zero."""
     return np.sign(a) * np.floor(np.abs(a) + 0.5)
 
 
@@ -164,7 +164,7 @@ F16, BF16 = Type.F16, Type.BF16
 SMOOTH = ["cos", "elu", "exp", "expm1", "sgn", "sin", "softplus", "sqr", "tanh"]
 STEPS = ["abs", "ceil", "floor", "hardsigmoid", "hardswish", "neg", "relu", "round", "sigmoid", "step", "trunc"]
 POSITIVE = ["log", "sqrt"]
-#: The CPU looks these up in a table of half-precision values.
+#: The CPU reads these from a table of half-precision values.
 GELUS = ["gelu", "gelu_erf", "gelu_quick"]
 
 CASES = [

@@ -23,7 +23,7 @@ def win_part(a: Array, window: int) -> Array:
 
 @reference
 def win_unpart(a: Array, shape: Sequence[int]) -> Array:
-    h, w = np.broadcast_to(shape, 2)  # one size is both
+    h, w = np.broadcast_to(shape, 2)  # one size stands for both
     side = a.shape[1]
     parts = a.reshape(-(-h // side), -(-w // side), *a.shape[1:]).swapaxes(1, 2)
     return parts.reshape(parts.shape[0] * side, -1, a.shape[3])[:h, :w]
@@ -62,7 +62,7 @@ WRONG = {
     "win_part: a must be contiguous F32": lambda t: ggml.win_part(t(4, 4, 2, dtype="f16"), 2),
     "win_part: a has no elements": lambda t: ggml.win_part(t(4, 0, 2), 2),
     "win_part: the windows have 2**31": lambda t: ggml.win_part(t(4, 4, 2), 2**16),
-    "win_unpart: a is not the windows of an image of (5, 6)": lambda t: ggml.win_unpart(t(6, 2, 2, 3), (5, 6)),
+    "win_unpart: a does not hold the windows of an image of (5, 6)": lambda t: ggml.win_unpart(t(6, 2, 2, 3), (5, 6)),
     "win_unpart: shape must be 1 to": lambda t: ggml.win_unpart(t(6, 2, 2, 3), (0, 6)),
     "win_unpart: a must be contiguous F32": lambda t: ggml.win_unpart(ggml.transpose(t(6, 2, 2, 2)), (4, 6)),
     "get_rel_pos: qh and kh must be equal": lambda t: ggml.get_rel_pos(t(9, 4, dtype="f16"), 5, 4),

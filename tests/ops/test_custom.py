@@ -1,4 +1,4 @@
-"""Operations written in Python: what the table of cases cannot say."""
+"""Operations written in Python: exceptions, tasks, and views that must not be kept."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def run(y, devices, **values):
         return y.numpy()
 
 
-def test_any_shape_from_any_operands(ctx, devices, rng):
+def test_the_result_may_have_any_shape(ctx, devices, rng):
     values = [rng.standard_normal((2, 3)), rng.standard_normal(5), np.arange(4)]
     tensors = [ctx.new_tensor(t, v.shape) for t, v in zip(("f32", "f16", "i32"), values, strict=True)]
 
@@ -36,7 +36,7 @@ def test_any_shape_from_any_operands(ctx, devices, rng):
 
 
 @pytest.mark.parametrize("dtype", ["f32", "i32"])
-def test_a_source_without_operands(ctx, devices, dtype):
+def test_a_function_may_have_no_operands(ctx, devices, dtype):
     def count(out):
         out[...] = np.arange(out.size).reshape(out.shape)
 
@@ -44,7 +44,7 @@ def test_a_source_without_operands(ctx, devices, dtype):
     np.testing.assert_array_equal(run(y, devices), [[0, 1, 2], [3, 4, 5]])
 
 
-def test_in_place(ctx, rng):
+def test_a_function_may_write_in_place(ctx, rng):
     values, more = rng.standard_normal((3, 4)), rng.standard_normal(4)
     x, b = ctx.new_tensor("f32", (3, 4)), ctx.new_tensor("f32", (4,))
 
@@ -80,7 +80,7 @@ def test_an_exception_stops_the_run_and_is_raised(ctx, devices):
         s.compute(g)
 
 
-def test_the_scheduler_goes_on_after_an_exception(ctx):
+def test_the_scheduler_works_after_an_exception(ctx):
     x = ctx.new_tensor("f32", (4,))
     wrong = [True]
 
@@ -100,8 +100,8 @@ def test_the_scheduler_goes_on_after_an_exception(ctx):
         assert y.numpy().tolist() == [2, 3, 4, 5]
 
 
-def test_the_number_of_tasks_is_kept(ctx):
-    """ggml itself calls a custom operation on every thread, whatever it was told."""
+def test_a_function_is_called_once_per_task(ctx):
+    """Count the calls; ggml itself calls a custom operation on every thread."""
     called = []
     x = ctx.new_tensor("f32", (4,))
     with ggml.Backend("CPU", n_threads=4) as cpu, ggml.Scheduler([cpu]) as s:
@@ -118,10 +118,10 @@ def test_the_number_of_tasks_is_kept(ctx):
                 assert sorted(called) == want
 
 
-def test_views_are_not_kept(ctx):
+def test_a_function_must_not_keep_a_view(ctx):
     kept = []
     y = ggml.map_custom1(ctx.new_tensor("f32", (4,)), lambda out, a: kept.append(a[1:]))
-    with pytest.raises(RuntimeError, match="map_custom1: the function kept a view of memory that is ggml's: keep a co"):
+    with pytest.raises(RuntimeError, match="map_custom1: the function kept a view of ggml's memory: keep a copy"):
         run(y, ["CPU"])
     kept.clear()
     y = ggml.map_custom1(ctx.new_tensor("f32", (4,)), lambda out, a: kept.append(a.copy()))
@@ -137,7 +137,7 @@ def test_operands_are_read_only(ctx):
         run(ggml.map_custom1(ctx.new_tensor("f32", (4,)), write), ["CPU"])
 
 
-def test_wrong_arguments(ctx):
+def test_wrong_arguments_are_refused(ctx):
     x, q = ctx.new_tensor("f32", (32,)), ctx.new_tensor("q4_0", (32,))
     for n in (0, -1, 513):
         with pytest.raises(ValueError, match="n_tasks must be 1 to 512, or None for all threads"):
@@ -149,22 +149,22 @@ def test_wrong_arguments(ctx):
         ggml.map_custom2(x, q, print)
     with pytest.raises(TypeError, match="numpy has no Q4_0: make the result F32"):
         ggml.custom_4d(print, [x], (32,), "q4_0")
-    with pytest.raises(TypeError, match="say in which ctx"):
+    with pytest.raises(TypeError, match="without operands, ctx is required"):
         ggml.custom_4d(print, (), (2,))
     with pytest.raises(ValueError, match="at most 9 operands, not 10"):
         ggml.custom_4d(print, [x] * 10, (2,))
     with pytest.raises(ValueError, match="at most 8 operands, not 9"):
         ggml.custom_inplace(x, print, [x] * 9)
-    with pytest.raises(TypeError, match="operands are a sequence"):
+    with pytest.raises(TypeError, match="operands must be a sequence"):
         ggml.custom_4d(print, x, (2,))
     for wrong in (lambda i: ggml.map_custom1_inplace(i, print), lambda i: ggml.custom_inplace(i, print)):
-        with pytest.raises(TypeError, match="integers may be row numbers"):
+        with pytest.raises(TypeError, match="integers, which may be checked row numbers"):
             wrong(ctx.new_tensor("i32", (3,)))
     with pytest.raises(TypeError, match="take tensors, not list"):
         ggml.map_custom1([1.0], print)
 
 
-def test_another_thread_stops_a_run(ctx):
+def test_abort_stops_a_run(ctx):
     cpu = ggml.Backend("CPU")
     steps = []
 
@@ -177,7 +177,7 @@ def test_another_thread_stops_a_run(ctx):
     for _ in range(10):
         y = ggml.map_custom1(y, step)
     with cpu, ggml.Scheduler([cpu]) as s, ggml.Graph(y) as g:
-        cpu.abort()  # nothing runs: nothing happens
+        cpu.abort()  # without effect, since nothing runs
         s.alloc(g)
         with pytest.raises(ggml.AbortedError, match="the run was stopped"):
             s.compute()
@@ -186,6 +186,6 @@ def test_another_thread_stops_a_run(ctx):
         assert len(steps) == 13
 
 
-def test_only_the_cpu_stops(two_gpus):
+def test_only_the_cpu_can_be_stopped(two_gpus):
     with ggml.Backend(two_gpus[0]) as gpu, pytest.raises(ValueError, match="only the CPU can stop a run, not Vulkan0"):
         gpu.abort()

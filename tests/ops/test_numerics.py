@@ -30,13 +30,13 @@ def test_wrong_operands_name_the_rule(message):
 
 
 @pytest.mark.parametrize("name", sorted(cases.REFERENCE))
-def test_references_take_what_the_operation_takes(name):
+def test_references_have_the_parameters_of_their_operations(name):
     operation = inspect.signature(getattr(ggml, name)).parameters
     assert set(inspect.signature(cases.REFERENCE[name]).parameters) <= set(operation) - {"ctx"}
 
 
-def test_every_operation_has_cases():
-    """Of more than one shape; those in place have them through the plain ones, or a test of their own."""
+def test_every_operation_has_cases_of_two_shapes():
+    """Look for two shapes of each operation; ``elsewhere`` lists operations with a test of their own."""
     found = {}
     for case in cases.CASES:
         found.setdefault(case.op, set()).add(tuple(spec.shape for spec in case.operands().values()))

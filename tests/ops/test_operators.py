@@ -1,4 +1,4 @@
-"""The operators of tensors mean what numpy's do."""
+"""Operators of tensors, compared with numpy's."""
 
 import operator
 
@@ -21,7 +21,7 @@ PAIRS = [
 
 
 class Bench:
-    """Runs operations on some devices."""
+    """A context, its input values, and a scheduler over some devices."""
 
     def __init__(self, devices):
         self.devices = devices
@@ -63,7 +63,7 @@ def test_arithmetic_broadcasts_both_ways(bench, op, shapes, rng):
 
 @pytest.mark.parametrize("op", [operator.add, operator.sub, operator.mul, operator.truediv], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("number", [2, -0.5, np.float32(3), np.int64(7)], ids=str)
-def test_numbers(bench, op, number, rng):
+def test_arithmetic_with_numbers(bench, op, number, rng):
     a = rng.uniform(1, 2, (3, 4))
     x = bench.tensor(a)
     got = bench.run(op(x, number), op(number, x), op(x.T, number))
@@ -86,7 +86,7 @@ def test_numbers(bench, op, number, rng):
     ],
     ids=str,
 )
-def test_matmul(bench, shapes, rng):
+def test_matmul_of_vectors_matrices_and_stacks(bench, shapes, rng):
     a, b = rng.standard_normal(shapes[0]), rng.standard_normal(shapes[1])
     x, y = bench.tensor(a), bench.tensor(b)
     for got in bench.run(x @ y, a.astype(np.float32) @ y, x @ b.astype(np.float32)):
@@ -121,7 +121,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
-def test_parts(bench, key, rng):
+def test_indexing_returns_views(bench, key, rng):
     a = rng.standard_normal((3, 4, 5))
     part = bench.tensor(a)[key]
     want = a[key]
@@ -138,19 +138,19 @@ def test_parts(bench, key, rng):
         ((..., ...), IndexError, "too many indices"),
         (np.s_[::-1], IndexError, "step -1 on axis 0"),
         (np.s_[..., ::2], IndexError, "step 2 on axis 2"),
-        (None, TypeError, "indexed by integers, slices"),
+        (None, TypeError, "index tensors by integers, slices"),
         ([0, 1], TypeError, "get_rows"),
-        (True, TypeError, "indexed by integers"),
+        (True, TypeError, "index tensors by integers"),
         ("x", TypeError, "integer"),
         (1.0, TypeError, "integer"),
     ],
 )
-def test_wrong_parts(key, error, message):
+def test_wrong_indices_are_refused(key, error, message):
     with ggml.Context() as ctx, pytest.raises(error, match=message):
         ctx.new_tensor("f32", (3, 4, 5))[key]
 
 
-def test_parts_of_what_is_not_contiguous():
+def test_indexing_needs_contiguous_rows_and_whole_blocks():
     with ggml.Context() as ctx:
         with pytest.raises(ValueError, match="rows of a must be contiguous"):
             ctx.new_tensor("f32", (3, 4)).T[1:]
@@ -163,7 +163,7 @@ def test_parts_of_what_is_not_contiguous():
 @pytest.mark.parametrize("name", ["sum", "mean"])
 @pytest.mark.parametrize("axis", [None, 0, 1, 2, -1, -3])
 @pytest.mark.parametrize("keepdims", [False, True])
-def test_totals(bench, name, axis, keepdims, rng):
+def test_sums_and_means_along_each_axis(bench, name, axis, keepdims, rng):
     a = rng.standard_normal((3, 4, 5)) + 1
     got = bench.run(getattr(bench.tensor(a), name)(axis, keepdims=keepdims))
     want = getattr(a, name)(axis, keepdims=keepdims)
@@ -171,7 +171,7 @@ def test_totals(bench, name, axis, keepdims, rng):
     assert relative_error(got, want) < 1e-5
 
 
-def test_shapes(bench, rng):
+def test_reshape_permute_and_transpose(bench, rng):
     a = rng.standard_normal((2, 3, 4))
     x = bench.tensor(a)
     outputs = [x.T, x.reshape(6, 4), x.reshape((4, -1)), x.permute(1, 0, 2), x[0].T, -x]
@@ -190,7 +190,7 @@ def test_half_precision_with_numbers(bench, rng):
     assert relative_error(got, a * 2.0 + 1) < 2e-3
 
 
-def test_constants(bench):
+def test_arrays_become_constants(bench):
     with pytest.raises(TypeError, match="numbers are needed"):
         bench.ctx.constant(["x"])
     t = bench.ctx.constant([[1, 2], [3, 4]], "i32")
@@ -199,7 +199,7 @@ def test_constants(bench):
     assert bench.run(x + np.array([10.0, 20.0])).tolist() == [[10, 20], [10, 20]]
 
 
-def test_what_is_refused():
+def test_wrong_operands_are_refused():
     with ggml.Context() as ctx:
         a, b = ctx.new_tensor("f32", (2, 3)), ctx.new_tensor("f32", (2,))
         with pytest.raises(ValueError, match="do not broadcast by numpy's rules"):
@@ -225,8 +225,8 @@ def test_what_is_refused():
             ctx.new_tensor("i32", (2,)).mean()
 
 
-def test_strides_of_axes_with_one_element(bench):
-    # ggml calls such views contiguous, and some of its kernels take their rows to be where these strides say.
+def test_views_have_regular_strides_for_axes_of_one_element(bench):
+    # ggml treats such views as contiguous, although some of its kernels use the strides.
     a = bench.tensor(np.array([[[-1.0, 2.0]]], np.float32))
     turned = a.permute(2, 1, 0)
     view = ggml.view(a, (2, 1, 1), strides=(4, 400, 4))

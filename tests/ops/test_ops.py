@@ -1,4 +1,4 @@
-"""Operations beyond single calls, which ``cases`` has: where results live, what row numbers are checked for, chains."""
+"""Contexts of results, checks of row numbers, and chains of operations. ``cases`` has the single calls."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from ggml_cffi.enums import Op
 from tests.support import relative_error
 
 
-def test_views_without_a_copy_read_back(devices, rng):
+def test_views_are_read_back_without_a_copy(devices, rng):
     x = rng.standard_normal((3, 4)).astype(np.float32)
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (3, 4))
@@ -23,8 +23,8 @@ def test_views_without_a_copy_read_back(devices, rng):
                 view.set(x.T)
 
 
-def test_written_rows_stay(devices, rng):
-    """A cache that has memory of its own keeps what is written to it."""
+def test_a_cache_keeps_the_rows_that_are_written_to_it(devices, rng):
+    """Write rows into a cache with memory of its own."""
     new = rng.standard_normal((3, 32))
     with ggml.Context() as ctx:
         cache = ctx.new_tensor("f16", (8, 32))
@@ -40,8 +40,8 @@ def test_written_rows_stay(devices, rng):
         assert relative_error(cache.numpy(), want) < 1e-3
 
 
-def test_experts_are_chosen_by_their_scores(devices, rng):
-    """A mixture of experts: what argsort finds may choose matrices and rows, though nothing can check it."""
+def test_argsort_of_scores_chooses_experts(devices, rng):
+    """Compute a mixture of experts, with the results of argsort as numbers of matrices and rows."""
     n_tokens, n_experts, n_used, n = 5, 8, 2, 32
     scores, x = rng.standard_normal((n_tokens, n_experts)), rng.standard_normal((n_tokens, 1, n))
     w, bias = rng.standard_normal((n_experts, n, n)), rng.standard_normal((n_experts, n))
@@ -63,7 +63,7 @@ def test_experts_are_chosen_by_their_scores(devices, rng):
     assert relative_error(got, want) < 5e-3
 
 
-def test_views_of_what_argsort_found_are_row_numbers():
+def test_views_of_results_of_argsort_can_be_row_numbers():
     with ggml.Context() as ctx:
         table, scores = ctx.new_tensor("f32", (6, 4)), ctx.new_tensor("f32", (3, 6))
         for numbers in (
@@ -72,14 +72,14 @@ def test_views_of_what_argsort_found_are_row_numbers():
             ggml.cont(ggml.transpose(ggml.argsort(scores)), (18,)),
         ):
             assert ggml.get_rows(table, numbers).shape == (*numbers.shape, 4)
-        with pytest.raises(ValueError, match="beyond the 5 rows"):
+        with pytest.raises(ValueError, match="exceed the 5 rows"):
             ggml.get_rows(ctx.new_tensor("f32", (5, 4)), ggml.argmax(scores))
         changed = ggml.set(ggml.argsort(scores), ctx.new_tensor("i32", (3, 2)))
         with pytest.raises(ValueError, match="must be an input tensor"):
             ggml.get_rows(table, ggml.reshape(changed, (18,)))
 
 
-def test_shapes_may_be_those_of_tensors():
+def test_a_tensor_can_stand_for_its_shape():
     with ggml.Context() as ctx:
         a, b = ctx.new_tensor("f32", (2, 6)), ctx.new_tensor("f16", (4, 1, 3))
         assert ggml.reshape(a, b).shape == (4, 1, 3)
@@ -105,8 +105,8 @@ def test_row_numbers_are_checked_when_they_are_set(devices):
         assert got.shape == (2, 4)
 
 
-def test_views_of_inputs_are_row_numbers(devices, rng):
-    """The whole input behind the view is checked, whatever part the view shows."""
+def test_views_of_inputs_can_be_row_numbers(devices, rng):
+    """Check the whole input behind a view, not only the part that the view shows."""
     values = rng.standard_normal((6, 4)).astype(np.float32)
     with ggml.Context() as weights, ggml.Context() as ctx, ggml.Scheduler(devices) as s:
         table, rows = ctx.new_tensor("f32", (6, 4)), weights.new_tensor("i32", (2, 3))
@@ -125,7 +125,7 @@ def test_views_of_inputs_are_row_numbers(devices, rng):
                 ggml.get_rows(ctx.new_tensor("f32", (3, 4)), part)
 
 
-def test_results_live_in_the_youngest_context():
+def test_results_belong_to_the_youngest_context():
     with ggml.Context() as old, ggml.Context() as young:
         w, x = old.new_tensor("f32", (4, 4)), young.new_tensor("f32", (4, 4))
         assert ggml.add(w, x).context is young
@@ -135,7 +135,7 @@ def test_results_live_in_the_youngest_context():
         assert ggml.relu(w).op is Op.UNARY
 
 
-def test_operands_are_tensors():
+def test_operands_must_be_tensors():
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (2,))
         with pytest.raises(TypeError, match="add: a Tensor is needed, not float"):
@@ -144,8 +144,8 @@ def test_operands_are_tensors():
             ggml.mul_mat(np.zeros((2, 2)), t)
 
 
-def test_attention_has_the_axes_of_its_result():
-    # Of fewer axes than it gives: they are (tokens, heads, size) all the same.
+def test_attention_of_few_axes_returns_three_axes():
+    # The result always has the axes (tokens, heads, size), also if the operands have fewer.
     with ggml.Context() as ctx:
         q, k, v = ctx.new_tensor("f32", (2, 32)), ctx.new_tensor("f16", (3, 32)), ctx.new_tensor("f16", (3, 64))
         out = ggml.flash_attn_ext(q, k, v, scale=1.0)

@@ -1,4 +1,4 @@
-"""The steps of optimizers, which write over weights: they must have memory, so that the cases do not fit them."""
+"""Steps of optimizers. Their weights must have memory, which operands of ``cases`` have not."""
 
 import mmap
 
@@ -70,8 +70,8 @@ def test_sgd_over_several_steps(ctx, devices, rng, shape):
             assert relative_error(w.numpy(), want) < 1e-5
 
 
-def test_learning_a_line(ctx, devices, rng):
-    """A whole step in one graph: the prediction, its gradient by hand, and the new weights."""
+def test_sgd_learns_a_linear_function(ctx, devices, rng):
+    """Compute a whole step in one graph: the prediction, its gradient, and the new weights."""
     x, noise = rng.standard_normal((64, 4)), 1e-3 * rng.standard_normal((64, 1))
     truth = np.array([[1.0, -2.0, 0.5, 3.0]])
     w = weights(ctx, (1, 4), devices[0])
@@ -88,8 +88,8 @@ def test_learning_a_line(ctx, devices, rng):
         np.testing.assert_allclose(stepped.numpy(), truth, atol=1e-2)
 
 
-def test_the_gradient_of_the_loss(rng):
-    """The reference, by central differences, for labels whose rows sum to 1."""
+def test_the_reference_of_the_loss_gradient_agrees_with_differences(rng):
+    """Compare with central differences, for labels whose rows sum to 1."""
     logits, grad = rng.standard_normal((3, 5)), np.array(0.7)
     labels = rng.uniform(0.1, 1, (3, 5))
     labels /= labels.sum(-1, keepdims=True)
@@ -97,14 +97,14 @@ def test_the_gradient_of_the_loss(rng):
     np.testing.assert_allclose(training.cross_entropy_loss_back(grad, logits, labels), want, atol=1e-9)
 
 
-def test_the_mark_of_weights_does_not_stay(ctx):
+def test_a_step_leaves_no_flag_on_the_weights(ctx):
     w = weights(ctx)
     flags = w.ptr.flags
     ggml.opt_step_sgd(w, ctx.new_tensor("f32", (3, 5)), ctx.new_tensor("f32", (2,)))
     assert w.ptr.flags == flags
 
 
-def test_two_devices(ctx, two_gpus):
+def test_weights_and_moments_must_be_on_one_device(ctx, two_gpus):
     w, m = weights(ctx, on=two_gpus[0], n=2)
     v = weights(ctx, on=two_gpus[1])
     with pytest.raises(ValueError, match="a, m, v must be in memory of one device"):
@@ -140,9 +140,9 @@ WRONG = {
     "a, m, v must be different": lambda ctx: adam(ctx, **dict.fromkeys(("m", "v"), weights(ctx))),
     "a must be neither computed nor a view": lambda ctx: adam(ctx, a=ggml.relu(weights(ctx))),
     "v must be neither computed nor a view": lambda ctx: adam(ctx, v=weights(ctx, (15,)).reshape(3, 5)),
-    "m must have memory": lambda ctx: adam(ctx, m=ctx.new_tensor("f32", (3, 5))),
-    "v must have memory": lambda ctx: adam(ctx, v=closed(ctx)),
-    "a is in memory that is read-only": lambda ctx: adam(ctx, a=read_only(ctx)),
+    "m persists from step to step": lambda ctx: adam(ctx, m=ctx.new_tensor("f32", (3, 5))),
+    "v persists from step to step": lambda ctx: adam(ctx, v=closed(ctx)),
+    "a is in read-only memory": lambda ctx: adam(ctx, a=read_only(ctx)),
 }
 
 
@@ -155,7 +155,7 @@ def test_wrong_operands_name_the_rule(ctx, message):
 
 def test_sgd_has_the_same_rules(ctx):
     grad, params = ctx.new_tensor("f32", (3, 5)), ctx.new_tensor("f32", (2,))
-    with pytest.raises(ValueError, match="opt_step_sgd: a must have memory"):
+    with pytest.raises(ValueError, match="opt_step_sgd: a persists from step to step"):
         ggml.opt_step_sgd(ctx.new_tensor("f32", (3, 5)), grad, params)
     with pytest.raises(ValueError, match=r"opt_step_sgd: params must be of shape \(2,\)"):
         ggml.opt_step_sgd(weights(ctx), grad, ctx.new_tensor("f32", (7,)))

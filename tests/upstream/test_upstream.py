@@ -16,8 +16,8 @@ TYPED = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"}
 HEAVY = {"CONV_2D", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT", "MUL_MAT_ID", "SOFT_MAX", "TOP_K"}
 #: What ggml_cffi refuses though upstream lists it for the CPU, by a part of the message.
 REFUSED = (
-    "nothing could check them",  # row numbers by a view
-    "integers cannot be written in place",  # they may be row numbers
+    "cannot be checked",  # row numbers by a view
+    "integers, which may be checked row numbers, cannot be written in place",  # they may be row numbers
     "of one type that is not quantized",  # concat
     "quantized tensors are copied to and from tensors of the same shape",
     "quantized tensors must be contiguous",
@@ -26,9 +26,9 @@ REFUSED = (
     "a must be F32 with contiguous rows",  # norms and sums of transposed tensors
     "the kernel must be contiguous, and the rows of x",  # conv_2d of one channel, permuted
     "is larger than the padded input",  # convolutions: C's division rounds a result of less than nothing up to one
-    "with nothing but padding",  # pooling
-    "must be multiples of the",  # im2col_3d of kernels and inputs with a part of their channels
-    "a number for each of its rows",  # get_rows_back of more rows than there are numbers
+    "that hold padding only",  # pooling
+    "must be multiples of channels=",  # im2col_3d of kernels and inputs with a part of their channels
+    "one number per row",  # get_rows_back of more rows than there are numbers
     "ext_factor needs n_ctx_orig",  # YaRN's ramp from the logarithm of 0
     "freq_factors must be F32 of one axis with at least",  # the CPU reads more of them than upstream gives it
 )
