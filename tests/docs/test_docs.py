@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import ggml_cffi
-from ggml_cffi import flat, models
+from ggml_cffi import flat, isolate, models, parallel, rpc, viz
 from tests.support import ROOT, need, run_python
 
 DOCS = ROOT / "docs"
@@ -88,8 +88,8 @@ def documented(site):
 
 def test_the_reference_has_all_public_names(site):
     names = documented(site)
-    modules = {"ggml_cffi": ggml_cffi, "ggml_cffi.flat": flat, "ggml_cffi.models": models}
-    want = {f"{where}.{name}" for where, module in modules.items() for name in module.__all__}
+    modules = (ggml_cffi, flat, isolate, models, parallel, rpc, viz)
+    want = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
     assert sorted(want - names) == []
 
 
