@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check docs fuzz bench setup clean
+# make smoke: the tests that take under a minute, on the CPU alone.
+.PHONY: demo test smoke check docs fuzz bench setup clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup check
 	$(BIN)/python -m pytest
+
+# Under a minute: the CPU alone, no models, no processes.
+smoke: setup
+	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m pytest -x -p no:cacheprovider \
+		-m "not gpu and not model and not slow and not subprocess" tests/test_smoke.py tests/core tests/files tests/scheduler \
+		tests/session tests/train tests/viz
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
-"""What the tests share.
+"""Fixtures and markers that all tests share.
 
 Tests that take ``devices`` run on the CPU, on one Vulkan device and on two. Where the machine has fewer than two GPUs,
-ggml is told to list the first Vulkan device twice, software devices included.
+ggml lists the first Vulkan device twice, software devices included.
 """
 
 from __future__ import annotations
@@ -19,31 +19,51 @@ import pytest
 
 from ggml_cffi.core.handle import live
 from tests.support import need
+from tests.support.markers import markers_of
 
 _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
 
-if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
-    # In a process of its own: the driver reads the variable when it is first loaded.
-    done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True)
-    if int(done.stdout) < 2:
-        os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
-
-# A shell that starts the tests in the background has them ignore Ctrl-C; some are about it.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, which some tests are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICE_SETS = [("CPU",), ("Vulkan0",), ("Vulkan0", "Vulkan1")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the markers that follow from a test's code: gpu, two_gpus, model, subprocess, slow."""
+    for item in items:
+        for name in markers_of(item):
+            item.add_marker(name)
+
+
 def pytest_collection_finish() -> None:
-    """What was collected stays until the end: no need to look through it after every test."""
+    """Exclude the collected tests from garbage collection: they stay until the end, and each test collects twice."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def at_least_two_vulkan_devices() -> None:
+    """List the first Vulkan device twice where there are fewer than two, unless the environment has a list.
+
+    The driver reads the list when it is first loaded, so a process of its own counts the devices.
+    """
+    if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
+        done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True)
+        if int(done.stdout) < 2:
+            os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
 
 
 @pytest.fixture(params=DEVICE_SETS, ids="+".join)
 def devices(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Names of devices to compute on."""
     return need(request.param)
+
+
+@pytest.fixture(params=["CPU", "Vulkan0", "Vulkan1"])
+def device_name(request: pytest.FixtureRequest) -> str:
+    """Name of one device."""
+    return need((request.param,))[0]
 
 
 @pytest.fixture
@@ -53,8 +73,8 @@ def two_gpus() -> tuple[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """Every C object that a test made is freed when it ends."""
+def no_objects_left_behind() -> Iterator[None]:
+    """Check that a test frees every C object that it makes."""
     gc.collect()
     before = live()
     yield
@@ -65,7 +85,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Random numbers, the same every time."""
+    """Random numbers, the same in every run."""
     return np.random.default_rng(42)
 
 

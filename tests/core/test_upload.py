@@ -9,8 +9,6 @@ import ggml_cffi as ggml
 from ggml_cffi.core import upload as uploads
 from ggml_cffi.core.upload import Job, upload
 
-DEVICES = [d.name for d in ggml.devices()]
-
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -21,7 +19,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def backends():
-    found = [ggml.Backend(name) for name in DEVICES]
+    found = [ggml.Backend(device) for device in ggml.devices()]
     yield found
     for backend in found:
         backend.close()
