@@ -36,7 +36,7 @@ def on_two_gpus(smollm2):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
+def no_objects_left_behind():
     """Count no objects that are left: the tests share the models above, which keep their last graphs."""
 
 
