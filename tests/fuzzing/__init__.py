@@ -1,6 +1,6 @@
-"""The fuzzer: random calls of every operation, and damaged GGUF files, each in a process that may die of it.
+"""Fuzzer: random calls of every operation, and damaged GGUF files, in child processes that may crash.
 
-:mod:`fuzzing.calls` and :mod:`fuzzing.files` say what is tried (hypothesis strategies), :mod:`fuzzing.perform` does it,
-:mod:`fuzzing.child` has it done in another process and names how that died, and :mod:`fuzzing.hunt` counts, and has
-hypothesis shrink what should not happen.
+:mod:`fuzzing.calls` and :mod:`fuzzing.files` draw jobs as hypothesis strategies. :mod:`fuzzing.perform` performs calls.
+:mod:`fuzzing.child` runs jobs in a child process and reports how it ended. :mod:`fuzzing.hunt` counts outcomes and lets
+hypothesis shrink the jobs that show a defect.
 """

@@ -1,4 +1,4 @@
-"""Random calls of operations: from scratch by their signatures, and valid cases with one or two things changed."""
+"""Random calls of operations: calls made up from signatures, and valid cases with a few changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ggml_cffi.core import dtypes
 from tests import cases
 
 LAYOUTS = ("contiguous", "gaps", "permuted", "transposed", "offset", "overlapping")
-#: What an operand is, besides an input without memory. The first group has the operand's values, the second is refused.
+#: States of an operand besides an input without memory. Those of the first group have values; the second are refused.
 USABLE = ("fresh", "allocated", "computed", "view", "foreign", "older", "held", "done", "same")
 UNUSABLE = ("closed", "released", "numpy")
 CONTEXTS = ("ours", "other", "closed", "wrong")
@@ -31,7 +31,7 @@ CONTEXTS = ("ours", "other", "closed", "wrong")
 
 @dataclass(frozen=True)
 class T:
-    """A tensor operand, as :class:`cases.In` with more layouts and the state that it is in."""
+    """Tensor operand: a :class:`cases.In` with more layouts and the state of its memory."""
 
     shape: tuple[int, ...]
     dtype: Type = Type.F32
@@ -57,7 +57,7 @@ class T:
 
 @dataclass(frozen=True)
 class Call:
-    """A call to try: arguments by name, :class:`T` for tensors, and the context for the result."""
+    """Call to try: arguments by name, :class:`T` for tensors, and the context of the result."""
 
     op: str
     arguments: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Call:
 
 
 def show(value: Any) -> str:
-    """Python for ``value``, that :func:`parse` reads."""
+    """Return Python source of ``value`` that :func:`parse` reads."""
     if isinstance(value, Type):
         return value.name
     if isinstance(value, enum.Enum):
@@ -90,7 +90,7 @@ def show(value: Any) -> str:
 
 
 def parse(text: str) -> Call:
-    """The call that was printed as ``text``."""
+    """Return the call that was printed as ``text``."""
     op, _, arguments = text.strip().partition("(")
     known: dict[str, Any] = {t.name: t for t in Type}
     known |= {
@@ -107,12 +107,12 @@ def parse(text: str) -> Call:
 
 
 def first(*arrays: Any) -> Any:
-    """What a custom operation may be given: the first of its operands."""
+    """Return the first operand; a function for custom operations."""
     return arrays[0] if arrays else None
 
 
 def fails(*arrays: Any) -> Any:
-    """A custom operation that raises."""
+    """Raise an exception; a function for custom operations."""
     raise RuntimeError(FAILED)
 
 
@@ -175,13 +175,13 @@ _percent = st.integers(0, 99)
 
 
 def operations() -> list[str]:
-    """Every operation of the package."""
+    """Return the names of all operations."""
     return [name for name in ggml.ops.__all__ if inspect.isfunction(getattr(ggml, name))]
 
 
 @cache
 def parameters(op: str) -> dict[str, tuple[Any, bool]]:
-    """Parameters of an operation, each with its annotation and whether it may be left out."""
+    """Return the parameters of an operation, each with its annotation and whether it is optional."""
     function = getattr(ggml, op)
     hints = typing.get_type_hints(function)
     return {
@@ -197,7 +197,7 @@ def cases_of(op: str) -> list[cases.Case]:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
-    """What an annotation allows, one by one."""
+    """Return the alternatives of an annotation."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return tuple(option for arg in typing.get_args(hint) for option in options_of(arg))
     return (hint,)
@@ -209,7 +209,7 @@ def takes_tensor(hint: Any) -> bool:
 
 @st.composite
 def scratch(draw: Any, op: str) -> Call:
-    """A call made up from the operation's signature."""
+    """Draw a call from the signature of an operation."""
     rank = draw(_rank)
     theme = tuple(draw(st.lists(_size, min_size=rank, max_size=rank)))
     dtype = draw(_dtype)
@@ -232,7 +232,7 @@ _context = st.sampled_from((*("",) * 12, *CONTEXTS))
 
 @st.composite
 def operand(draw: Any, theme: tuple[int, ...], dtype: Type) -> T:
-    """An operand that often has to do with the others: of their shape, or with one size changed."""
+    """Draw an operand that is often related to the others: with their shape, or with one size changed."""
     kind = draw(_percent)
     shape = list(theme)
     if kind >= 45 and shape:
@@ -257,7 +257,7 @@ def operand(draw: Any, theme: tuple[int, ...], dtype: Type) -> T:
 
 
 def feasible(t: T) -> T:
-    """``t``, contiguous if it cannot have its layout: such operands cannot be made."""
+    """Return ``t``, contiguous if its layout is impossible."""
     if isinstance(t.layout, tuple):
         fits = len(t.layout) == len(t.shape) and not dtypes.is_quantized(t.dtype)
         return t if fits else replace(t, layout="contiguous")
@@ -267,7 +267,7 @@ def feasible(t: T) -> T:
 
 
 def whole(shape: Sequence[int], dtype: Type) -> tuple[int, ...]:
-    """``shape`` with the last size rounded up to whole blocks: nothing else gets as far as the operation."""
+    """Round the last size of ``shape`` up to whole blocks, without which no operation gets the operand."""
     block = dtypes.block_size(dtype)
     if not shape:
         return () if block == 1 else (block,)
@@ -275,7 +275,7 @@ def whole(shape: Sequence[int], dtype: Type) -> tuple[int, ...]:
 
 
 def value(hint: Any, theme: tuple[int, ...] = (2, 3), dtype: Type = Type.F32) -> st.SearchStrategy[Any]:
-    """Something that fits an annotation, mostly."""
+    """Draw a value that usually fits an annotation."""
     options = [o for o in options_of(hint) if o is not type(None)]
     kinds = [_value(o, theme) for o in options] or [_wild]
     if len(options) < len(options_of(hint)):
@@ -314,7 +314,7 @@ def _value(hint: Any, theme: tuple[int, ...]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def mutated(draw: Any, op: str) -> Call:
-    """A valid case of the operation with up to three things changed."""
+    """Draw a valid case of the operation with up to three changes."""
     case = draw(st.sampled_from(cases_of(op)))
     call = Call(op, {name: lift(value) for name, value in case.arguments.items()})
     for _ in range(draw(st.sampled_from((0, 1, 1, 1, 2, 2, 3)))):
@@ -323,12 +323,12 @@ def mutated(draw: Any, op: str) -> Call:
 
 
 def lift(given: Any) -> Any:
-    """An argument of a case as one of a call."""
+    """Convert an argument of a case to an argument of a call."""
     if isinstance(given, cases.In):
         return T(given.shape, given.dtype, given.layout, "fresh", given.values)
     if isinstance(given, list | tuple) and any(isinstance(v, cases.In) for v in given):
         return tuple(lift(v) for v in given)
-    if inspect.isfunction(given) and "<" in given.__qualname__:  # such a function cannot be sent to a child
+    if inspect.isfunction(given) and "<" in given.__qualname__:  # a local function cannot be pickled
         return first
     return given
 
@@ -383,7 +383,7 @@ def _sized(t: T, shape: tuple[int, ...]) -> T:
 
 @st.composite
 def _consistent(draw: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Another size wherever one size stands, in shapes and in parameters: often valid again."""
+    """Draw another size for every occurrence of one size, in shapes and parameters: often valid again."""
     found = sorted({n for t in arguments.values() if isinstance(t, T) for n in t.shape})
     if not found:
         return arguments
@@ -401,7 +401,7 @@ def _consistent(draw: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def _retyped(draw: Any, arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Another element type, of one operand or of all that have the same."""
+    """Draw another element type for one operand, or for all operands with the same type."""
     old, new = arguments[name].dtype, draw(_dtype)
     every = draw(st.booleans())
     return {
@@ -418,7 +418,7 @@ def _plain(t: T) -> Any:
 
 @st.composite
 def _reset(draw: Any, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Another value of a parameter; an operand added or dropped."""
+    """Draw another value of a parameter, or add or remove an operand."""
     known = parameters(op)
     if not known:
         return arguments
@@ -435,10 +435,10 @@ def _reset(draw: Any, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def calls(op: str) -> st.SearchStrategy[Call]:
-    """Calls of one operation, from both sources."""
+    """Draw calls of one operation, from both sources."""
     return st.one_of(mutated(op), mutated(op), mutated(op), scratch(op)) if cases_of(op) else scratch(op)
 
 
 def any_call(ops: Sequence[str] = ()) -> st.SearchStrategy[Call]:
-    """Calls of every operation, or of those in ``ops``."""
+    """Draw calls of every operation, or of those in ``ops``."""
     return st.sampled_from(ops or operations()).flatmap(calls)

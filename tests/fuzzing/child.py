@@ -1,7 +1,7 @@
-"""The process that tries things, and may die of it.
+"""Child process that performs jobs, and may crash.
 
-``python -m fuzzing.child KIND DEVICES IN OUT`` reads jobs from one pipe and writes an :class:`Outcome` for each to
-another. It forks: the child does the work, the parent of that only waits, reports its death, and forks the next.
+``python -m fuzzing.child KIND DEVICES IN OUT`` reads jobs from one pipe, and writes an :class:`Outcome` for each to
+another. It forks a worker for the jobs, waits for it, reports how it ended, and forks the next.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Seconds that one job may take.
+#: Time limit of a job in seconds.
 LIMIT = 20
-_GPU_LIMIT = 300  # a software GPU compiles one shader for a matrix product for 100 s
+_GPU_LIMIT = 300  # a software GPU compiles a shader of a matrix product for 100 s
 _MEMORY = 8 << 30
 _LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened.
+    """Outcome of a job.
 
-    ``kind`` is ``refused``, ``accepted`` (not computed), ``computed``, ``compared`` or ``skipped`` (not tried), or
-    that of a defect. ``what`` is the same for the same cause, ``detail`` is for the reader. ``loose`` are strange
-    arguments that were accepted.
+    ``kind`` is ``refused``, ``accepted`` (not computed), ``computed``, ``compared``, ``skipped`` (not tried), or one of
+    :data:`DEFECTS`. ``what`` identifies the cause, ``detail`` is for the reader. ``loose`` lists strange arguments that
+    were accepted.
     """
 
     kind: str
@@ -52,13 +52,13 @@ DEFECTS = ("death", "hang", "wrong exception", "disagreement", "overwritten inpu
 
 
 class Worker(Protocol):
-    """Does the jobs of one child process."""
+    """Function that performs the jobs of one child process."""
 
     def __call__(self, job: Any) -> Outcome: ...
 
 
 class Child:
-    """The child process, seen from outside. :meth:`ask` never raises for what a job does to it."""
+    """The child process, as its parent sees it. :meth:`ask` does not raise if a job crashes the child."""
 
     def __init__(self, kind: str, devices: tuple[str, ...] = ("CPU",)) -> None:
         self.command = [sys.executable, "-m", "tests.fuzzing.child", kind, ",".join(devices)]
@@ -70,7 +70,7 @@ class Child:
         jobs, self.jobs = os.pipe()
         self.outcomes, outcomes = os.pipe()
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        # Memory that is not written keeps a pattern: what reads it disagrees, instead of finding zeros.
+        # Unwritten memory has a pattern, so that a result that depends on it differs from the reference.
         env = {**os.environ, "PYTHONPATH": path, "GLIBC_TUNABLES": "glibc.malloc.perturb=165", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*self.command, str(jobs), str(outcomes)],
@@ -83,7 +83,7 @@ class Child:
         os.close(outcomes)
 
     def ask(self, job: Any) -> Outcome:
-        """Have ``job`` done; None for a fresh process."""
+        """Perform ``job`` in the child, and return its outcome; None restarts the worker."""
         self.errors.seek(0)
         self.errors.truncate()
         _write(self.jobs, job)
@@ -107,7 +107,7 @@ class Child:
         text = self._errors()
         code = os.waitstatus_to_exitcode(status)
         stage = next((s for s, mark in _STAGES if mark in text), "elsewhere")
-        # The innermost line of this package's, or what ggml said.
+        # ggml's message, or the innermost line of this package.
         said = [line for line in text.splitlines() if "GGML_ASSERT" in line or "GGML_ABORT" in line or ".cpp:" in line]
         frames = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
         if "Timeout (" in text:
@@ -118,7 +118,7 @@ class Child:
         return Outcome("death", stage, f"{name} {what}", text[-3000:])
 
     def close(self) -> None:
-        """End the process."""
+        """End the child process."""
         if self.process is not None:
             os.close(self.jobs)
             os.close(self.outcomes)
@@ -164,7 +164,7 @@ def main() -> None:
     """Fork workers until the jobs end."""
     kind, devices, jobs, outcomes = sys.argv[1], tuple(sys.argv[2].split(",")), int(sys.argv[3]), int(sys.argv[4])
     if kind == "calls":
-        from tests.fuzzing.perform import Calls as Kind  # imported before the fork, so that each fork is quick
+        from tests.fuzzing.perform import Calls as Kind  # imported before the fork, so that a fork is fast
     else:
         from tests.fuzzing.files import Files as Kind  # type: ignore[assignment]
     while True:

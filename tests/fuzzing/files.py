@@ -1,4 +1,4 @@
-"""Damaged GGUF files: headers with bits flipped, numbers replaced by extremes, parts cut out, doubled or cut off."""
+"""Damaged GGUF files: flipped bits, extreme numbers, and parts removed, repeated or cut off."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ggml_cffi.enums import GGUFType
 from tests.fuzzing.child import Outcome
 from tests.support import gguf_writer, llama_float64
 
-#: ``plain`` has every kind of value, ``model`` can be loaded, ``vocabulary`` has a tokenizer too, ``first`` and
-#: ``second`` are parts of a model in two files, ``real`` is SmolLM2's header, with zeros where its weights are.
+#: ``plain`` has every type of value, ``model`` can be loaded, ``vocabulary`` also has a tokenizer, ``first`` and
+#: ``second`` are parts of a model in two files, ``real`` is the header of SmolLM2, with zeros as weights.
 BASES = ("plain", "model", "vocabulary", "first", "second", "real")
 _PARTS = {"first": "m-00001-of-00002.gguf", "second": "m-00002-of-00002.gguf"}
 ALLOWED = (ggml.FormatError, ggml.GgmlError, ValueError, OSError)
@@ -35,7 +35,7 @@ _PACKAGE = str(Path(ggml.__file__).parent)
 
 @dataclass(frozen=True)
 class Field:
-    """A number or a piece of text in a header."""
+    """Number or text in a header."""
 
     what: str
     at: int
@@ -44,7 +44,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Damage:
-    """A file and what is done to it: ``(at, length, bytes)`` replaces ``length`` bytes; the last has the file's end."""
+    """Changes of a file: ``(at, length, bytes)`` replaces ``length`` bytes; the last change may set the file's end."""
 
     base: str
     edits: tuple[tuple[int, int, bytes], ...]
@@ -59,7 +59,7 @@ class Damage:
 
 @cache
 def original(base: str) -> tuple[bytes, int, tuple[Field, ...]]:
-    """The header with whatever of the data is short, the size of the file, and the header's fields."""
+    """Return the header with the data if that is short, the size of the file, and the fields of the header."""
     rng = np.random.default_rng(1)
     if base == "real":
         with open(models.fetch("smollm2"), "rb") as file:
@@ -124,7 +124,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def _fields(raw: bytes) -> tuple[tuple[Field, ...], int]:
-    """Where what is in a valid header, and where the header ends."""
+    """Return the fields of a valid header with their positions, and the end of the header."""
     found: list[Field] = []
     at = 0
 
@@ -163,7 +163,7 @@ def _fields(raw: bytes) -> tuple[tuple[Field, ...], int]:
 
 
 def damaged(damage: Damage) -> tuple[bytes, int]:
-    """The bytes of the damaged file, and the size to which zeros extend it."""
+    """Return the bytes of the damaged file, and the size up to which zeros follow."""
     raw, size, _ = original(damage.base)
     grown = bytearray(raw)
     for at, length, new in damage.edits:
@@ -179,7 +179,7 @@ def damaged(damage: Damage) -> tuple[bytes, int]:
 
 @st.composite
 def damages(draw: Any, bases: tuple[str, ...] = (*BASES[:3] * 2, *BASES[3:])) -> Damage:
-    """One to four changes of one of the files."""
+    """Draw one to four changes of one of the files."""
     base = draw(st.sampled_from(bases))
     edits = tuple(draw(_edit(base)) for _ in range(draw(st.sampled_from((1, 1, 1, 1, 2, 2, 3, 4)))))
     _, size, fields = original(base)
@@ -193,7 +193,7 @@ def damages(draw: Any, bases: tuple[str, ...] = (*BASES[:3] * 2, *BASES[3:])) ->
 
 @cache
 def _numbers(base: str) -> dict[str, list[Field]]:
-    """Fields by what they are, so that the many tokens of a vocabulary do not crowd out the rest."""
+    """Group fields by type, so that the many tokens of a vocabulary do not dominate."""
     found: dict[str, list[Field]] = {}
     for f in original(base)[2]:
         found.setdefault(f.what, []).append(f)
@@ -214,18 +214,18 @@ def _edit(draw: Any, base: str) -> tuple[int, int, bytes]:
         return at, 1, bytes([raw[min(at, len(raw) - 1)] ^ (1 << draw(st.integers(0, 7)))])
     if kind < 75:
         return draw(st.integers(0, end - 1)), 1, bytes([draw(st.sampled_from((0, 1, 127, 128, 255, 32)))])
-    if kind < 82:  # a piece of the header, once more
+    if kind < 82:  # repeat a part of the header
         other = draw(st.sampled_from(fields))
         return field.at, 0, raw[other.at : other.at + draw(st.integers(1, 64))]
     if kind < 88:
         return field.at, draw(st.integers(1, 64)), b""
-    if kind < 94:  # one field's bytes in the place of another's
+    if kind < 94:  # replace a field by another
         other = draw(st.sampled_from(groups[field.what]))
         return field.at, field.size, raw[other.at : other.at + other.size]
     texts = (b"", b"\xff\xfe", b"\0", b"general.alignment", b"llama.block_count", b"llama", b"x" * 70, b"{{ 1/0 }}")
     if field.what != "text":
         return field.at, 0, draw(st.sampled_from(texts))
-    # The length is rewritten with the text: the file stays well formed.
+    # The length changes with the text, so the file stays well-formed.
     text = draw(st.sampled_from(texts))
     return field.at - 8, field.size + 8, struct.pack("<Q", len(text)) + text
 
@@ -250,7 +250,7 @@ def _write(path: str, raw: bytes, size: int) -> None:
 
 
 class Files:
-    """Reads damaged files, and loads those that are models."""
+    """Worker that reads damaged files, and loads those that are models."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         warnings.simplefilter("ignore")
@@ -258,7 +258,7 @@ class Files:
         self.devices = list(devices)
         folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
         handle, self.path = tempfile.mkstemp(suffix=".gguf", dir=folder)
-        os.unlink(self.path)  # a child may die: nothing is left of it
+        os.unlink(self.path)  # removed at once, since the child may crash
         self.path = f"/proc/{os.getpid()}/fd/{handle}"
         self.folder = folder
 

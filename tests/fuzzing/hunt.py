@@ -1,4 +1,4 @@
-"""Counts what happens to many jobs, and has hypothesis shrink those that show a defect."""
+"""Counts of the outcomes of many jobs, and shrinking of jobs that show a defect."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 
 from tests.fuzzing.child import Child, Outcome
 
-#: Most tries, and seconds, spent on making one defect small.
+#: Limits of the tries and of the seconds for shrinking one defect.
 _TRIES, _SECONDS = 600, 40.0
 
 
 @dataclass
 class Defect:
-    """One kind of defect, with its smallest job."""
+    """A defect, with the smallest job that shows it."""
 
     what: str
     job: str
     seed: int
     detail: str
     groups: Counter[str] = field(default_factory=Counter)
-    """How often with which operation or file."""
+    """Number of times per operation or file."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     refusals: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why accepted calls were not computed or compared."""
+    """Reasons why accepted calls were not computed or compared."""
     by_group: dict[str, Counter[str]] = field(default_factory=dict)
     """Outcomes by operation, or by file."""
     loose: Counter[str] = field(default_factory=Counter)
@@ -45,7 +45,7 @@ class Tally:
     defects: dict[str, Defect] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Count what ``other`` counted."""
+        """Add the counts of ``other``."""
         self.outcomes += other.outcomes
         self.refusals += other.refusals
         self.reasons += other.reasons
@@ -73,13 +73,13 @@ class Tally:
 
 
 def key_of(group: str, outcome: Outcome) -> str:
-    """The same text for the same defect: the place in the code, where one is known, else the operation."""
+    """Return the key of a defect: the place in the code if known, else the operation."""
     where = group if outcome.kind in ("disagreement", "overwritten input", "hang") else ""
     return " · ".join(part for part in (outcome.kind, where, outcome.stage, outcome.what) if part)
 
 
 class FoundError(Exception):
-    """Tells hypothesis that a job shows the defect that it shrinks."""
+    """Signal to hypothesis that a job shows the defect to be shrunk."""
 
 
 def hunt(
@@ -92,7 +92,7 @@ def hunt(
     known: frozenset[str] = frozenset(),
     shrink: bool = True,
 ) -> Tally:
-    """Try ``n`` jobs drawn with ``seed``, and make those with defects not ``known`` small."""
+    """Try ``n`` jobs drawn with ``seed``, and shrink those with defects that are not ``known``."""
     tally, answers, new = Tally(), dict[str, Outcome](), list[str]()
 
     def ask(job: Any) -> Outcome:
@@ -140,7 +140,7 @@ def _draw(jobs: Any, seed: int, n: int, use: Callable[[Any], None], phases: tupl
 
 
 def _shrink(jobs: Any, seed: int, n: int, key: str, ask: Callable[[Any], Outcome], group: Callable[[Any], str]) -> Any:
-    """The smallest job with the defect ``key`` that hypothesis finds from the same seed."""
+    """Return the smallest job with the defect ``key`` that hypothesis finds from the same seed."""
     smallest: list[Any] = []
     tries, end = 0, 0.0
 

@@ -1,4 +1,4 @@
-"""Makes one call, computes what it accepts, and compares that with the reference."""
+"""Performance of one call: build it, compute it if accepted, and compare it with the reference."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from tests.fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, firs
 from tests.fuzzing.child import Outcome
 
 ALLOWED = (ValueError, TypeError, IndexError, ggml.GgmlError)
-#: More elements than this are described but not computed.
+#: Limit of the elements of a computed result; larger graphs are built only.
 _SMALL = 1 << 16
 _PACKAGE = str(Path(ggml.__file__).parent)
 _VIEWS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.NONE})
-# What cffi says when a value has come as far as the C call.
+# Messages of cffi for a value that reaches the C call, which a check should have refused.
 _LEAK = re.compile(r"ctype|cdata|initializer for|integer .* does not fit|float\(\) argument.*cffi")
 _REFERENCE_SECONDS = 3
 _ASSUMES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "cross_entropy_loss_back": lambda values: np.allclose(values["labels"].sum(-1), 1),
 }
-# Quantizing to these first makes a table for seconds: they stay zero.
+# Quantization to these types builds a table for seconds, so their operands stay zero.
 _SLOW = frozenset({t for t in Type if t.name.startswith(("IQ1", "IQ2", "IQ3"))})
 
 
 class SlowError(Exception):
-    """The reference takes too long for a fuzzer."""
+    """Signal that the reference takes too long for a fuzzer."""
 
 
 def _alarm(*_: Any) -> None:
@@ -52,14 +52,14 @@ def _alarm(*_: Any) -> None:
 
 
 class Calls:
-    """Makes calls, all with one scheduler."""
+    """Worker that performs calls, with the same schedulers for all."""
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         warnings.simplefilter("ignore")
         np.seterr(all="ignore")
         signal.signal(signal.SIGALRM, _alarm)
         self.on_cpu = devices == ("CPU",)
-        # Most calls on one thread, which is quick on a machine that does other things too.
+        # Most calls use one thread, which is faster on a busy machine.
         self.schedulers = [
             ggml.Scheduler([ggml.Backend("CPU", n_threads=n)] if self.on_cpu else devices)
             for n in ((1, 3) if self.on_cpu else (1,))
@@ -67,7 +67,7 @@ class Calls:
         self.second = ggml.Scheduler([ggml.Backend("CPU", n_threads=1)])
 
     def __call__(self, call: Call) -> Outcome:
-        if call.op == "_die":  # the fuzzer's own test
+        if call.op == "_die":  # for a test of the fuzzer
             os.kill(os.getpid(), signal.SIGSEGV)
         with ExitStack() as stack:
             try:
@@ -115,7 +115,9 @@ class _Attempt:
     def _wrong(self, error: Exception) -> Outcome:
         frames = traceback.extract_tb(error.__traceback__)
         inside = [f for f in frames if f.filename.startswith(_PACKAGE)]
-        if not inside and self.stage == "call":  # the signature's own refusal has no frame inside
+        if (
+            not inside and self.stage == "call"
+        ):  # Python's own TypeError for a signature has no frame inside the package
             inside = frames
         if "'NoneType' object has no attribute" in str(error) and any(v is None for v in self.call.arguments.values()):
             return Outcome("wrong exception", self.stage, "AttributeError: None is taken for a tensor", str(error))
@@ -211,7 +213,7 @@ class _Attempt:
         self.stage = "alloc"
         try:
             scheduler.alloc(graph)
-        except ggml.UnsupportedOpError:  # a node in place belongs where its operand is
+        except ggml.UnsupportedOpError:  # a node in place must be on the device of its operand
             for node in graph.nodes:
                 if node in results or not node.ptr.view_src:
                     scheduler.place(node, scheduler.backends[-1])
@@ -244,16 +246,16 @@ class _Attempt:
                 continue
             try:
                 drawn = spec.spec.draw(self.rng)
-            except (ValueError, TypeError):  # a type that nothing is quantized to without an importance matrix
+            except (ValueError, TypeError):  # the type needs an importance matrix
                 continue
             _store(spec, base, drawn)
             if not dtypes.has_numpy(spec.dtype) and spec.layout == "contiguous":
-                drawn = base.numpy().astype(np.float64)  # to quantize what was quantized may change it again
+                drawn = base.numpy().astype(np.float64)  # quantization of quantized values may change them again
             values[name] = drawn
         return values
 
     def _untouched(self, graph: ggml.Graph) -> dict[str, bytes]:
-        """The bytes of the inputs that nothing in the graph writes to."""
+        """Return the bytes of the inputs to which no node writes."""
         if not self.bench.on_cpu:
             return {}
         written = [n.ptr.view_src for n in graph.nodes if n.ptr.view_src and n.op not in _VIEWS]
@@ -293,7 +295,7 @@ class _Attempt:
             ):
                 return "an extreme parameter"
             if name == "freq_base" and isinstance(value, float | int) and value < 100:
-                return "an extreme parameter"  # angles that grow with the axis, beyond what F32 resolves
+                return "an extreme parameter"  # angles grow with the axis, beyond the resolution of F32
         return ""
 
     def _compare(self, result: Tensor, got: Any, values: dict[str, Any]) -> Outcome:
@@ -308,7 +310,7 @@ class _Attempt:
         known = [one.tolerance for one in cases_of(call.op) if one.tolerance is not None]
         if dtypes.is_quantized(result.dtype):
             known.append(0.3)
-        # A few values may all be bad ones, where many are not.
+        # Of a few values all may be outliers.
         allowed = max([case.allowed(result.dtype), *known]) * (4 if got.size < 16 else 2)
         allowed = max(allowed * _cancelling(call.op, values), _resolution(call.op, values, plain))
         signal.alarm(_REFERENCE_SECONDS)
@@ -337,7 +339,7 @@ class _Attempt:
         if _stripped(got.shape) != _stripped(want.shape):
             return Outcome("disagreement", "compare", "another shape", f"{got.shape}, the reference {want.shape}")
         want = want.reshape(got.shape)
-        if dtypes.is_quantized(kind) and want.size:  # the result is the nearest that its blocks can say
+        if dtypes.is_quantized(kind) and want.size:  # the blocks hold the nearest values
             want = ggml.dequantize(ggml.quantize(want, kind), kind, want.shape)
         if case.op in cases.UNORDERED:
             got, want = np.sort(got, -1), np.sort(want, -1)
@@ -346,10 +348,10 @@ class _Attempt:
 
 
 def _resolution(op: str, values: dict[str, Any], arguments: dict[str, Any]) -> float:
-    """How far from the reference a result may be because of what single precision, or a stored type, leaves."""
+    """Return the error that single precision or a stored type causes by itself."""
     if "positions" in values:
         return rope.resolution(values, arguments)
-    if op == "solve_tri":  # the error that a single rounding of the matrix makes
+    if op == "solve_tri":  # the error of rounding the matrix once
         return float(np.linalg.cond(np.tril(values["a"])).max(initial=0)) * 2**-23
     if op == "interpolate":  # places between elements are single-precision numbers
         return max(values["a"].shape, default=0) * 2**-22
@@ -357,7 +359,7 @@ def _resolution(op: str, values: dict[str, Any], arguments: dict[str, Any]) -> f
 
 
 def _cancelling(op: str, values: dict[str, Any]) -> float:
-    """How many times as large as sums of a product their terms are, beyond what is usual: rounding goes with these."""
+    """Return the ratio of the terms of a product's sums to the sums, beyond the usual: rounding errors grow with it."""
     if op != "linear" or not values["x"].size:
         return 1.0
     x, w = values["x"], values["weight"]
@@ -367,7 +369,7 @@ def _cancelling(op: str, values: dict[str, Any]) -> float:
 
 
 def _member(op: str, name: str, value: Any) -> Any:
-    """``value``, as a member of the parameter's enumeration if it has one: a plain number names one too."""
+    """Return ``value`` as a member of the parameter's enumeration, if it has one."""
     kind = next((o for o in options_of(parameters(op)[name][0]) if isinstance(o, type) and issubclass(o, Enum)), None)
     if kind is None:
         return value
@@ -378,7 +380,7 @@ def _member(op: str, name: str, value: Any) -> Any:
 
 
 def _ranks(call: Call, values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The operands as they are, then with leading axes of size 1 as in the cases: to ggml they are the same."""
+    """Yield the operands as they are, then with leading axes of size 1 as in the cases, which are the same to ggml."""
     yield values
     seen = set()
     for case in cases_of(call.op):
@@ -400,14 +402,14 @@ def _to_rank(values: Any, rank: int) -> Any:
 
 
 def _stripped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """``shape`` without leading axes of size 1."""
+    """Return ``shape`` without leading axes of size 1."""
     while shape[:1] == (1,):
         shape = shape[1:]
     return shape
 
 
 def _loose(call: Call) -> str:
-    """An accepted argument that its annotation does not allow, or a number that is none: strange, though no defect."""
+    """Return a description of an accepted argument that its annotation does not allow, or of a non-number."""
     found = []
     for name, value in call.arguments.items():
         options = options_of(parameters(call.op)[name][0])
@@ -429,9 +431,11 @@ def _loose(call: Call) -> str:
 
 
 def difference(got: Any, want: Any, allowed: float) -> tuple[str, str]:
-    """What differs; empty if nothing does. Equal infinities and NaN at the same places are equal."""
+    """Return a description of the difference; empty if there is none. Equal infinities, and NaN at the same places, are
+    equal.
+    """
     if got.dtype.kind in "iu" and not np.array_equal(want, np.round(want)):
-        return "", ""  # a function that makes fractions
+        return "", ""  # the function returns fractions
     if got.dtype.kind in "iu":
         same = np.array_equal(got, want)
         return ("", "") if same else ("other integers", f"{got.ravel()[:9]}, the reference {want.ravel()[:9]}")
@@ -444,7 +448,7 @@ def difference(got: Any, want: Any, allowed: float) -> tuple[str, str]:
         at = bad[:5]
         return "NaN or infinities", f"at {at}: {got.ravel()[at]}, the reference {want.ravel()[at]}"
     got, want = got[finite], want[finite]
-    floor = 0.3 if want.size < 16 else 0.03  # what is left of larger numbers is rounding
+    floor = 0.3 if want.size < 16 else 0.03  # small results are rounding errors of larger numbers
     error = np.linalg.norm(got - want) / max(np.linalg.norm(want), floor * math.sqrt(want.size), 1e-30)
     if error <= allowed:
         return "", ""
@@ -456,14 +460,14 @@ def difference(got: Any, want: Any, allowed: float) -> tuple[str, str]:
 
 
 def _laid_out(t: T, ctx: ggml.Context) -> tuple[Tensor, Tensor]:
-    """The operand, and the input tensor behind it."""
+    """Return the operand, and the input tensor behind it."""
     unit, n = dtypes.type_size(t.dtype), prod(t.shape)
     block = dtypes.block_size(t.dtype)
     if t.layout == "offset":
         base = ctx.new_tensor(t.dtype, (n + 3 * block,))
         return ggml.view(base, t.shape, offset=2 * unit), base
     if t.layout == "overlapping" and t.shape:
-        # Rows half over one another: as many elements in memory, the rest is room.
+        # Rows overlap by half; the base has the full number of elements.
         row = t.shape[-1] // block
         steps = [max(row // 2, 1) * unit] * (len(t.shape) - 1) + [unit]
         base = ctx.new_tensor(t.dtype, (max(n, block),))
@@ -473,7 +477,7 @@ def _laid_out(t: T, ctx: ggml.Context) -> tuple[Tensor, Tensor]:
 
 
 def _store(t: T, base: Tensor, values: Any) -> None:
-    """Write ``values`` where the operand sees them."""
+    """Write ``values`` to the memory that the operand shows."""
     if t.layout not in ("offset", "overlapping") or (not t.shape and t.layout == "overlapping"):
         t.spec.store(base, values)
         return

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer; the long ones are ``python -m benchmarks.fuzz``."""
+"""Short run of the fuzzer; ``python -m benchmarks.fuzz`` has long ones."""
 
 import time
 
@@ -27,7 +27,7 @@ def shown(tally):
 
 
 @pytest.mark.parametrize("child", ["calls"], indirect=True)
-def test_random_calls_are_refused_or_right(child):
+def test_random_calls_are_refused_or_computed_correctly(child):
     tally, end = hunt.Tally(), time.monotonic() + SECONDS
     for op in calls.operations():
         tally.add(hunt.hunt(calls.calls(op), child, SEED, EACH, lambda call: call.op))
@@ -47,8 +47,8 @@ def test_damaged_files_are_refused_or_read(child):
 
 
 @pytest.mark.parametrize("child", ["calls"], indirect=True)
-def test_the_child_tells_what_happened(child, monkeypatch):
-    """Right and wrong calls, a death, and the process after it."""
+def test_the_child_reports_refusals_and_crashes(child, monkeypatch):
+    """Send right and wrong calls, a crash, and a call to the process after it."""
     add = calls.Call("add", {"a": T((2, 3)), "b": T((3,))})
     assert child.ask(add).kind == "compared"
     assert child.ask(calls.Call("add", {"a": T((2, 3)), "b": T((2,))})).kind == "refused"
@@ -57,7 +57,7 @@ def test_the_child_tells_what_happened(child, monkeypatch):
     assert child.ask(add).kind == "compared"
 
 
-def test_defects_are_made_small():
+def test_defects_are_shrunk():
     class Dies:
         def ask(self, call):
             big = call is not None and sum(len(t.shape) for t in call.operands().values()) > 2
@@ -68,7 +68,7 @@ def test_defects_are_made_small():
     assert sum(len(t.shape) for t in calls.parse(defect.job).operands().values()) <= 4
 
 
-def test_calls_can_be_repeated_from_what_is_printed():
+def test_a_printed_call_can_be_parsed_again():
     for case in cases.CASES:
         call = calls.Call(case.op, {name: calls.lift(value) for name, value in case.arguments.items()})
         assert str(calls.parse(str(call))) == str(call)

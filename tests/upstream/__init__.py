@@ -1,15 +1,15 @@
-"""Upstream's own cases, run through this package.
+"""Test cases of ggml itself, run through this package.
 
-ggml's test program ``test-backend-ops`` lists its cases as text: an operation and its parameters. Here each is rebuilt
-with ggml_cffi's operations, computed on several devices, and compared as upstream compares: by the mean square of the
-difference over the mean square of the reference, below the limit that upstream's program has for the operation.
+ggml's test program ``test-backend-ops`` lists its cases as text: an operation and its parameters. The tests here build
+each case with ggml_cffi's operations, compute it on several devices, and compare as upstream does: the mean square of
+the difference over the mean square of the reference must be below upstream's limit for the operation.
 
 =============  =======================================================================
-``listing``    builds the program once, and keeps its list
-``text``       parses the parameters
-``draw``       makes the input tensors, and values for them as upstream draws them
-``builders``   one function for each of upstream's test classes, from parameters to a tensor
-``judge``      the limits, and how far two results are apart
-``runner``     computes cases in child processes, so that none can take the others with it
+``listing``    build of the program, and its list of cases
+``text``       parser of the parameters
+``draw``       input tensors, with values drawn as upstream does
+``builders``   one function per test class of upstream, from parameters to a tensor
+``judge``      limits, and the distance of two results
+``runner``     computation in child processes, so that a crash ends one case only
 =============  =======================================================================
 """

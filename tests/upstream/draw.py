@@ -1,6 +1,6 @@
 """Input tensors, and the values that upstream's program draws for them.
 
-Sizes are ggml's here, contiguous axis first, as upstream's text has them.
+Sizes are in ggml's order, contiguous axis first, as in upstream's text.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Draw = Callable[[np.random.Generator, tuple[int, ...]], Array]
 
 
 class Inputs:
-    """Makes a case's input tensors, and remembers what each is to hold.
+    """Input tensors of a case, with their values.
 
-    ``drawn`` is filled for the first device and used again for the next: all see the same bytes.
+    The first device fills ``drawn``, and the others reuse it, so that all devices get the same bytes.
     """
 
     def __init__(self, ctx: ggml.Context, device: str, rng: np.random.Generator, drawn: list[Array]) -> None:
         self.ctx, self.device = ctx, device
         self.read: ggml.Tensor | None = None
-        """What to compare, if not the tensor that the builder returns."""
+        """Tensor to compare, if not the one that the builder returns."""
         self._rng, self._drawn = rng, drawn
         self._made: list[tuple[ggml.Tensor, tuple[float, float] | Draw]] = []
 
     def new(
         self, dtype: str | ggml.Type, ne: Sequence[int], values: tuple[float, float] | Draw = (-1.0, 1.0)
     ) -> ggml.Tensor:
-        """A tensor of sizes ``ne``, uniform in an interval or by a function of the generator and the shape."""
+        """Create a tensor of sizes ``ne``, uniform in an interval or by a function of generator and shape."""
         tensor = self.ctx.new_tensor(dtype, tuple(reversed(ne)))
         self._made.append((tensor, values))
         return tensor
 
     def ids(self, dtype: str, ne: Sequence[int], limit: int) -> ggml.Tensor:
-        """Random integers below ``limit``."""
+        """Create random integers below ``limit``."""
         return self.new(dtype, ne, lambda rng, shape: rng.integers(0, limit, shape))
 
     def shuffled(self, dtype: str, ne: Sequence[int], limit: int | None = None) -> ggml.Tensor:
-        """Rows that are each a shuffle of 0, 1, …; the numbers start again at ``limit``."""
+        """Create rows that shuffle 0, 1, …; the numbers start again at ``limit``."""
 
         def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
             row = np.arange(shape[-1]) % (limit or shape[-1])
@@ -54,7 +54,7 @@ class Inputs:
         return self.new(dtype, ne, draw)
 
     def chosen(self, dtype: str, ne: Sequence[int], limit: int) -> ggml.Tensor:
-        """Rows of different integers below ``limit``."""
+        """Create rows of different integers below ``limit``."""
 
         def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
             all_of = rng.permuted(np.broadcast_to(np.arange(limit), (*shape[:-1], limit)), axis=-1)
@@ -63,11 +63,11 @@ class Inputs:
         return self.new(dtype, ne, draw)
 
     def write(self) -> None:
-        """Give every input that has memory its values."""
+        """Write the values of every input that has memory."""
         if not self._drawn:
             self._drawn += [self._bytes(t, values) for t, values in self._made]
         for (t, _), raw in zip(self._made, self._drawn, strict=True):
-            if raw.size and t.is_allocated:  # what no node uses has no memory
+            if raw.size and t.is_allocated:  # a tensor that no node uses has no memory
                 t.set_bytes(raw)
 
     def _bytes(self, t: ggml.Tensor, values: tuple[float, float] | Draw) -> Array:
@@ -75,7 +75,7 @@ class Inputs:
         if callable(values):
             drawn = values(self._rng, t.shape)
         elif kind in dtypes.INTEGERS:
-            # As upstream: an integer tensor without a meaning holds the bits of floats.
+            # As in upstream, integer tensors without a meaning hold the bits of floats.
             floats = self._rng.uniform(*values, t.size).astype(np.float32)
             return np.resize(floats.view(np.uint8), t.nbytes) if t.size else np.empty(0, np.uint8)
         else:
@@ -87,7 +87,7 @@ class Inputs:
 
 
 def mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """An attention mask: uniform, with some blocks all 0 and some -inf."""
+    """Return an attention mask: uniform, with some blocks all 0 and some -inf."""
     drawn = rng.uniform(-1, 1, shape).astype(np.float32)
     for _ in range(int(0.2 * drawn.size / (128 * 64))):
         *lead, row, column = (int(rng.integers(n)) for n in shape)
@@ -96,18 +96,20 @@ def mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def lower(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """A lower triangular matrix that can be solved."""
+    """Return a lower triangular matrix that can be solved."""
     return np.tril(rng.uniform(0.1, 1.0, shape))
 
 
 def view(t: ggml.Tensor, ne: Sequence[int], *, nb: Sequence[int] | None = None, offset: int = 0) -> ggml.Tensor:
-    """``ne`` elements of ``t`` from byte ``offset`` on, with its strides or ``nb[1:]`` for the axes after the first."""
+    """Return ``ne`` elements of ``t`` from byte ``offset`` on, with its strides, or ``nb[1:]`` for the axes after the
+    first.
+    """
     strides = (t.nb[0], *(nb or t.nb)[1:])[: len(ne)]
     return ggml.view(t, tuple(reversed(ne)), strides=tuple(reversed(strides)), offset=offset)
 
 
 def permute(t: ggml.Tensor, to: Sequence[int]) -> ggml.Tensor:
-    """ggml's permutation: axis ``i`` of ``t`` becomes axis ``to[i]``."""
+    """Permute as ggml does: axis ``i`` of ``t`` becomes axis ``to[i]``."""
     axes = [0] * 4
     for i, place in enumerate(to):
         axes[3 - place] = 3 - i
@@ -115,12 +117,12 @@ def permute(t: ggml.Tensor, to: Sequence[int]) -> ggml.Tensor:
 
 
 def times(ne: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
-    """Sizes times factors."""
+    """Multiply sizes by factors."""
     return tuple(n * f for n, f in zip(ne, factors, strict=True))
 
 
 def work(result: ggml.Tensor) -> int:
-    """About how many operations the tensors of a result's context take: its elements, and products where there are."""
+    """Estimate the number of arithmetic operations of a result, from the tensors of its context."""
     total = 0
     for t in result.context.tensors():
         sources = [s for s in t.ptr.src if s]

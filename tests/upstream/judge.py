@@ -1,4 +1,4 @@
-"""How far apart two results may be, and are: upstream's measures and limits."""
+"""Distance of two results, and its limit, by upstream's measures."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _LIMITS = {
     "SOFT_MAX": 1e-6,
     "TOP_K": 0.0,
 }
-#: Of one rounding step in the blocks of a type: its part of upstream's estimate.
+#: Contribution of one rounding step in the blocks of a type to upstream's estimate.
 _STEP = {"q4_0": 1.0, "q4_1": 1.0, "iq4_nl": 1.0, "q5_0": 0.5, "q5_1": 0.5, "q8_0": 0.125, "q2_0": 1.0}
 _LARGEST = np.finfo(np.float32).max
 
 
 def limit(op: str, p: SimpleNamespace) -> float:
-    """The largest error that upstream allows."""
+    """Return the largest error that upstream allows."""
     if op == "SET_ROWS" and p.type_dst in _STEP:
         step = _STEP[p.type_dst] / 8
         if p.type_src == "f16":
@@ -54,7 +54,7 @@ def limit(op: str, p: SimpleNamespace) -> float:
 
 
 def error(op: str, p: SimpleNamespace, want: Array, got: Array) -> tuple[float, str]:
-    """How far ``got`` is from ``want``, and a remark where that is infinitely far."""
+    """Return the distance of ``got`` from ``want``, and a remark if it is infinite."""
     if want.shape != got.shape:
         return np.inf, f"shapes {want.shape} and {got.shape}"
     if op == "TOP_K":
@@ -71,6 +71,6 @@ def error(op: str, p: SimpleNamespace, want: Array, got: Array) -> tuple[float, 
 
 
 def _sets(want: Array, got: Array) -> float:
-    """Numbers of each row that the other has not, over all."""
+    """Return the share of the numbers in each row that the other row lacks."""
     pairs = zip(want.reshape(-1, want.shape[-1]), got.reshape(-1, got.shape[-1]), strict=True)
     return sum(len(set(a.tolist()) ^ set(b.tolist())) for a, b in pairs) / (2 * max(want.size, 1))

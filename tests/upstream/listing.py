@@ -1,4 +1,4 @@
-"""Upstream's list of cases: builds ``test-backend-ops`` and asks it, once for each pinned source and compiler."""
+"""List of upstream's cases: ``test-backend-ops`` is built and run once per pinned source and compiler."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ PROGRAM = "test-backend-ops"
 
 
 class NoListError(Exception):
-    """The program could not be built or run; says why."""
+    """Signal that the program could not be built or run, with the reason."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A case as upstream lists it."""
+    """Case as upstream lists it."""
 
     number: int
     op: str
     text: str
     on_cpu: bool
-    """Whether ggml's CPU backend says that it computes it."""
+    """True if ggml's CPU backend supports the case."""
 
     def __str__(self) -> str:
         return f"{self.op}({self.text})"
 
 
 def cases() -> list[Listed]:
-    """Every case that upstream's program lists, in its order.
+    """Return every case that upstream's program lists, in its order.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def cases() -> list[Listed]:
 
 
 def _program() -> Path:
-    """The program in the user's cache, under a name that changes with all that it is made of."""
+    """Return the path of the program in the user's cache; its name is a digest of all its sources."""
     source = SOURCE / "tests" / f"{PROGRAM}.cpp"
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
@@ -71,7 +71,7 @@ def _program() -> Path:
 
 
 def cache() -> Path:
-    """Where ``build_lib.sh`` keeps what it builds."""
+    """Return the folder in which ``build_lib.sh`` keeps its builds."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("GGML_CFFI_CACHE") or Path(base) / "ggml_cffi")
 
@@ -96,7 +96,7 @@ def _compile(compiler: str, source: Path, program: Path) -> None:
     folder = _libraries()
     program.parent.mkdir(parents=True, exist_ok=True)
     part = program.with_suffix(f".{os.getpid()}")
-    # Unoptimized: it takes seconds instead of minutes, and only prints.
+    # Without optimization the build takes seconds instead of minutes; the program only prints.
     command = [compiler, "-std=c++17", "-O0", "-w", "-I", str(SOURCE / "include"), str(source), "-o", str(part)]
     command += [str(next(folder.glob(f"lib{name}.*"))) for name in ("ggml", "ggml-base")]
     command += [f"-Wl,-rpath-link,{folder}", "-Wl,--allow-shlib-undefined"] if sys.platform == "linux" else []
@@ -108,7 +108,7 @@ def _compile(compiler: str, source: Path, program: Path) -> None:
 
 def _ask(program: Path) -> str:
     paths = os.pathsep.join(filter(None, [str(_libraries()), os.environ.get("LD_LIBRARY_PATH", "")]))
-    # In the folder of the libraries: a portable build's CPU variants are looked for there.
+    # ggml looks for the CPU variants of a portable build in the current folder.
     done = subprocess.run(
         [program, "support", "--output", "csv", "-b", "CPU"],
         capture_output=True,

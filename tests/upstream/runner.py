@@ -1,7 +1,7 @@
-"""Computes cases on several devices in a child process, and compares them.
+"""Computation of cases on several devices in a child process, and comparison of the results.
 
-A child computes one case after the other, so that a device compiles each of its programs once. When one ends the
-process, or takes too long, a new child goes on with the next.
+A child computes one case after the other, so that a device compiles each of its shaders once. If a case ends the
+process or exceeds its time limit, a new child continues with the next case.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _VIEWS = (ggml.Op.VIEW, ggml.Op.RESHAPE, ggml.Op.PERMUTE, ggml.Op.TRANSPOSE)
 
 @dataclass
 class Outcome:
-    """What became of a case."""
+    """Outcome of a case."""
 
     number: int
     op: str
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def spread(cases: Sequence[Listed], per_op: int, *, smaller: float = 1.0) -> list[Listed]:
-    """At most ``per_op`` cases of each operation, evenly from its list; only from the ``smaller`` part of it."""
+    """Choose at most ``per_op`` cases of each operation, evenly from its list; only from the ``smaller`` part of it."""
     by_op: dict[str, list[Listed]] = {}
     for case in cases:
         by_op.setdefault(case.op, []).append(case)
@@ -66,7 +66,7 @@ def spread(cases: Sequence[Listed], per_op: int, *, smaller: float = 1.0) -> lis
 
 
 class Machine:
-    """The devices, with a scheduler each. The first is the reference."""
+    """Devices, with a scheduler each. The first is the reference."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._stack = ExitStack()
@@ -80,7 +80,7 @@ class Machine:
         self._stack.close()
 
     def run(self, case: Listed, max_work: int) -> Outcome:
-        """One case on every device."""
+        """Run one case on every device."""
         outcome = Outcome(case.number, case.op, case.text, RAN)
         start = perf_counter()
         if case.op not in self.builders:
@@ -95,7 +95,7 @@ class Machine:
             outcome.status, outcome.detail = UNSUPPORTED, str(error)
         except ValueError as error:
             outcome.status, outcome.detail = REFUSED if case.on_cpu else UNSUPPORTED, str(error)
-        except Exception as error:  # the next case is to run, whatever was wrong with this one
+        except Exception as error:  # the next case must run regardless of the error
             outcome.status, outcome.detail = FAILED, f"{type(error).__name__}: {error}"
         outcome.seconds = round(perf_counter() - start, 4)
         return outcome
@@ -153,7 +153,7 @@ class Machine:
 
 
 def run(cases: Sequence[Listed], devices: Sequence[str], *, max_work: int, timeout: float = 60.0) -> Iterator[Outcome]:
-    """Every case in child processes; ``timeout`` is in seconds for one case."""
+    """Run every case in child processes; ``timeout`` is the time limit of a case in seconds."""
     left = list(cases)
     while left:
         for outcome in _child(tuple(left), devices, max_work, timeout):
@@ -162,7 +162,7 @@ def run(cases: Sequence[Listed], devices: Sequence[str], *, max_work: int, timeo
 
 
 def _child(cases: Sequence[Listed], devices: Sequence[str], max_work: int, timeout: float) -> Iterator[Outcome]:
-    """What one child manages, the case that ended it included."""
+    """Run one child until it ends; return its outcomes, with that of the case that ended it."""
     with tempfile.TemporaryFile("w+") as order, tempfile.TemporaryFile("w+", errors="replace") as log:
         json.dump({"cases": [asdict(case) for case in cases], "devices": list(devices), "max_work": max_work}, order)
         order.seek(0)
@@ -215,7 +215,7 @@ def _timer(child: subprocess.Popen[str], late: threading.Event, seconds: float) 
 
 
 def main() -> None:
-    """The child: reads its order, and writes an outcome a line."""
+    """Run as the child: read the cases, and write one outcome per line."""
     order = json.load(sys.stdin)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # ggml's Vulkan backend prints to stdout

@@ -1,4 +1,4 @@
-"""A sample of upstream's own cases, CPU against Vulkan; ``python -m benchmarks.upstream`` runs all of them."""
+"""Sample of upstream's cases, CPU against Vulkan; ``python -m benchmarks.upstream`` runs all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.upstream.builders import load
 from tests.upstream.text import parse
 
 PER_OP, MAX_WORK = 2, 600_000
-#: Whose programs are others for each type: F32 only, since each compiles for long on a software GPU.
+#: Operations with another shader per type: only F32 is tested, since a software GPU compiles each for long.
 TYPED = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"}
-#: Whose programs compile for long at all: one case only.
+#: Operations with shaders that compile slowly: one case each.
 HEAVY = {"CONV_2D", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT", "MUL_MAT_ID", "SOFT_MAX", "TOP_K"}
-#: What ggml_cffi refuses though upstream lists it for the CPU, by a part of the message.
+#: Parts of the messages for cases that ggml_cffi refuses although upstream lists them for the CPU.
 REFUSED = (
     "cannot be checked",  # row numbers by a view
     "integers, which may be checked row numbers, cannot be written in place",  # they may be row numbers
@@ -22,15 +22,15 @@ REFUSED = (
     "quantized tensors are copied to and from tensors of the same shape",
     "quantized tensors must be contiguous",
     "a must be F32, F16, BF16 or I32",  # dup of I16
-    "with an even last size",  # gates of an odd one, whose last element counts for nothing
+    "with an even last size",  # gated units of an odd size, whose last element has no effect
     "a must be F32 with contiguous rows",  # norms and sums of transposed tensors
     "the kernel must be contiguous, and the rows of x",  # conv_2d of one channel, permuted
-    "is larger than the padded input",  # convolutions: C's division rounds a result of less than nothing up to one
+    "is larger than the padded input",  # convolutions: C rounds a negative number of windows up to one
     "that hold padding only",  # pooling
     "must be multiples of channels=",  # im2col_3d of kernels and inputs with a part of their channels
     "one number per row",  # get_rows_back of more rows than there are numbers
     "ext_factor needs n_ctx_orig",  # YaRN's ramp from the logarithm of 0
-    "freq_factors must be F32 of one axis with at least",  # the CPU reads more of them than upstream gives it
+    "freq_factors must be F32 of one axis with at least",  # the CPU reads more values than upstream provides
 )
 
 
@@ -74,7 +74,7 @@ def test_cpu_and_vulkan_agree_as_upstream_asks(listed, group):
 
 
 def quick(case: listing.Listed) -> bool:
-    # The tables for types of 3 bits and less take seconds to fill.
+    # Tables for types of 3 bits and less take seconds to build.
     types = [value for name, value in vars(parse(case.text)).items() if "type" in name.lower()]
     quickly = all(t == "f32" for t in types) if case.op in TYPED else "=iq" not in case.text
     return case.on_cpu and quickly

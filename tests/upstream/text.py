@@ -1,4 +1,4 @@
-"""Parameters as upstream prints them: ``type=f32,ne=[10,5,4,3],eps=0.000001,split``."""
+"""Parser of parameters as upstream prints them: ``type=f32,ne=[10,5,4,3],eps=0.000001,split``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ _PART = re.compile(r"(\w+)(?:=(\[[^\]]*\]|[^,]*))?(?:,|$)")
 
 
 def parse(text: str) -> SimpleNamespace:
-    """The parameters by name: integers, floats, tuples of integers or words. A word alone, as ``split``, is True."""
+    """Return the parameters by name: integers, floats, tuples of integers, or words. A single word, such as ``split``,
+    is True.
+    """
     found: dict[str, Any] = {}
     for name, value in _PART.findall(text):
         found[name] = _value(value) if value else True
@@ -28,12 +30,12 @@ def _value(text: str) -> Any:
     return text
 
 
-#: Integers that are no sizes.
+#: Integer parameters that are not sizes.
 _OTHER = {"dim", "max_period", "mode", "n_ctx", "v"}
 
 
 def size(text: str) -> int:
-    """A number that grows with the work of a case: to rank cases of one operation, no more."""
+    """Return a number that grows with the work of a case, to rank the cases of one operation."""
     total = 1
     for name, value in vars(parse(text)).items():
         for n in value if isinstance(value, tuple) else (value,):

@@ -1,7 +1,7 @@
-"""From parameters to a tensor: a function for each of upstream's test classes, registered under the operations' names.
+"""Builders of cases: one function per test class of upstream, registered under the names of its operations.
 
 A function gets the case's :class:`~upstream.draw.Inputs` and its parameters, and returns the result. It raises
-``ValueError`` where ggml_cffi refuses the case, and ``AttributeError`` where it has no such operation.
+``ValueError`` if ggml_cffi refuses the case, and ``AttributeError`` if the operation does not exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def builds(*ops: str) -> Callable[[Builder], Builder]:
 
 
 def load() -> dict[str, Builder]:
-    """All of them."""
+    """Import all builders and return them."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     return BUILDERS

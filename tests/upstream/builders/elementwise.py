@@ -1,4 +1,4 @@
-"""Element by element, norms, reductions and sorting."""
+"""Elementwise operations, norms, reductions and sorting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GLU = "REGLU GEGLU SWIGLU GEGLU_ERF GEGLU_QUICK"
 def _unary(op: str) -> Callable[[Inputs, Params], ggml.Tensor]:
     def build(b: Inputs, p: Params) -> ggml.Tensor:
         function = getattr(ggml, op.lower())
-        if not hasattr(p, "ne_a"):  # the classes of single operations
+        if not hasattr(p, "ne_a"):  # a test class for a single operation
             return function(b.new(p.type, p.ne, (-10.0, 10.0)))
         reach = 10.0 if p.type == "f16" and op in ("EXP", "EXPM1") else 150.0
         a = b.new(p.type, times(p.ne_a, (3, 2, 5, 4)) if p.v & 1 else p.ne_a, (-reach, reach))
@@ -254,7 +254,7 @@ def cross_entropy_loss_back(b: Inputs, p: Params) -> ggml.Tensor:
 @builds("OPT_STEP_ADAMW")
 def opt_step_adamw(b: Inputs, p: Params) -> ggml.Tensor:
     a, grad, m, v = (b.new(p.type, p.ne, (0.0, 1.0)) for _ in range(4))
-    b.ctx.alloc(b.device, [a, m, v])  # what a step changes has memory before
+    b.ctx.alloc(b.device, [a, m, v])  # a step needs weights and moments with memory
     return ggml.opt_step_adamw(a, grad, m, v, b.new("f32", (7,), (0.0, 1.0)))
 
 

@@ -86,7 +86,7 @@ def flash_attn_ext(b: Inputs, p: Params) -> ggml.Tensor:
         v = make(p.type_V, (hsv, p.kv, p.nh, p.nr23[1]), True)
     m = b.new("f16", (p.kv, p.nb, 1, p.nr23[1]), mask) if p.mask else None
     sinks = b.new("f32", (q.ne[2],), (-10.0, 10.0)) if p.sinks else None
-    # Sums are always in F32 here: "def", which lets devices sum in F16, is the same case.
+    # Sums are always F32 here, so "def", with which devices may sum in F16, is the same case.
     return ggml.flash_attn_ext(
         q, k, v, m, sinks, scale=1 / math.sqrt(p.hsk), max_bias=p.max_bias, logit_softcap=p.logit_softcap
     )
