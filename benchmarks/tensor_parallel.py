@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from math import prod
 from types import SimpleNamespace
@@ -23,11 +23,12 @@ import ggml_cffi as ggml
 from benchmarks import save
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
+from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.decoder import Rope
 from ggml_cffi.models.architectures.llama import Llama
-from ggml_cffi.models.runners.base import Batch
-from ggml_cffi.models.runners.tensor import TensorRunner
+from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec
 from ggml_cffi.parallel import ParallelProgram, Rank, TensorParallel, rank
+from ggml_cffi.parallel.executors import Threads
 
 # layers, embedding, feed-forward, heads, KV heads, vocabulary
 SHAPES = {
@@ -39,7 +40,7 @@ HEAD_SIZES = {"8B": 128, "70B": 128, "small": 64}
 
 
 class Shape(Llama):
-    """A llama model of given sizes that has no file."""
+    """A llama model of given sizes, with random weights in place of a file."""
 
     def __init__(self, name: str, dtype: ggml.Type) -> None:
         self.n_layers, self.n_embd, self.n_ff, self.n_heads, self.n_kv_heads, self.n_vocab = SHAPES[name]
@@ -48,34 +49,24 @@ class Shape(Llama):
         self.eps, self.scale, self.n_ctx_train = 1e-5, self.head_size**-0.5, 8192
         self.rope = Rope(self.rope_mode, self.head_size, 500000.0)
         self.dtype = dtype
-        self.file: Any = SimpleNamespace(tensors={"output.weight": None}, path=name)
+        self.file: Any = SimpleNamespace(tensors={"output.weight": None}, path=name, raw=self.raw)
         self.shapes = dict(self.expected_tensors())
 
-    def info(self, name: str) -> Any:
-        return SimpleNamespace(dtype=self.dtype)
+    def tensor_info(self, name: str) -> TensorInfo:
+        shape = self.shapes[name] if hasattr(self, "shapes") else (1, 1)
+        dtype = self.dtype if len(shape) == 2 else ggml.F32
+        return TensorInfo(name, dtype, shape, offset=1, nbytes=prod(shape[:-1]) * dtypes.row_size(dtype, shape[-1]))
 
-    def weights(self) -> dict[str, Any]:
-        """Random weights by name."""
-        return {
-            name: Random(self.dtype, shape) if len(shape) == 2 else np.ones(shape, np.float32)
-            for name, shape in self.shapes.items()
-        }
+    def raw(self, name: str) -> np.ndarray:
+        """Bytes of a weight: random, ones for norms."""
+        shape = self.shapes[name]
+        return _random(self.dtype, shape) if len(shape) == 2 else np.ones(shape, np.float32).view(np.uint8)
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of what a token is multiplied with."""
+        """Bytes of the weights that a token is multiplied with."""
         rows = (s for name, s in self.shapes.items() if len(s) == 2 and name != "token_embd.weight")
         return sum(s[0] * dtypes.row_size(self.dtype, s[1]) for s in rows)
-
-
-class Random(ggml.GGUFTensor):
-    """A weight as if from a file, with random values."""
-
-    def __init__(self, dtype: ggml.Type, shape: tuple[int, ...]) -> None:
-        super().__init__(SimpleNamespace(), SimpleNamespace(dtype=dtype, shape=shape, name="random"))  # type: ignore[arg-type]
-
-    def raw(self) -> np.ndarray:
-        return _random(self.dtype, self.shape)
 
 
 @cache
@@ -86,8 +77,8 @@ def _random(dtype: ggml.Type, shape: tuple[int, ...]) -> np.ndarray:
     )
 
 
-def step(model: TensorRunner, ids: np.ndarray, at: int) -> np.ndarray:
-    """Logits of the last of ``ids`` at positions from ``at`` on."""
+def step(model: PipelineRunner, ids: np.ndarray, at: int) -> np.ndarray:
+    """Return the logits of the last of ``ids``, which are at positions from ``at`` on."""
     n = len(ids)
     positions = np.arange(at, at + n)
     mask = np.where(np.arange(model.n_kv(at + n)) <= positions[:, None], np.float16(0), np.float16(-np.inf))
@@ -95,7 +86,7 @@ def step(model: TensorRunner, ids: np.ndarray, at: int) -> np.ndarray:
 
 
 def best(run: Callable[[], Any], rounds: int) -> float:
-    """Microseconds of the quickest of some rounds, after two that do not count."""
+    """Return the microseconds of the quickest of some rounds, after two that do not count."""
     run(), run()
     found = []
     for _ in range(rounds):
@@ -105,70 +96,64 @@ def best(run: Callable[[], Any], rounds: int) -> float:
     return 1e6 * min(found)
 
 
-#: How devices are driven: whether each has a thread.
-MODES = (("in turns", False), ("threads", True))
+#: Executors, by the parameter ``threads``.
+MODES: tuple[tuple[str, bool | None], ...] = (("default", None), ("in turns", False), ("threads", True))
 
 
 @contextmanager
-def mode(owner: TensorRunner | TensorParallel, on: bool) -> Iterator[None]:
-    """Devices driven in another way."""
-    driver = (owner.group if isinstance(owner, TensorRunner) else owner).driver
-    before, driver.threads = driver.threads, on
-    try:
-        yield
-    finally:
-        driver.threads = before
-
-
-@contextmanager
-def variant(model: TensorRunner, direct: int, half_above: int | None) -> Iterator[None]:
-    """Partial sums that go another way."""
+def variant(model: PipelineRunner, direct: int, half_above: int | None) -> Iterator[None]:
+    """Exchange partial sums in another way."""
+    (stage,) = model.stages
     before = rank.DIRECT
-    rank.DIRECT, model.group.half_above = direct, half_above
-    model.stage.clear()
+    rank.DIRECT, stage.group.half_above = direct, half_above
+    stage.clear()
     try:
         yield
     finally:
-        rank.DIRECT, model.group.half_above = before, None
-        model.stage.clear()
+        rank.DIRECT, stage.group.half_above = before, None
+        stage.clear()
 
 
-def breakdown(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
-    """Microseconds of one run, by part."""
-    driver, plans = model.group.executor, program.steps
-    n, steps = len(plans), len(plans[0])
+@contextmanager
+def opened(shape: Shape, devices: list[str], threads: bool | None) -> Iterator[PipelineRunner]:
+    """Open a model whose devices share every layer."""
+    with ExitStack() as stack:
+        backends = [stack.enter_context(ggml.Backend(device)) for device in devices]
+        stages = [StageSpec(range(shape.n_layers), tuple(range(len(devices))))]
+        yield stack.enter_context(PipelineRunner(shape, backends, 1024, stages=stages, threads=threads))
+
+
+def breakdown(model: PipelineRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
+    """Return the microseconds of one run, by part."""
+    executor, steps = model.stages[0].group.executor, program.steps
+    n, n_steps = len(steps), len(steps[0])
     compute, synchronize = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize
-    found: dict[str, float] = {"steps": steps}
+    found: dict[str, float] = {"steps": n_steps}
 
     def in_steps(r: int) -> None:
-        for step in plans[r]:
+        for step in steps[r]:
             for graph in step.graphs:
-                compute(driver.backends[r].ptr, graph)
-            synchronize(driver.backends[r].ptr)
+                compute(executor.backends[r].ptr, graph)
+            synchronize(executor.backends[r].ptr)
 
     for r in range(n):
         found[f"device {r} alone, waiting at each step"] = best(lambda r=r: in_steps(r), rounds)
-    for name, on in MODES if n > 1 else MODES[:1]:
-        with mode(model, on):
-            found[f"all, {name}"] = best(lambda: driver.run(plans), rounds)
-            found[f"all, {name}, per step"] = found[f"all, {name}"] / steps
-            if on:
-                for phase, us in phases(model, program, rounds).items():
-                    found[f"all, {name}, per step: {phase}"] = us
-    if program.arrivals is not None:
-        found["all, watching"] = best(lambda: driver.run(plans, None, program.arrivals), rounds)
-        found["all, watching, per step"] = found["all, watching"] / steps
+    found["all"] = best(lambda: executor.run(steps, None, program.polled_sums), rounds)
+    found["all, per step"] = found["all"] / n_steps
+    if isinstance(executor, Threads):
+        for phase, us in phases(executor, program, rounds).items():
+            found[f"all, per step: {phase}"] = us
     return found
 
 
-def phases(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[str, float]:
-    """Microseconds of a step, by what the thread of the first device does; means of all steps."""
-    driver, plans = model.group.executor, program.steps
-    compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, driver._barrier.wait
+def phases(executor: Threads, program: ParallelProgram, rounds: int) -> dict[str, float]:
+    """Return the microseconds of a step, by what the thread of the first device does; means of all steps."""
+    steps = program.steps
+    compute, synchronize, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_synchronize, executor._barrier.wait
     now = time.perf_counter
-    spent = np.zeros((len(plans), 3))
+    spent = np.zeros((len(steps), 3))
 
-    def follow(r: int, pointer: Any, own: Any, steps: int) -> int:
+    def run_device(r: int, pointer: Any, own: Any, n: int) -> int:
         for k, step in enumerate(own):
             t0 = now()
             for graph in step.graphs:
@@ -176,49 +161,49 @@ def phases(model: TensorRunner, program: ParallelProgram, rounds: int) -> dict[s
             t1 = now()
             synchronize(pointer)
             t2 = now()
-            if k < steps - 1:
+            if k < n - 1:
                 wait(r, k)
             spent[r] += t1 - t0, t2 - t1, now() - t2
         return 0
 
-    before, driver._follow = driver._follow, follow  # type: ignore[method-assign]
+    before, executor._run_device = executor._run_device, run_device  # type: ignore[method-assign]
     try:
         for i in range(rounds + 2):
             if i == 2:
                 spent[:] = 0
-            driver.run(plans)
+            executor.run(steps)
     finally:
-        driver._follow = before  # type: ignore[method-assign]
-    names = ("handing out", "waiting for the device", "waiting for the others")
-    return dict(zip(names, (1e6 * spent[0] / rounds / len(plans[0])).tolist(), strict=True))
+        executor._run_device = before  # type: ignore[method-assign]
+    names = ("submitting", "waiting for the device", "waiting for the others")
+    return dict(zip(names, (1e6 * spent[0] / rounds / len(steps[0])).tolist(), strict=True))
 
 
-def nothing(devices: list[str], rounds: int) -> dict[str, float]:
-    """Microseconds of a step that computes next to nothing: what a sum costs."""
+def all_reduces(devices: list[str], rounds: int) -> dict[str, float]:
+    """Return the microseconds of a step that computes next to nothing: the cost of an all-reduce."""
     found = {}
-    with TensorParallel(devices) as group:
+    for name, threads in MODES:
+        with TensorParallel(devices, threads=threads) as group:
 
-        def run(rank: Rank, x: ggml.Tensor) -> ggml.Tensor:
-            for _ in range(64):
-                x = rank.all_reduce(ggml.scale(x, 0.5))
-            return x
+            def run(rank: Rank, x: ggml.Tensor) -> ggml.Tensor:
+                for _ in range(64):
+                    x = rank.all_reduce(ggml.scale(x, 0.5))
+                return x
 
-        f = group.compile(run)
-        for size in (4096, 512 * 4096):
-            x = np.ones((size // 4096, 4096), np.float32)
-            program = f.trace(x)
-            for name, on in MODES:
-                with mode(group, on):
-                    us = best(lambda p=program: group.executor.run(p.steps), rounds if size == 4096 else 3)
-                    found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
-            if program.arrivals is not None:
-                us = best(lambda p=program: group.executor.run(p.steps, None, p.arrivals), rounds)
-                found[f"sum of {4 * size / 1024:,.0f} KiB, watching"] = us / 65
+            f = group.compile(run)
+            for size in (4096, 512 * 4096):
+                x = np.ones((size // 4096, 4096), np.float32)
+                f(x)  # the first run waits after each graph
+                program = f.trace(x)
+                us = best(
+                    lambda p=program, e=group.executor: e.run(p.steps, None, p.polled_sums),  # type: ignore[misc]
+                    rounds if size == 4096 else 3,
+                )
+                found[f"sum of {4 * size / 1024:,.0f} KiB, {name}"] = us / 65
     return found
 
 
-def speeds(model: TensorRunner, prompt: np.ndarray, rounds: int, suffix: str = "") -> dict[str, float]:
-    """Tokens a second, one by one and as a prompt."""
+def speeds(model: PipelineRunner, prompt: np.ndarray, rounds: int, suffix: str = "") -> dict[str, float]:
+    """Return tokens/s, one by one and as a prompt."""
     token, n = prompt[:1], len(prompt)
     us = best(lambda: step(model, token, n), rounds)
     found = {f"decode us/token{suffix}": us, f"decode tokens/s{suffix}": 1e6 / us}
@@ -227,37 +212,38 @@ def speeds(model: TensorRunner, prompt: np.ndarray, rounds: int, suffix: str = "
 
 
 def measure(shape: Shape, devices: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
-    """Figures of one model on some devices, and its logits after a prompt and a token."""
-    start = time.perf_counter()
+    """Return the figures of one model on some devices, and its logits after a prompt and a token."""
     found: dict[str, Any] = {"devices": devices}
-    with TensorRunner(shape, devices, 1024, weights=shape.weights()) as model:
-        found["load_s"] = time.perf_counter() - start
-        prompt = np.random.default_rng(1).integers(0, shape.n_vocab, args.prompt).astype(np.int32)
+    prompt = np.random.default_rng(1).integers(0, shape.n_vocab, args.prompt).astype(np.int32)
+    for name, threads in MODES if len(devices) > 1 else MODES[:1]:
+        suffix = f", {name}" if len(devices) > 1 else ""
         start = time.perf_counter()
-        step(model, prompt, 0)
-        logits = step(model, prompt[:1], args.prompt)
-        found["first_s"] = time.perf_counter() - start
-        if len(devices) == 1:
-            found |= speeds(model, prompt, args.rounds)
-        else:
-            for name, on in MODES:
-                with mode(model, on):
-                    found |= speeds(model, prompt, args.rounds, f", {name}")
-            for name, direct, half in (
-                ("all copied", 0, None),
-                ("none copied", 1 << 30, None),
-                ("halves", 1 << 16, 1 << 16),
-            ):
-                with variant(model, direct, half):
-                    found |= speeds(model, prompt, args.rounds // 2, f", {name}")
+        with opened(shape, devices, threads) as model:
+            found[f"load_s{suffix}"] = time.perf_counter() - start
+            start = time.perf_counter()
+            step(model, prompt, 0)
+            logits = step(model, prompt[:1], args.prompt).copy()
+            found[f"first_s{suffix}"] = time.perf_counter() - start
+            found |= speeds(model, prompt, args.rounds, suffix)
+            if len(devices) > 1 and threads is None:
+                found |= variants(model, prompt, args)
             step(model, prompt[:1], args.prompt), step(model, prompt, 0)
-        decoded, prompted = sorted(model.programs, key=lambda p: p.inputs[0][0].size)
-        found["nodes"] = [sum(len(g) for g in plan.graphs) for plan in decoded.plans]
-        step(model, prompt[:1], args.prompt)  # for its inputs: programs read them at the same place
-        found["decode, us"] = breakdown(model, decoded, args.rounds)
-        step(model, prompt, 0)
-        found["prompt, us"] = breakdown(model, prompted, max(args.rounds // 8, 2))
+            decoded, prompted = sorted(model.stages[0].programs, key=lambda p: p.inputs[0][0].size)
+            found[f"nodes{suffix}"] = [sum(len(g) for g in graphs.graphs) for graphs in decoded.step_graphs]
+            step(model, prompt[:1], args.prompt)  # for its inputs: programs read them at the same place
+            found[f"decode, us{suffix}"] = breakdown(model, decoded, args.rounds)
+            step(model, prompt, 0)
+            found[f"prompt, us{suffix}"] = breakdown(model, prompted, max(args.rounds // 8, 2))
     return found, logits
+
+
+def variants(model: PipelineRunner, prompt: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
+    """Return the speeds with other ways to exchange partial sums."""
+    found: dict[str, float] = {}
+    for name, direct, half in (("all copied", 0, None), ("none copied", 1 << 30, None), ("halves", 1 << 16, 1 << 16)):
+        with variant(model, direct, half):
+            found |= speeds(model, prompt, args.rounds // 2, f", {name}")
+    return found
 
 
 def show(result: dict[str, Any], indent: str = "    ") -> None:
@@ -285,9 +271,9 @@ def main() -> int:
         parser.error("there is no GPU; GGML_VK_VISIBLE_DEVICES=0,0 makes two of one, software devices included")
     result: dict[str, Any] = {"devices": [f"{d}: {ggml.device(d).description}" for d in devices]}
     if len(devices) > 1:
-        result["nothing"] = nothing(devices, args.rounds)
-        print("  steps that compute next to nothing (us)")
-        show(result["nothing"])
+        result["all-reduces"] = all_reduces(devices, args.rounds)
+        print("  all-reduces (us)")
+        show(result["all-reduces"])
     for name in args.shapes.split(","):
         shape = Shape(name, dtypes.as_type(args.dtype))
         print(f"{name}, {args.dtype}: {shape.n_layers} layers, {shape.layer_bytes / 1e9:.2f} GB a token")

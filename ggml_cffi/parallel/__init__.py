@@ -1,7 +1,13 @@
-"""Several devices at work: a replica on each (data parallelism), or a part of every layer (tensor parallelism)."""
+"""Parallel computation: several devices work at the same time.
+
+``DataParallel`` keeps a replica of a function on each device and sends each call to a free one. ``TensorParallel``
+gives each device a shard of every weight, and compiles functions that all devices compute together: ``rank`` and
+``trace`` build their graphs, ``step_graphs`` divides them into steps, ``executors`` submits the steps. ``meta`` is
+ggml's own tensor parallelism, for comparison.
+"""
 
 from ggml_cffi.parallel.data_parallel import DataParallel, TaskExecutor
-from ggml_cffi.parallel.executors.base import Executor
+from ggml_cffi.parallel.executors import Executor
 from ggml_cffi.parallel.function import ParallelFunction
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram

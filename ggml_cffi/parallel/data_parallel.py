@@ -14,14 +14,14 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.parallel.replicas import Replica, Replicas, Task
 
-_IN_FLIGHT = 32  # calls of map() that an executor has at once, where nobody says how many
+_IN_FLIGHT = 32  # calls of map() that an executor has at once by default
 
 
 class TaskExecutor(Protocol):
-    """What runs calls: as in :mod:`concurrent.futures`."""
+    """Interface of an executor that runs calls, as in :mod:`concurrent.futures`."""
 
     def submit(self, function: Callable[..., Any], /, *args: Any) -> Any:
-        """Have ``function(*args)`` called; return its future."""
+        """Schedule ``function(*args)`` and return its future."""
 
 
 class DataParallel(Closing):
@@ -30,25 +30,24 @@ class DataParallel(Closing):
     Parameters
     ----------
     make
-        Called with the name of a device: returns a function. Where it returns a context manager, that is entered, and
-        left at the end; a compiled function is closed with its session. A :class:`~ggml_cffi.isolate.Worker` makes a
-        replica that may crash alone.
+        Called with the name of a device; returns a function. A context manager is entered now and left at the end, and
+        a compiled function is closed with its session. With a :class:`~ggml_cffi.isolate.Worker` a replica may crash
+        alone.
     devices
-        Devices or names, each as often as there are to be replicas on it. Default every GPU, or the CPU if there is
-        none.
+        Devices or names, one for each replica. Default every GPU, or the CPU if there is no GPU.
     executor
-        Something with ``submit(function, *args)`` that returns futures: where the calls run, instead of in threads of
-        this process. It may send them to other processes and machines. ``make`` and the names of devices go with them,
-        and are used there: each process makes as many replicas as it gets calls at once, at most one for each of
-        ``devices``, or of its own devices.
+        Object with ``submit(function, *args)`` that returns futures. It runs the calls in place of threads of this
+        process, also in other processes and on other machines. ``make`` and the names of devices are sent with the
+        calls. Each process makes as many replicas as it gets calls at once, at most one for each of ``devices``, or of
+        its own devices.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is of the wrong kind, or there are no devices.
+        If an argument has the wrong type, or there are no devices.
     Exception
-        What ``make`` raises, if it does so for every device. A replica that fails alone is dropped, with a warning to
-        the logger ``ggml_cffi.parallel``.
+        The exception of ``make``, if it fails for every device. A replica that fails alone is dropped, with a warning
+        to the logger ``ggml_cffi.parallel``.
 
     Examples
     --------
@@ -68,12 +67,12 @@ class DataParallel(Closing):
         executor: TaskExecutor | None = None,
     ) -> None:
         if not callable(make):
-            raise TypeError(f"make is a function of a device's name, not {type(make).__name__}")
+            raise TypeError(f"make must be a function of a device's name, not {type(make).__name__}")
         if isinstance(devices, str | Device):
             raise TypeError("devices is a sequence: put the one device in a list")
         names = None if devices is None else [d.name if isinstance(d, Device) else d for d in devices]
         if names is not None and not names:
-            raise ValueError("devices is empty")
+            raise ValueError("devices is empty: name a device for each replica")
         self._lock = threading.Lock()
         self._closed = False
         self._running: set[Any] = set()
@@ -91,7 +90,7 @@ class DataParallel(Closing):
         self._executor = executor
 
     def _make_all(self, replicas: Replicas, pool: ThreadPoolExecutor) -> None:
-        """Make the replicas, all at once."""
+        """Make the replicas, all at the same time."""
         list(pool.map(replicas.prepare, replicas.all))
         failed = [replica.error for replica in replicas.all if replica.error is not None]
         if len(failed) == len(replicas.all):
@@ -99,7 +98,7 @@ class DataParallel(Closing):
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        """Replicas in this process, none with an executor: their devices, numbers of calls, and errors."""
+        """Replicas in this process, with their devices, numbers of calls and errors; none if there is an executor."""
         return self._local.all if self._local is not None else ()
 
     # ------------------------------------------------------------------ calls
@@ -110,20 +109,20 @@ class DataParallel(Closing):
         Raises
         ------
         Exception
-            What the function raises.
+            The exception of the function.
         GgmlError
             If all replicas were dropped.
         ClosedError
-            If it is closed.
+            If this object is closed.
         """
         if self._local is not None:
             return self._local(args, kwargs)  # in this thread
         return self.submit(*args, **kwargs).result()
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """As a call, in the background. The arguments must not change until the future is done.
+        """Call a replica in the background, and return a future. Do not change the arguments until the future is done.
 
-        A call that does not run yet can be cancelled.
+        A call that has not started can be cancelled.
         """
         with self._lock:
             self._check_open()
@@ -133,7 +132,7 @@ class DataParallel(Closing):
         return future
 
     async def run_async(self, *args: Any, **kwargs: Any) -> Any:
-        """As a call, without blocking the event loop. Cancelling the task drops a call that waits."""
+        """Call a replica without blocking the event loop. Cancelling the task cancels a call that has not started."""
         import asyncio
 
         future = self.submit(*args, **kwargs)
@@ -142,19 +141,19 @@ class DataParallel(Closing):
         return await asyncio.to_thread(future.result)
 
     def map(self, *iterables: Iterable[Any], ordered: bool = True, in_flight: int | None = None) -> Iterator[Any]:
-        """Results for the elements of iterables, as the built-in ``map`` gives them, of several calls at once.
+        """Yield the results for the elements of iterables, as the built-in ``map`` does, with several calls at once.
 
-        Elements are taken, and calls made, as results are asked for. An exception of a call is raised in its place, and
-        ends the iteration.
+        Elements are taken, and calls made, when results are asked for. An exception of a call is raised in the place of
+        its result, and ends the iteration.
 
         Parameters
         ----------
         iterables
-            One for each argument of the function; the shortest one counts.
+            One for each argument of the function. The shortest ends the iteration.
         ordered
-            False for results as soon as they are there.
+            False for results in the order in which calls end.
         in_flight
-            Calls that run or wait at once. Default two for each replica, 32 with an executor.
+            Largest number of calls that run or wait. Default two for each replica, 32 with an executor.
         """
         self._check_open()
         if not iterables:
@@ -195,7 +194,7 @@ class DataParallel(Closing):
             raise ClosedError("this DataParallel is closed")
 
     def close(self) -> None:
-        """Drop what waits, finish what runs, and close the replicas of this process.
+        """Cancel calls that wait, finish calls that run, and close the replicas of this process.
 
         An executor stays open, and its processes keep their replicas until they end; see
         :func:`~ggml_cffi.parallel.release`.

@@ -1,9 +1,9 @@
-"""ggml's own tensor parallelism: several GPUs as one device, its meta device.
+"""ggml's own tensor parallelism: several GPUs as one meta device.
 
-:class:`~ggml_cffi.parallel.TensorParallel` is quicker, and takes any operation; this is for comparison, and for what
-ggml may make of it. ggml asks a function how each weight is cut, works out how every result is cut, and adds up what is
-in parts. Where it cannot, it ends the process: so what a function may do here is what is known to work, feed-forward
-networks, and all else is refused before ggml sees it.
+:class:`~ggml_cffi.parallel.TensorParallel` is quicker, and takes any operation. The meta device is for comparison, and
+for later versions of ggml. ggml asks a function for the shards of each weight, derives those of every result, and
+all-reduces partial sums. If it cannot, it ends the process. Therefore only operations that are known to work are
+allowed here, those of feed-forward networks; others are refused before ggml gets them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ROWS = frozenset({Op.RMS_NORM, Op.NORM})
 
 
 class State(NamedTuple):
-    """How a tensor is spread over the devices: the axis that is cut, in ggml's order, and the size of each piece."""
+    """Distribution of a tensor over the devices: the sharded axis, in ggml's order, and the size of each shard."""
 
     axis: int
     sizes: tuple[int, ...] = ()
@@ -45,14 +45,14 @@ class State(NamedTuple):
 
 MIRRORED, PARTIAL = State(Axis.MIRRORED), State(Axis.PARTIAL)
 
-#: What ggml is told about weights, by C pointer. It asks once for each, while they get memory.
+#: Answers to ggml about the shards of weights, by C pointer. It asks once for each, while the weight gets memory.
 _answers: dict[Any, Any] = {}
 _whole = c.ffi.new("struct ggml_backend_meta_split_state *", {"axis": int(Axis.MIRRORED), "nr": [1], "n_segments": 1})
 _callback: list[Any] = []
 
 
 def _device(devices: list[Device]) -> Any:
-    """The meta device of these; ggml never frees it, and has one for each list."""
+    """Return the meta device of these devices. ggml has one for each list, and never frees it."""
     if not _callback:
         answer = lambda tensor, _data: _answers.get(tensor, _whole)[0]  # noqa: E731
         _callback.append(c.ffi.callback("ggml_backend_meta_get_split_state_t", answer))
@@ -67,12 +67,12 @@ class MetaDevice(Closing):
     Parameters
     ----------
     devices
-        GPUs or their names, at most 16. Nothing else should use them meanwhile.
+        GPUs or their names, at most 16. Use them for nothing else meanwhile.
 
     Raises
     ------
     ValueError
-        Without devices, with one twice, or with the CPU: ggml ends the process there.
+        If there are no devices, one is listed twice, or the CPU is among them: ggml would end the process.
 
     C: ``ggml_backend_meta_device``.
     """
@@ -92,7 +92,7 @@ class MetaDevice(Closing):
             check_process(found)
         self._locks = sorted({device_lock(d.ptr) for d in self.devices}, key=id)
         self._lock = threading.RLock()
-        self._held: list[tuple[Context, list[_Owned]]] = []  # weights, each with its buffer
+        self._held: list[tuple[Context, list[_Owned]]] = []  # weights with their buffers
         self._states: dict[Any, State] = {}
         self._compiled: list[MetaFunction] = []
         with ExitStack() as stack:
@@ -101,7 +101,7 @@ class MetaDevice(Closing):
         self._backend = _Owned(pointer, c.ggml_backend_free)
 
     def lock_devices(self, stack: ExitStack) -> None:
-        """Hold all devices until ``stack`` ends."""
+        """Lock all devices until ``stack`` ends."""
         stack.enter_context(registry_lock)
         for lock in self._locks:
             stack.enter_context(lock)
@@ -120,35 +120,35 @@ class MetaDevice(Closing):
         return self._backend.ptr
 
     def weight(
-        self, values: npt.ArrayLike, cut: ShardSpec, *, dtype: Type | str | None = None, name: str = ""
+        self, values: npt.ArrayLike, spec: ShardSpec, *, dtype: Type | str | None = None, name: str = ""
     ) -> Tensor:
-        """A weight, cut as ``cut`` says: one tensor here, pieces on the devices.
+        """Store a weight on the devices: one tensor here, a shard on each device.
 
         Raises
         ------
         TypeError, ValueError
-            If it cannot be stored or cut so, or a piece is larger than what a device allocates at once.
+            If it cannot be stored or sharded so, or a shard is larger than the largest buffer of a device.
         OutOfMemoryError
-            If a device has no room.
+            If a device has too little memory.
         """
         array = as_array(values)
         kind = as_type(dtype) if dtype is not None else Type.F32 if array.dtype == np.float64 else as_type(array.dtype)
         data = dtypes.to_bytes(array, kind)
         backend = self.ptr
         n = len(self.devices)
-        spans = cut.spans(kind, array.shape, n)
+        spans = spec.spans(kind, array.shape, n)
         if not data.size:
-            raise ValueError(f"{name or 'a weight'} has no elements")
+            raise ValueError(f"{name or 'a weight'} has no elements: a shard needs some")
         largest = max(stop - start for start, stop in spans)
-        self._check_room(data.nbytes if cut.axis is None else data.nbytes * largest // array.shape[cut.axis])
+        self._check_room(data.nbytes if spec.axis is None else data.nbytes * largest // array.shape[spec.axis])
         context = Context()
         buffers: list[_Owned] = []
         try:
             t = context.new_tensor(kind, array.shape, name=name)
             state = MIRRORED
-            if cut.axis is not None:
+            if spec.axis is not None:
                 # The axis in ggml's order, which counts from the other end.
-                axis = t.ndim - 1 if cut.axis == 0 else 0
+                axis = t.ndim - 1 if spec.axis == 0 else 0
                 state = State(axis, tuple(stop - start for start, stop in spans))
                 told = {"axis": axis, "ne": list(state.sizes), "nr": [1], "n_segments": 1}
                 _answers[t.ptr] = c.ffi.new("struct ggml_backend_meta_split_state *", told)
@@ -169,7 +169,7 @@ class MetaDevice(Closing):
         return t
 
     def weights(self, values: Mapping[str, npt.ArrayLike], rules: Mapping[str, ShardSpec]) -> dict[str, Tensor]:
-        """Weights by name, each cut by the first of ``rules`` that its name fits, else mirrored."""
+        """Store weights by name. Each is divided by the first of ``rules`` that its name fits, or mirrored."""
         return {name: self.weight(array, spec_for(name, rules), name=name) for name, array in values.items()}
 
     def _check_room(self, nbytes: int) -> None:
@@ -178,14 +178,14 @@ class MetaDevice(Closing):
                 largest = c.ggml_backend_buft_get_max_size(c.ggml_backend_dev_buffer_type(found.ptr))
             if nbytes > largest:
                 raise ValueError(
-                    f"a piece of {nbytes:,} bytes is more than {found.name} allocates at once, {largest:,}, which "
-                    "ggml's meta device cannot do without: cut the weight in two"
+                    f"a shard of {nbytes:,} bytes is larger than the largest buffer of {found.name}, {largest:,}: "
+                    "divide the weight in two"
                 )
             if nbytes + (64 << 20) > found.memory().free:
-                raise OutOfMemoryError(f"{found.name} has no room for {nbytes:,} bytes: {found.memory().free:,} free")
+                raise OutOfMemoryError(f"{found.name} has {found.memory().free:,} bytes free, too few for {nbytes:,}")
 
     def compile(self, function: Callable[..., Any]) -> MetaFunction:
-        """``function`` of tensors as a function of arrays, traced once for each signature.
+        """Return a function of tensors as a function of arrays, traced once for each signature.
 
         It may multiply with weights, add, multiply, divide and subtract, scale, normalize rows, and apply functions
         to elements, gates included. It returns a tensor.
@@ -196,7 +196,7 @@ class MetaDevice(Closing):
         return made
 
     def state(self, weight: Any) -> State:
-        """How a weight is spread, by its C pointer."""
+        """Return the distribution of a weight, by its C pointer."""
         return self._states.get(weight, MIRRORED)
 
     def _drop(self, context: Context, buffers: list[_Owned]) -> None:
@@ -209,7 +209,7 @@ class MetaDevice(Closing):
         context.close()
 
     def close(self) -> None:
-        """Give everything up: functions, weights, devices."""
+        """Free functions and weights, and close the devices."""
         with self._lock:
             for made in self._compiled:
                 made.clear()
@@ -220,22 +220,22 @@ class MetaDevice(Closing):
 
 
 class _Owned(Handle):
-    """A C object that is freed."""
+    """A C object that is freed when it is closed."""
 
 
 def spread(graph: Graph, state: Callable[[Any], State]) -> dict[Any, State]:
-    """How each node of ``graph`` is spread over the devices, as ggml will work it out.
+    """Return the distribution of each node of ``graph`` over the devices, as ggml will derive it.
 
     Raises
     ------
     UnsupportedOpError
-        For what ggml would end the process on, and what is not known to work.
+        If ggml would end the process, or a node is not known to work.
     """
     found: dict[Any, State] = {}
 
     def of(p: Any) -> State:
         known = found[p] if p in found else state(p)
-        return MIRRORED if known is PARTIAL else known  # they are added up before they are used
+        return MIRRORED if known is PARTIAL else known  # ggml all-reduces them before they are used
 
     for t in graph.nodes:
         sources = [of(p) for p in t.ptr.src if p]
@@ -292,12 +292,12 @@ class MetaFunction:
             return self._programs[key].run(given)
 
     def spread(self, *arrays: npt.ArrayLike) -> list[State]:
-        """How each node is spread over the devices, in order."""
+        """Return the distribution of each node over the devices, in order."""
         self(*arrays)
         return list(self._programs[tuple(as_array(a).shape for a in arrays)].states.values())
 
     def clear(self) -> None:
-        """Give up all that was traced."""
+        """Free all that was traced."""
         for program in self._programs.values():
             program.close()
         self._programs.clear()
@@ -316,11 +316,11 @@ class _Program(Closing):
             result = function(*self.inputs)
             if not isinstance(result, Tensor) or self.context not in result.context.reachable():
                 raise TypeError(f"the function returned {result!r}: a tensor that it computed is needed")
-            # What is in parts is added up where it is used: so that the last is too.
+            # ggml all-reduces a partial sum when a node uses it: here the last one too.
             self.result = ops.scale(result, 1.0)
             for t in self.inputs:
                 c.ggml_set_input(t.ptr)
-                c.ggml_set_output(t.ptr)  # else its memory would be used for other things
+                c.ggml_set_output(t.ptr)  # else ggml would reuse its memory
             self.graph = Graph(self.result)
             self.states = spread(self.graph, device.state)
             self._alloc()
@@ -342,10 +342,10 @@ class _Program(Closing):
             pointer = c.ggml_gallocr_new(c.ggml_backend_get_default_buffer_type(backend))
             self._memory = _Owned(pointer, c.ggml_gallocr_free, [self.device._backend])
             if not c.ggml_gallocr_alloc_graph(pointer, self.graph.ptr):
-                raise OutOfMemoryError(f"no room for the intermediate results of {self.graph!r}")
+                raise OutOfMemoryError(f"a device has too little memory for the intermediate tensors of {self.graph!r}")
 
     def run(self, arrays: list[npt.NDArray[np.float32]]) -> npt.NDArray[Any]:
-        """Set the inputs, compute, and read the result."""
+        """Write the inputs, compute, and return the result."""
         assert self.graph is not None
         out = np.empty(self.result.shape, np.float32)
         with ExitStack() as stack:
@@ -360,7 +360,7 @@ class _Program(Closing):
         return out
 
     def close(self) -> None:
-        """Give the program up."""
+        """Free the program."""
         if self.graph is not None:
             self.graph.close()
         if self._memory is not None:

@@ -1,4 +1,4 @@
-"""One device's part of a computation that several share."""
+"""A rank: one device's part of a computation that several devices share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 
-#: Partial sums up to so many bytes are computed straight into the memory that the devices share, and all of them are
-#: read from there. Of larger ones, the device keeps what it computed and shares a copy.
+#: Largest partial sum, in bytes, that a device computes straight into shared memory; all devices read it there. Of a
+#: larger one the device keeps its own, and shares a copy.
 DIRECT = 64 << 10
 
 
 @dataclass(frozen=True)
 class AllGather:
-    """A result of which each device has a part; see :meth:`Rank.all_gather`."""
+    """A result that each device has a part of; see :meth:`Rank.all_gather`."""
 
     part: Tensor
     axis: int
@@ -24,13 +24,13 @@ class AllGather:
 
 @dataclass
 class AllReduce:
-    """Where the devices wait for one another: each shares its ``partial`` and reads the others'."""
+    """A sum over devices: each device shares its ``partial`` and reads the others'."""
 
     partial: Tensor
     slots: list[Tensor]
-    """In memory that all devices share: the partial sum of each."""
+    """The partial sum of each device, in memory that all devices share."""
     keeps_partial: bool
-    """Whether the device keeps its own."""
+    """True if the device keeps its own partial sum, and shares a copy."""
 
 
 class Rank:
@@ -45,29 +45,30 @@ class Rank:
         self.n = n
         """Number of devices."""
         self.context = Context()
-        """Holds what is traced."""
-        self.all_reduces: list[AllReduce] = []  # over devices, in order
+        """Context of the traced tensors."""
+        self.all_reduces: list[AllReduce] = []
+        """The sums over devices, in order."""
         self._half_above = half_above
 
     def __index__(self) -> int:
         return self.index
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        """The sum over all devices of what each has computed; all have it.
+        """Return the sum over all devices of what each has computed. All devices have it.
 
         Parameters
         ----------
         partial
-            This device's, contiguous F32. Others' must have the same shape.
+            This device's part, contiguous F32. The other devices' parts have the same shape.
 
         Raises
         ------
         ValueError
-            If it is not so, or belongs to another rank.
+            If the part is not contiguous F32 with elements, or belongs to another rank.
 
         Notes
         -----
-        What follows waits for all devices: a run has one step more than sums.
+        The nodes behind a sum wait for all devices: a program has one step more than it has sums.
         """
         if not isinstance(partial, Tensor):
             raise TypeError(f"all_reduce takes a tensor, not {type(partial).__name__}")
@@ -82,17 +83,17 @@ class Rank:
             slot.name = f"sum {len(self.all_reduces)} of {r}"
         self.all_reduces.append(AllReduce(partial, slots, keeps))
         parts = [*slots[: self.index], partial, *slots[self.index + 1 :]] if keeps else list(slots)
-        if half:  # ggml adds halves to singles, not singles to halves
+        if half:  # ggml adds F16 to F32, not F32 to F16
             parts.insert(0, parts.pop(self.index))
-        # Else in one order on all devices, so that they have the same to the last bit.
+        # Otherwise in the same order on all devices, so that their results are equal to the last bit.
         total = parts[0]
         for part in parts[1:]:
-            # A sum with halves is one that the GPUs have and the CPU has not, so that ops.add refuses it.
+            # The CPU cannot add F16 to F32, so that ops.add refuses it; GPUs can.
             total = self.context.build(c.ggml_add, partial.ndim, total.ptr, part.ptr) if half else ops.add(total, part)
         return total
 
     def all_gather(self, part: Tensor, axis: int = -1) -> AllGather:
-        """As a result of the function: the devices' parts one after another along ``axis``.
+        """Return a result of the function: the devices' parts one after another along ``axis``.
 
         Raises
         ------

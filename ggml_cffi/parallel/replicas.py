@@ -1,4 +1,4 @@
-"""The replicas of one process, and how they get into other processes."""
+"""Replicas of one process, and their transfer to other processes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _logger = logging.getLogger("ggml_cffi.parallel")
 
 
 class Replica(Closing):
-    """What ``make`` returned for one device, and how it has done."""
+    """The function that ``make`` returned for one device, with its number of calls and its error."""
 
     def __init__(self, make: Callable[[str], Any], device: str) -> None:
         self.device = device
         """The device's name."""
         self.calls = 0
-        """How many calls it has taken."""
+        """Number of calls so far."""
         self.error: BaseException | None = None
-        """Why it takes no more calls, None while it does."""
+        """Exception that ended the replica; None while it takes calls."""
         self._make = make
         self._function: Callable[..., Any] | None = None
         self._stack = ExitStack()
 
     @property
     def made(self) -> bool:
-        """Whether ``make`` has been called."""
+        """True once ``make`` has been called."""
         return self._function is not None
 
     def open(self) -> None:
@@ -49,18 +49,18 @@ class Replica(Closing):
         self._function = function
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call what ``make`` returned."""
+        """Call the function that ``make`` returned."""
         assert self._function is not None
         self.calls += 1
         try:
             return self._function(*args, **kwargs)
         except BackendCrashedError as error:
-            if not getattr(self._function, "alive", False):  # a worker with restarts goes on
+            if not getattr(self._function, "alive", False):  # a worker that restarts takes further calls
                 self.drop(error)
             raise
 
     def drop(self, error: BaseException) -> None:
-        """Take no more calls."""
+        """End the replica: it takes no more calls."""
         self.error = error
         _logger.warning("the replica on %s is dropped: %s: %s", self.device, type(error).__name__, error)
         try:
@@ -69,7 +69,7 @@ class Replica(Closing):
             _logger.exception("the replica on %s could not be closed", self.device)
 
     def close(self) -> None:
-        """Close what ``make`` returned."""
+        """Close the function that ``make`` returned."""
         self._function = None
         self._stack.close()
 
@@ -79,17 +79,17 @@ class Replica(Closing):
 
 
 class Replicas(Closing):
-    """Replicas that share the calls of any number of threads: each goes to one that is free."""
+    """Replicas that serve the calls of any number of threads: each call goes to a free replica."""
 
     def __init__(self, make: Callable[[str], Any], devices: Iterable[str] | None) -> None:
         names = default_devices() if devices is None else list(devices)
         self.all = tuple(Replica(make, name) for name in names)
-        self._free = deque(self.all)  # the one that has been free for longest is first
+        self._free = deque(self.all)  # the replica that has been free for longest first
         self._changed = threading.Condition()
         self._closed = False
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a replica as soon as one is free. It is made if it has not been."""
+        """Call a replica as soon as one is free. Make it first if that has not happened."""
         replica = self._take()
         try:
             return replica.call(args, kwargs)
@@ -97,7 +97,7 @@ class Replicas(Closing):
             self._give(replica)
 
     def prepare(self, replica: Replica) -> None:
-        """Make a replica that nobody uses yet, or drop it."""
+        """Make a replica that is not in use yet, or drop it if that fails."""
         try:
             replica.open()
         except Exception as error:
@@ -137,7 +137,7 @@ class Replicas(Closing):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Finish what runs, and close all replicas."""
+        """Wait for calls that run, and close all replicas."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -148,7 +148,7 @@ class Replicas(Closing):
 
 
 def default_devices() -> list[str]:
-    """Names of all GPUs; where there is none, of the CPU."""
+    """Return the names of all GPUs, or of the CPU if there is no GPU."""
     return [device.name for device in gpus()] or ["CPU"]
 
 
@@ -156,7 +156,7 @@ def default_devices() -> list[str]:
 
 
 class Task:
-    """The replicas of whichever process this is called in. It can be pickled."""
+    """A function that calls the replicas of the process in which it runs. It can be pickled."""
 
     def __init__(self, make: Callable[[str], Any], devices: Sequence[str] | None, key: str | None = None) -> None:
         self.key = key or uuid.uuid4().hex
@@ -166,12 +166,12 @@ class Task:
         self._packed: bytes | None = None
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a replica that is free."""
+        """Call a free replica."""
         return self.replicas(args, kwargs)
 
     @property
     def replicas(self) -> Replicas:
-        """Those of this process."""
+        """The replicas of this process, made on first use."""
         with self._lock:
             if self._replicas is None:
                 self._replicas = Replicas(self._make, self._devices)
@@ -187,7 +187,7 @@ class Task:
         return _unpacked, (self.key, self._packed)
 
     def close(self) -> None:
-        """Close this process's replicas, if there are any."""
+        """Close the replicas of this process, if there are any."""
         _tasks.pop(self.key, None)
         with self._lock:
             replicas, self._replicas = self._replicas, None
@@ -200,7 +200,7 @@ _guard = threading.Lock()
 
 
 def _unpacked(key: str, packed: bytes) -> Task:
-    """The task of this process, the same one each time that it is unpickled."""
+    """Return the task of this process: the same object each time that it is unpickled."""
     import cloudpickle
 
     with _guard:
@@ -212,10 +212,10 @@ def _unpacked(key: str, packed: bytes) -> Task:
 
 
 def release() -> None:
-    """Close all replicas that tasks of executors have made in this process.
+    """Close all replicas that the tasks of executors have made in this process.
 
-    An executor's processes keep theirs until they end. To free them before, run this in each of them; with Dask,
-    ``client.run(release)``.
+    The processes of an executor keep their replicas until they end. To free them earlier, run this function in each
+    process; with Dask, ``client.run(release)``.
     """
     for task in list(_tasks.values()):
         task.close()

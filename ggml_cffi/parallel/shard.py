@@ -1,8 +1,8 @@
-"""How weights are cut for several devices.
+"""Shards of weights for several devices.
 
-A product ``x @ w.T`` is shared out over devices in one of two ways: each has some rows of ``w`` and computes those
-outputs, or each has some columns and those inputs, and the products are summed. Rows first and columns after it
-(the two halves of a feed-forward part, or projections to heads and back) need one sum in all.
+Several devices compute a product ``x @ w.T`` in one of two ways. Each has some rows of ``w`` and computes those
+outputs, or each has some columns and those inputs, and the products are all-reduced. Rows first and columns after it (the two
+halves of a feed-forward part, or projections to heads and back) need one all-reduce together.
 """
 
 from __future__ import annotations
@@ -22,46 +22,46 @@ from ggml_cffi.enums import Type
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one weight is cut: ``MIRROR``, ``ROWS``, ``COLUMNS``, or one of them with shares.
+    """Division of one weight among devices: ``MIRROR``, ``ROWS``, ``COLUMNS``, or one of them with proportions.
 
     Parameters
     ----------
     axis
-        0 for rows, -1 for columns, None where every device has the whole.
+        0 for rows, -1 for columns, None if every device has the whole weight.
     shares
-        Parts of the axis that each device gets, ``(2, 1)`` for two thirds and one. Default about equal, whole blocks
-        of quantized types.
+        Proportions of the axis for each device, ``(2, 1)`` for two thirds and one third. Default about equal parts, in
+        whole blocks of quantized types.
     """
 
     axis: int | None
     shares: tuple[int, ...] = ()
 
     def of(self, *shares: int) -> ShardSpec:
-        """The same axis, so many parts for each device: ``ROWS.of(2, 1)``."""
+        """Return a specification with the same axis and these proportions: ``ROWS.of(2, 1)``."""
         return ShardSpec(self.axis, shares)
 
     def spans(self, dtype: Type, shape: Sequence[int], n: int) -> list[tuple[int, int]]:
-        """First and last-plus-one of the axis for each of ``n`` devices.
+        """Return start and end along the axis for each of ``n`` devices.
 
         Raises
         ------
         ValueError
-            If the tensor cannot be cut so: too few rows or blocks, or shares that do not fit.
+            If the tensor has too few rows or blocks, or the proportions do not fit.
         """
         if self.axis is None:
             return [(0, 0)] * n
         if not shape:
-            raise ValueError("a tensor of no axes cannot be cut: mirror it")
+            raise ValueError("a tensor without axes cannot be sharded: use MIRROR")
         size = shape[self.axis]
         columns = self.axis == -1 or len(shape) == 1
         block = block_size(dtype) if columns else 1
         if self.shares:
             if len(self.shares) != n or min(self.shares) < 1:
-                raise ValueError(f"shares {self.shares} are not one above 0 for each of {n} devices")
+                raise ValueError(f"shares {self.shares} are not one number above 0 for each of {n} devices")
             unit, rest = divmod(size, sum(self.shares))
             if rest or any(unit * k % block for k in self.shares):
                 raise ValueError(
-                    f"an axis of {size} cannot be cut {':'.join(map(str, self.shares))}"
+                    f"an axis of {size} cannot be divided {':'.join(map(str, self.shares))}"
                     + (f" into whole blocks of {block} ({dtype.name})" if not rest else "")
                 )
             sizes = [unit * k for k in self.shares]
@@ -71,7 +71,7 @@ class ShardSpec:
         return list(pairwise(edges))
 
     def shapes(self, dtype: Type, shape: Sequence[int], n: int) -> list[tuple[int, ...]]:
-        """What each of ``n`` devices gets of a tensor of ``shape``; errors as :meth:`spans`."""
+        """Return the shape of the shard of each of ``n`` devices. Errors as :meth:`spans`."""
         spans = self.spans(dtype, shape, n)
         if self.axis is None:
             return [tuple(shape)] * n
@@ -80,25 +80,32 @@ class ShardSpec:
 
 
 MIRROR = ShardSpec(None)
-"""Every device has the whole."""
+"""Every device has the whole weight."""
 ROWS = ShardSpec(0)
 """Each device has some rows of ``(n_out, n_in)``: some outputs."""
 COLUMNS = ShardSpec(-1)
-"""Each device has some columns of ``(n_out, n_in)``: some inputs. The products are to be summed."""
+"""Each device has some columns of ``(n_out, n_in)``: some inputs. The products must be all-reduced."""
 
 
-def split_evenly(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple[int, ...]:
-    """``units`` things for ``n`` devices, as evenly as goes, each share but the last a multiple of ``whole``.
+def split_evenly(units: int, n: int, name: str = "", *, whole: int = 1) -> tuple[int, ...]:
+    """Return a number of units for each of ``n`` devices, as even as possible.
+
+    Parameters
+    ----------
+    name
+        Name of the whole, for the error message.
+    whole
+        Units that stay together: each number but the last is a multiple of it.
 
     Raises
     ------
     ValueError
-        If a device would get none.
+        If a device would get no unit.
     """
     groups = -(-units // whole)
     if groups < n:
         raise ValueError(
-            f"{what or 'this'} has {units} parts that stay whole"
+            f"{name or 'this'} has {units} parts that stay whole"
             + (f", {whole} at a time" if whole > 1 else "")
             + f": too few for {n} devices"
         )
@@ -107,15 +114,15 @@ def split_evenly(units: int, n: int, what: str = "", *, whole: int = 1) -> tuple
 
 
 def shard_bytes(
-    dtype: Type, shape: Sequence[int], raw: npt.NDArray[np.uint8], cut: ShardSpec, n: int
+    dtype: Type, shape: Sequence[int], raw: npt.NDArray[np.uint8], spec: ShardSpec, n: int
 ) -> list[npt.NDArray[np.uint8]]:
-    """The bytes ``raw`` of a tensor, cut for ``n`` devices: views of it, of columns with two axes."""
-    if cut.axis is None:
+    """Return the bytes of each of ``n`` devices' shard: views of ``raw``, with two axes for columns."""
+    if spec.axis is None:
         return [raw] * n
-    columns = cut.axis == -1 or len(shape) == 1
+    columns = spec.axis == -1 or len(shape) == 1
     rest = shape[1:]
     found = []
-    for start, stop in cut.spans(dtype, shape, n):
+    for start, stop in spec.spans(dtype, shape, n):
         if columns:
             low, high = row_size(dtype, start), row_size(dtype, stop)
             found.append(raw.reshape(-1, row_size(dtype, shape[-1]))[:, low:high])
@@ -126,5 +133,5 @@ def shard_bytes(
 
 
 def spec_for(name: str, rules: Mapping[str, ShardSpec]) -> ShardSpec:
-    """The cut of the first pattern (``"*.down.weight"``) that ``name`` fits; :data:`MIRROR` where none does."""
-    return next((cut for pattern, cut in rules.items() if fnmatchcase(name, pattern)), MIRROR)
+    """Return the rule of the first pattern (``"*.down.weight"``) that ``name`` fits; :data:`MIRROR` if none does."""
+    return next((spec for pattern, spec in rules.items() if fnmatchcase(name, pattern)), MIRROR)

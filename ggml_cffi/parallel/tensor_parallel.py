@@ -1,8 +1,8 @@
 """Tensor parallelism: several devices share every layer.
 
-Each device has a part of the weights, and computes its part of each layer. Where the parts are to be added, each writes
-its own to host memory that all of them read and write by themselves, and reads the others' from there: no data goes
-through Python or the processor. A run so has steps, one more than sums; the devices wait for one another in between.
+Each device has a shard of the weights, and computes its part of each layer. For an all-reduce, each device writes its
+partial sum to host memory, and reads the others' from there by itself: no data goes through Python or the processor. A
+program has one step more than it has all-reduces, and the devices wait for one another in between.
 """
 
 from __future__ import annotations
@@ -34,15 +34,14 @@ class TensorParallel(Group):
     Parameters
     ----------
     devices
-        GPUs, their names, or backends, which stay the caller's; default all. Or the CPU alone, which then has
-        everything.
+        GPUs, their names, or backends, which the caller closes; default every GPU. Or the CPU alone.
     half_above
-        Bytes beyond which partial sums travel as F16, which takes half the time. Default never: a partial sum beyond
+        Bytes beyond which partial sums are exchanged as F16, in half the time. Default never: a partial sum beyond
         65504 would be infinite.
     threads
-        Whether each device has a thread that hands it its work; else one thread does so in turns. Default one for
-        each, where there are processors enough; but one thread for all where the steps of a function are short: it has
-        the next step recorded while the devices compute.
+        True for a thread for each device, which submits its work; False for one thread that serves the devices in
+        turns. Default: one thread records short steps ahead while the devices compute; for other steps a thread for
+        each device, if the processor has cores enough.
     n_threads
         CPU only: threads; default all that this process may use.
 
@@ -96,30 +95,30 @@ class TensorParallel(Group):
     def weight(
         self,
         values: npt.ArrayLike | GGUFTensor,
-        cut: ShardSpec = MIRROR,
+        spec: ShardSpec = MIRROR,
         *,
         dtype: Type | str | npt.DTypeLike | None = None,
         name: str = "",
     ) -> list[Tensor]:
-        """A weight, cut for the devices: each one's part, in order of ranks.
+        """Store a weight on the devices. Return the shard of each, in order of ranks.
 
         Parameters
         ----------
         values
             An array, anything that numpy or DLPack can read, or a tensor of a GGUF file.
-        cut
-            How to cut it.
+        spec
+            Division of the weight among the devices.
         dtype
-            Type to store it in. Default the type it has; F32 for ``float64``.
+            Type of the stored weight. Default the type of the values; F32 for ``float64``.
 
         Raises
         ------
         TypeError, ValueError
-            If the values cannot be stored as ``dtype``, or cannot be cut so.
+            If the values cannot be stored as ``dtype``, or cannot be sharded so.
         OutOfMemoryError
-            If a device has no room.
+            If a device has too little memory.
         """
-        found = self.weights({name: values}, {"*": cut}, dtype=dtype)
+        found = self.weights({name: values}, {"*": spec}, dtype=dtype)
         return found[name]
 
     def weights(
@@ -130,7 +129,7 @@ class TensorParallel(Group):
         dtype: Type | str | npt.DTypeLike | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, list[Tensor]]:
-        """Weights by name, each cut by the first of ``rules`` (pattern to cut) that its name fits, else mirrored.
+        """Store weights by name. Each is divided by the first of ``rules`` whose pattern its name fits, or mirrored.
 
         >>> rules = {"*.up": ROWS, "*.down": COLUMNS}
 
@@ -161,7 +160,7 @@ class TensorParallel(Group):
             if progress:
                 progress(done + part, total)
 
-        # What is converted takes memory here: one weight at a time.
+        # A conversion takes host memory: one weight at a time.
         for together in [stored, *([s] for s in sources if not s.is_stored)]:
             jobs = [Job(t, data) for s in together for t, data in zip(made[s.name], s.pieces(n), strict=True)]
             upload([job for job in jobs if job.data.size], self.backends, report)
@@ -171,9 +170,9 @@ class TensorParallel(Group):
     def zeros(
         self, shapes: Sequence[Sequence[int]], dtype: Type | str | npt.DTypeLike = Type.F32, *, name: str = ""
     ) -> list[Tensor]:
-        """For each device a tensor full of zeros, of its own shape, to be written in place: a cache, a state."""
+        """Return a tensor of zeros for each device, with a shape of its own: a cache or a state, to be written in place."""
         if len(shapes) != len(self.backends):
-            raise ValueError(f"{len(shapes)} shapes for {len(self.backends)} devices")
+            raise ValueError(f"{len(shapes)} shapes for {len(self.backends)} devices: there must be one for each")
         made = []
         for context, backend, shape in zip(self._contexts, self._backends, shapes, strict=True):
             t = context.new_tensor(as_type(dtype), shape, name=name)
@@ -216,43 +215,42 @@ class TensorParallel(Group):
 
 
 def check_devices(devices: Sequence[Device]) -> None:
-    """Raise ValueError if such devices cannot share layers."""
+    """Raise ValueError if these devices cannot share layers."""
     if not devices:
-        raise ValueError("tensor parallelism needs a device: there is no GPU; ['CPU'] works too, alone")
+        raise ValueError("tensor parallelism needs a device, and there is no GPU: use ['CPU'], alone")
     if len(set(devices)) < len(devices):
         raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
     if len(devices) > 1 and any(d.is_cpu for d in devices):
         raise ValueError(
-            "the CPU cannot share layers with others: its parts would take as long as all of a GPU's; name GPUs "
-            "only, or the CPU alone"
+            "the CPU cannot share layers with others, since GPUs would wait for it: name GPUs only, or the CPU alone"
         )
 
 
 class _Source:
-    """Where a weight comes from."""
+    """Values of a weight, and their division among devices."""
 
     def __init__(
-        self, name: str, values: npt.ArrayLike | GGUFTensor, cut: ShardSpec, dtype: Type | str | npt.DTypeLike | None
+        self, name: str, values: npt.ArrayLike | GGUFTensor, spec: ShardSpec, dtype: Type | str | npt.DTypeLike | None
     ) -> None:
-        self.name, self._cut = name, cut
+        self.name, self._spec = name, spec
         self._values = values if isinstance(values, GGUFTensor) else as_array(values)
         self.shape = self._values.shape
         self._stored = self._values.dtype if isinstance(self._values, GGUFTensor) else as_type(self._values.dtype)
         self.dtype = as_type(dtype) if dtype is not None else Type.F32 if self._stored is Type.F64 else self._stored
         self.is_stored = isinstance(self._values, GGUFTensor) and self._stored is self.dtype
-        """Whether a file has the very bytes."""
+        """True if a file has the bytes as they are to be stored."""
 
     def shapes(self, n: int) -> list[tuple[int, ...]]:
-        """What each of ``n`` devices gets."""
+        """Return the shape of the shard of each of ``n`` devices."""
         try:
-            return self._cut.shapes(self.dtype, self.shape, n)
+            return self._spec.shapes(self.dtype, self.shape, n)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}" if self.name else str(error)) from None
 
     def pieces(self, n: int) -> list[npt.NDArray[np.uint8]]:
-        """The bytes for each."""
+        """Return the bytes of the shard of each of ``n`` devices."""
         if isinstance(self._values, GGUFTensor) and self.is_stored:
             raw = self._values.raw()
         else:
             raw = dtypes.to_bytes(np.asarray(self._values), self.dtype).reshape(-1).view(np.uint8)
-        return shard_bytes(self.dtype, self.shape, raw, self._cut, n)
+        return shard_bytes(self.dtype, self.shape, raw, self._spec, n)

@@ -334,7 +334,7 @@ def test_workers_with_restarts_go_on():
 def test_what_cannot_be():
     with pytest.raises(TypeError, match="make returned a Session, which cannot be called: return a function that uses"):
         DataParallel(lambda device: ggml.Session([device]), ["CPU"])
-    with pytest.raises(TypeError, match="make is a function of a device's name, not int"):
+    with pytest.raises(TypeError, match="make must be a function of a device's name, not int"):
         DataParallel(3)
     with pytest.raises(TypeError, match="put the one device in a list"):
         DataParallel(plain, "CPU")

@@ -96,7 +96,7 @@ def test_what_would_end_the_process(two_gpus):
 def test_weights_without_room(two_gpus, monkeypatch):
     with MetaDevice(two_gpus) as device:
         monkeypatch.setattr(ggml.Device, "memory", lambda self: ggml.Memory(1000, 1000))
-        with pytest.raises(ggml.OutOfMemoryError, match="Vulkan0 has no room for 32 bytes: 1,000 free"):
+        with pytest.raises(ggml.OutOfMemoryError, match="Vulkan0 has 1,000 bytes free, too few for 32"):
             device.weight(np.ones((4, 4), np.float16), COLUMNS.of(1, 1), dtype="f32")
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from ggml_cffi.core import dtypes
 from ggml_cffi.parallel import COLUMNS, MIRROR, ROWS, split_evenly
 from ggml_cffi.parallel.shard import shard_bytes, spec_for
 from tests.support.ranks import Ranks
@@ -38,9 +39,9 @@ def test_shard_bytes(dtype, shape, cut, shapes, rng):
     kind = ggml.Type[dtype.upper()]
     raw = ggml.quantize(rng.standard_normal(shape), kind).reshape(-1) if "q" in dtype else None
     if raw is None:
-        raw = rng.standard_normal(shape).astype(ggml.dtypes.numpy_dtype(kind)).reshape(-1).view(np.uint8)
+        raw = rng.standard_normal(shape).astype(dtypes.numpy_dtype(kind)).reshape(-1).view(np.uint8)
     values = lambda data, s: (  # noqa: E731
-        ggml.dequantize(data, kind, s) if "q" in dtype else data.view(ggml.dtypes.numpy_dtype(kind)).reshape(s)
+        ggml.dequantize(data, kind, s) if "q" in dtype else data.view(dtypes.numpy_dtype(kind)).reshape(s)
     )
     assert cut.shapes(kind, shape, 2) == shapes
     found = [values(data, s) for data, s in zip(shard_bytes(kind, shape, raw, cut, 2), shapes, strict=True)]
@@ -54,12 +55,12 @@ def test_shard_bytes(dtype, shape, cut, shapes, rng):
 def test_impossible_shards_are_refused():
     kind = ggml.F32
     for cut, dtype, shape, message in (
-        (ROWS.of(1, 2, 3), kind, (6, 4), r"shares \(1, 2, 3\) are not one above 0 for each of 2 devices"),
-        (ROWS.of(0, 2), kind, (6, 4), "are not one above 0"),
-        (ROWS.of(1, 2), kind, (7, 4), "an axis of 7 cannot be cut 1:2$"),
-        (COLUMNS.of(1, 3), ggml.Q4_K, (2, 512), r"cannot be cut 1:3 into whole blocks of 256 \(Q4_K\)"),
+        (ROWS.of(1, 2, 3), kind, (6, 4), r"shares \(1, 2, 3\) are not one number above 0 for each of 2 devices"),
+        (ROWS.of(0, 2), kind, (6, 4), "are not one number above 0"),
+        (ROWS.of(1, 2), kind, (7, 4), "an axis of 7 cannot be divided 1:2$"),
+        (COLUMNS.of(1, 3), ggml.Q4_K, (2, 512), r"cannot be divided 1:3 into whole blocks of 256 \(Q4_K\)"),
         (COLUMNS, ggml.Q8_0, (2, 32), r"Q8_0 \(2, 32\) has 1 parts that stay whole: too few for 2 devices"),
-        (ROWS, kind, (), "a tensor of no axes cannot be cut"),
+        (ROWS, kind, (), "a tensor without axes cannot be sharded"),
     ):
         with pytest.raises(ValueError, match=message):
             cut.spans(dtype, shape, 2)

@@ -1,4 +1,4 @@
-"""What a caller asks for: sizes, and the workload that a model is loaded for."""
+"""Options of a caller: sizes of a model, and the workload that it is loaded for."""
 
 from __future__ import annotations
 

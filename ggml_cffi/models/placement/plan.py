@@ -30,7 +30,7 @@ _ANY_WORKLOAD = Workload()
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What each device would hold. Printed, a table. Made by :func:`plan`."""
+    """Report of the layers and bytes that each device would hold. Printed, a table. Made by :func:`plan`."""
 
     path: str
     n_ctx: int

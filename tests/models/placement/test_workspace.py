@@ -1,10 +1,10 @@
 """Memory that GPU backends take by themselves."""
 
 import ggml_cffi as ggml
+from ggml_cffi.models.placement.workspace import workspace_bytes
 
 
 def test_workspace_is_estimated_for_large_products():
-    from ggml_cffi.models.placement.scratch import workspace_bytes
 
     with ggml.Context() as ctx:
         w, deep = ctx.new_tensor("f16", (512, 256)), ctx.new_tensor("f16", (512, 2048))
