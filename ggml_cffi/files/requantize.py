@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
-from ggml_cffi.core.backend import default_threads
 from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.threads import default_threads
 from ggml_cffi.enums import GGUFType, Type
 from ggml_cffi.files.gguf.header import TensorInfo
 from ggml_cffi.files.gguf.layout import PlannedTensor

@@ -1,4 +1,4 @@
-"""The generated files fit the headers, and the declarations fit the compiler's view of them."""
+"""Generated files, compared with the headers; declarations, compared with the layout of the C compiler."""
 
 import shutil
 import subprocess
@@ -37,8 +37,8 @@ def test_every_bound_function_is_in_its_library():
         assert callable(getattr(c, name)), name
 
 
-def test_every_builder_has_an_operation_or_a_reason(parsed):
-    """Of all functions of ggml.h that make a tensor."""
+def test_every_c_builder_has_an_operation_or_a_reason(parsed):
+    """Check every function of ggml.h that creates a tensor."""
     made = {f.name for f in operations.builders(parsed)}
     bound = operations.bound()
     assert len(made) > 230
@@ -72,10 +72,10 @@ def test_constants_and_enums_agree(parsed):
             assert getattr(c, name) == value
 
 
-def test_structs_have_the_layout_that_the_compiler_gives(parsed, tmp_path):
+def test_structs_have_the_layout_of_the_c_compiler(parsed, tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
-        pytest.skip("needs a C compiler to look at the headers")
+        pytest.skip("needs a C compiler")
     includes = "".join(f'#include "{name}"\n' for name in headers.HEADERS)
     body, ours = [], []
     for struct, fields in parsed.structs.items():

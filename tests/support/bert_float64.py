@@ -1,4 +1,4 @@
-"""The BERT architecture in numpy, float64, one text at a time: the reference for embeddings."""
+"""BERT in numpy with float64, one text at a time: the reference for embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _erf = np.vectorize(erf, otypes=[np.float64])
 
 
 class Reference:
-    """A GGUF model of the BERT architecture, weights decoded to float64."""
+    """A GGUF model of the BERT architecture, with weights decoded to float64."""
 
     def __init__(self, path):
         with ggml.GGUFFile(path) as f:
@@ -30,7 +30,7 @@ class Reference:
         return x * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def hidden(self, tokens):
-        """The last layer's results (n, n_embd)."""
+        """Compute the results of the last layer (n, n_embd)."""
         n, w = len(tokens), self.w
         x = w["token_embd.weight"][list(tokens)] + w["position_embd.weight"][:n] + w["token_types.weight"][0]
         x = self.norm("token_embd_norm", x)
@@ -46,14 +46,14 @@ class Reference:
         return x
 
     def embed(self, texts, pooling):
-        """Vectors of length 1 (n_texts, n_embd)."""
+        """Compute normalized embeddings (n_texts, n_embd)."""
         pool = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "last": lambda x: x[-1]}[pooling]
         vectors = np.array([pool(self.hidden(tokens)) for tokens in texts])
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def random_model(path, rng, *, dtype=ggml.F32, n_embd=64, n_heads=2, n_ff=96, n_layers=3, n_types=2, **changes):
-    """A small model with random weights, 50 tokens and 40 positions."""
+    """Write a small model with random weights, 50 tokens and 40 positions."""
     from tests.support import gguf_writer
 
     meta = {

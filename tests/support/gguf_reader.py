@@ -22,7 +22,7 @@ def as_lists(value):
 
 
 class GgmlReader:
-    """A file as ggml's own reader, which llama.cpp uses, sees it."""
+    """A GGUF file in ggml's own reader, which llama.cpp uses."""
 
     def __init__(self, path):
         params = c.ffi.new("struct gguf_init_params *", {"no_alloc": True, "ctx": c.NULL})

@@ -1,4 +1,4 @@
-"""Writes small GGUF files for the tests, right ones and wrong ones."""
+"""Writer of small GGUF files for tests, valid and invalid."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def value(kind: GGUFType, item: Any) -> bytes:
 
 
 def guess(item: Any) -> tuple[GGUFType, Any]:
-    """The type that a Python value has in a file; ``(kind, item)`` pairs say it themselves."""
+    """Return the GGUF type of a Python value, and the value; a ``(kind, item)`` pair states its type."""
     match item:
         case (GGUFType(), _):
             return item
@@ -69,7 +69,7 @@ def write(
     version: int = 3,
     alignment: int = 32,
 ) -> Path:
-    """A GGUF file; tensors are (type, values) pairs."""
+    """Write a GGUF file; tensors are (type, values) pairs."""
     head = [b"GGUF", struct.pack("<IQQ", version, len(tensors), len(metadata))]
     for key, item in metadata.items():
         kind, plain = guess(item)

@@ -1,4 +1,4 @@
-"""Llama-like architectures in numpy, float64: the reference for the models' numbers."""
+"""Llama-like architectures in numpy with float64: the reference for the numbers of models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 import ggml_cffi as ggml
 
-#: Head size of the small models, from which the sizes of what else there is follow.
+#: Head size of the small models, which determines the other sizes.
 HEAD = 32
 
 
 class Reference:
-    """A GGUF model of one of these architectures, weights decoded to float64."""
+    """A GGUF model of one of these architectures, with weights decoded to float64."""
 
     def __init__(self, path):
         with ggml.GGUFFile(path) as f:
@@ -45,14 +45,14 @@ class Reference:
         return self.window > 0 and bool(self.period[i])
 
     def angles(self, n, local):
-        """Of each pair at each position ``(n, pairs)``, and a factor of the rotated elements."""
+        """Return the angle of each pair at each position, ``(n, pairs)``, and the factor of rotated elements."""
         pair = np.arange(self.n_rot // 2)
         turn = (self.near_base if local else self.base) ** (-2 * pair / self.n_rot) / self.w.get("rope_freqs.weight", 1)
         if local:
             return np.arange(n)[:, None] * turn, 1.0
         if self.yarn_ctx is None:
             return np.arange(n)[:, None] * turn / self.factor, 1.0
-        # YaRN: pairs that turn often in the text keep their speed, those that turn seldom are slowed down.
+        # YaRN keeps the frequency of fast pairs and lowers that of slow pairs.
         low, high = (
             self.n_rot * np.log(self.yarn_ctx / (turns * 2 * np.pi)) / (2 * np.log(self.base))
             for turns in self.yarn_turns
@@ -102,7 +102,7 @@ class Reference:
         return (gate * up) @ self.w[f"blk.{i}.ffn_down.weight"].T
 
     def forward(self, tokens, last=False):
-        """Logits ``(n, n_vocab)``; with ``last``, ``(1, n_vocab)``."""
+        """Compute the logits ``(n, n_vocab)``; with ``last``, ``(1, n_vocab)``."""
         x = self.w["token_embd.weight"][tokens]
         gemma = self.name == "gemma3"
         if gemma:
@@ -117,7 +117,7 @@ class Reference:
         return self.logit_cap * np.tanh(logits / self.logit_cap) if self.logit_cap else logits
 
     def greedy(self, tokens, n):
-        """The ``n`` tokens that continue ``tokens``, and by how much each was ahead of the next best."""
+        """Generate ``n`` tokens after ``tokens``; return them, and the margin of each over the next best."""
         chosen, margins = [], []
         for _ in range(n):
             logits = self.forward([*tokens, *chosen], last=True)[0]
@@ -141,10 +141,10 @@ def random_model(
     more=None,
     **changes,
 ):
-    """A small model with random weights, grouped-query attention.
+    """Write a small model with random weights and grouped-query attention.
 
-    ``more`` are tensors that it has beside those that it needs, ``changes`` are of its metadata. Keys that begin with a
-    dot are the architecture's.
+    ``more`` adds tensors, ``changes`` changes the metadata. A key that begins with a dot gets the name of the
+    architecture as a prefix.
     """
     from tests.support import gguf_writer
 

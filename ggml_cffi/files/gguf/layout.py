@@ -44,7 +44,7 @@ class PlannedTensor:
                 raise ValueError(f"shape {self.shape}; GGUF has up to 4 axes, none of them empty")
             if self.dtype in dtypes.INTERNAL:
                 raise TypeError(f"{self.dtype.name} is a format inside ggml's matrix products; no tensor can have it")
-            self.nbytes  # noqa: B018 - raises where rows are no whole blocks
+            self.nbytes  # noqa: B018 - raises ValueError unless rows fill whole blocks
         except (TypeError, ValueError) as error:
             _reraise("tensor", self.name, error)
 

@@ -22,7 +22,7 @@ from ggml_cffi.files.sources import StoredTensor
 
 
 class GGUFFile(Closing):
-    """A GGUF file, open for reading.
+    """GGUF file, open for reading.
 
     If a model is split over several files (``-00001-of-00003.gguf``), open the first. The others must be in the same
     folder; :attr:`tensors` then holds the tensors of all files.

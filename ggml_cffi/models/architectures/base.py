@@ -13,7 +13,7 @@ from ggml_cffi.core.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
-from ggml_cffi.files.gguf.reader import GGUFFile, TensorInfo
+from ggml_cffi.files.gguf import GGUFFile, TensorInfo
 from ggml_cffi.parallel.shard import ShardSpec
 
 #: ``pooling_type``. 0 leaves the choice to the user; the mean is the usual choice.

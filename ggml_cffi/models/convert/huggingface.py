@@ -1,4 +1,4 @@
-"""A Hugging Face folder as the source of a conversion, and the description of a model family."""
+"""Source of a conversion (a Hugging Face folder), and the description of a model family."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Metadata = dict[str, Any]
 
 
 class HuggingFaceFolder:
-    """A Hugging Face folder.
+    """Folder of a Hugging Face model.
 
     Raises
     ------

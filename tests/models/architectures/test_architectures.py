@@ -1,4 +1,4 @@
-"""Architectures: small random models beside float64 and transformers, the real gemma3 beside llama.cpp and float64."""
+"""Architectures: small random models against float64 and transformers, Gemma 3 against llama.cpp and float64."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ YARN = {
     ".rope.freq_base": 100.0,
 }
 WINDOW = {"name": "gemma3", ".attention.sliding_window": 4}
-#: All that gemma3's metadata can say, with a window shorter than the text.
+#: Every key of gemma3's metadata, with a window shorter than the text.
 GEMMA3 = {
     "name": "gemma3",
     ".attention.sliding_window": 8,
@@ -59,7 +59,7 @@ ON_THE_CPU = {
 
 
 def decided(case, close):
-    """The greedy tokens before the first one that was a close call."""
+    """Return the greedy tokens before the first that two logits nearly tie for."""
     return case["greedy"][: next((i for i, m in enumerate(case["margins"]) if m < close), len(case["margins"]))]
 
 
@@ -67,7 +67,7 @@ def decided(case, close):
 
 
 def check_against_float64(path, devices, rng):
-    """Logits of every token, of a prompt in two batches, and the tokens that follow it one by one."""
+    """Compare the logits of a prompt in two batches, and the tokens that are generated after it."""
     reference = llama_float64.Reference(path)
     tokens = [int(t) for t in rng.integers(0, 50, 21)]
     want = reference.forward(tokens)
@@ -95,7 +95,7 @@ def test_each_variant_of_metadata_and_tensors_against_float64(tmp_path, rng, var
 
 @pytest.mark.parametrize("which", TRANSFORMERS)
 def test_logits_agree_with_transformers(tmp_path, which):
-    """The same weights in Hugging Face's implementation; see ``make_transformers.py``."""
+    """Compare with Hugging Face's implementation with the same weights; see ``make_transformers.py``."""
     path, want = make_transformers.build(which, tmp_path), np.array(TRANSFORMERS[which])
     np.testing.assert_allclose(llama_float64.Reference(path).forward(make_transformers.TOKENS), want, atol=5e-6)
     with models.load(path, ["CPU"], n_threads=1) as model:
@@ -104,7 +104,7 @@ def test_logits_agree_with_transformers(tmp_path, which):
 
 @pytest.mark.parametrize(("change", "scale"), [({}, 1 / 4), ({".attention.scale": 0.5}, 0.5)])
 def test_gemma3_27b_scales_its_scores_by_the_embedding_size(tmp_path, rng, change, scale):
-    """By that of 64 elements over 4 heads, not of the 32 of a head, unless the file has a scale."""
+    """Expect the root of 64 elements over 4 heads, not of the 32 of a head, unless the file has a scale."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name="gemma3", n_layers=62, **change)
     with ggml.GGUFFile(path) as file:
         assert ARCHITECTURES["gemma3"](file).scale == scale
@@ -140,7 +140,7 @@ def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3):
 
 
 class Parts:
-    """An architecture, and its weights, caches and inputs as constants, to build graphs from."""
+    """An architecture with its weights, caches and inputs as constants, for graphs."""
 
     def __init__(self, path, n=5, n_out=5):
         self.file = ggml.GGUFFile(path)
@@ -160,7 +160,7 @@ class Parts:
         return self.context.constant(values, dtype)
 
     def weights(self, cuts=None):
-        """All weights, or rows and columns of some: name to ``(rows, columns)``."""
+        """Return the weights; ``cuts`` selects rows and columns of some: name to ``(rows, columns)``."""
         cut = lambda name: (cuts or {}).get(name.removeprefix("blk.0."), ())  # noqa: E731
         found = {name: self.constant(self.file.array(name)[cut(name)]) for name in self.architecture.shapes}
         return {"output.weight": found["token_embd.weight"]} | found
@@ -178,7 +178,7 @@ class Parts:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_shards_of_a_part_sum_to_the_whole_part(tmp_path, rng, name):
-    """What several devices compute: a part with some of its heads, or of its columns."""
+    """Compute a part of a layer with some of its heads or columns, as each of several devices does."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(ON_ALL_DEVICES | {"llama": {}})[name])
     h_values = rng.standard_normal((5, 64)).astype(np.float32)
     with Parts(path) as it, ggml.Scheduler(["CPU"]) as scheduler:
@@ -191,7 +191,7 @@ def test_shards_of_a_part_sum_to_the_whole_part(tmp_path, rng, name):
             rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "ffn_gate": ff, "ffn_up": ff}
             return it.weights(columns | {f"{k}.{kind}": (rows[k],) for k in rows for kind in ("weight", "bias")})
 
-        slices = [(whole, 64), (half(0), 32), (half(1), 32)]  # and the columns of a cache
+        slices = [(whole, 64), (half(0), 32), (half(1), 32)]  # weights, and columns of the cache
         results = [part.attention(0, h, w, it.cache(size), it.inputs) for w, size in slices]
         results += [part.feed_forward(0, h, w) for w, _ in slices]
         with ggml.Graph(*results) as graph:
@@ -204,7 +204,7 @@ def test_shards_of_a_part_sum_to_the_whole_part(tmp_path, rng, name):
     assert relative_error(feed_forward, reference.feed_forward(h64, 0)) < 1e-2
 
 
-#: Runs of nodes that ggml's Vulkan backend fuses, if they follow one another: how many there are in three layers.
+#: Sequences of adjacent nodes that ggml's Vulkan backend fuses, with their number in three layers.
 FUSED = {
     "llama": {"RMS_NORM MUL": 7, "ROPE VIEW SET_ROWS": 3, "MUL_MAT ADD": 6},
     "qwen2": {"RMS_NORM MUL": 7, "ROPE VIEW SET_ROWS": 3, "MUL_MAT ADD": 6 + 9},
@@ -223,12 +223,15 @@ def test_nodes_that_vulkan_fuses_are_adjacent(tmp_path, rng, name):
             with ggml.Graph(hidden) as graph:
                 nodes = " ".join(t.op.name for t in graph.nodes)
                 gates = {t.ptr.op_params[0] for t in graph.nodes if t.op is Op.GLU}
-        # Too near to geglu's exact form, which others use, to be told from it by the results.
+        # The results of the exact form of GeGLU are too similar to tell the two apart.
         assert gates == {c.GGML_GLU_OP_GEGLU if name == "gemma3" else c.GGML_GLU_OP_SWIGLU}
-        # Where not all tokens are wanted, the others are left out after the last layer's attention.
+        # Tokens without an output are dropped after the attention of the last layer.
         assert nodes.count("GET_ROWS") == (1 if n_out == 5 else 3)
         for run, count in FUSED[name].items():
-            broken = n_out == 1 and run in ("MUL_MAT ADD", "MUL ADD RMS_NORM")  # by leaving tokens out
+            broken = n_out == 1 and run in (
+                "MUL_MAT ADD",
+                "MUL ADD RMS_NORM",
+            )  # GET_ROWS, which drops tokens, lies between
             assert nodes.count(run) == count - broken, run
 
 

@@ -1,4 +1,4 @@
-"""Sentence embeddings: random encoders against float64, all-MiniLM against sentence-transformers."""
+"""BERT and sentence embeddings: random encoders against float64, all-MiniLM against sentence-transformers."""
 
 import io
 import json
@@ -18,14 +18,14 @@ from ggml_cffi.models.runners.embedding import Embedder, batches
 from ggml_cffi.models.runners.weights import Weights, stages_of
 from tests.support import DATA, bert_float64, llama_float64, relative_error
 
-#: Lengths of texts for GPUs, 32 tokens together: software devices compile other shaders for more, for minutes.
+#: Lengths of texts for GPUs, 29 tokens in all: for more than 32, software devices compile other shaders for minutes.
 FEW = (9, 1, 4, 15)
 GOLDEN = json.loads((DATA / "minilm.json").read_text(encoding="utf-8"))
 
 
 @contextmanager
 def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
-    """An embedder over its own weights and scheduler."""
+    """Open an embedder with weights and a scheduler of its own."""
     with ggml.GGUFFile(path) as file, ggml.Scheduler(devices) as scheduler:
         scheduler.backends[-1].n_threads = 1
         model = architecture(file)
@@ -40,7 +40,7 @@ def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
 
 @pytest.fixture(scope="module")
 def minilm(tmp_path_factory):
-    """The GGUF file of all-MiniLM-L6-v2 with weights of a type."""
+    """Return a function from a type to the GGUF file of all-MiniLM-L6-v2 with such weights."""
     folder, made = models.fetch("minilm"), tmp_path_factory.mktemp("minilm")
 
     def file(dtype):
@@ -159,7 +159,7 @@ def test_graphs_are_reused_and_others_may_use_the_scheduler_in_between(tmp_path,
     ids=["llama", "gemma3 with a window"],
 )
 def test_decoders_embed_texts_too(tmp_path, rng, architecture, changes):
-    """Logits of the last token come from its vector: those of the reference, for each of several texts in one run."""
+    """Compare the logits that follow from each text's embedding with the reference, for several texts in one batch."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name=architecture.name, **changes)
     texts = random_texts(rng, (9, 1, 21, 30))
     reference = llama_float64.Reference(path)
