@@ -1,7 +1,7 @@
 """Exceptions of this package.
 
-Wrong arguments raise the built-in ``ValueError``, ``TypeError`` or ``IndexError``. What the C library reports as
-failure, or what would make it fail, raises one of these.
+Wrong arguments raise the built-in ``ValueError``, ``TypeError`` or ``IndexError``. A failure of the C library, or a
+request that would make it fail, raises one of these.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterable
 
 
 class GgmlError(Exception):
-    """Something in ggml failed."""
+    """A failure in ggml; base of the other exceptions."""
 
 
 class LibraryNotFoundError(GgmlError, ImportError):
-    """No usable libggml, or no plug-in of the kind asked for. The message lists every place that was tried."""
+    """No usable libggml or plug-in was found. The message lists every place that was tried."""
 
 
 class LibraryMismatchError(LibraryNotFoundError):
-    """A libggml was found, but it is not the version that this package is made for."""
+    """A libggml was found, but of another version than this package needs."""
 
 
 class OutOfMemoryError(GgmlError, MemoryError):
@@ -38,20 +38,20 @@ class ClosedError(GgmlError):
 
 
 class FormatError(GgmlError, ValueError):
-    """A file is not what it claims to be, or is cut short."""
+    """A file does not have the format that it claims to have, or is cut short."""
 
 
 class BackendCrashedError(GgmlError):
-    """A worker process died (in the C library, in a driver, or killed), or the server of a remote device was lost.
+    """A worker process died (crashed or killed), or the connection to the server of a remote device was lost.
 
     Parameters
     ----------
     message
-        What happened, with the last lines that the process wrote.
+        The event, with the last lines that the process wrote.
     exitcode
         The process's exit status; minus the number of the signal that killed it.
     log
-        The last lines that it logged or wrote to stderr, more of them than the message has.
+        The last lines that it logged or wrote to stderr, more than the message has.
     """
 
     def __init__(self, message: str = "", *, exitcode: int | None = None, log: Iterable[str] = ()) -> None:
@@ -61,8 +61,8 @@ class BackendCrashedError(GgmlError):
 
 
 class BackendTimeoutError(BackendCrashedError, TimeoutError):
-    """A worker process gave no answer in time, and was killed."""
+    """A worker process did not answer in time, and was killed."""
 
 
 class RemoteError(GgmlError, ConnectionError):
-    """The server of a remote device cannot be reached, or is none that can be used."""
+    """The server of a remote device cannot be reached, or cannot be used."""

@@ -1,4 +1,4 @@
-"""Finds and loads the C libraries.
+"""Search for the C libraries, and their loading.
 
 The core (``base``, ``cpu``, ``ggml``) is looked for in ``$GGML_CFFI_LIBRARY_PATH``, in the package's own ``lib/``
 (filled by ``build_lib.sh``), in the ``libggml-python`` wheel and among the system's libraries, in that order. The
@@ -30,12 +30,12 @@ _pids: dict[str, int] = {}  # the process in which a plug-in was loaded
 
 
 def load(name: str) -> Any:
-    """The cffi library ``base``, ``cpu``, ``ggml``, ``vulkan`` or ``rpc``, loaded on first use.
+    """Return the cffi library ``base``, ``cpu``, ``ggml``, ``vulkan`` or ``rpc``, and load it on first use.
 
     Raises
     ------
     LibraryNotFoundError
-        If it is nowhere; the message lists the places, the reasons and the remedy.
+        If it is not found; the message lists the places, the reasons and the remedy.
     """
     try:
         return _loaded[name]
@@ -50,7 +50,7 @@ def load(name: str) -> Any:
 
 
 def available(plugin: str) -> bool:
-    """Whether a plug-in can be loaded; loads it."""
+    """Load a plug-in, and return whether that was possible."""
     try:
         load(plugin)
     except LibraryNotFoundError:
@@ -61,12 +61,12 @@ def available(plugin: str) -> bool:
 
 
 def inherited(plugin: str) -> bool:
-    """Whether a plug-in was loaded before this process was forked: its driver does not work here."""
+    """Return whether a plug-in was loaded before this process was forked: its driver does not work here."""
     return _pids.get(plugin, os.getpid()) != os.getpid()
 
 
 def location() -> str | None:
-    """The folder of the loaded core, None for one of the system's. Loads the core."""
+    """Load the core, and return its folder, None for the system's library."""
     load("base")
     return _place
 
@@ -86,7 +86,7 @@ def _places() -> Iterator[tuple[str, str | None]]:
 
 
 def _wheel() -> list[str]:
-    """Folders of the installed libggml-python wheel."""
+    """Return the folders of the installed libggml-python wheel."""
     import importlib.util
 
     found = importlib.util.find_spec("libggml")
@@ -145,7 +145,7 @@ def _open_core(folder: str | None) -> dict[str, Any]:
 
 
 def _score(variant: str) -> int:
-    """How well a CPU variant fits this machine, 0 for not at all: each library's own word."""
+    """Ask a CPU variant how well it fits this machine: 0 means not at all."""
     import ctypes  # only a portable build needs it
 
     try:

@@ -1,4 +1,4 @@
-"""Log messages of the C library, passed on to :mod:`logging` as logger ``ggml_cffi.ggml``."""
+"""Log messages of the C library, which go to the logger ``ggml_cffi.ggml`` of :mod:`logging`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from ggml_cffi.c._decl import ffi
 from ggml_cffi.enums import LogLevel
 
-# logging is imported with the library, not with this package. These are its DEBUG, WARNING and ERROR.
+# The levels DEBUG, WARNING and ERROR of logging, which is imported with the library, not with this package.
 _DEBUG, _WARNING, _ERROR = 10, 30, 40
 _LEVELS = {
     LogLevel.DEBUG: _DEBUG,
-    LogLevel.INFO: _DEBUG,  # ggml informs about every allocation: nothing that a user of Python asked to see
+    LogLevel.INFO: _DEBUG,  # ggml informs about every allocation, which is noise at INFO
     LogLevel.WARN: _WARNING,
     LogLevel.ERROR: _ERROR,
 }
 _logger: Any = None
-_line = threading.local()  # messages come in fragments, each thread's its own
+_line = threading.local()  # messages come in fragments, separately on each thread
 
 
 @ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[untyped-decorator]

@@ -1,1 +1,44 @@
-"""Objects that own C memory: devices, backends, buffers, contexts and tensors, and what moves data between them."""
+"""Objects that own C memory, and what moves data between them.
+
+Devices and backends to compute with, buffers and contexts to keep data in, tensors, and transfers between devices. The
+modules below have more: element types, shapes, locks, threads, and text for terminals. The function ``device`` is
+exported by :mod:`ggml_cffi`, since here it would hide the module of that name.
+"""
+
+from ggml_cffi.core.backend import Backend, open_backend, open_backends
+from ggml_cffi.core.buffer import Buffer, BufferType
+from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import Capabilities, Device, DeviceType, Memory, devices, gpus
+from ggml_cffi.core.dry_run import DryRunContext
+from ggml_cffi.core.handle import Closing, Handle, Owner, live
+from ggml_cffi.core.lru import LRU
+from ggml_cffi.core.tensor import Head, Tensor
+from ggml_cffi.core.threads import check_threads, default_threads
+from ggml_cffi.core.transfer import HostBlock, pinned
+
+__all__ = [
+    "LRU",
+    "Backend",
+    "Buffer",
+    "BufferType",
+    "Capabilities",
+    "Closing",
+    "Context",
+    "Device",
+    "DeviceType",
+    "DryRunContext",
+    "Handle",
+    "Head",
+    "HostBlock",
+    "Memory",
+    "Owner",
+    "Tensor",
+    "check_threads",
+    "default_threads",
+    "devices",
+    "gpus",
+    "live",
+    "open_backend",
+    "open_backends",
+    "pinned",
+]

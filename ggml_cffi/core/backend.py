@@ -25,7 +25,7 @@ class Backend(Handle):
     device
         A :class:`Device`, or its name.
     n_threads
-        CPU only: threads, 1 to 512; default all that this process may use. They are kept from run to run.
+        CPU only: threads, 1 to 512, kept from run to run; default one for each processor that this process may use.
 
     Raises
     ------
@@ -37,16 +37,16 @@ class Backend(Handle):
     C: ``ggml_backend_dev_init``.
     """
 
-    __slots__ = ("_going", "_kept", "_pool", "aborting", "device", "lock")
+    __slots__ = ("_abort_flag", "_kept", "_pool", "aborting", "device", "lock")
 
     def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
         """The device that was opened."""
-        # The CPU's backends share nothing; those of one GPU do.
+        # Backends of one GPU share its staging buffer; backends of the CPU share nothing.
         self.lock = DeviceLock() if self.device.is_cpu else device_lock(self.device.ptr)
-        """Held while work is given to the backend: ggml allows one thread at a time."""
+        """Lock that is held while work is queued: ggml allows one thread at a time."""
         if n_threads is not None and not self.device.is_cpu:
-            raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
+            raise ValueError(f"n_threads is for the CPU: {self.device.name} takes no number of threads")
         if n_threads is not None:
             check_threads(n_threads)
         check_process(self.device)
@@ -56,16 +56,16 @@ class Backend(Handle):
             raise GgmlError(f"the driver refused to open {self.device.name} ({self.device.description})")
         self._kept: list[Any] = []
         self._pool: list[Any] = []  # the thread pool, shared with the finalizer
-        self._going = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
+        self._abort_flag = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
         self.aborting = False
-        """Whether :meth:`abort` was called since the last run started."""
-        super().__init__(pointer, partial(_free, self._pool, self._going), fork_safe=False)
+        """True if :meth:`abort` was called since the last run started."""
+        super().__init__(pointer, partial(_free, self._pool, self._abort_flag), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
-            # After each node, ggml's CPU asks a C function whether to stop. One of its own serves: is this tensor
-            # empty? A function in Python would cost microseconds a node.
+            # After each node, ggml's CPU backend calls a C function that tells whether to stop. ggml_is_empty serves:
+            # abort() makes this tensor empty. A function in Python would cost microseconds a node.
             is_empty = c.ffi.cast("ggml_abort_callback", c.ggml_is_empty)
-            c.ggml_backend_cpu_set_abort_callback(pointer, is_empty, self._going)
+            c.ggml_backend_cpu_set_abort_callback(pointer, is_empty, self._abort_flag)
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Backend(Handle):
     @n_threads.setter
     def n_threads(self, n: int) -> None:
         if not self.device.is_cpu:
-            raise ValueError(f"n_threads is for the CPU; {self.device.name} has none to choose")
+            raise ValueError(f"n_threads is for the CPU: {self.device.name} takes no number of threads")
         check_threads(n)
         params = c.ffi.new("struct ggml_threadpool_params *")
         c.ggml_threadpool_params_init(params, n)
@@ -97,11 +97,11 @@ class Backend(Handle):
 
     @property
     def buffer_type(self) -> BufferType:
-        """The kind of memory that the backend computes in."""
+        """The buffer type that the backend computes in."""
         return BufferType(c.ggml_backend_get_default_buffer_type(self.ptr))
 
     def supports_buffer_type(self, buffer_type: BufferType) -> bool:
-        """Whether the backend can read and write such memory without a copy."""
+        """Return whether the backend can read and write memory of a buffer type without a copy."""
         return bool(c.ggml_backend_supports_buft(self.ptr, buffer_type.ptr))
 
     def abort(self) -> None:
@@ -114,13 +114,14 @@ class Backend(Handle):
         if not self.device.is_cpu:
             raise ValueError(f"only the CPU can stop a run, not {self.name}")
         self.ptr  # noqa: B018 - raises when closed
-        self._going.ne[0] = 0  # before the flag: a run that starts between the two stops, and the next one clears both
+        # First the flag, then ``aborting``: a run that starts in between stops, and the next run clears both.
+        self._abort_flag.ne[0] = 0
         self.aborting = True
 
     def clear_abort(self) -> None:
-        """Let the next run go on: called at the start of each."""
+        """Forget an earlier :meth:`abort`: called at the start of each run."""
         self.aborting = False
-        self._going.ne[0] = 1
+        self._abort_flag.ne[0] = 1
 
     def synchronize(self) -> None:
         """Wait for all work given to this backend. C: ``ggml_backend_synchronize``."""
@@ -130,13 +131,13 @@ class Backend(Handle):
             self.lock.wait()
             self._kept.clear()
 
-    def keep(self, what: list[Any]) -> None:
-        """Keep what asynchronous work uses alive until :meth:`synchronize`."""
-        self._kept += what
+    def keep(self, objects: list[Any]) -> None:
+        """Keep objects that asynchronous work uses alive until :meth:`synchronize`."""
+        self._kept += objects
 
     def close(self) -> None:
-        """Wait for the work given to the backend, and close it."""
-        # No lock but where there is work to wait for: the garbage collector closes what was forgotten, in any thread.
+        """Wait for the queued work, and close the backend."""
+        # The garbage collector calls this on any thread: it must not wait for a lock without need.
         if not self.closed and self._kept:
             with suppress(GgmlError):  # nothing is left to wait for
                 self.synchronize()
@@ -146,7 +147,7 @@ class Backend(Handle):
         return f"<Backend {self.name}{' closed' if self.closed else ''}>"
 
 
-def _free(pool: list[Any], _going: Any, pointer: Any) -> None:
+def _free(pool: list[Any], _abort_flag: Any, pointer: Any) -> None:
     c.ggml_backend_free(pointer)
     if pool:
         c.ggml_threadpool_free(pool[0])
@@ -160,7 +161,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
     chosen
         Devices or their names, the preferred first.
     n_threads
-        Threads of the CPU; default all that this process may use.
+        Threads of the CPU; default one for each processor that this process may use.
 
     Raises
     ------
@@ -189,7 +190,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
 
 
 def open_backend(which: Backend | Device | str | int) -> tuple[Backend, bool]:
-    """``which`` as a backend, and whether it was opened here (and is the caller's to close)."""
+    """Return ``which`` as a backend, and whether it was opened here, so that the caller must close it."""
     if isinstance(which, Backend):
         return which, False
     return Backend(which), True

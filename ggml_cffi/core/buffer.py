@@ -16,7 +16,7 @@ from ggml_cffi.errors import OutOfMemoryError
 
 
 class BufferType:
-    """A kind of memory. Never freed; two objects for one kind are equal."""
+    """A kind of memory, such as a device's own or pinned host memory. Never freed; two objects for one are equal."""
 
     __slots__ = ("ptr",)
 
@@ -26,7 +26,7 @@ class BufferType:
 
     @classmethod
     def of(cls, which: BufferType | Device | str) -> BufferType:
-        """``which`` itself, or the default memory of the device that it names."""
+        """Return ``which`` itself, or the default buffer type of the device that it is or names."""
         if isinstance(which, cls):
             return which
         found = device(which)  # type: ignore[arg-type]
@@ -35,29 +35,29 @@ class BufferType:
 
     @property
     def device(self) -> Device:
-        """The device whose memory it is; the CPU for the host's."""
+        """The device of the memory; the CPU for host memory."""
         pointer = c.ggml_backend_buft_get_device(self.ptr)
         return Device(pointer) if pointer else device("CPU")
 
     @property
     def name(self) -> str:
-        """ggml's name for it."""
+        """ggml's name of the buffer type."""
         text: bytes = c.ffi.string(c.ggml_backend_buft_name(self.ptr))
         return text.decode()
 
     @property
     def alignment(self) -> int:
-        """Every tensor starts at a multiple of this many bytes."""
+        """Bytes that the start of every tensor is a multiple of."""
         return c.ggml_backend_buft_get_alignment(self.ptr)
 
     @property
     def max_size(self) -> int:
-        """The most bytes that a buffer for several tensors should have; one larger tensor may still fit."""
+        """Largest size in bytes of a buffer for several tensors; one larger tensor may still fit."""
         return c.ggml_backend_buft_get_max_size(self.ptr)
 
     @property
     def is_host(self) -> bool:
-        """Whether the processor can read it in place."""
+        """True if the processor can read the memory in place."""
         return bool(c.ggml_backend_buft_is_host(self.ptr))
 
     def __eq__(self, other: object) -> bool:
@@ -75,12 +75,12 @@ read_only: set[Any] = set()
 
 
 class Buffer(Handle):
-    """A piece of device memory. Usually made by :meth:`Context.alloc`, which places tensors in it.
+    """A piece of device memory, usually made by :meth:`Context.alloc`, which places tensors in it.
 
     Parameters
     ----------
     buffer_type
-        A kind of memory, or a device (its default memory).
+        A buffer type, or a device, whose default buffer type is used.
     size
         Bytes.
     usage
@@ -89,7 +89,7 @@ class Buffer(Handle):
     Raises
     ------
     OutOfMemoryError
-        If the device has not that much left.
+        If the device does not have enough memory left.
 
     C: ``ggml_backend_buft_alloc_buffer``.
     """
@@ -115,7 +115,7 @@ class Buffer(Handle):
                 if not pointer:
                     raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
                 self._adopt(pointer, free, (), usage)
-                c.ggml_backend_buffer_get_base(pointer)  # a server is asked for it once
+                c.ggml_backend_buffer_get_base(pointer)  # asks a server once, while the lock is held
             if zero:
                 with lock:
                     c.ggml_backend_buffer_clear(pointer, 0)
@@ -130,10 +130,10 @@ class Buffer(Handle):
 
     @classmethod
     def over(cls, memory: Any, *, usage: Usage = Usage.ANY) -> Buffer:
-        """A buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
+        """Return a buffer over memory that Python owns (``mmap``, ``bytearray``, array), without a copy.
 
-        The memory must start at a multiple of 32 bytes; it is kept alive for as long as the buffer is in use. Tensors
-        in memory that is read-only cannot be written.
+        The memory must start at a multiple of 32 bytes. The buffer keeps it alive. Tensors in read-only memory cannot
+        be written.
 
         C: ``ggml_backend_cpu_buffer_from_ptr``.
         """
@@ -155,7 +155,7 @@ class Buffer(Handle):
 
     @classmethod
     def empty(cls, which: BufferType | Device | str, *, usage: Usage = Usage.ANY) -> Buffer:
-        """A buffer of no bytes: it names a device's memory without taking any.
+        """Return a buffer of no bytes, which stands for a device's memory in a dry run.
 
         C: ``ggml_backend_buft_alloc_buffer``.
         """
@@ -169,19 +169,18 @@ class Buffer(Handle):
 
     @classmethod
     def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
-        """Host memory as a device's own, which it reads and writes through its link; None if it cannot.
+        """Return a buffer of a device over host memory, which the device reads and writes itself; None if it cannot.
 
         Parameters
         ----------
         memory
-            Writable, from the start to the end of memory pages (``mmap.mmap(-1, size)``). It is kept alive for as
-            long as the buffer is in use.
+            Writable memory of whole pages (``mmap.mmap(-1, size)``). The buffer keeps it alive.
 
         C: ``ggml_backend_dev_buffer_from_host_ptr``.
         """
         found = device(which)
         view = c.ffi.from_buffer(memory, require_writable=True)
-        # Vulkan can, and does not say so; for a backend that cannot, ggml would call a null pointer.
+        # ggml's Vulkan backend can, but does not report it. For a backend that cannot, ggml would call a null pointer.
         if not (found.capabilities.buffer_from_host_ptr or found.name.startswith("Vulkan")):
             return None
         check_process(found)
@@ -195,7 +194,7 @@ class Buffer(Handle):
 
     @property
     def guard(self) -> AbstractContextManager[Any]:
-        """To be held while the memory is used: the lock of its device, none for the host's."""
+        """Lock to hold while the memory is used: the device's, none for host memory."""
         return nullcontext() if self.is_host else device_lock(self.buffer_type.device.ptr)
 
     @property
@@ -205,17 +204,17 @@ class Buffer(Handle):
 
     @property
     def buffer_type(self) -> BufferType:
-        """The kind of memory."""
+        """The buffer type."""
         return BufferType(c.ggml_backend_buffer_get_type(self.ptr))
 
     @property
     def usage(self) -> Usage:
-        """What the buffer is used for."""
+        """The buffer's usage: weights, compute or any."""
         return Usage(c.ggml_backend_buffer_get_usage(self.ptr))
 
     @property
     def is_host(self) -> bool:
-        """Whether the processor can read it in place."""
+        """True if the processor can read the memory in place."""
         return bool(c.ggml_backend_buffer_is_host(self.ptr))
 
     @property
@@ -224,7 +223,7 @@ class Buffer(Handle):
         return int(c.ffi.cast("uintptr_t", c.ggml_backend_buffer_get_base(self.ptr)))
 
     def close(self) -> None:
-        """Give the memory up. Tensors in it can no longer be used; it is freed once no scheduler computes with it."""
+        """Release the memory. Its tensors can no longer be used. It is freed once no scheduler computes with it."""
         if self._on_close and not self.closed:
             self._on_close(self)
         super().close()

@@ -1,4 +1,4 @@
-"""Contexts: pools of tensor descriptions, and the placement of their data in buffers."""
+"""Contexts: pools of tensor metadata, and the allocation of the tensors' data in buffers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
 
 
 class Context(Handle):
-    """Holds tensors: their shapes, types and how they are computed. Their data is in buffers.
+    """A pool of tensors: their shapes, types and operations. The data is in buffers.
 
-    ggml's pools have a fixed size and end the process when they are full; this one grows.
+    ggml's pools have a fixed size and end the process when they are full; a Context grows.
 
     C: ``ggml_init``, ``ggml_free``.
     """
@@ -50,7 +50,7 @@ class Context(Handle):
 
     _serial = 0
     readable: ClassVar[bool] = True
-    """Whether tensors that have a buffer have values, too."""
+    """True if tensors with a buffer have values too; False in a dry run."""
 
     def __init__(self) -> None:
         self._chunks = [_chunk(_FIRST_CHUNK)]
@@ -61,20 +61,20 @@ class Context(Handle):
         self._constants: dict[Any, npt.NDArray[Any]] = {}
         self._capacity = _FIRST_CHUNK
         self.calls: dict[Any, Any] = {}
-        """Operations written in Python: what ggml calls, by C pointer of the result."""
+        """Operations written in Python, by C pointer of the result."""
         self.uses: dict[Context, Owner] = {}
         """Other contexts whose tensors are operands here."""
         self.held: dict[Any, frozenset[Any]] = {}
-        """Graphs that schedulers hold and that reach into this context, with the C pointers of their nodes."""
+        """Graphs that schedulers hold (``HeldGraph``) with tensors of this context, and C pointers of their nodes."""
         self.row_limits: dict[Any, int] = {}
-        """Integer tensors that are used as row numbers, each with the number of rows."""
+        """Number of rows that each integer tensor of row numbers may refer to, by C pointer."""
         Context._serial += 1
         self.serial = Context._serial
-        """Contexts made later have a larger one."""
+        """A number that is larger for contexts made later."""
         super().__init__(self._chunks[0], partial(_free_chunks, self._chunks))
 
     def new_tensor(self, dtype: Type | str | int | npt.DTypeLike, shape: Sequence[int], *, name: str = "") -> Tensor:
-        """A tensor without data yet: an input, a weight or a cache.
+        """Make a tensor without data: an input, a weight or a cache.
 
         Parameters
         ----------
@@ -106,7 +106,7 @@ class Context(Handle):
         return tensor
 
     def constant(self, values: npt.ArrayLike, dtype: Type | str | int | npt.DTypeLike = Type.F32) -> Tensor:
-        """A tensor whose values are given now, and written when it gets memory.
+        """Make a tensor with values, which are written when the tensor gets memory.
 
         Raises
         ------
@@ -120,12 +120,12 @@ class Context(Handle):
         return tensor
 
     def set_on_alloc(self, tensor: Tensor, data: npt.NDArray[Any]) -> None:
-        """Have ``data``, its bytes, written to a tensor without memory as soon as it gets some.
+        """Write ``data``, the bytes of a tensor without memory, as soon as the tensor gets memory.
 
         Raises
         ------
         ValueError
-            If the tensor is another context's, is computed, or has memory already, or the bytes are not its.
+            If the tensor belongs to another context, is computed, or has memory already, or the size differs.
         """
         self._check_allocatable(tensor)
         if data.nbytes != tensor.nbytes:
@@ -133,7 +133,7 @@ class Context(Handle):
         self._constants[tensor.ptr] = data
 
     def pending_data(self, tensor: Tensor) -> npt.NDArray[Any] | None:
-        """What will be written to a tensor when it gets memory, None where nothing will."""
+        """Return the bytes that will be written to a tensor when it gets memory, None without any."""
         return self._constants.get(tensor.ptr)
 
     def build(
@@ -141,8 +141,7 @@ class Context(Handle):
     ) -> Tensor:
         """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. The caller has checked.
 
-        ``function`` gets the C context before ``args``. Where type and sizes of the result are known to be those of
-        ``head``, saying so saves reading them.
+        ``function`` gets the C context before ``args``. A ``head`` that is known to be the result's saves reading it.
         """
         with self._lock:
             if self._room < n:
@@ -152,7 +151,7 @@ class Context(Handle):
         return Tensor(self, pointer, ndim, head if head is not None and head.dense else None)
 
     def emit(self, function: Callable[..., Any], ndim: int, head: Head, *args: Any) -> Tensor:
-        """As :meth:`build` of one tensor with a dense head: what most nodes are, and quicker."""
+        """Call a C builder of one tensor with a dense head, as most nodes are: quicker than :meth:`build`."""
         with self._lock:
             if not self._room:
                 self._grow(1)
@@ -179,7 +178,7 @@ class Context(Handle):
             self.uses[other] = other.owner
 
     def holds(self, pointer: Any) -> bool:
-        """Whether the tensor at ``pointer`` lies in this context."""
+        """Return whether the tensor at ``pointer`` belongs to this context."""
         address = int(c.ffi.cast("uintptr_t", pointer))
         for chunk in self._chunks:
             start = int(c.ffi.cast("uintptr_t", c.ggml_get_mem_buffer(chunk)))
@@ -188,7 +187,7 @@ class Context(Handle):
         return False
 
     def reachable(self) -> list[Context]:
-        """The context itself and all whose tensors its tensors were made from.
+        """Return the context and all contexts whose tensors are operands here, directly or not.
 
         Raises
         ------
@@ -213,23 +212,23 @@ class Context(Handle):
         Parameters
         ----------
         on
-            Device, its name, or a kind of memory.
+            Device, its name, or a buffer type.
         tensors
-            Tensors of this context; default all that are neither computed, nor views, nor allocated.
+            Tensors of this context; default all leaves without memory that are not views.
         usage
             ``Usage.WEIGHTS`` for weights: the scheduler runs nodes where their weights are.
 
         Returns
         -------
         list of Buffer
-            The buffers made, more than one only where the device limits their size. The context owns them.
+            The new buffers, more than one only where the device limits their size. The context owns them.
 
         Raises
         ------
         ValueError
-            If a tensor is another context's, is computed, or has memory already.
+            If a tensor belongs to another context, is computed, or has memory already.
         OutOfMemoryError
-            If the device has not enough.
+            If the device does not have enough memory.
         """
         with self._lock:
             self.ptr  # noqa: B018 - raises when closed
@@ -257,7 +256,7 @@ class Context(Handle):
                         t.set_bytes(self._constants[t.ptr])
                 self.adopt(buffer)
         except BaseException:
-            for t in chosen:  # as they were before
+            for t in chosen:  # undo
                 t.ptr.buffer = t.ptr.data = c.NULL
             for buffer in made:
                 if buffer in self._buffers:
@@ -270,7 +269,7 @@ class Context(Handle):
         return made
 
     def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Place one tensor at ``address`` (``char *`` or ``void *``) inside ``buffer``, which this context then owns.
+        """Allocate one tensor at ``address`` (``char *`` or ``void *``) in ``buffer``, which this context then owns.
 
         C: ``ggml_backend_tensor_alloc``.
         """
@@ -295,7 +294,7 @@ class Context(Handle):
                 raise
 
     def adopt(self, buffer: Buffer) -> None:
-        """Own ``buffer``: it closes with this context, and its tensors are unusable once it is closed."""
+        """Own ``buffer``: it closes with this context, and its tensors cannot be used once it is closed."""
         with self._lock:
             self.ptr  # noqa: B018 - raises when closed
             if buffer not in self._buffers:
@@ -308,7 +307,7 @@ class Context(Handle):
         self._buffers.remove(buffer)
         pointer = buffer.ptr
         for t in self.tensors():
-            # A tensor without memory is told from one whose memory was given up: only the first may be an input.
+            # A tensor whose memory was released is not a tensor without memory: only the latter may become an input.
             if t.ptr.buffer == pointer:
                 self._released.add(t.ptr)
 
@@ -319,11 +318,11 @@ class Context(Handle):
 
     @property
     def released(self) -> set[Any]:
-        """C pointers of the tensors whose memory was given up by closing its buffer."""
+        """C pointers of the tensors whose buffer was closed."""
         return self._released
 
     def tensors(self) -> list[Tensor]:
-        """All tensors of this context, in the order in which they were made."""
+        """Return all tensors of this context, in the order in which they were made."""
         self.ptr  # noqa: B018 - raises when closed
         found = []
         for chunk in self._chunks:
@@ -342,7 +341,7 @@ class Context(Handle):
         if t.context is not self:
             raise ValueError(f"{t!r} belongs to another context")
         if not t.is_leaf or t.ptr.view_src:
-            raise ValueError(f"{t!r} is computed or a view: the scheduler gives it memory")
+            raise ValueError(f"{t!r} is computed or a view: a scheduler gives it memory")
         if t.ptr.buffer:
             raise ValueError(f"{t!r} has memory already")
 
@@ -378,7 +377,7 @@ def _check_fits(tensors: Iterable[Tensor]) -> None:
 
 
 def pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[Tensor, int]], int]]:
-    """Offsets of the tensors in as few buffers as the largest allowed size permits."""
+    """Return the tensors' offsets in as few buffers as the largest allowed size permits, and the buffers' sizes."""
     groups: list[tuple[list[tuple[Tensor, int]], int]] = []
     group: list[tuple[Tensor, int]] = []
     used, limit, alignment = 0, kind.max_size, kind.alignment

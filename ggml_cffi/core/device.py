@@ -1,4 +1,4 @@
-"""Devices: what there is to compute on.
+"""Devices: processors and GPUs to compute on, those of remote servers included.
 
 >>> import ggml_cffi
 >>> for device in ggml_cffi.devices():
@@ -33,11 +33,11 @@ class _Remote(NamedTuple):
     link: RemoteLock
 
 
-_remote: dict[Any, _Remote] = {}  # by C pointer, those whose server is lost included: C keeps them too
+_remote: dict[Any, _Remote] = {}  # by C pointer; devices of a lost server stay, as they do in C
 
 
 def device_lock(pointer: Any) -> Lock:
-    """One lock for each device, by its C pointer.
+    """Return the lock of the device at a C pointer.
 
     Backends of one GPU share a staging buffer for transfers, which ggml does not guard. Remote devices of one server
     share its link, which raises if the server is lost.
@@ -61,18 +61,18 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a device can do besides computing. C: ``ggml_backend_dev_caps``."""
+    """Abilities of a device besides computing. C: ``ggml_backend_dev_caps``."""
 
     asynchronous: bool
-    """Computes while the caller goes on."""
+    """True if it computes while the caller goes on."""
     host_buffer: bool
-    """Has pinned host memory, which transfers faster."""
+    """True if it has pinned host memory, which transfers faster."""
     buffer_from_host_ptr: bool
-    """Can use memory that the host allocated."""
+    """True if it can use memory that the host allocated."""
     events: bool
-    """Can wait for one another's work without the host."""
+    """True if its backends can wait for one another without the host."""
     mmap_support: bool
-    """Can load weights from a file mapping."""
+    """True if it can load weights from a file mapping."""
 
 
 class Device:
@@ -89,7 +89,7 @@ class Device:
 
     @property
     def description(self) -> str:
-        """The hardware's name, which is not known of a remote device. C: ``ggml_backend_dev_description``."""
+        """The hardware's name, which is unknown for a remote device. C: ``ggml_backend_dev_description``."""
         if self.is_remote:
             return _remote[self.ptr].description
         text: bytes = c.ffi.string(c.ggml_backend_dev_description(self.ptr))
@@ -97,25 +97,25 @@ class Device:
 
     @property
     def type(self) -> DeviceType:
-        """What kind of device this is; a remote one is called a GPU, whatever it is. C: ``ggml_backend_dev_type``."""
+        """The device type. Every remote device counts as a GPU. C: ``ggml_backend_dev_type``."""
         return DeviceType(c.ggml_backend_dev_type(self.ptr))
 
     @property
     def is_cpu(self) -> bool:
-        """Whether this is the processor."""
+        """True for the CPU."""
         return self.type is DeviceType.CPU
 
     @property
     def is_remote(self) -> bool:
-        """Whether a server computes; see :mod:`ggml_cffi.rpc`."""
+        """True for a device of a server; see :mod:`ggml_cffi.rpc`."""
         return self.ptr in _remote
 
     def is_called(self, name: str) -> bool:
-        """Whether ``name`` is its name, in any case, and for a remote device with ``rpc://`` or without."""
+        """Return whether ``name`` is the device's name, in any case, with ``rpc://`` or without."""
         return self.name.lower() in (name.lower(), f"rpc://{name.lower()}")
 
     def memory(self) -> Memory:
-        """Free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
+        """Return the free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
 
         C: ``ggml_backend_dev_memory``.
         """
@@ -126,14 +126,14 @@ class Device:
 
     @property
     def pci_id(self) -> str | None:
-        """PCI address such as ``"0000:c1:00.0"``, None where there is none."""
+        """PCI address such as ``"0000:c1:00.0"``, None without one."""
         text = self._props().device_id
         return c.ffi.string(text).decode() if text else None
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the device can do besides computing."""
-        props = self._props()  # whose memory caps is in
+        """Abilities besides computing."""
+        props = self._props()  # owns the memory of caps
         caps = props.caps
         names = ("async", "host_buffer", "buffer_from_host_ptr", "events", "mmap_support")
         return Capabilities(*(bool(getattr(caps, name)) for name in names))
@@ -145,7 +145,7 @@ class Device:
         return props
 
     def guard(self) -> AbstractContextManager[Any]:
-        """To be held around calls to the driver: its tables have no locks. A remote device's is its server's alone."""
+        """Return the lock to hold around driver calls: the registry's, or for a remote device its server's."""
         return _remote[self.ptr].link if self.is_remote else registry_lock
 
     def __eq__(self, other: object) -> bool:
@@ -170,7 +170,7 @@ def check_process(found: Device) -> None:
 
 
 def devices() -> list[Device]:
-    """All devices: GPUs first in the driver's order, remote devices that were connected after them, the CPU last.
+    """Return all devices: GPUs first in the driver's order, remote devices that were connected after them, the CPU last.
 
     The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
     """
@@ -190,49 +190,49 @@ def gpus() -> list[Device]:
 
 
 def add_remote(pointer: Any, name: str, description: str, link: RemoteLock) -> None:
-    """List a device of a server, for as long as that is there."""
+    """List a device of a server for as long as the server is there."""
     with registry_lock:
         _remote[pointer] = _Remote(name, description, link)
         _transfer_locks[pointer] = link
 
 
 def find_remote_with(find: Callable[[str], Device]) -> None:
-    """Let ``find`` look up names with a colon (``rpc://host:port``), which are of remote devices."""
+    """Register the function that finds a remote device by its name, which has a colon (``rpc://host:port``)."""
     global _find_remote
     _find_remote = find
 
 
 def _no_remote(name: str) -> Device:
-    raise ValueError(f"there is no device {name!r}: import ggml_cffi, which knows remote devices")
+    raise ValueError(f"there is no device {name!r}: import ggml_cffi, which registers remote devices")
 
 
 _find_remote = _no_remote
 
 
 def devices_of(link: RemoteLock) -> list[Device]:
-    """The devices of one server, in its order."""
+    """Return the devices of one server, in its order."""
     with registry_lock:
         return [Device(pointer) for pointer, remote in _remote.items() if remote.link is link]
 
 
 def device(which: str | Device | int) -> Device:
-    """The device of a name (any case), or at a position of :func:`devices`.
+    """Return the device of a name (in any case), or at a position of :func:`devices`.
 
     A name ``rpc://host:port`` (or ``host:port``) is the first device of a server there, and ``rpc://host:port/1`` its
-    second: it is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`.
+    second. The server is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`.
 
     Raises
     ------
     ValueError
-        If there is no such device; the message lists those there are.
+        If there is no such device. The message lists the devices of this machine.
     RemoteError
-        If there is no server, or none that can be used.
+        If there is no server, or it cannot be used.
     """
     if isinstance(which, Device):
         return which
     if isinstance(which, str) and ":" in which:
         return _find_remote(which)
-    # The CPU is there without asking a GPU driver.
+    # Finding the CPU must not load a GPU driver.
     if isinstance(which, str) and which.upper() == "CPU":
         with registry_lock:
             return Device(c.ggml_backend_dev_by_type(DeviceType.CPU))

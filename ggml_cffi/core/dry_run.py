@@ -1,4 +1,4 @@
-"""Tensors that have a place and no memory: for asking a scheduler what a graph would take."""
+"""Dry runs: tensors with a device but without memory, to measure the memory that a graph would take."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ggml_cffi.core.context import Context, pack
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
 
-_NOWHERE = c.ffi.cast("void *", 1 << 12)  # any address but null: nothing reads or writes there
+_NOWHERE = c.ffi.cast("void *", 1 << 12)  # any address except null, since nothing reads or writes there
 
 
 class DryRunContext(Context):
-    """A context whose tensors get no memory where they would, but say on which device they would have it.
+    """A context whose tensors get no memory, but belong to the device that they would be on.
 
-    That is enough for :meth:`Scheduler.reserve_size`, and for nothing else: do not compute with them.
+    That is enough for :meth:`Scheduler.reserve_size`, but the tensors cannot be computed.
     """
 
     __slots__ = ("_places", "taken")
@@ -28,7 +28,7 @@ class DryRunContext(Context):
         super().__init__()
         self._places: dict[tuple[BufferType, Usage], Buffer] = {}
         self.taken: Counter[BufferType] = Counter()
-        """Bytes of the buffers that a real context would have made."""
+        """Bytes of the buffers that a real context would have made, by buffer type."""
 
     def _alloc(self, kind: BufferType, tensors: Iterable[Tensor] | None, usage: Usage) -> list[Buffer]:
         chosen = self._unallocated() if tensors is None else list(tensors)
@@ -41,6 +41,6 @@ class DryRunContext(Context):
         return [self._places[kind, usage]]
 
     def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Say that a tensor is in ``buffer``, wherever there."""
+        """Make ``tensor`` belong to ``buffer``, at no address in particular."""
         self._check_allocatable(tensor)
         tensor.ptr.buffer, tensor.ptr.data = buffer.ptr, _NOWHERE

@@ -1,4 +1,4 @@
-"""Element types: ggml's beside numpy's.
+"""Element types of ggml and their counterparts in numpy.
 
 The types themselves are the members of :class:`ggml_cffi.enums.Type` (``ggml_cffi.F16`` and so on). Types without a
 numpy counterpart (BF16 and the quantized ones) are numpy ``float32`` on the Python side.
@@ -26,17 +26,17 @@ _NUMPY: dict[Type, np.dtype[Any]] = {
 }
 _FROM_NUMPY = {dtype: ggml for ggml, dtype in _NUMPY.items()}
 
-#: Intermediate formats of the dot products, which ``ggml_quantize_chunk`` refuses.
+#: Intermediate formats of the dot products, which ``ggml_quantize_chunk`` rejects.
 INTERNAL = frozenset({Type.Q8_1, Type.Q8_K})
 
-#: Quantization sums squares in single precision, and ends the process when they overflow.
+#: Largest magnitude to quantize: ggml sums squares in single precision, and ends the process on overflow.
 _LARGEST = 1e15
 
 INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64})
 
 
 def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
-    """The ggml type that ``dtype`` names: a :class:`Type`, its number or name (``"q4_k"``), or a numpy dtype.
+    """Return the ggml type that ``dtype`` names: a :class:`Type`, its number or name (``"q4_k"``), or a numpy dtype.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
 
 
 def as_array(values: Any) -> npt.NDArray[Any]:
-    """``values`` as an array: anything that numpy takes, or host memory by DLPack, without a copy where possible.
+    """Return ``values`` (anything that numpy takes, or host memory by DLPack) as an array, if possible without a copy.
 
     Raises
     ------
@@ -78,35 +78,35 @@ def as_array(values: Any) -> npt.NDArray[Any]:
 
 
 def numpy_dtype(dtype: Type) -> np.dtype[Any]:
-    """The numpy dtype in which values of ``dtype`` appear in Python; ``float32`` where numpy has no counterpart."""
+    """Return the numpy dtype of values of ``dtype`` in Python: ``float32`` where numpy has no counterpart."""
     return _NUMPY.get(dtype, _NUMPY[Type.F32])
 
 
 def has_numpy(dtype: Type) -> bool:
-    """Whether tensors of ``dtype`` have the same bytes as a numpy array."""
+    """Return whether tensors of ``dtype`` have the same bytes as a numpy array."""
     return dtype in _NUMPY
 
 
 @cache
 def block_size(dtype: Type) -> int:
-    """Elements per block: 1 for plain types, 32 or 256 for most quantized ones. C: ``ggml_blck_size``."""
+    """Return the elements per block: 1 for plain types, 32 or 256 for most quantized ones. C: ``ggml_blck_size``."""
     return c.ggml_blck_size(dtype)
 
 
 @cache
 def type_size(dtype: Type) -> int:
-    """Bytes per block. C: ``ggml_type_size``."""
+    """Return the bytes per block. C: ``ggml_type_size``."""
     return c.ggml_type_size(dtype)
 
 
 @cache
 def is_quantized(dtype: Type) -> bool:
-    """Whether values are stored in blocks with shared scales. C: ``ggml_is_quantized``."""
+    """Return whether values are stored in blocks with shared scales. C: ``ggml_is_quantized``."""
     return bool(c.ggml_is_quantized(dtype))
 
 
 def row_size(dtype: Type, n: int) -> int:
-    """Bytes of a row of ``n`` elements.
+    """Return the bytes of a row of ``n`` elements.
 
     Raises
     ------
@@ -115,14 +115,14 @@ def row_size(dtype: Type, n: int) -> int:
     """
     block = block_size(dtype)
     if n % block:
-        raise ValueError(f"{dtype.name} stores blocks of {block} elements: a row of {n} is no whole number of blocks")
+        raise ValueError(f"{dtype.name} stores blocks of {block} elements: {n} is not a whole number of blocks")
     return n // block * type_size(dtype)
 
 
 def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float32] | None = None) -> npt.NDArray[Any]:
-    """``array`` as C-ordered data in the layout of ``dtype``: cast, or quantized row by row.
+    """Return ``array`` as C-ordered data in the layout of ``dtype``: cast, or quantized row by row.
 
-    Integers must fit and floats are not cut to integers. ``imatrix`` has one weight for each column.
+    Integers must fit. Floats are not converted to integers. ``imatrix`` has one weight for each column.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float
 
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: Type, n: int) -> npt.NDArray[np.float32]:
-    """``n`` values of a type without numpy counterpart, decoded to ``float32`` (shape ``(n,)``)."""
+    """Return ``n`` values of a type without numpy counterpart, decoded to ``float32`` (shape ``(n,)``)."""
     out = np.empty(n, np.float32)
     if n:
         decode = c.ggml_get_type_traits(dtype).to_float

@@ -1,8 +1,8 @@
-"""Ownership of C objects, in one place.
+"""Ownership of C objects.
 
-A :class:`Handle` owns one C object. Closing it gives up this owner's claim; the object is freed in C as soon as nothing
-that was made from it is left. Each object holds the objects it was made from, so no order of closing can be wrong. At
-interpreter exit whatever is left is freed newest first.
+A :class:`Handle` owns one C object. Closing the handle gives the object up. C frees the object as soon as no object
+that was made from it is left. Each object keeps the objects that it was made from alive, so handles may be closed in
+any order. At interpreter exit the remaining objects are freed newest first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ggml_cffi.errors import ClosedError
 
 
 class Owner:
-    """Holds one C object; the object is freed when its owner is no longer referenced.
+    """Owner of one C object, which is freed when the owner is no longer referenced.
 
     ``cell`` is a one-element list with the pointer, None once freed.
     """
@@ -49,7 +49,7 @@ def _free(cell: list[Any], free: Callable[[Any], None], _parents: tuple[Owner, .
 
 
 def _after_fork_in_child() -> None:
-    """Threads and GPU contexts do not survive a fork: the child lets go of such objects without touching them."""
+    """Abandon objects with threads or GPU contexts, which do not survive a fork, without freeing them."""
     for owner in list(_owners):
         if not owner.fork_safe:
             owner.cell[0] = None
@@ -63,17 +63,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def live() -> Counter[str]:
-    """Number of C objects not yet freed, by kind."""
+    """Return the number of C objects not yet freed, by class name."""
     return Counter(owner.kind for owner in list(_owners) if owner.cell[0] is not None)
 
 
 class Closing:
-    """A context manager that closes at the end."""
+    """A context manager that calls :meth:`close` at the end."""
 
     __slots__ = ()
 
     def close(self) -> None:
-        """Give everything up. Closing twice is allowed."""
+        """Release all resources. Closing twice is allowed."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -93,11 +93,11 @@ class Handle(Closing):
     pointer
         The C object.
     free
-        Frees it. Must not refer to the handle.
+        Function that frees it. It must not refer to the handle.
     parents
         Handles whose C objects this one uses.
     fork_safe
-        Whether a forked child may go on using it.
+        True if a forked child may go on using it.
     """
 
     __slots__ = ("__weakref__", "_cell", "_owner")
@@ -125,14 +125,14 @@ class Handle(Closing):
 
     @property
     def owner(self) -> Owner:
-        """What keeps the C object alive while it is held."""
+        """The owner, which keeps the C object alive while it is referenced."""
         if self._owner is None or self._cell[0] is None:
             raise self._closed_error()
         return self._owner
 
     @property
     def closed(self) -> bool:
-        """Whether the handle can no longer be used."""
+        """True if the handle can no longer be used."""
         return self._cell[0] is None
 
     def _closed_error(self) -> ClosedError:
@@ -142,8 +142,8 @@ class Handle(Closing):
         return ClosedError(f"this {name} is closed")
 
     def close(self) -> None:
-        """Give the object up. Closing twice is allowed; memory is freed once nothing uses it."""
-        # The pointer goes first: a finalizer that comes back here finds the handle closed.
+        """Give the object up. Closing twice is allowed. C frees the object once nothing uses it."""
+        # The pointer goes first, so that a finalizer that calls this again finds the handle closed.
         self._cell, owner = _CLOSED, getattr(self, "_owner", None)
         self._owner = None
         del owner
@@ -159,5 +159,5 @@ class Handle(Closing):
             self.forgotten()
 
     def forgotten(self) -> None:
-        """Close what was never closed. The garbage collector calls this in any thread, whatever locks that holds."""
+        """Close a handle that was never closed. The garbage collector calls this on any thread, with any locks held."""
         self.close()

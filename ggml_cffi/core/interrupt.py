@@ -1,9 +1,8 @@
 """Ctrl-C during a run on the CPU.
 
-Python sees a signal when the main thread comes back from C, which may be a while. Its signal handler proper, though,
-writes to a file descriptor at once (``signal.set_wakeup_fd``): a thread that waits there tells the CPU's backend to
-stop.
-The descriptor is set during a run only, in the main thread only, and never where somebody else has set one.
+Python handles a signal only when the main thread returns from C, which may take long. Its C-level handler, however,
+writes to a file descriptor at once (``signal.set_wakeup_fd``). A thread that waits for the descriptor tells the CPU's
+backend to stop. The descriptor is set during a run only, on the main thread only, and never if another is set.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ _MAIN = threading.main_thread()
 _stop: list[Callable[[], None]] = []
 _pipe: tuple[int, int] | None = None
 _pid = 0
-_guard = threading.Lock()  # held while what came is read and acted upon
+_guard = threading.Lock()  # held while a signal is read and acted upon
 
 
 def begin(stop: Callable[[], None]) -> bool:
-    """Have Ctrl-C call ``stop`` until :func:`end`; False where that is not possible, and :func:`end` is not due."""
+    """Make Ctrl-C call ``stop`` until :func:`end`. Return False if that is not possible; then do not call `end`."""
     if threading.current_thread() is not _MAIN:
         return False
     pipe = _pipe if _pipe is not None and _pid == os.getpid() else _listen()
     before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
-    if before not in (-1, pipe[1]):  # ours may be left from a run that an exception of a signal cut short
+    if before not in (-1, pipe[1]):  # ours may be left from a run that a signal's exception interrupted
         signal.set_wakeup_fd(before)
         return False
     with _guard:
@@ -37,7 +36,7 @@ def begin(stop: Callable[[], None]) -> bool:
 
 
 def end() -> None:
-    """Undo the last :func:`begin`. A signal that came meanwhile concerns nothing that is begun later."""
+    """Undo the last :func:`begin`, and discard signals that came meanwhile, so that they stop no later run."""
     with _guard:
         _stop.pop()
         if not _stop:
@@ -51,7 +50,9 @@ def _listen() -> tuple[int, int]:
     _pipe, _pid = os.pipe(), os.getpid()
     for fd in _pipe:
         os.set_blocking(fd, False)
-    _thread.start_new_thread(_watch, (_pipe[0],))  # threading's would not stand an exception of a signal at its start
+    _thread.start_new_thread(
+        _watch, (_pipe[0],)
+    )  # a threading.Thread can fail if a signal's exception is raised at its start
     return _pipe
 
 
@@ -59,7 +60,7 @@ def _watch(source: int) -> None:
     while True:
         select.select([source], [], [])
         with _guard:
-            # Whoever has a handler of their own decides what Ctrl-C means.
+            # An application with a handler of its own decides what Ctrl-C means.
             if signal.SIGINT in _read(source) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 for stop in _stop:
                     stop()

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class DeviceLock(RLock):  # type: ignore[misc]  # the stubs call it final; it is not
-    """A reentrant lock of a local device. Such a device cannot be lost, and ggml itself waits for its work."""
+    """A reentrant lock of a local device, which cannot be lost, and for whose work ggml itself waits."""
 
     __slots__ = ()
 
@@ -28,16 +28,16 @@ class RemoteLock(ABC):
     @property
     @abstractmethod
     def usable(self) -> bool:
-        """Whether the server is there, as far as is known without asking."""
+        """True if the server is there, as far as is known without asking it."""
 
     @property
     @abstractmethod
     def broken(self) -> bool:
-        """Whether a call into ggml about this server would end the process."""
+        """True if a call into ggml about this server would end the process."""
 
     @abstractmethod
     def acquire(self, blocking: bool = True) -> bool:
-        """Lock, whatever became of the server; return whether it was locked."""
+        """Lock, also if the server is lost; return whether it was locked."""
 
     @abstractmethod
     def release(self) -> None:
@@ -66,7 +66,7 @@ Lock = DeviceLock | RemoteLock
 
 
 class Locks:
-    """Several locks as one; made once, since runs are short. Those of servers raise if the server is lost."""
+    """Several locks as one, made once for many runs. Locks of servers raise if the server is lost."""
 
     def __init__(self, locks: Iterable[Lock]) -> None:
         unique = {id(lock): lock for lock in locks}
@@ -76,7 +76,7 @@ class Locks:
 
     @property
     def plain(self) -> AbstractContextManager[Any]:
-        """The only lock, where there is one and it is no server's: quicker than this object."""
+        """The lock itself if it is the only one and local, which is quicker than this object; else this object."""
         return self if self.remote or len(self._locks) > 1 else self._locks[0]
 
     def __enter__(self) -> None:
@@ -104,7 +104,7 @@ class Locks:
             lock.check()
 
     def acquire(self) -> None:
-        """Lock, whatever became of the servers."""
+        """Lock, also if a server is lost."""
         for lock in self._locks:
             lock.acquire()
 
@@ -114,13 +114,13 @@ class Locks:
         for lock in reversed(self._locks):
             try:
                 lock.release()
-            except BaseException as error:  # a server's lock held a signal back, whose handler raised
+            except BaseException as error:  # a server's lock delays a signal, whose handler then raises
                 raised = error
         if raised is not None:
             raise raised
 
     def wait(self) -> None:
-        """Wait until the servers have done their work: ggml does not wait for them."""
+        """Wait until the servers have done their work, since ggml does not wait for them."""
         for lock in self.remote:
             lock.wait()
 
@@ -144,7 +144,7 @@ def free_when_unlocked(
                 break
             held.append(lock)
         else:
-            if not any(lock.broken for lock in locks):  # C would end the process: better never freed
+            if not any(lock.broken for lock in locks):  # then C would end the process: better never freed
                 function(pointer)
     finally:
         for taken in reversed(held):

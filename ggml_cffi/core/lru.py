@@ -1,4 +1,4 @@
-"""The last used of something that must be closed: graphs, programs, buffers."""
+"""A least-recently-used cache of objects that must be closed, such as graphs, programs and buffers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Closes(Protocol):
     """Anything with a ``close`` method."""
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Release the resources."""
 
 
 K = TypeVar("K", bound=Hashable)
@@ -19,9 +19,9 @@ V = TypeVar("V", bound=Closes)
 
 
 class LRU(Generic[K, V]):
-    """The ``size`` last used values by key; older ones are closed.
+    """The ``size`` last used values by key. A value that falls out is closed.
 
-    Not for several threads at once: callers hold a lock of their own.
+    Not thread-safe: callers hold a lock of their own.
     """
 
     __slots__ = ("_values", "size")
@@ -31,7 +31,7 @@ class LRU(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def peek(self, key: K) -> V | None:
-        """Return the value of ``key``, None without one; the order stays."""
+        """Return the value of ``key``, None without one, and leave the order as it is."""
         return self._values.get(key)
 
     def get(self, key: K, make: Callable[[], V]) -> V:

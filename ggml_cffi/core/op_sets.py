@@ -2,5 +2,5 @@
 
 from ggml_cffi.enums import Op
 
-#: Operations that compute nothing: leaves, and other ways to look at a tensor's memory.
+#: Operations that compute nothing: leaves, and views of a tensor's memory.
 VIEWS = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.NONE})

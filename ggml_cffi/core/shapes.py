@@ -14,12 +14,14 @@ _MAX_ELEMENTS = 2**62
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """``shape`` as a tuple of at most 4 sizes that ggml can hold.
+    """Return ``shape`` as a tuple of at most 4 sizes that ggml can hold.
 
     Raises
     ------
-    TypeError, ValueError
-        Otherwise.
+    TypeError
+        If it is not a sequence of integers.
+    ValueError
+        If it has more axes, a negative size, or too many elements.
     """
     try:
         sizes = tuple(int(n.__index__()) for n in shape)
@@ -39,7 +41,7 @@ def check_bytes(dtype: Type, ne: Sequence[int]) -> None:
 
 
 def ne_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """A numpy shape in ggml's order, filled up with ones."""
+    """Return a numpy shape in ggml's order, filled up with ones."""
     return (*reversed(shape), *(1,) * (4 - len(shape)))
 
 

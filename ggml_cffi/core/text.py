@@ -5,12 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Collection, Sequence
 
-# Marks that turn the direction of writing: one in a name would turn the rest of the line.
+# Marks that reverse the direction of writing: one in a name would reverse the rest of the line.
 _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def clean(text: str) -> str:
-    """``text`` with what a terminal would obey and XML forbids replaced by U+FFFD: names come from files."""
+    """Return ``text`` with U+FFFD for characters that control a terminal or that XML forbids: names come from files."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -20,29 +20,29 @@ def clean(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """Columns that ``text`` takes in a terminal or in a monospaced font."""
+    """Return the columns that ``text`` takes in a terminal or in a monospaced font."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(ch) in "WF" for ch in text)
     return len(text) + wide - sum(unicodedata.combining(ch) > 0 for ch in text)
 
 
-def shorten(text: str, most: int) -> str:
-    """``text`` in at most ``most`` columns."""
-    if columns(text) <= most:
+def shorten(text: str, width: int) -> str:
+    """Return ``text``, cut to at most ``width`` columns."""
+    if columns(text) <= width:
         return text
-    while columns(text) >= most:
+    while columns(text) >= width:
         text = text[:-1]
     return text + "…"
 
 
-def count(n: int, what: str) -> str:
-    """``n`` of something that forms its plural with an s."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def count(n: int, noun: str) -> str:
+    """Return ``n`` with a noun that forms its plural with an s."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
-    """Rows in columns, the first a heading; ``right`` names the columns that are aligned right."""
+    """Return rows as aligned columns. The first row is the heading; ``right`` has the right-aligned columns."""
     widths = [max(columns(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -55,7 +55,7 @@ def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers, neighbours as ranges: ``0-3, 7``."""
+    """Return rising numbers as text, with neighbours as ranges: ``0-3, 7``."""
     found: list[list[int]] = []
     for n in numbers:
         if found and n == found[-1][-1] + 1:
@@ -66,7 +66,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def size(n: int) -> str:
-    """Bytes in KiB, MiB or GiB."""
+    """Return a number of bytes in KiB, MiB or GiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if n >= unit:
             return f"{n / unit:.1f} {name}"

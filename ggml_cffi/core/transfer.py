@@ -1,8 +1,8 @@
-"""Moving data between devices.
+"""Transfers between devices.
 
 Devices that can import host memory (Vulkan: ``VK_EXT_external_memory_host``) read and write it themselves, at the speed
-of their link and without the processor. :class:`HostBlock` is such memory, imported by several devices at once: data
-goes from one GPU to another through it in chunks, one half being filled while the other is emptied.
+of their link and without the processor. Several devices import one :class:`HostBlock`. Data goes from one GPU to
+another through the block in chunks: one device fills one half while the other device empties the other half.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _CHUNK = 16 << 20
 
 
 class HostBlock(Closing):
-    """Host memory that devices read and write by themselves.
+    """Host memory that devices read and write themselves.
 
     Parameters
     ----------
     size
         Bytes; rounded up to whole pages of 64 KiB.
     devices
-        Devices that are to use it. Those that cannot import host memory are left out of :attr:`buffers`.
+        Devices to import the block. A device that cannot is left out of :attr:`buffers`.
 
     Raises
     ------
@@ -50,28 +50,28 @@ class HostBlock(Closing):
 
     def __init__(self, size: int, devices: Iterable[Device | str]) -> None:
         if size <= 0:
-            raise ValueError(f"a block of host memory has at least 1 byte, not {size}")
+            raise ValueError(f"size must be at least 1 byte, not {size}")
         page = 64 << 10  # larger than any device's granularity that is known
         self.memory = mmap.mmap(-1, -(-size // page) * page)
-        """The memory, for the processor's use."""
+        """The memory as the processor sees it."""
         self.buffers: dict[Device, Buffer] = {}
-        """The block as each device sees it."""
+        """The block as a buffer of each device."""
         for which in devices:
             if (buffer := Buffer.imported(which, self.memory)) is not None:
                 self.buffers[buffer.buffer_type.device] = buffer
 
     def close(self) -> None:
-        """Give the memory back, once nothing uses it."""
+        """Release the memory once nothing uses it."""
         for buffer in self.buffers.values():
             buffer.close()
         self.buffers.clear()
 
 
 def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: Device | str) -> npt.NDArray[Any]:
-    """An array in host memory that a device reads and writes by itself, quicker than other memory.
+    """Return an array in host memory that a device reads and writes itself, quicker than other memory.
 
-    It is what ``Tensor.set_async`` and ``get_async`` need to be asynchronous. ggml's Vulkan takes such memory from the
-    first device whichever is asked for. An ordinary array where the device has no such memory.
+    ``Tensor.set_async`` and ``get_async`` need such memory to be asynchronous. ggml's Vulkan backend takes it from the
+    first device, whatever device is given. The array is an ordinary one if the device has no such memory.
 
     Raises
     ------
@@ -102,12 +102,12 @@ def transfer(
     src, dst
         Contiguous tensors of one type and shape, with memory.
     backends
-        Backends of the two devices, to copy in order with other work of theirs; others are opened for the time.
+        Backends of the two devices, to copy in order with their other work; default opened for this call.
     block
-        Host memory for data on the way, of two chunks; default made for this call (which costs about as much as
-        copying it).
+        Host memory of two chunks to copy through; default allocated for this call, which takes about as long as
+        copying it.
     chunk
-        Bytes to move at a time.
+        Bytes per chunk.
 
     Raises
     ------
@@ -129,16 +129,16 @@ def transfer(
         raise ValueError(f"transfer: {src!r} and {dst!r} must be contiguous")
     here, there = (t.buffer_type.device for t in (src, dst) if t.buffer_type)
     with ExitStack() as stack:
-        pumped = here != there and not here.is_cpu and not there.is_cpu and src.nbytes >= 2 * chunk
-        if pumped and block is None:
+        through_block = here != there and not here.is_cpu and not there.is_cpu and src.nbytes >= 2 * chunk
+        if through_block and block is None:
             block = stack.enter_context(HostBlock(2 * chunk, (here, there)))
-        if pumped and block is not None and {here, there} <= block.buffers.keys():
+        if through_block and block is not None and {here, there} <= block.buffers.keys():
             found = {b.device: b for b in backends}
             for d in {here, there} - found.keys():
                 found[d] = stack.enter_context(Backend(d))
             for lock in sorted({found[here].lock, found[there].lock}, key=id):
                 stack.enter_context(lock)
-            _pump(src, dst, found[here], found[there], block, chunk)
+            _copy_through_block(src, dst, found[here], found[there], block, chunk)
         elif src.nbytes:
             for lock in sorted({device_lock(d.ptr) for d in (here, there)}, key=id):
                 stack.enter_context(lock)
@@ -146,10 +146,12 @@ def transfer(
     del keep
 
 
-def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: HostBlock, chunk: int) -> None:
-    """Move chunk ``k`` out of one half of ``block`` while chunk ``k + 1`` comes into the other.
+def _copy_through_block(
+    src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: HostBlock, chunk: int
+) -> None:
+    """Copy chunk ``k`` out of one half of ``block`` while chunk ``k + 1`` comes into the other.
 
-    A copy is handed to the device when its backend is waited for: two threads wait at once.
+    Two threads are needed, since ggml submits a copy only when the backend is synchronized.
     """
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
@@ -176,13 +178,13 @@ def _pump(src: Tensor, dst: Tensor, reader: Backend, writer: Backend, block: Hos
 
 
 def copy_bytes(backend: Backend, a: Any, b: Any) -> None:
-    """Copy a part of :class:`DeviceBytes` to another of the same size, and wait."""
+    """Copy a part ``a`` of some :class:`DeviceBytes` to a part ``b`` of the same size, and wait."""
     c.ggml_backend_tensor_copy_async(backend.ptr, backend.ptr, a, b)
     c.ggml_backend_synchronize(backend.ptr)
 
 
 class DeviceBytes:
-    """A piece of a device's memory, parts of which can be copied."""
+    """A range of a device's memory, parts of which can be copied."""
 
     def __init__(self, buffer: Any, start: Any) -> None:
         self.buffer = buffer
@@ -191,17 +193,17 @@ class DeviceBytes:
 
     @classmethod
     def of_buffer(cls, buffer: Buffer) -> DeviceBytes:
-        """All of a buffer's."""
+        """Return the range of a whole buffer."""
         return cls(buffer.ptr, c.ggml_backend_buffer_get_base(buffer.ptr))
 
     @classmethod
     def of_tensor(cls, t: Tensor) -> DeviceBytes:
-        """Those of a tensor with memory."""
+        """Return the range of a tensor with memory."""
         root, offset = t.memory_root(), t.memory_offset()
         return cls(root.buffer, c.ffi.cast("char *", root.data) + offset)
 
     def part(self, offset: int, n: int) -> Any:
-        """``n`` bytes from ``offset`` on, as a tensor of bytes, which lives as long as this does."""
+        """Return ``n`` bytes from ``offset`` on as a C tensor of bytes, which lives as long as this object."""
         made = c.ffi.new("struct ggml_tensor *", {"type": Type.I8, "ne": [n, 1, 1, 1], "nb": [1, n, n, n]})
         made.buffer, made.data = self.buffer, self.start + offset
         self.kept.append(made)

@@ -1,7 +1,7 @@
-"""Weights from a file to devices, as fast as the file can be read.
+"""Upload of weights from a file to devices, as fast as the file can be read.
 
-A device that imports host memory is fed by several threads. Each copies a piece of the file into its own part of such
-memory, from where the device reads it: while one piece is on its way, the next are read.
+Several threads upload to a device that imports host memory. Each thread copies a chunk of the file into its own part
+of such memory, and the device reads the chunk from there. While one chunk is on its way, other threads read the next.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 
-_PIECE = 8 << 20
-_MANY = 32 * _PIECE  # bytes from which threads and imported memory, which take about 30 ms to set up, pay
-_THREADS = 8  # for each device, where there are processors enough: one copies about 3 GB/s out of a mapping
+_CHUNK = 8 << 20
+_THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory pay, which take about 30 ms to set up
+_THREADS = 8  # for each device, if there are so many processors: each copies about 3 GB/s out of a file mapping
 
-#: Called with bytes done and bytes in all.
+#: A function that is called with the bytes uploaded so far and the bytes in total.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a tensor is to hold."""
+    """A tensor and the bytes to write to it."""
 
     tensor: Tensor
-    """Contiguous, with memory."""
+    """A contiguous tensor with memory."""
     data: npt.NDArray[np.uint8]
-    """Its bytes: one axis, contiguous; or two, rows of which each is contiguous."""
+    """The bytes: one contiguous axis, or two axes of which each row is contiguous."""
 
-    def pieces(self) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        """Where each piece begins in the tensor, in bytes, and its bytes."""
+    def chunks(self) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """Yield the offset of each chunk in the tensor, in bytes, and its bytes."""
         data = self.data
         each = data.shape[1] if data.ndim == 2 else 1
-        step = max(_PIECE // max(each, 1), 1)
+        step = max(_CHUNK // max(each, 1), 1)
         for start in range(0, len(data), step):
             yield start * each, data[start : start + step]
 
 
 def upload(jobs: Sequence[Job], backends: Sequence[Backend], progress: Progress | None = None) -> None:
-    """Set tensors, each device's by itself, all devices at the same time.
+    """Write tensors to their devices, to all devices at the same time.
 
     Parameters
     ----------
     jobs
-        In the order in which they lie in their file.
+        Tensors and bytes, in the order of the file.
     backends
-        Of the tensors' devices, to copy with. A device without one is set piece by piece from this thread.
+        Backends of the tensors' devices. Tensors of a device without one are written from this thread.
     progress
-        Called from this thread. What it raises ends the upload.
+        Called from this thread. An exception ends the upload.
     """
     total, done = sum(job.data.size for job in jobs), 0
     by_device: dict[Device | None, list[Job]] = {}
@@ -68,51 +68,51 @@ def upload(jobs: Sequence[Job], backends: Sequence[Backend], progress: Progress 
         by_device.setdefault(None if kind is None else kind.device, []).append(job)
     found = {backend.device: backend for backend in backends}
     with ExitStack() as stack:
-        feeds: list[_Feed] = []
+        uploaders: list[_Uploader] = []
         for device, own in by_device.items():
             backend = found.get(device) if device is not None else None
-            feed = None if backend is None else _Feed.to(backend, own, len(by_device))
-            if feed is not None:
-                feeds.append(stack.enter_context(feed))
-        fed = {feed.backend.device for feed in feeds}
-        for feed in feeds:
-            feed.start()
+            uploader = None if backend is None else _Uploader.to(backend, own, len(by_device))
+            if uploader is not None:
+                uploaders.append(stack.enter_context(uploader))
+        threaded = {uploader.backend.device for uploader in uploaders}
+        for uploader in uploaders:
+            uploader.start()
         for device, own in by_device.items():
-            if device not in fed:
+            if device not in threaded:
                 for job in own:
                     job.tensor.set_bytes(np.ascontiguousarray(job.data).reshape(-1))
                     done += job.data.size
                     if progress:
                         progress(done, total)
-        for feed in feeds:
-            for n in feed.reports():
+        for uploader in uploaders:
+            for n in uploader.reports():
                 done += n
                 if progress:
                     progress(done, total)
 
 
-class _Feed:
-    """The threads that feed one device. A context: leaving it ends them."""
+class _Uploader:
+    """The threads that upload to one device. Leaving the context ends them."""
 
     def __init__(self, backend: Backend, block: HostBlock, jobs: Sequence[Job], n_threads: int) -> None:
         self.backend, self._block = backend, block
         self._keep = [owner for job in jobs for owner in job.tensor.check_writable()]
         self._lock, self._stopped = Lock(), Event()
-        self._pieces = ((job.tensor, start, data) for job in jobs for start, data in job.pieces())
+        self._chunks = ((job.tensor, start, data) for job in jobs for start, data in job.chunks())
         self._found: SimpleQueue[int | BaseException | None] = SimpleQueue()
         names = f"ggml_cffi upload to {backend.name}"
         self._threads = [Thread(target=self._work, args=(i,), name=names) for i in range(n_threads)]
         self._started: list[Thread] = []
 
     @classmethod
-    def to(cls, backend: Backend, jobs: Sequence[Job], n_devices: int) -> _Feed | None:
-        """For one device of so many that are fed; None where it is not worth it, or cannot be done."""
-        plain = any(job.tensor.dtype in INTEGERS for job in jobs)  # they may be row numbers, which are checked
-        wide = any(job.data.ndim == 2 and job.data.shape[1] > _PIECE for job in jobs)
-        if plain or wide or backend.device.is_cpu or sum(job.data.size for job in jobs) < _MANY:
+    def to(cls, backend: Backend, jobs: Sequence[Job], n_devices: int) -> _Uploader | None:
+        """Return the uploader of one device of ``n_devices``; None where threads do not pay or are not possible."""
+        has_integers = any(job.tensor.dtype in INTEGERS for job in jobs)  # may be row numbers, which set_bytes checks
+        wide = any(job.data.ndim == 2 and job.data.shape[1] > _CHUNK for job in jobs)
+        if has_integers or wide or backend.device.is_cpu or sum(job.data.size for job in jobs) < _THREADS_PAY:
             return None
         n_threads = max(min(default_threads() // n_devices, _THREADS), 1)
-        block = HostBlock(n_threads * _PIECE, [backend.device])
+        block = HostBlock(n_threads * _CHUNK, [backend.device])
         if backend.device not in block.buffers:
             block.close()
             return None
@@ -126,35 +126,35 @@ class _Feed:
     def _work(self, i: int) -> None:
         end: BaseException | None = None
         try:
-            memory = np.frombuffer(self._block.memory, np.uint8, _PIECE, i * _PIECE)
+            memory = np.frombuffer(self._block.memory, np.uint8, _CHUNK, i * _CHUNK)
             buffer = self._block.buffers[self.backend.device]
             while not self._stopped.is_set():
                 with self._lock:
-                    tensor, start, data = next(self._pieces, (None, 0, None))
+                    tensor, start, data = next(self._chunks, (None, 0, None))
                 if tensor is None or data is None:
                     break
                 np.copyto(memory[: data.size].reshape(data.shape), data)
                 with self.backend.lock:
                     source, target = DeviceBytes.of_buffer(buffer), DeviceBytes.of_tensor(tensor)
-                    copy_bytes(self.backend, source.part(i * _PIECE, data.size), target.part(start, data.size))
+                    copy_bytes(self.backend, source.part(i * _CHUNK, data.size), target.part(start, data.size))
                 self._found.put(data.size)
         except BaseException as error:
             end = error
         self._found.put(end)
 
     def reports(self) -> Iterator[int]:
-        """Bytes that were moved, as they are, until all were."""
-        going = len(self._started)
-        while going:
+        """Yield numbers of bytes as they are uploaded, until all are."""
+        running = len(self._started)
+        while running:
             item = self._found.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
-                going -= 1
+                running -= 1
             else:
                 yield item
 
-    def __enter__(self) -> _Feed:
+    def __enter__(self) -> _Uploader:
         return self
 
     def __exit__(self, *error: Any) -> None:

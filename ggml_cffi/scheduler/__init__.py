@@ -1,7 +1,13 @@
-"""Graphs, and the scheduler that computes them over several backends."""
+"""Graphs, and the scheduler that computes them over several backends.
 
-from ggml_cffi.scheduler.graph import Graph
+A :class:`Graph` has the nodes that some outputs need. A :class:`Scheduler` checks a graph, orders its nodes so that
+GPUs overlap, gives it memory and runs it; splits, copies and sizes of the graph held can be inspected.
+"""
+
+from ggml_cffi.scheduler.graph import Graph, steps
+from ggml_cffi.scheduler.held_graph import HeldGraph
+from ggml_cffi.scheduler.placements import Placements
 from ggml_cffi.scheduler.scheduler import Scheduler
-from ggml_cffi.scheduler.splits import Split
+from ggml_cffi.scheduler.splits import Split, find_copies, find_splits
 
-__all__ = ["Graph", "Scheduler", "Split"]
+__all__ = ["Graph", "HeldGraph", "Placements", "Scheduler", "Split", "find_copies", "find_splits", "steps"]

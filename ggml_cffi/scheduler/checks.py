@@ -1,4 +1,4 @@
-"""What ggml would end the process on when it schedules a graph."""
+"""Pre-flight checks: graphs that ggml would end the process on when it schedules or runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ggml_cffi.enums import Op
 from ggml_cffi.errors import UnsupportedOpError
 from ggml_cffi.scheduler.graph import Graph
 
-#: Operations whose kernels on GPUs take operands that start anywhere. Others end the process, or read beside.
+#: Operations whose GPU kernels take operands that start anywhere. Others end the process, or read wrong data.
 _START_ANYWHERE = frozenset(
     {Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.SQR, Op.SQRT, Op.SIN, Op.COS, Op.LOG, Op.UNARY, Op.GLU, Op.CLAMP}
     | {Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM, Op.SUM_ROWS, Op.MEAN, Op.CUMSUM, Op.REPEAT, Op.CONCAT, Op.DIAG}
@@ -22,16 +22,16 @@ _START_ANYWHERE = frozenset(
 )
 
 
-#: Bytes that a kernel of any GPU can read of one tensor, by Vulkan's specification; with some it is no more.
+#: Bytes of one tensor that a kernel can read on any GPU, by Vulkan's specification; some GPUs allow no more.
 _READ_ANYWHERE = 2**27
 
 
-#: What only this process can call.
+#: Operations written in Python, which only this process can call.
 _IN_PYTHON = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTOM})
 
 
 def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
-    """Nodes that others cannot compute, though they say so, each with what is in the way."""
+    """Return nodes that only the CPU can compute although other backends claim to, each with the reason."""
     alignment = max((b.buffer_type.alignment for b in backends if not b.device.is_cpu), default=1)
     found = {
         p: "reads or writes a view that starts where GPUs cannot: use cont, or the CPU"
@@ -44,24 +44,26 @@ def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
         cpu = backends[-1].device.ptr
         for p in graph.node_pointers():
             if p.op in _IN_PYTHON:
-                found[p] = "is computed by this process, which cannot write to a server's memory: use the CPU's"
+                found[p] = "is computed by this process, which cannot write to a server's memory: place it on the CPU"
             elif p.op not in VIEWS and not _can_be_sent(p, cpu):
-                found[p] = "cannot be computed by a server, nor sent to one with sizes of 2**32 and more: use the CPU"
+                found[p] = (
+                    "cannot be computed by a server, or has sizes of 2**32 or more, which cannot be sent: use the CPU"
+                )
     return found
 
 
 def _can_be_sent(p: Any, cpu: Any) -> bool:
-    """Whether a server can compute a node. It claims to compute all; this machine's CPU is asked in its place."""
+    """Return whether a server can compute a node. It claims to compute all, so this machine's CPU answers."""
     return all(fits_in_32_bits(t) for t in (p, *p.src) if t) and bool(c.ggml_backend_dev_supports_op(cpu, p))
 
 
 def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend]) -> dict[Any, list[Any]]:
-    """The devices that can read each buffer, which must be one of ``backends``' at least.
+    """Return the devices of ``backends`` that can read each buffer of ``graph``, by C pointer.
 
     Raises
     ------
     ValueError
-        If none can, or a tensor was placed where its memory is not.
+        If none can read a buffer, or a tensor was placed on another device than its memory is on.
     UnsupportedOpError
         If a tensor is larger than its device's kernels can read.
     """
@@ -94,14 +96,16 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
 def check_ops(
     graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend], moved: Mapping[Any, str]
 ) -> None:
-    """Every node can be computed where it was placed, or where its memory is, or somewhere; ``moved`` on the CPU.
+    """Check that a backend can compute each node: the one it was placed on, or one that reads its memory, or any.
+
+    ``moved`` has the nodes that only the CPU can compute, each with the reason.
 
     Raises
     ------
     UnsupportedOpError
-        If one cannot.
+        If no backend can compute a node.
     ValueError
-        If one writes to memory that is read-only; and as :func:`check_memory`.
+        If a node writes to read-only memory; and as :func:`check_memory`.
     """
     where = check_memory(graph, backends, placed)
     devices = [(b, b.device.ptr) for b in backends]
@@ -127,12 +131,12 @@ def check_ops(
 
 
 def check_in_place(p: Any, graph: Graph, backend: Backend) -> None:
-    """A node in place runs where the memory is that it writes to; ggml does not see to that.
+    """Check that ggml runs an in-place node on a backend that can write the node's memory.
 
     Raises
     ------
     UnsupportedOpError
-        If ``backend``, which ggml chose, cannot write there.
+        If ``backend``, which ggml chose, cannot write the memory.
     """
     t = graph.wrap(p)
     kind = t.buffer_type

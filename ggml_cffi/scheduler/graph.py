@@ -1,4 +1,4 @@
-"""Graphs: what to compute."""
+"""Graphs: the nodes to compute for some outputs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op
 
-# ggml_build_forward_expand recurses along the operands: about 100,000 deep it overruns the main thread's stack, and
-# other threads may have much smaller ones.
+# ggml_build_forward_expand recurses along the operands: 100,000 levels overrun the stack of the main thread, and other
+# threads may have much smaller stacks.
 _RECURSION_SAFE = 2_000
 
 
 class Graph(Handle):
-    """All that must be computed for some outputs, in an order that works.
+    """All nodes that must be computed for some outputs, each after its operands.
 
     Parameters
     ----------
     outputs
-        Tensors that will be read. Their memory is not reused during a run.
+        Tensors that will be read. A run does not reuse their memory.
 
     Raises
     ------
     ValueError
-        Without outputs, or if nothing has to be computed for them, or a scheduler holds some of the tensors.
+        Without outputs, or if no output has to be computed, or a scheduler holds some of the tensors.
     ClosedError
         If an output's context, or one whose tensors it needs, is closed.
 
@@ -44,16 +44,16 @@ class Graph(Handle):
             if not isinstance(t, Tensor):
                 raise TypeError(f"outputs are tensors, not {type(t).__name__}")
         self.outputs = outputs
-        """The tensors that will be read."""
+        """The outputs."""
         self.gradients: dict[Tensor, Tensor] = {}
-        """The gradient by each parameter, for a graph from :meth:`backward`."""
+        """The gradient of each parameter, for a graph from :meth:`backward`."""
         self.contexts: list[Context] = []
-        """Every context whose tensors are part of the graph."""
+        """All contexts with tensors of the graph."""
         for t in outputs:
             self.contexts += [ctx for ctx in t.context.reachable() if ctx not in self.contexts]
-        keep = [ctx.owner for ctx in self.contexts]  # another thread may close them meanwhile
+        keep = [ctx.owner for ctx in self.contexts]  # another thread may close the contexts meanwhile
         bound = sum(ctx.n_tensors for ctx in self.contexts) + 1
-        capacity = bound + bound // 3  # with room for the views that a short graph of a parallel function ends with
+        capacity = bound + bound // 3  # room for views that step graphs append
         size = c.ggml_graph_overhead_custom(capacity, False) + 64
         pool = c.ggml_init({"mem_size": size, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
         pointer = c.ggml_new_graph_custom(pool, capacity, False)
@@ -68,7 +68,7 @@ class Graph(Handle):
         try:
             self.check_free()
             if not self._nodes:
-                raise ValueError("there is nothing to compute: the outputs are inputs, weights or caches")
+                raise ValueError("there is nothing to compute: all outputs are inputs, weights or caches")
         except ValueError:
             self.close()
             raise
@@ -78,9 +78,9 @@ class Graph(Handle):
 
     @classmethod
     def backward(cls, loss: Tensor, params: Sequence[Tensor], outputs: Sequence[Tensor] = ()) -> Graph:
-        """A graph of ``loss``, ``outputs`` and the gradients of ``loss`` by ``params``; see :attr:`gradients`.
+        """Return a graph of ``loss``, ``outputs`` and the gradients of ``loss``; see :attr:`gradients`.
 
-        Errors as :func:`ggml_cffi.gradients`, which it calls.
+        Errors as :func:`ggml_cffi.gradients`.
         """
         from ggml_cffi.train.gradients import gradients
 
@@ -92,10 +92,10 @@ class Graph(Handle):
     def check_free(self) -> None:
         """Raise ``ValueError`` if a scheduler holds this graph, or another with some of these nodes.
 
-        It has replaced their operands by copies, so that nothing else can be computed from them.
+        That scheduler has replaced operands by copies, which are valid in its own runs only.
         """
         for ctx in self.contexts:
-            for other, nodes in ctx.held.copy().items():  # other threads' schedulers come and go
+            for other, nodes in ctx.held.copy().items():  # copied, since schedulers of other threads change it
                 if not nodes.isdisjoint(self._nodes):
                     raise ValueError(
                         f"a scheduler holds {other.graph!r} with some of these tensors: call its reset() first"
@@ -103,18 +103,18 @@ class Graph(Handle):
 
     @property
     def nodes(self) -> list[Tensor]:
-        """The computed tensors in order of computation."""
+        """The nodes in order of computation."""
         self.ptr  # noqa: B018 - raises when closed
         return [self.wrap(p) for p in self._nodes]
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Inputs, weights and caches: tensors that nothing computes."""
+        """The leaves: inputs, weights and caches."""
         self.ptr  # noqa: B018 - raises when closed
         return [self.wrap(p) for p in self.members if p.op == Op.NONE]
 
     def wrap(self, pointer: Any) -> Tensor:
-        """A node or leaf by its C pointer."""
+        """Return the node or leaf at a C pointer."""
         return Tensor(self.outputs[0].context, pointer, c.ggml_n_dims(pointer))
 
     def __len__(self) -> int:
@@ -125,26 +125,26 @@ class Graph(Handle):
 
     @property
     def n_tensors(self) -> int:
-        """Nodes and leaves together."""
+        """Number of nodes and leaves together."""
         return len(self.members)
 
     def reorder(self, nodes: Sequence[Any]) -> None:
-        """Compute in the order of ``nodes``, the same C pointers, each after what it needs."""
+        """Change the order of computation to ``nodes``, the same C pointers, each after its operands."""
         self._nodes = list(nodes)
         for i, p in enumerate(self._nodes):
             self._order[i] = p
 
     def calls(self) -> list[Any]:
-        """The nodes written in Python, as :class:`ggml_cffi.ops.custom.Call`."""
+        """Return the nodes written in Python, as :class:`ggml_cffi.ops.custom.Call`."""
         members = self.members
         return [call for ctx in self.contexts for p, call in ctx.calls.items() if p in members]
 
     def node_pointers(self) -> list[Any]:
-        """The nodes as C pointers."""
+        """Return the C pointers of the nodes."""
         return self._nodes
 
     def unallocated_leaves(self) -> Iterator[Tensor]:
-        """Leaves without memory, each as a tensor of the context that holds it."""
+        """Yield leaves without memory, each as a tensor of the context that holds it."""
         wanted = {p for p in self.members if p.op == Op.NONE and not p.view_src and not p.buffer}
         for ctx in self.contexts if wanted else ():
             for t in ctx.tensors():
@@ -152,7 +152,7 @@ class Graph(Handle):
                     yield t
 
     def draw(self, path: str | PathLike[str] | None = None) -> str:
-        """The graph as an SVG document, written to ``path`` too. See :func:`ggml_cffi.viz.svg`."""
+        """Return the graph as an SVG document, and write it to ``path``. See :func:`ggml_cffi.viz.svg`."""
         from ggml_cffi import viz
 
         return viz.svg(self, path)
@@ -164,14 +164,14 @@ class Graph(Handle):
 def _operands(nodes: list[Any]) -> Iterator[Any]:
     for p in nodes:
         for src in p.src:
-            if src:  # an operand left out may come before others
+            if src:  # an optional operand may be missing before others
                 yield src
                 if src.view_src:
                     yield src.view_src
 
 
 def steps(output: Tensor) -> Iterator[Any]:
-    """The operands of ``output`` before what uses them, found without recursion."""
+    """Yield the C pointers of ``output`` and all its operands, operands first, without recursion."""
     done: set[Any] = set()
     stack = [(output.ptr, False)]
     while stack:

@@ -17,7 +17,7 @@ from ggml_cffi.scheduler.splits import Split, find_copies, find_splits
 
 
 class SchedulerInspection(Handle):
-    """What can be asked of a :class:`Scheduler <ggml_cffi.Scheduler>`, which inherits it. Nothing here changes it."""
+    """Read-only part of :class:`Scheduler <ggml_cffi.Scheduler>`, which inherits it."""
 
     __slots__ = ()
     backends: tuple[Backend, ...]

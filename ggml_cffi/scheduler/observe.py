@@ -1,4 +1,4 @@
-"""Watching a run node by node."""
+"""Observation of a run node by node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ggml_cffi.scheduler.graph import Graph
 
 
 class Observed(Tensor):
-    """A node that was just computed: its values can be read, though it is an intermediate, until the run goes on."""
+    """A node that was just computed: until the run goes on, its values can be read even if it is an intermediate."""
 
     __slots__ = ("live",)
     live: bool
@@ -24,7 +24,7 @@ class Observed(Tensor):
 
 
 class Observer:
-    """Calls a Python function after nodes; what it raises is kept in ``error``, and stops the run."""
+    """A function that is called after nodes. Its exception stops the run, and is kept in ``error``."""
 
     def __init__(self, graph: Graph, function: Callable[[Tensor], object], only: Collection[Tensor] | None) -> None:
         if not callable(function):
@@ -36,12 +36,12 @@ class Observer:
         self.callback = c.ffi.callback("ggml_backend_sched_eval_callback", self._called, False, self._failed)
 
     def _failed(self, _kind: Any, error: BaseException, _trace: Any) -> None:
-        """What goes wrong in :meth:`_called` comes here, a signal's exception before its first line included."""
+        """Keep an exception of :meth:`_called`, also one that a signal raises before its first line."""
         self.error = error
 
     def _called(self, p: Any, ask: bool, _data: Any) -> bool:
         if self.error is not None:
-            # Stopping ends the part of the graph in which it happens: ask for the first node of each other part.
+            # Returning False ends the current split only: observe the first node of each later split, to end it too.
             return ask
         if ask:
             return p.op not in VIEWS if self.only is None else p in self.only

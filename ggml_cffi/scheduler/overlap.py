@@ -1,9 +1,9 @@
-"""An order of nodes in which devices work at once.
+"""An order of nodes in which several devices work at once.
 
-ggml runs a graph in the order of its nodes, cut into parts of one device each, and copies all that a part needs from
-other devices before it starts the part. So where two branches run on two devices and join on the second, and the join
-follows the second branch, both are one part: it waits for the first branch before it begins. The order here keeps what
-needs a copy apart from what does not.
+ggml runs a graph in the order of its nodes, in splits of one device each. Before a split starts, ggml copies all that
+the split needs from other devices. Suppose that two branches run on two devices and join on the second device. If the
+join directly follows the second branch, both are one split, which waits for the first branch before it starts. The
+order here therefore separates nodes that need a copy from nodes that do not.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ggml_cffi.core.op_sets import VIEWS
 
 
 def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -> list[Any] | None:
-    """``nodes`` (C pointers in an order that works) in stages; None where no stage has several GPUs.
+    """Return ``nodes`` (C pointers, operands first) ordered by stages; None where no stage has several GPUs.
 
-    A stage is what can be computed once the results of the stages before are copied to where they are needed: within
-    it, no device waits for another. ``backend_of`` has the number of each node's backend, ``cpu`` that of the CPU.
+    A stage has the nodes that need no copy except of results of earlier stages, so within a stage no device waits for
+    another. ``backend_of`` has the number of each node's backend, and ``cpu`` is the number of the CPU.
     """
     stage: dict[Any, int] = {}
     stages: dict[int, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
@@ -32,10 +32,10 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
     ordered: list[Any] = []
     last = None
     for k in range(len(stages)):
-        # Not first the device that the last part ran on, since that would make one part of both; not last the only
-        # device of the next stage, likewise; the CPU last, since it holds up who starts the others.
-        following = set(stages[k + 1]) if k + 1 in stages else set()
-        alone = next(iter(following)) if len(following) == 1 else None
+        # The device of the last split does not come first, since both would become one split; for the same reason
+        # the only device of the next stage does not come last. The CPU comes last: its work delays starting others.
+        next_devices = set(stages[k + 1]) if k + 1 in stages else set()
+        alone = next(iter(next_devices)) if len(next_devices) == 1 else None
         for here in sorted(stages[k], key=lambda b: (b == last, b == cpu, b != alone, b)):
             ordered += stages[k][here]
             last = here
@@ -43,9 +43,9 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
 
 
 def dependencies(nodes: Sequence[Any]) -> list[list[Any]]:
-    """What each node must come after: what it is made from, and what else touches memory that one of them writes."""
+    """Return the nodes that each node must come after: its operands, and users of memory that one of them writes."""
     known = set(nodes)
-    touched: dict[Any, list[Any]] = defaultdict(list)  # by owner of the memory: whoever used it since it was written
+    touched: dict[Any, list[Any]] = defaultdict(list)  # by owner of the memory: users since the last write
     written: dict[Any, Any] = {}
     found = []
     for p in nodes:

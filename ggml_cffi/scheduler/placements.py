@@ -1,4 +1,4 @@
-"""The backends that nodes and inputs are placed on: by the caller, for lack of another, or to keep an order."""
+"""Placements: backends that the caller chose for tensors, or that checks and the node order require."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggml_cffi.scheduler.graph import Graph
 
 
 class Placements:
-    """Which backend computes which tensor, as far as ggml is not free to choose."""
+    """The backends of tensors for which ggml is not free to choose."""
 
     __slots__ = ("_by_hand", "cpu_only", "pinned")
 

@@ -1,8 +1,8 @@
-"""Gradients, by reverse accumulation.
+"""Gradients by reverse accumulation.
 
-The nodes added are checked operations like any other, so that what has no gradient is an exception. (ggml's own
+The new nodes are checked operations like any other, so an operation without gradient raises an exception. ggml's own
 ``ggml_build_backward_expand`` ends the process on more than half of the operations, on a division that broadcasts, and,
-when it runs, on gradients that come out of a transposition.) Its kernels for backward passes are used where it has any.
+when it runs, on the gradient of a transposition. ggml's kernels for backward passes are used where there are any.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Rule = Callable[["_Node"], Sequence[Callable[[], Tensor] | None]]
 
 
 def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = None) -> list[Tensor]:
-    """The gradients of ``loss`` with respect to ``params``, as tensors to be computed.
+    """Return the gradients of ``loss`` with respect to ``params``, as tensors to compute.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = N
         raise ValueError(f"a loss is one F32 element, not {loss!r}: take its sum or mean")
     for p in params:
         if p.dtype is not Type.F32:
-            raise ValueError(f"{p!r} is not F32: gradients are")
+            raise ValueError(f"{p!r} is not F32: parameters must be, since gradients are")
     ctx = ctx or loss.context
     ctx.use(loss.context)
     order = list(steps(loss))
@@ -83,7 +83,7 @@ def _differentiable(p: Any) -> list[Any]:
 
 
 def _add(ctx: Context, found: dict[Any, Tensor], src: Any, grad: Tensor) -> None:
-    """Add up what flows back into ``src``, brought to its shape where the operation repeated it."""
+    """Add a gradient to that of ``src``, summed to its shape where the operation repeated ``src``."""
     shape = _whole(ctx, src).shape
     if not grad.is_contiguous:
         grad = ops.cont(grad, ctx=ctx)
@@ -93,12 +93,12 @@ def _add(ctx: Context, found: dict[Any, Tensor], src: Any, grad: Tensor) -> None
 
 
 def _whole(ctx: Context, p: Any) -> Tensor:
-    """A tensor with all four axes, so that shapes need no care here."""
+    """Return a tensor with all four axes, so that no rule depends on the number of axes."""
     return Tensor(ctx, p, 4)
 
 
 class _Node:
-    """A computed tensor with its operands, and the gradient that flows into it."""
+    """A computed tensor with its operands, and its own gradient."""
 
     def __init__(self, ctx: Context, p: Any, grad: Tensor) -> None:
         self.ctx = ctx
@@ -106,7 +106,7 @@ class _Node:
         self.g = grad
 
     def _plain(self, p: Any) -> Tensor:
-        """As contiguous F32."""
+        """Return a tensor as contiguous F32."""
         t = _whole(self.ctx, p)
         if t.dtype is not Type.F32:
             t = ops.cast(t, Type.F32, ctx=self.ctx)
@@ -128,11 +128,11 @@ class _Node:
         return repr(_whole(self.ctx, self.p))
 
     def ints(self, n: int) -> list[int]:
-        """The first parameters, as the integers they are."""
+        """Return the first ``n`` operation parameters as integers."""
         return list(c.ffi.unpack(self.p.op_params, n))
 
     def real(self, i: int) -> float:
-        """Parameter ``i``, which is a float."""
+        """Return operation parameter ``i`` as a float."""
         (value,) = struct.unpack("f", struct.pack("i", self.p.op_params[i]))
         return float(value)
 
@@ -143,7 +143,7 @@ class _Node:
 def _rule(node: _Node) -> Sequence[Callable[[], Tensor] | None]:
     op = Op(node.p.op)
     if node.p.view_src and op not in _VIEWS:
-        raise UnsupportedOpError(f"{node} is in place: a gradient needs the values that it writes over")
+        raise UnsupportedOpError(f"{node} is in place: its gradient needs the values that it overwrites")
     if op is Op.UNARY:
         return _unary(node, UnaryOp(node.p.op_params[0]))
     if op is Op.GLU:
@@ -179,14 +179,14 @@ def _unary(n: _Node, kind: UnaryOp) -> Sequence[Callable[[], Tensor] | None]:
 
 
 def _elu_slope(n: _Node) -> Tensor:
-    """1 above 0, ``exp(x)``, which is the result plus 1, below."""
+    """Return the slope: 1 above 0, and below it ``exp(x)``, which is the result plus 1."""
     positive = ops.step(n.a)
     negative = ops.scale_bias(positive, -1.0, 1.0)
     return ops.add(positive, ops.mul(negative, ops.scale_bias(n.out, 1.0, 1.0)))
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
-    """Of ``x / 2 * (1 + tanh(u))`` with ``u = k * (x + 0.044715 * x**3)``."""
+    """Return the slope of ``x / 2 * (1 + tanh(u))`` with ``u = k * (x + 0.044715 * x**3)``."""
     k = 0.7978845608028654  # sqrt(2 / pi)
     square = ops.sqr(x)
     t = ops.tanh(ops.mul(x, ops.scale_bias(square, k * 0.044715, k)))
@@ -196,7 +196,7 @@ def _gelu_slope(x: Tensor) -> Tensor:
 
 
 def _gelu_quick_slope(x: Tensor) -> Tensor:
-    """Of ``x * sigmoid(1.702 * x)``."""
+    """Return the slope of ``x * sigmoid(1.702 * x)``."""
     s = ops.sigmoid(ops.scale(x, 1.702))
     return ops.add(s, ops.scale(ops.mul(ops.mul(x, s), ops.scale_bias(s, -1.0, 1.0)), 1.702))
 
@@ -214,7 +214,7 @@ def _glu(n: _Node, kind: GluOp) -> Sequence[Callable[[], Tensor] | None]:
 
 
 def _mul_mat(n: _Node) -> Sequence[Callable[[], Tensor]]:
-    """``out = b @ a.T``; each matrix of ``a`` serves as many of ``b``, one after the other."""
+    """Return the rules of ``out = b @ a.T``, where each matrix of ``a`` may serve several of ``b`` in a row."""
 
     def turned(t: Tensor) -> Tensor:
         return ops.cont(ops.transpose(t, ctx=n.ctx), ctx=n.ctx)
@@ -223,7 +223,7 @@ def _mul_mat(n: _Node) -> Sequence[Callable[[], Tensor]]:
         each = ops.mul_mat(turned(n.b), turned(n.g))
         outer, inner, rows, columns = n.a.shape
         if inner in (1, each.shape[1]) and outer in (1, each.shape[0]):
-            return each  # summed up where it is used
+            return each  # _add sums it up
         if each.shape[0] != 1:
             raise UnsupportedOpError(f"there is no gradient of {n} here: both leading axes repeat a part of a")
         grouped = ops.reshape(each, (inner, -1, rows, columns))
@@ -242,7 +242,7 @@ def _soft_max(n: _Node) -> Sequence[Callable[[], Tensor] | None]:
 
 def _norm(n: _Node) -> Sequence[Callable[[], Tensor]]:
     def slope() -> Tensor:
-        # The result is (x - mean) / s: what s was comes from x again.
+        # The result is (x - mean) / s: s is computed again from x.
         centred = ops.sub(n.a, n.like(n.a, ops.mean(n.a)))
         s = ops.sqrt(ops.scale_bias(ops.mean(ops.sqr(centred)), 1.0, n.real(0)))
         along = ops.mul(n.out, n.like(n.out, ops.mean(ops.mul(n.g, n.out))))
@@ -260,13 +260,13 @@ def _view(n: _Node) -> Sequence[Callable[[], Tensor]]:
         return ops.acc(zeros, n.g, strides=strides, offset=offset, ctx=n.ctx)
 
     if n.p.src[0].type != Type.F32 or not n.a.is_contiguous:
-        raise UnsupportedOpError(f"there is no gradient of a view of what is not contiguous F32: {n}")
+        raise UnsupportedOpError(f"there is no gradient of a view of a tensor that is not contiguous F32: {n}")
     return (put,)
 
 
 def _permute(n: _Node) -> Sequence[Callable[[], Tensor]]:
     axes = n.ints(4) if n.p.op == Op.PERMUTE else [1, 0, 2, 3]
-    # ggml's axis i of the operand became axes[i]; numpy counts from the other end, and permutes by where from.
+    # ggml moved axis i of the operand to axes[i]. numpy counts from the other end, and names the source axes.
     return (lambda: ops.permute(n.g, [3 - axes[3 - i] for i in range(4)], ctx=n.ctx),)
 
 
@@ -316,7 +316,7 @@ def _cross_entropy(n: _Node) -> Sequence[Callable[[], Tensor]]:
 
 
 def _cumsum(n: _Node) -> Sequence[Callable[[], Tensor]]:
-    """What comes after each element, and itself."""
+    """Return the rule: each element's gradient is the sum from that element on."""
 
     def after() -> Tensor:
         total = n.like(n.g, ops.sum_rows(n.g))

@@ -1,8 +1,7 @@
-"""Fitting weights: forward, backward and the optimizer's step in one graph, on any devices.
+"""Optimizers: forward, backward and the optimizer's step in one graph, on any devices.
 
-The steps are ggml's own (``ggml_opt_step_adamw``, ``ggml_opt_step_sgd``). ggml's context around them, ``ggml_opt``, is
-not used: it allocates graphs in ways that end the process when memory runs out, holds 2048 nodes at most, and keeps its
-inputs on the CPU.
+The steps are ggml's own (``ggml_opt_step_adamw``, ``ggml_opt_step_sgd``). ggml's ``ggml_opt`` around them is not used:
+it ends the process when memory runs out, holds 2048 nodes at most, and keeps its inputs on the CPU.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from ggml_cffi.train.gradients import gradients
 
 
 class Optimizer(Closing):
-    """Makes a loss smaller, step by step; base of :class:`AdamW` and :class:`SGD`.
+    """An optimizer, which makes a loss smaller step by step; base of :class:`AdamW` and :class:`SGD`.
 
     Parameters
     ----------
     scheduler
-        Computes the steps. It is not closed with this.
+        The scheduler that computes the steps. It is not closed with the optimizer.
     loss
         One F32 element.
     params
         Weights to fit: contiguous F32 tensors with memory (``Context.alloc``), on any devices of the scheduler.
     outputs
-        Further tensors to be read after a step, as they were before it.
+        Further tensors to read after a step, with their values from before it.
 
     Raises
     ------
     ValueError
-        If a parameter is not so, or the loss does not depend on it.
+        If a parameter is not contiguous F32 with memory, or the loss does not depend on it.
     UnsupportedOpError
         If an operation on the way has no gradient.
     """
 
     n_state = 0
-    """Tensors of a weight's size that are kept for each."""
+    """Number of state tensors per weight, each of the weight's size."""
 
     def __init__(
         self, scheduler: Scheduler, loss: Tensor, params: Sequence[Tensor], outputs: Sequence[Tensor] = ()
@@ -55,14 +54,14 @@ class Optimizer(Closing):
         try:
             for p in self.params:
                 if not p.is_allocated:
-                    raise ValueError(f"{p!r} has no memory to be fitted in: use Context.alloc first")
+                    raise ValueError(f"{p!r} has no memory: use Context.alloc before the optimizer is made")
             self._state = [[self._zeros(p) for _ in range(self.n_state)] for p in self.params]
             self._numbers = self._ctx.new_tensor(Type.F32, (len(self._settings()),), name="optimizer")
             found = gradients(loss, self.params, ctx=self._ctx)
             steps = [self._step(p, g, state) for p, g, state in zip(self.params, found, self._state, strict=True)]
-            # In this order: no weight is written before every gradient that needs it is there.
+            # The steps come last: no weight may be written before all gradients that need it are computed.
             self.graph = Graph(loss, *outputs, *found, *steps)
-            """Everything that a step computes."""
+            """The graph of a step."""
         except BaseException:
             self._ctx.close()
             raise
@@ -75,14 +74,14 @@ class Optimizer(Closing):
         return t
 
     def _settings(self) -> list[float]:
-        """The numbers that ggml's step takes, for the next step."""
+        """Return the hyperparameters that ggml takes for the next step."""
         raise NotImplementedError
 
     def _step(self, p: Tensor, grad: Tensor, state: list[Tensor]) -> Tensor:
         raise NotImplementedError
 
     def step(self) -> float:
-        """Compute loss and gradients for the inputs as they are set, and change the weights.
+        """Compute loss and gradients for the current inputs, and change the weights.
 
         Returns
         -------
@@ -97,19 +96,19 @@ class Optimizer(Closing):
             return float(self.loss.numpy().reshape(()))
 
     def alloc(self) -> None:
-        """Give the inputs memory, so that they can be set; :meth:`step` does it otherwise."""
+        """Give the inputs memory, so that they can be set. Otherwise the first :meth:`step` does."""
         if self.scheduler.graph is not self.graph:
             self.scheduler.alloc(self.graph)
 
     def reset(self) -> None:
-        """Forget what was kept from earlier steps."""
+        """Clear the optimizer's state from earlier steps."""
         self.steps_done = 0
         for state in self._state:
             for t in state:
                 t.set(t.numpy() * 0)
 
     def close(self) -> None:
-        """Give the graph and what is kept for the weights up. The weights stay."""
+        """Release the graph and the state. The weights stay."""
         if self.scheduler.graph is self.graph and not self.scheduler.closed:
             self.scheduler.reset()
         self.graph.close()
@@ -122,13 +121,13 @@ class AdamW(Optimizer):
     Parameters
     ----------
     lr
-        Learning rate, above 0. It may be changed between steps, as the others may.
+        Learning rate, above 0. This and the other settings may be changed between steps.
     betas
-        Of the running means of the gradient and of its square, 0 to 1.
+        Decay rates of the running means of the gradient and of its square, 0 to below 1.
     eps
         Added to the root of the mean square.
     weight_decay
-        Part of each weight that is taken off per unit of ``lr``, 0 to 1.
+        Fraction of each weight that is subtracted per unit of ``lr``, 0 to 1.
 
     Others as :class:`Optimizer`. C: ``ggml_opt_step_adamw``. Source: Loshchilov & Hutter, Decoupled Weight Decay
     Regularization, 2019.

@@ -1,4 +1,4 @@
-"""Where to draw the boxes of a graph: rows by longest path, order in a row by the mean place of the neighbours.
+"""Layout of a drawing: rows by longest path, order in a row by the mean position of the neighbours.
 
 Sources: K. Sugiyama, S. Tagawa, M. Toda, Methods for Visual Understanding of Hierarchical System Structures, 1981
 (rows and order); R. E. Barlow et al., Statistical Inference under Order Restrictions, 1972 (places in a row).
@@ -15,14 +15,14 @@ from typing import NamedTuple
 BOX_HEIGHT, ROW = 38.0, 82.0
 _GAP, _LANE_GAP, _LANE_MIN = 22.0, 46.0, 300.0
 _BEND_WIDTH = 6.0
-_MOST_BENDS = 8_000  # beyond, the longest edges are drawn straight through
+_MOST_BENDS = 8_000  # beyond this number, the longest edges are straight lines
 _ORDER_SWEEPS, _PLACE_SWEEPS = 8, 10
-_TO_THE_MIDDLE = 0.9  # else a deep graph drifts to the side of its long edges
+_TO_THE_MIDDLE = 0.9  # without this pull a deep graph drifts to the side of its long edges
 
 
 @dataclass
 class Box:
-    """What is to be placed."""
+    """A box to place."""
 
     width: float
     group: int
@@ -30,7 +30,7 @@ class Box:
     sources: list[int]
     """Boxes with an edge to this one."""
     late: bool = False
-    """Placed right above its first user, not as far up as it goes: a leaf."""
+    """True for a leaf, which is placed right above its first user instead of at the top."""
 
 
 class Frame(NamedTuple):
@@ -44,7 +44,7 @@ class Frame(NamedTuple):
 
 @dataclass
 class Layout:
-    """Places, in units of the drawing."""
+    """Positions in units of the drawing."""
 
     x: list[float]
     """Middle of each box."""
@@ -63,7 +63,7 @@ def place(boxes: Sequence[Box], lanes: Sequence[int]) -> Layout:
     Parameters
     ----------
     boxes
-        What to place.
+        The boxes.
     lanes
         The column of each group. Groups of one column are drawn one below the other, in order.
     """
@@ -74,7 +74,7 @@ def place(boxes: Sequence[Box], lanes: Sequence[int]) -> Layout:
 
 
 def _rows(boxes: Sequence[Box], lanes: Sequence[int]) -> list[int]:
-    """The row of each box: below its sources, and below the groups that ran before in its column."""
+    """Return the row of each box: below its sources, and below the earlier groups of its column."""
     rows = [-1] * len(boxes)
     bottom: dict[int, int] = {}  # of each column, over the groups that are done
     lowest: dict[int, int] = {}  # of the group in progress in each column
@@ -121,7 +121,7 @@ class _Plan:
             layer.sort(key=lambda e: self.lane[e])
 
     def _bend(self) -> None:
-        """Give every box whose users are further down a chain of bends, which all its edges share."""
+        """Give every box with users more than one row below a chain of bends, which all its edges share."""
         spans = [0] * len(self.boxes)
         for i, box in enumerate(self.boxes):
             for s in box.sources:
@@ -187,12 +187,12 @@ class _Plan:
     # ------------------------------------------------------------------ places
 
     def finish(self) -> Layout:
-        """Places for the order found."""
+        """Return the positions for the order found."""
         x = [0.0] * len(self.row)
         parts = [[e for e in layer if self.lane[e] == k] for layer in self.layers for k in sorted(set(self.lanes))]
         parts = [part for part in parts if part]
         for part in parts:
-            self._settle(part, [0.0] * len(part), x)
+            self._position(part, [0.0] * len(part), x)
         for sweep in range(_PLACE_SWEEPS):
             both = sweep >= _PLACE_SWEEPS - 2
             for part in parts if sweep % 2 == 0 else parts[::-1]:
@@ -202,7 +202,7 @@ class _Plan:
                     near = [n for n in near if self.lane[n] == self.lane[e]]
                     pull = 1.0 if e >= len(self.boxes) else _TO_THE_MIDDLE
                     wanted.append(pull * sum(x[n] for n in near) / len(near) if near else x[e])
-                self._settle(part, wanted, x)
+                self._position(part, wanted, x)
         edges = self._columns(x)
         y = [r * ROW for r in self.row]
         return Layout(
@@ -214,8 +214,8 @@ class _Plan:
             (len(self.layers) - 1) * ROW + BOX_HEIGHT,
         )
 
-    def _settle(self, part: list[int], wanted: list[float], x: list[float]) -> None:
-        """As near to ``wanted`` as the widths allow, in this order: least squares, pooling what collides."""
+    def _position(self, part: list[int], wanted: list[float], x: list[float]) -> None:
+        """Move boxes as near to ``wanted`` as widths and order allow: least squares, with pools of neighbours."""
         offset, before, offsets = 0.0, None, []
         for e in part:
             if before is not None:
@@ -237,7 +237,7 @@ class _Plan:
                 k += 1
 
     def _columns(self, x: list[float]) -> dict[int, tuple[float, float]]:
-        """Put the columns side by side; left and right of each."""
+        """Put the columns side by side, and return left and right of each."""
         edges: dict[int, tuple[float, float]] = {}
         start = 0.0
         for lane in sorted(set(self.lane)):

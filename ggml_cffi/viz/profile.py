@@ -1,4 +1,4 @@
-"""How long each node and each split of a graph takes."""
+"""Profiles: the time that each node and each split of a graph takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, op_name
 
 __all__ = ["NodeGroup", "NodeTime", "Profile", "SplitTime", "Times", "profile"]
 
-_ONE_A_VALUE = frozenset(
+_ONE_FLOP_PER_VALUE = frozenset(
     {
         *(Op.ADD, Op.ADD1, Op.ACC, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.CLAMP, Op.LEAKY_RELU, Op.UNARY, Op.GLU),
         *(Op.SQR, Op.SQRT, Op.LOG, Op.SIN, Op.COS),
@@ -40,48 +40,48 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class NodeTime:
-    """One node."""
+    """The measured time of one node."""
 
     node: Tensor
     op: str
-    """The operation, as the Python function is called."""
+    """The operation's name, as the Python function's."""
     text: str
     """Operation, name, shape and type."""
     backend: str
     split: int
     seconds: Times
     nbytes: int
-    """Bytes of its operands and its result, each counted once; of a table, the rows that are looked up."""
+    """Bytes of the operands and the result, each counted once; of a table, the rows that are looked up."""
     flop: int | None
-    """Additions and multiplications of a matrix product or attention, one for each value of an elementwise operation;
-    None for others."""
+    """Additions and multiplications of a matrix product or attention, one per value of an elementwise operation, None
+    for other operations."""
 
     @property
     def gflops(self) -> float | None:
-        """1e9 operations in a second."""
+        """Rate in 1e9 floating-point operations per second."""
         return _rate(self.flop, self.seconds.median)
 
     @property
     def gbps(self) -> float | None:
-        """1e9 bytes in a second."""
+        """Rate in 1e9 bytes per second."""
         return _rate(self.nbytes, self.seconds.median)
 
 
 @dataclass(frozen=True)
 class SplitTime:
-    """One split: what is copied to it, and its nodes."""
+    """The measured time of one split: copies to its backend, and its nodes."""
 
     backend: str
     n_nodes: int
     seconds: Times
-    """Copies and computation."""
+    """Time of copies and computation."""
     copy_seconds: Times
-    """Copies alone, as far as ggml waits for them; the rest is part of the computation."""
+    """Time of the copies as far as ggml waits for them; the rest is part of the computation."""
     copies: list[Copy]
 
     @property
     def copied(self) -> int:
-        """Bytes copied."""
+        """Bytes copied to the backend."""
         return sum(copy.nbytes for copy in self.copies)
 
 
@@ -93,10 +93,10 @@ class NodeGroup:
     seconds: float = 0.0
     nbytes: int = 0
     flop: int | None = 0
-    """None where that of one is not known."""
+    """None if the number is unknown for one of the nodes."""
 
     def add(self, row: NodeTime) -> None:
-        """Take one more."""
+        """Add a node."""
         self.n_nodes += 1
         self.seconds += row.seconds.median
         self.nbytes += row.nbytes
@@ -105,35 +105,35 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Profile:
-    """What :func:`profile` measured. ``str()`` is a table."""
+    """Times measured by :func:`profile`. ``str()`` is a table."""
 
     nodes: list[NodeTime]
-    """In order of computation, each measured by itself."""
+    """Nodes in order of computation, each measured by itself."""
     splits: list[SplitTime]
-    """In order of computation, each measured by itself."""
+    """Splits in order of computation, each measured by itself."""
     total: Times
-    """Whole runs that nobody watched."""
+    """Time of whole runs without measurements in between."""
     runs: int
-    """Runs of each kind that were measured."""
+    """Number of measured runs: whole, split by split, and node by node."""
     events: list[dict[str, Any]] = field(repr=False)
-    """The fastest run node by node, as the trace has it."""
+    """Trace events of the fastest run node by node."""
 
     @property
     def node_seconds(self) -> float:
-        """The sum of the nodes' medians: more than :attr:`total`, for nothing overlaps and each node is waited for."""
+        """The sum of the nodes' medians: more than :attr:`total`, since each node is waited for."""
         return sum(row.seconds.median for row in self.nodes)
 
     @property
     def split_seconds(self) -> float:
-        """The sum of the splits' medians. What exceeds :attr:`total` is what overlaps in a run."""
+        """The sum of the splits' medians. The excess over :attr:`total` is work that overlaps in a run."""
         return sum(row.seconds.median for row in self.splits)
 
     def by_op(self) -> dict[str, NodeGroup]:
-        """Nodes by operation, the slowest first."""
+        """Return groups of nodes by operation, the slowest first."""
         return _grouped(self.nodes, lambda row: row.op)
 
     def by_backend(self) -> dict[str, NodeGroup]:
-        """Nodes by backend, the slowest first."""
+        """Return groups of nodes by backend, the slowest first."""
         return _grouped(self.nodes, lambda row: row.backend)
 
     def trace(self, path: str | os.PathLike[str]) -> None:
@@ -192,20 +192,20 @@ class Profile:
 def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, warmup: int = 1) -> Profile:
     """Measure the nodes, the splits and the whole of a graph.
 
-    The graph runs ``warmup + 3 * runs`` times: as it is, then waiting after each split, then after each node. A node
-    that is waited for takes longer than in a run: there, the device goes on with the next. Times are those of the
-    host, launch included. Caches, and what nodes in place write to, change with every run as they would in any.
+    The graph runs ``warmup + 3 * runs`` times: without waits, then with a wait after each split, then with a wait after
+    each node. A node that is waited for takes longer than in a normal run, where the device goes on with the next node.
+    Times are the host's, launch included. Caches and the memory of in-place nodes change with every run, as usual.
 
     Parameters
     ----------
     scheduler
-        Computes.
+        The scheduler that computes the graph.
     graph
-        Default the one that the scheduler holds; it is allocated if none is held.
+        The graph; default the one that the scheduler holds. It is allocated if none is held.
     runs
-        Runs of each of the three kinds that are measured, at least 1.
+        Number of runs of each of the three kinds, at least 1.
     warmup
-        Runs before, in which a GPU's kernels are compiled.
+        Number of runs before them, in which a GPU's kernels are compiled.
 
     Raises
     ------
@@ -232,7 +232,7 @@ def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, 
         seen = Snapshot.of(scheduler)
         by_split = [_watch(scheduler, {part.nodes[-1].ptr for part in seen.splits}) for _ in range(runs)]
         by_node = [_watch(scheduler, {t.ptr for part in seen.splits for t in part.nodes}) for _ in range(runs)]
-        # ggml may cut a split once more, where it needs too many copies: then its nodes are not launched together.
+        # ggml divides a split that needs too many copies: then its nodes are not launched together.
         together = scheduler.n_splits == len(seen.splits)
         splits = _splits(seen, by_split, together)
         nodes = _nodes(seen, by_node)
@@ -240,18 +240,18 @@ def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, 
         return Profile(nodes, splits, _times(whole), runs, _events(seen, nodes, fastest))
 
 
-def _check_runs(n: int, what: str, least: int) -> None:
+def _check_runs(n: int, name: str, minimum: int) -> None:
     if isinstance(n, bool):
-        raise TypeError(f"{what} is a number of runs, not {n}")
-    if not least <= operator.index(n) <= 1_000_000:
-        raise ValueError(f"{what} must be {least} to 1,000,000, not {n}")
+        raise TypeError(f"{name} is a number of runs, not {n}")
+    if not minimum <= operator.index(n) <= 1_000_000:
+        raise ValueError(f"{name} must be {minimum} to 1,000,000, not {n}")
 
 
 # ---------------------------------------------------------------------- measuring
 
 
 class _Clock:
-    """Notes when ggml asks about each node, and when those wanted are done."""
+    """Times at which ggml asks about each node, and at which the wanted nodes are done."""
 
     def __init__(self, wanted: Collection[Any], wait: Callable[[], None]) -> None:
         self.wanted, self.wait = wanted, wait
@@ -263,7 +263,7 @@ class _Clock:
 
     def _called(self, p: Any, ask: bool, _data: Any) -> bool:
         if self.error is not None:
-            return ask  # stops at the first node of this part and of each to come
+            return ask  # stops at the first node of this split and of each later one
         try:
             if not ask:
                 self.wait()
@@ -299,7 +299,7 @@ def _splits(seen: Snapshot, clocks: list[_Clock], together: bool) -> list[SplitT
         for clock in clocks:
             before = clock.done[seen.splits[k - 1].nodes[-1].ptr] if k else clock.start
             copying.append((clock.asked[first] - before) / 1e9)
-            # Our questions about the nodes in between are over when the work begins.
+            # ggml asks about all nodes of the split before it launches them.
             computing.append((clock.done[last] - clock.asked[last if together else first]) / 1e9)
         copies = seen.copies_to(k)
         if not copies:
@@ -330,7 +330,7 @@ def _times(seconds: list[float]) -> Times:
 
 
 def _size(p: Any, rows: int | None = None) -> int:
-    """Bytes of all rows of a tensor, or of so many, gaps left out."""
+    """Return the bytes of ``rows`` rows of a tensor (default all), without gaps."""
     if rows is None:
         rows = int(p.ne[1] * p.ne[2] * p.ne[3])
     return c.ggml_row_size(p.type, p.ne[0]) * rows
@@ -341,7 +341,7 @@ def _traffic(t: Tensor, sources: list[Any]) -> int:
     if op is Op.GET_ROWS:
         source, rows = sources
         return _size(source, c.ggml_nelements(rows)) + _size(rows) + _size(p)
-    if op is Op.SET_ROWS:  # values, row numbers, and where they go
+    if op is Op.SET_ROWS:  # values, row numbers, and the rows to write
         values, rows = sources[:2]
         return _size(values) + _size(rows) + _size(p, int(values.ne[1] * values.ne[2] * values.ne[3]))
     if op is Op.CPY:  # its second operand is only written
@@ -349,7 +349,7 @@ def _traffic(t: Tensor, sources: list[Any]) -> int:
     total = _size(p)
     for k, source in enumerate(dict.fromkeys(sources)):
         size = _size(source)
-        if op is Op.MUL_MAT_ID and k == 0:  # no more experts than are asked for
+        if op is Op.MUL_MAT_ID and k == 0:  # no more experts than rows ask for
             experts = int(source.ne[2])
             size = size // max(experts, 1) * min(experts, c.ggml_nelements(sources[2]))
         total += size
@@ -365,7 +365,7 @@ def _flop(t: Tensor, sources: list[Any]) -> int | None:
     if op is Op.FLASH_ATTN_EXT:
         q, k, v = sources[:3]
         return 2 * int(q.ne[1] * q.ne[2] * q.ne[3] * k.ne[1] * (k.ne[0] + v.ne[0]))
-    return size if op in _ONE_A_VALUE else None
+    return size if op in _ONE_FLOP_PER_VALUE else None
 
 
 def _rate(count: int | None, seconds: float) -> float | None:
@@ -383,7 +383,7 @@ def _grouped(rows: Iterable[NodeTime], key: Callable[[NodeTime], str]) -> dict[s
 
 
 def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[str, Any]]:
-    """A run as Chrome's trace viewer wants it: complete events, in microseconds."""
+    """Return a run as complete events of Chrome's trace format, in microseconds."""
     track = {name: i for i, name in enumerate(seen.backends)}
     events: list[dict[str, Any]] = [_named("process_name", 0, "ggml_cffi, node by node")]
     for name, i in track.items():
@@ -400,8 +400,8 @@ def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[s
         start = before if copies else clock.asked[first]
         events.append(event("split", f"split {k}", tid, start, clock.done[last], {"nodes": len(part.nodes)}))
         if copies:
-            what = [f"{copy.name} from {copy.source}: {copy.nbytes:,} bytes" for copy in copies]
-            args = {"bytes": sum(copy.nbytes for copy in copies), "tensors": what}
+            tensors = [f"{copy.name} from {copy.source}: {copy.nbytes:,} bytes" for copy in copies]
+            args = {"bytes": sum(copy.nbytes for copy in copies), "tensors": tensors}
             events.append(event("copy", "copy in", tid, start, clock.asked[first], args))
         before = clock.done[last]
     for row in nodes:
@@ -411,8 +411,8 @@ def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[s
     return events
 
 
-def _named(what: str, tid: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "name": what, "pid": 1, "tid": tid, "args": {"name": name}}
+def _named(event: str, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": event, "pid": 1, "tid": tid, "args": {"name": name}}
 
 
 def _us(seconds: float) -> str:

@@ -13,7 +13,7 @@ __all__ = ["Memory", "Report", "SplitRow", "report", "summary"]
 
 @dataclass(frozen=True)
 class SplitRow:
-    """One split of a graph."""
+    """One row of the table: a split of a graph."""
 
     backend: str
     n_nodes: int
@@ -21,11 +21,11 @@ class SplitRow:
     """Its first node: operation, name, shape, type."""
     last: str
     copies: list[Copy]
-    """What is copied to its backend before it runs."""
+    """Copies to its backend before it runs."""
 
     @property
     def copied(self) -> int:
-        """Bytes copied."""
+        """Bytes copied to its backend."""
         return sum(copy.nbytes for copy in self.copies)
 
 
@@ -34,12 +34,12 @@ class Memory:
     """Bytes on one backend."""
 
     compute: int
-    """Buffer for intermediate results, and for what is copied in."""
+    """Compute buffer, for intermediate results and for copies from other backends."""
     inputs: int
     """Leaves of the graph that are not marked as weights: inputs, constants, caches."""
     weights: int
     n_nodes: int
-    """Nodes that it computes."""
+    """Number of nodes that the backend computes."""
 
     @property
     def total(self) -> int:
@@ -49,10 +49,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """What a scheduler made of the graph that it holds. ``str()`` is a table."""
+    """Splits, copies and memory of the graph that a scheduler holds. ``str()`` is a table."""
 
     n_nodes: int
-    """Nodes, views included."""
+    """Number of nodes, views included."""
     n_leaves: int
     splits: list[SplitRow]
     memory: dict[str, Memory]
@@ -97,7 +97,7 @@ def summary(n_nodes: int, n_leaves: int, n_splits: int, copies: list[Copy]) -> s
 
 
 def report(scheduler: Scheduler) -> Report:
-    """The graph that ``scheduler`` holds: its splits, copies, and memory by backend.
+    """Return splits, copies and memory by backend of the graph that ``scheduler`` holds.
 
     Raises
     ------

@@ -19,7 +19,7 @@ from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, is_weight, op_name
 
 __all__ = ["shades", "svg"]
 
-# A light and a dark shade for each backend; the CPU, and what is nowhere yet, are grey and white.
+# A light and a dark shade for each backend. The CPU is grey; tensors without a known device are white.
 _SHADES = [
     ("#d6e6f7", "#2b6cb0"),
     ("#fde3c8", "#b85c00"),
@@ -35,25 +35,24 @@ _CHAR, _MARGIN, _FRAME_TOP, _LONGEST_NAME = 7.3, 28.0, 26.0, 26
 
 
 def svg(drawn: Graph | Scheduler, path: str | os.PathLike[str] | None = None) -> str:
-    """A drawing of a graph, as an SVG document that needs nothing else.
+    """Return a drawing of a graph as a self-contained SVG document.
 
-    Each backend has a colour and a column; time runs down. Splits are framed; what is copied between backends is a
-    dashed line with its bytes. Leaves are round, views pale, outputs bold.
+    Each backend has a colour and a column; time runs down. Splits have frames. A dashed line with a number of bytes is
+    a copy between backends. Leaves are round, views pale, outputs bold.
 
     Parameters
     ----------
     drawn
-        A scheduler that holds a graph, or a graph. The memory of a graph that some scheduler holds says which device
-        a node is on; any other graph has no colours.
+        A scheduler that holds a graph, or a graph. Colours need a graph that some scheduler holds.
     path
-        Where to write it, too.
+        File to write the document to.
 
     Raises
     ------
     ValueError
         If the scheduler holds no graph.
     TypeError
-        If it is neither.
+        If ``drawn`` is neither.
     """
     if isinstance(drawn, Scheduler):
         with drawn.lock:
@@ -68,7 +67,7 @@ def svg(drawn: Graph | Scheduler, path: str | os.PathLike[str] | None = None) ->
 
 
 def shades(backends: list[str]) -> dict[str, tuple[str, str]]:
-    """A light and a dark colour for each backend."""
+    """Return a light and a dark colour for each backend."""
     found: dict[str, tuple[str, str]] = {}
     for name in backends:
         if name == "CPU":
@@ -87,7 +86,7 @@ def _hex(rgb: tuple[float, float, float]) -> str:
 
 
 class _Drawing:
-    """The document, piece by piece."""
+    """The parts of one document."""
 
     def __init__(self, seen: Snapshot) -> None:
         self.seen = seen
@@ -99,7 +98,7 @@ class _Drawing:
         self.labelled: dict[int, list[tuple[float, float]]] = {}
 
     def text(self) -> str:
-        """The whole document."""
+        """Return the document."""
         boxes, lanes = self._boxes()
         at = place(boxes, lanes)
         legend, top, least = self._legend()
@@ -128,10 +127,10 @@ class _Drawing:
             )
         )
 
-    # ------------------------------------------------------------------ what goes where
+    # ------------------------------------------------------------------ boxes and groups
 
     def _boxes(self) -> tuple[list[Box], list[int]]:
-        """A box for each tensor, nodes first, and the column of each group."""
+        """Return a box for each tensor, nodes first, and the column of each group."""
         seen, index = self.seen, self.index
         groups = self._groups()
         boxes = []
@@ -144,7 +143,7 @@ class _Drawing:
         return boxes, [order.index(part.backend) for part in seen.splits] or [0]
 
     def _groups(self) -> dict[Any, int]:
-        """The frame that each node is in: its split. Views are where their data is made, those of leaves where used."""
+        """Return the split that frames each node: for a view its data's split, for a view of a leaf its user's."""
         seen, found = self.seen, self.seen.split_of()
         first_use: dict[Any, int] = {}
         for t in reversed(seen.nodes):
@@ -168,10 +167,10 @@ class _Drawing:
         seen = self.seen
         return summary(len(seen.nodes), len(seen.leaves), len(seen.splits), seen.copies)
 
-    # ------------------------------------------------------------------ pieces
+    # ------------------------------------------------------------------ parts
 
     def _legend(self) -> tuple[list[str], float, float]:
-        """The legend, its height and its width."""
+        """Return the legend, its height and its width."""
         out = [f'<g class="legend"><text x="{_n(_MARGIN)}" y="30" font-size="14">{escape(self._title())}</text>']
         x, y = _MARGIN, 58.0
         counts = dict.fromkeys(self.seen.backends, 0)
@@ -242,7 +241,7 @@ class _Drawing:
         )
 
     def _edges(self, boxes: list[Box], at: Layout) -> tuple[list[str], list[str]]:
-        """Lines, and the bytes of copies, which go on top of everything."""
+        """Return the lines, and the labels of copies, which are drawn on top."""
         lines, texts = [], []
         for i, box in enumerate(boxes):
             by_side = sorted(box.sources, key=lambda s: (at.routes[s, i] or [(at.x[s], 0.0)])[-1][0])
@@ -290,7 +289,7 @@ class _Drawing:
 
 
 def _path(start: tuple[float, float], bends: list[tuple[float, float]], end: tuple[float, float]) -> str:
-    """Straight down through each row, curved between rows."""
+    """Return a path that is straight within each row and curved between rows."""
     (x, y), out = start, [f"M{_n(start[0])} {_n(start[1])}"]
     for u, v in (*bends, end):
         middle = (y + v) / 2
@@ -299,7 +298,7 @@ def _path(start: tuple[float, float], bends: list[tuple[float, float]], end: tup
         else:
             out.append(f"V{_n(y)}C{_n(x)} {_n(middle)} {_n(u)} {_n(middle)} {_n(u)} {_n(v)}")
         x, y = u, v + BOX_HEIGHT
-    if not out[-1].endswith(f" {_n(end[1])}"):  # an arrow takes its direction from the last piece
+    if not out[-1].endswith(f" {_n(end[1])}"):  # an arrow takes its direction from the last segment
         out.append(f"V{_n(end[1])}")
     return "".join(out)
 

@@ -120,6 +120,7 @@ def test_open_at_interpreter_exit(device):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_thousand_rounds_leave_nothing_behind():
     def rounds(n):
         for _ in range(n):

@@ -84,7 +84,7 @@ def test_values_that_cannot_be_quantized(ctx, dtype, value):
 def test_views_that_overlap(ctx):
     a = ctx.new_tensor("f32", (16,))
     for strides in ((4, 4), (0, 4)):
-        with pytest.raises(ValueError, match="strides cannot overlap"):
+        with pytest.raises(ValueError, match="strides must not overlap"):
             ggml.view(a, (13, 4), strides=strides)
 
 

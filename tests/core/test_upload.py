@@ -13,8 +13,8 @@ from ggml_cffi.core.upload import Job, upload
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Pieces that cut small tensors in several."""
-    monkeypatch.setattr(uploads, "_PIECE", 1 << 16)
-    monkeypatch.setattr(uploads, "_MANY", 1)
+    monkeypatch.setattr(uploads, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(uploads, "_THREADS_PAY", 1)
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-_SUBPROCESS = frozenset({"run_python", "subprocess", "Popen", "Worker", "Server", "serve", "pexpect", "multiprocessing"})
+_SUBPROCESS = frozenset(
+    {"run_python", "subprocess", "Popen", "Worker", "Server", "serve", "pexpect", "multiprocessing"}
+)
 _SLOW_FOLDERS = ("tests.docs.", "tests.fuzzing.", "tests.upstream.")
 
 
@@ -59,7 +61,7 @@ def _words(function: Any) -> frozenset[str]:
         module = sys.modules[at.__module__]
         for name in names:
             called = getattr(module, name, None)
-            todo += [m for m in vars(called).values()] if isinstance(called, type) else [called]
+            todo += list(vars(called).values()) if isinstance(called, type) else [called]
     return frozenset(words)
 
 
