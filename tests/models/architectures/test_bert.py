@@ -67,7 +67,7 @@ def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     with models.load(path, ["CPU"], n_threads=1) as model:
         for call in (lambda: model.forward([1]), lambda: next(model.generate_tokens([1], stop_at_end=False))):
-            with pytest.raises(ggml.GgmlError, match="is an encoder: it has no logits and generates no text"):
+            with pytest.raises(ggml.GgmlError, match="is an encoder, which has no logits and generates no text"):
                 call()
         with pytest.raises(TypeError, match="put the one text in a list"):
             model.embed("a text")

@@ -20,7 +20,7 @@ def test_many_texts_in_several_batches_keep_their_order(tmp_path, rng):
     with embedder(path) as model:
         model.reserve()
         got = model.embed(texts)
-        assert len(model._runs) < 6
+        assert len(model._graphs) < 6
         want = np.concatenate([model.embed([text]) for text in texts])
     assert relative_error(got, want) < 1e-5
 
@@ -58,7 +58,7 @@ def test_graphs_are_reused_and_others_may_use_the_scheduler_in_between(tmp_path,
             assert model.scheduler.graph is graph
         for n in range(1, 130, 7):  # more sizes than are kept
             model.embed(random_texts(rng, [3] * n))
-        assert len(model._runs) == 8
+        assert len(model._graphs) == 8
         np.testing.assert_array_equal(model.embed(texts), want)
         model.close()
         assert model.scheduler.graph is None
@@ -145,7 +145,7 @@ def test_wrong_texts_and_arguments_are_refused(tmp_path, rng):
         assert model.embed([]).dtype == np.float32
         with pytest.raises(ValueError, match="text 1 has no tokens"):
             model.embed([[1], []])
-        with pytest.raises(ValueError, match="pooling 'max' is not known; mean, cls, last are"):
+        with pytest.raises(ValueError, match="pooling 'max' is not known: use one of mean, cls, last"):
             model.embed([[1]], pooling="max")
         with pytest.raises(ValueError, match="50"):
             model.embed([[50]])
