@@ -279,7 +279,7 @@ class MetaFunction:
         Raises
         ------
         UnsupportedOpError
-            If the function does what is not known to work; see :meth:`MetaDevice.compile`.
+            If an operation of the function is not known to work; see :meth:`MetaDevice.compile`.
         ClosedError
             If the device is closed.
         """

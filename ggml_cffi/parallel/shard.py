@@ -1,8 +1,8 @@
 """Shards of weights for several devices.
 
 Several devices compute a product ``x @ w.T`` in one of two ways. Each has some rows of ``w`` and computes those
-outputs, or each has some columns and those inputs, and the products are all-reduced. Rows first and columns after it (the two
-halves of a feed-forward part, or projections to heads and back) need one all-reduce together.
+outputs, or each has some columns and those inputs, and the products are all-reduced. Rows first and columns after it
+(the two halves of a feed-forward part, or projections to heads and back) need one all-reduce together.
 """
 
 from __future__ import annotations

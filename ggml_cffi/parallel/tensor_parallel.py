@@ -170,7 +170,7 @@ class TensorParallel(Group):
     def zeros(
         self, shapes: Sequence[Sequence[int]], dtype: Type | str | npt.DTypeLike = Type.F32, *, name: str = ""
     ) -> list[Tensor]:
-        """Return a tensor of zeros for each device, with a shape of its own: a cache or a state, to be written in place."""
+        """Return a tensor of zeros for each device, of its own shape: a cache or a state, to be written in place."""
         if len(shapes) != len(self.backends):
             raise ValueError(f"{len(shapes)} shapes for {len(self.backends)} devices: there must be one for each")
         made = []

@@ -197,9 +197,9 @@ class Weights(Closing):
         self.output_devices = last.devices
         """Numbers of the devices that have the output head."""
         cpu = len(self.backends) - 1
-        if not self._all(first, _can_look_up, architecture.tensor_info("token_embd.weight")):
+        if not self._can(first, _can_look_up, architecture.tensor_info("token_embd.weight")):
             self.embedding_devices = (cpu,)
-        if architecture.causal and not self._all(
+        if architecture.causal and not self._can(
             last, _can_multiply, architecture.tensor_info(architecture.output_tensor)
         ):
             self.output_devices = (cpu,)
@@ -225,8 +225,9 @@ class Weights(Closing):
         for device in self.embedding_devices:
             self.placement[device].has_embeddings = True
 
-    def _all(self, stage: StageSpec, can: Callable[[Backend, TensorInfo], bool], info: TensorInfo) -> bool:
-        return all(can(self.backends[device], info) for device in stage.devices)
+    def _can(self, stage: StageSpec, check: Callable[[Backend, TensorInfo], bool], info: TensorInfo) -> bool:
+        """Return whether the only device of a stage can use a tensor; True for several, whose tensors stay there."""
+        return len(stage.devices) > 1 or check(self.backends[stage.devices[0]], info)
 
     def _add(self, name: str, info: TensorInfo, devices: tuple[int, ...]) -> None:
         spec = MIRROR

@@ -15,10 +15,10 @@ from ggml_cffi.enums import Op
 WRITTEN_ONCE = frozenset({Op.MUL_MAT, Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.UNARY, Op.GLU})
 
 #: Bit pattern of a number that no device has written yet: a NaN that no computation gives.
-_UNWRITTEN = np.uint32(0x7FC0DEAD)
+UNWRITTEN = np.uint32(0x7FC0DEAD)
 
 #: Seconds of polling, after which the devices are waited for: the work takes long, or the pattern is a real result.
-_TIMEOUT = 0.02
+TIMEOUT = 0.02
 
 #: Arrays in host memory, each seen as 32-bit integers.
 Places = Sequence[npt.NDArray[np.uint32]]
@@ -43,14 +43,14 @@ class PolledResults:
         self.places = places
         self.n_timeouts = 0
         """Number of times that the devices had to be waited for."""
-        self.timeout = _TIMEOUT
+        self.timeout = TIMEOUT
         """Seconds of polling. Each timeout makes it shorter, each success longer again."""
 
     def clear(self, k: int) -> None:
         """Mark the places of result ``k``, if there is one, as unwritten. Call it before devices compute them."""
         if k < len(self.places):
             for place in self.places[k]:
-                place.fill(_UNWRITTEN)
+                place.fill(UNWRITTEN)
 
     def wait(self, k: int, synchronize: Callable[[], object]) -> None:
         """Return when result ``k``, if there is one, is complete.
@@ -65,11 +65,11 @@ class PolledResults:
         end = perf_counter() + self.timeout
         for place in self.places[k]:
             # The last number tends to come last, and reading one number is quick.
-            while place[-1] == _UNWRITTEN or (place == _UNWRITTEN).any():
+            while place[-1] == UNWRITTEN or (place == UNWRITTEN).any():
                 if perf_counter() > end:
                     self.n_timeouts += 1
                     self.timeout /= 4
                     synchronize()
                     return
                 _yield()
-        self.timeout = min(2 * self.timeout, _TIMEOUT)
+        self.timeout = min(2 * self.timeout, TIMEOUT)

@@ -50,7 +50,7 @@ _NORM = (Op.RMS_NORM, Op.MUL)
 
 #: Operations of the first part of a long graph. Recording takes half as long as computing, so a short first part
 #: lets the device begin early.
-_FIRST_PART = 64
+FIRST_PART = 64
 
 
 def is_vulkan(device: Device) -> bool:
@@ -274,7 +274,7 @@ class VulkanStepMaker(StepMaker):
         already, and each submission takes as long as two operations of a token.
         """
         most = _most_nodes()
-        size = min(_FIRST_PART, most)
+        size = min(FIRST_PART, most)
         parts: list[Sequence[Any]] = []
         while nodes:
             end = _end_of_part(nodes, size)

@@ -79,7 +79,7 @@ def raise_interrupt(*_args, **_options):
 
 
 def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, monkeypatch):
-    monkeypatch.setattr(record_ahead, "_FIRST_PART", 12)
+    monkeypatch.setattr(record_ahead, "FIRST_PART", 12)
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         runner = model._runners[0]
         want = answers(model, [PROMPT, PROMPT[:5]], 6)
@@ -115,7 +115,7 @@ def test_after_a_timeout_the_device_is_waited_for(two_gpus, path, monkeypatch):
     """The work that the next GPU has recorded is given up then, and recorded again."""
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         want = answers(model, [PROMPT, PROMPT[:5]], 12), model.forward([3])
-    monkeypatch.setattr(polling, "_TIMEOUT", 0.0)
+    monkeypatch.setattr(polling, "TIMEOUT", 0.0)
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         assert answers(model, [PROMPT, PROMPT[:5]], 12) == want[0]
         np.testing.assert_array_equal(model.forward([3]), want[1])

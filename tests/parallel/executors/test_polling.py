@@ -15,7 +15,7 @@ def test_polling_returns_when_all_numbers_are_written():
     polled = polling.PolledResults([places, places])
     polled.clear(1)
     polled.clear(2)  # there is none
-    assert all((place == polling._UNWRITTEN).all() for place in places)
+    assert all((place == polling.UNWRITTEN).all() for place in places)
     waited = []
 
     def write():
@@ -28,7 +28,7 @@ def test_polling_returns_when_all_numbers_are_written():
     polled.wait(1, lambda: waited.append(1) or writer.join())
     assert [place.tolist() for place in places] == 2 * [[0, 1, 2, 3, 4]]
     assert len(waited) == polled.n_timeouts <= 1  # the timer may come late
-    places[0][2] = polling._UNWRITTEN
+    places[0][2] = polling.UNWRITTEN
     polled.wait(0, lambda: waited.append(2))
     assert waited[-1] == 2
     polled.wait(2, lambda: waited.append(3))
@@ -41,7 +41,7 @@ def test_polling_returns_when_all_numbers_are_written():
     for _ in range(20):
         polled.wait(0, lambda: waited.append(5))
     assert waited[-3:] == [4, 4, 4]
-    assert polled.timeout == polling._TIMEOUT
+    assert polled.timeout == polling.TIMEOUT
 
 
 def test_a_sum_may_be_read_after_the_next_one_has_arrived(two_gpus, rng):
@@ -89,9 +89,9 @@ def test_sums_that_cannot_be_polled(two_gpus, rng):
 
 
 def test_results_with_the_pattern_of_unwritten_numbers(two_gpus, monkeypatch):
-    monkeypatch.setattr(polling, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(polling, "TIMEOUT", 0.05)
     x = np.arange(DIM, dtype=np.float32)
-    x.view(np.uint32)[[3, -1]] = polling._UNWRITTEN
+    x.view(np.uint32)[[3, -1]] = polling.UNWRITTEN
     with parallel.TensorParallel(two_gpus) as group:
         f = group.compile(lambda rank, x: rank.all_reduce(ops.scale(x, 2.0)))
         f(x)

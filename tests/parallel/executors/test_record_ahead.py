@@ -39,7 +39,7 @@ def test_recorded_work_waits_until_it_is_submitted(gpu, weight, n, rng):
         with ParallelProgram(group, [Rank(0, 1)], function, [(x.shape, ggml.Type.F32)], ahead=True) as program:
             executor, ((step,),) = group.executor, program.steps
             assert step.deferred
-            assert bool(step.immediate) == (1 + 3 * n > record_ahead._FIRST_PART)  # with the copy of the inputs
+            assert bool(step.immediate) == (1 + 3 * n > record_ahead.FIRST_PART)  # with the copy of the inputs
             program.record()  # nothing, before it has run once
             for k in (1.0, 2.0, 3.0):
                 program.input_arrays[0][...] = x
@@ -106,8 +106,8 @@ def test_a_thread_holds_the_device_while_work_is_recorded(gpu, weight, rng):
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(lock.acquire).result()
                 program.record()  # nothing: another thread uses the device
-                assert executor._recorded is None
                 pool.submit(lock.release).result()
+            assert is_free()
             program.compute()
             assert relative_error(program.result(), expected(x, weight, 3)) < 1e-2
 
@@ -162,7 +162,7 @@ def test_only_short_steps_are_deferred(two_gpus, weight, rows, rng):
 
 def test_late_sums_do_not_submit_the_next_step(two_gpus, weight, rng, monkeypatch):
     """The wait leaves out recorded steps: they would be computed with sums of the run before."""
-    monkeypatch.setattr(polling, "_TIMEOUT", 0.0)
+    monkeypatch.setattr(polling, "TIMEOUT", 0.0)
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 20)
