@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ggml_cffi.core.text import size, table
 
 if TYPE_CHECKING:
-    from ggml_cffi.models import Model
     from ggml_cffi.files import Progress
+    from ggml_cffi.models import Model
 
 
 def placement_table(model: Model) -> str:
