@@ -170,7 +170,7 @@ def check_process(found: Device) -> None:
 
 
 def devices() -> list[Device]:
-    """Return all devices: GPUs first in the driver's order, remote devices that were connected after them, the CPU last.
+    """Return all devices: GPUs in the driver's order, then connected remote devices, the CPU last.
 
     The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
     """

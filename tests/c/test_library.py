@@ -61,7 +61,7 @@ def test_another_version_is_a_mismatch(tmp_path):
     assert "version 0.19.0, not 0.20.2" in done.stdout
 
 
-def test_the_variable_wins(tmp_path):
+def test_the_environment_variable_comes_first(tmp_path):
     folder = library.location()
     assert folder is not None
     for file in Path(folder).glob("libggml*"):
@@ -144,7 +144,7 @@ def test_build_script_refuses_another_tree(tmp_path):
     assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
 
 
-def test_build_script_helps():
+def test_build_script_prints_help():
     done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
     for option in ("--native", "--portable", "VULKAN_SDK", "GGML_SOURCE_DIR"):
         assert option in done.stdout
@@ -166,7 +166,7 @@ def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
     assert done.stdout.split()[1].startswith(str(tmp_path))
 
 
-def test_importing_brings_in_nothing_slow():
+def test_import_loads_no_slow_module():
     """What takes longer to import than this package, and is needed by few calls, comes with those calls."""
     done = run_python("import sys, numpy; a = set(sys.modules); import ggml_cffi; print(*sorted(set(sys.modules) - a))")
     assert not {"asyncio", "concurrent.futures", "socket", "ssl", "logging", "tokenizers"} & set(done.stdout.split())

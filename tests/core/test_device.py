@@ -15,7 +15,7 @@ def test_the_cpu_is_last_and_always_there():
     assert [d.is_cpu for d in found].count(True) == 1
 
 
-def test_what_a_device_tells(devices):
+def test_a_device_has_a_name_a_type_and_memory(devices):
     for name in devices:
         d = ggml.device(name.lower())
         assert d.name == name
@@ -30,17 +30,17 @@ def test_what_a_device_tells(devices):
         assert name in repr(d)
 
 
-def test_by_position():
+def test_a_device_is_found_by_its_position():
     assert ggml.device(0) == ggml.devices()[0]
 
 
 @pytest.mark.parametrize("which", ["Vulkan99", "", 99, -1])
-def test_no_such_device_lists_those_there_are(which):
+def test_an_unknown_device_name_raises_with_the_list_of_devices(which):
     with pytest.raises(ValueError, match=r"there is no device .*this machine has .*CPU"):
         ggml.device(which)
 
 
-def test_backend(devices):
+def test_a_backend_knows_its_device_and_buffer_type(devices):
     with ggml.Backend(devices[0]) as backend:
         assert backend.name == devices[0]
         assert backend.device == ggml.device(devices[0])
@@ -49,7 +49,7 @@ def test_backend(devices):
         assert devices[0] in repr(backend)
 
 
-def test_threads_of_the_cpu():
+def test_the_number_of_cpu_threads_can_be_set():
     with ggml.Backend("CPU", n_threads=2) as cpu:
         assert cpu.n_threads == 2
         cpu.n_threads = 1
@@ -61,7 +61,7 @@ def test_threads_of_the_cpu():
         ggml.Backend("CPU", n_threads=0)
 
 
-def test_threads_are_the_cpus_alone():
+def test_only_the_cpu_takes_a_number_of_threads():
     need(("Vulkan0",))
     with pytest.raises(ValueError, match="n_threads is for the CPU"):
         ggml.Backend("Vulkan0", n_threads=2)
@@ -71,7 +71,7 @@ def test_threads_are_the_cpus_alone():
             gpu.n_threads = 2
 
 
-def test_buffer(devices):
+def test_a_buffer_has_size_type_and_usage(devices):
     with ggml.Buffer(devices[0], 1000, usage=ggml.Usage.WEIGHTS) as buffer:
         assert buffer.size >= 1000
         assert buffer.usage is ggml.Usage.WEIGHTS
@@ -83,12 +83,12 @@ def test_buffer(devices):
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_buffer_of_no_size(size):
+def test_a_buffer_needs_at_least_one_byte(size):
     with pytest.raises(ValueError, match="a buffer has at least 1 byte"):
         ggml.Buffer("CPU", size)
 
 
-def test_buffer_beyond_memory(devices):
+def test_a_buffer_larger_than_memory_raises(devices):
     with pytest.raises(ggml.OutOfMemoryError, match="no room"):
         ggml.Buffer(devices[0], 2**50)
 
@@ -97,7 +97,7 @@ def test_out_of_memory_is_a_memory_error():
     assert issubclass(ggml.OutOfMemoryError, MemoryError)
 
 
-def test_buffer_over_python_memory():
+def test_a_buffer_can_use_python_memory():
     raw = np.zeros(4096 + 64, np.uint8)
     start = -raw.ctypes.data % 64
     memory = raw[start : start + 4096]

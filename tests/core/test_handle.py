@@ -32,8 +32,9 @@ def open_all(device):
     return [backend, buffer, weights, work, graph, scheduler]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
-def test_any_order_of_closing(device):
+def test_objects_can_be_closed_in_any_order(device):
     need((device,))
     before = live()
     orders = itertools.permutations(range(6)) if device == "CPU" else itertools.permutations(range(6), 6)
@@ -47,7 +48,7 @@ def test_any_order_of_closing(device):
         assert live() == before
 
 
-def test_closed_use_raises():
+def test_use_after_close_raises():
     handles = open_all("CPU")
     for handle in handles:
         handle.close()
@@ -104,7 +105,7 @@ def test_closed_handles_do_not_warn():
 
 
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
-def test_open_at_interpreter_exit(device):
+def test_objects_open_at_interpreter_exit_are_freed(device):
     need((device,))
     done = run_python(
         "import sys, numpy as np\nsys.path.insert(0, 'tests')\n"
@@ -141,7 +142,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def test_a_forked_child_is_refused_clearly():
+def test_gpu_objects_in_a_forked_child_raise():
     code = """
 import os, sys, numpy as np, ggml_cffi as ggml
 backend = ggml.Backend({device!r})

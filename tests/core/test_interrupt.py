@@ -66,7 +66,7 @@ def child(code):
 
 
 @pytest.mark.parametrize("call", ["s.compute()", "s.compute_async()", "s.compute(observe=lambda t: None, only=[y])"])
-def test_a_run_of_a_scheduler(call):
+def test_ctrl_c_stops_a_run_of_a_scheduler(call):
     child(f"""
     long, short = Run(STEPS), Run(5)
     s, y = long.s, long.y
@@ -80,7 +80,7 @@ def test_a_run_of_a_scheduler(call):
     """)
 
 
-def test_the_scheduler_that_was_stopped_goes_on():
+def test_a_scheduler_can_be_used_after_ctrl_c():
     child("""
     run, slow = Run(20), []
     def step(out, a):
@@ -106,7 +106,7 @@ def test_the_scheduler_that_was_stopped_goes_on():
     """)
 
 
-def test_a_session():
+def test_ctrl_c_stops_a_session():
     child("""
     with ggml.Session(["CPU"]) as session:
         f = session.compile(chain)
@@ -120,7 +120,7 @@ def test_a_session():
     """)
 
 
-def test_while_the_main_thread_waits_for_a_future():
+def test_ctrl_c_raises_while_the_main_thread_waits_for_a_future():
     """Ctrl-C is the main thread's: the run in the session's thread is stopped by whoever catches it."""
     child("""
     with ggml.Session(["CPU"]) as session:
@@ -139,7 +139,7 @@ def test_while_the_main_thread_waits_for_a_future():
     """)
 
 
-def test_another_handler_decides():
+def test_an_applications_signal_handler_decides():
     """With a handler of the user's own, the run goes on to its end."""
     child("""
     got = []
@@ -154,7 +154,7 @@ def test_another_handler_decides():
     """)
 
 
-def test_sigint_ignored():
+def test_an_ignored_sigint_does_not_stop_a_run():
     child("""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = Run(400)
@@ -180,7 +180,7 @@ def test_another_wakeup_descriptor_is_respected():
     """)
 
 
-def test_in_another_thread():
+def test_ctrl_c_does_not_stop_a_run_in_another_thread():
     """A run in another thread goes on, and the main thread has its exception at once."""
     child("""
     run, done = Run(1500), []
@@ -199,7 +199,7 @@ def test_in_another_thread():
     """)
 
 
-def test_a_run_elsewhere_is_not_stopped_by_one_here():
+def test_a_run_in_another_thread_is_not_stopped_with_the_main_threads():
     child("""
     run, done, long = Run(1500), [], Run(STEPS)
     thread = threading.Thread(target=lambda: (run(), done.append(1)))
@@ -214,7 +214,7 @@ def test_a_run_elsewhere_is_not_stopped_by_one_here():
     """)
 
 
-def test_asyncio_stops_what_it_awaits():
+def test_asyncio_cancels_the_awaited_task():
     child("""
     session = ggml.Session(["CPU"])
     f = session.compile(chain)
@@ -233,7 +233,7 @@ def test_asyncio_stops_what_it_awaits():
     """)
 
 
-def test_a_run_inside_the_event_loop():
+def test_ctrl_c_stops_a_run_inside_the_event_loop():
     """asyncio has a handler of its own, which cancels the task: the run itself goes on to its end."""
     child("""
     run = Run(400)
@@ -248,7 +248,7 @@ def test_a_run_inside_the_event_loop():
     """)
 
 
-def test_with_a_signal_handler_of_the_event_loop():
+def test_a_signal_handler_of_the_event_loop_is_called():
     child("""
     run, got = Run(400), []
     async def main():

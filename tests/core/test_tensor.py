@@ -24,7 +24,7 @@ LOSS = {
 
 @pytest.mark.parametrize("dtype", LOSS, ids=lambda t: t.name)
 @pytest.mark.parametrize("shape", [(256,), (3, 512), (2, 3, 2, 256)])
-def test_round_trip(devices, dtype, shape, rng):
+def test_values_survive_a_round_trip(devices, dtype, shape, rng):
     values = rng.standard_normal(shape)
     with ggml.Context() as ctx:
         t = ctx.new_tensor(dtype, shape, name="t")
@@ -37,7 +37,7 @@ def test_round_trip(devices, dtype, shape, rng):
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.float64])
-def test_exact_types(devices, dtype, rng):
+def test_numpys_types_are_exact(devices, dtype, rng):
     values = rng.integers(-100, 100, (4, 5)).astype(dtype)
     with ggml.Context() as ctx:
         t = ctx.new_tensor(dtype, (4, 5))
@@ -81,7 +81,7 @@ def test_shapes_are_numpys(shape):
         (None, (32,), TypeError, ""),
     ],
 )
-def test_impossible_tensors(dtype, shape, error, message):
+def test_impossible_shapes_and_types_raise(dtype, shape, error, message):
     with ggml.Context() as ctx:
         if dtype is None:  # numpy reads None as float64
             assert ctx.new_tensor(dtype, shape).dtype is ggml.F64
@@ -90,7 +90,7 @@ def test_impossible_tensors(dtype, shape, error, message):
             ctx.new_tensor(dtype, shape)
 
 
-def test_wrong_values():
+def test_values_that_do_not_fit_raise():
     with ggml.Context() as ctx:
         f = ctx.new_tensor("f32", (2, 3))
         i = ctx.new_tensor("i8", (3,))
@@ -112,7 +112,7 @@ def test_wrong_values():
 
 
 @pytest.mark.parametrize("dtype", ["iq2_xxs", "iq1_s"])
-def test_types_that_need_an_importance_matrix(dtype):
+def test_some_types_need_an_importance_matrix(dtype):
     with ggml.Context() as ctx:
         t = ctx.new_tensor(dtype, (256,))
         ctx.alloc("CPU")
@@ -120,7 +120,7 @@ def test_types_that_need_an_importance_matrix(dtype):
             t.set(np.zeros(256))
 
 
-def test_view_of_host_memory():
+def test_host_memory_can_be_viewed():
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (2, 3))
         q = ctx.new_tensor("q8_0", (32,))
@@ -134,7 +134,7 @@ def test_view_of_host_memory():
     assert view[1, 2] == 42  # the view keeps the memory
 
 
-def test_no_view_of_device_memory(two_gpus):
+def test_device_memory_cannot_be_viewed(two_gpus):
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (2, 3))
         ctx.alloc(two_gpus[0])
@@ -142,7 +142,7 @@ def test_no_view_of_device_memory(two_gpus):
             t.numpy(copy=False)
 
 
-def test_names():
+def test_names_are_kept_and_checked():
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (2,), name="größe")
         assert t.name == "größe"
@@ -151,7 +151,7 @@ def test_names():
         assert "F32 (2,)" in repr(t)
 
 
-def test_equality_is_identity():
+def test_tensors_are_equal_if_they_are_one_tensor():
     with ggml.Context() as ctx:
         a, b = ctx.new_tensor("f32", (2,)), ctx.new_tensor("f32", (2,))
         assert a != b
@@ -167,7 +167,7 @@ def test_a_context_grows():
         assert ctx.n_tensors == 10_000
 
 
-def test_what_cannot_be_allocated():
+def test_tensors_that_cannot_be_allocated_raise():
     with ggml.Context() as ctx, ggml.Context() as other:
         a = ctx.new_tensor("f32", (2,))
         b = ggml.relu(a)
@@ -181,7 +181,7 @@ def test_what_cannot_be_allocated():
         assert ctx.alloc("CPU") == []
 
 
-def test_a_tensor_larger_than_memory():
+def test_a_tensor_larger_than_memory_raises():
     with ggml.Context() as ctx:
         t = ctx.new_tensor("f32", (2**46,))
         with pytest.raises(ggml.OutOfMemoryError, match="no room"):
@@ -190,7 +190,7 @@ def test_a_tensor_larger_than_memory():
         assert ctx.buffers == ()
 
 
-def test_a_tensor_larger_than_the_devices_buffers(devices):
+def test_a_tensor_may_be_larger_than_the_maximum_buffer(devices):
     """``max_size`` is where buffers are cut, no limit for a single tensor."""
     with ggml.Context() as ctx:
         small = [ctx.new_tensor("i8", (1000,)) for _ in range(3)]
@@ -202,7 +202,7 @@ def test_a_tensor_larger_than_the_devices_buffers(devices):
             assert len(ctx.alloc(kind, [large, more])) == 2
 
 
-def test_types_know_their_blocks():
+def test_types_have_block_sizes():
     assert dtypes.block_size(ggml.Q4_K) == 256
     assert dtypes.type_size(ggml.Q8_0) == 34
     assert dtypes.row_size(ggml.Q4_0, 64) == 36
@@ -213,7 +213,7 @@ def test_types_know_their_blocks():
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q8_0"])
-def test_some_of_the_bytes(devices, dtype):
+def test_a_part_of_the_bytes_can_be_read_and_written(devices, dtype):
     with ggml.Context() as ctx:
         t = ctx.new_tensor(dtype, (4, 64))
         ctx.alloc(devices[-1])

@@ -15,7 +15,7 @@ def on(device, values, dtype="f32", ctx=None):
 
 @pytest.mark.parametrize("pair", [(0, 1), (1, 0), (0, 2), (2, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize(("dtype", "n"), [("f32", 1 << 16), ("f16", 999), ("q8_0", 1 << 15)], ids=str)
-def test_any_pair_of_devices(two_gpus, pair, dtype, n, rng):
+def test_tensors_are_copied_between_any_two_devices(two_gpus, pair, dtype, n, rng):
     devices = *two_gpus, "CPU"
     with ggml.Context() as ctx:
         x = on(devices[pair[0]], rng.standard_normal(n), dtype, ctx)
@@ -24,7 +24,7 @@ def test_any_pair_of_devices(two_gpus, pair, dtype, n, rng):
         np.testing.assert_array_equal(y.numpy(), x.numpy())
 
 
-def test_chunks_through_one_block(two_gpus, rng):
+def test_a_host_block_is_reused_by_several_transfers(two_gpus, rng):
     """What was prepared is used again; sizes that are no multiple of the chunk, views, backends of one's own."""
     a, b = two_gpus
     with (
@@ -45,7 +45,7 @@ def test_chunks_through_one_block(two_gpus, rng):
         np.testing.assert_array_equal(rows.numpy(), np.concatenate([x.numpy() * 0, x.numpy(), x.numpy() * 0])[1:5])
 
 
-def test_integers_are_checked(two_gpus):
+def test_transferred_row_numbers_are_checked(two_gpus):
     with ggml.Context() as ctx:
         table, rows = on(two_gpus[0], np.zeros((4, 2)), ctx=ctx), on(two_gpus[0], np.array([0, 3]), "i32", ctx)
         ggml.get_rows(table, rows)
@@ -57,7 +57,7 @@ def test_integers_are_checked(two_gpus):
         assert rows.numpy().tolist() == [1, 2]
 
 
-def test_wrong_transfers(two_gpus):
+def test_transfers_of_unlike_tensors_raise(two_gpus):
     with ggml.Context() as ctx:
         x, short = on(two_gpus[0], np.zeros((4, 4)), ctx=ctx), on(two_gpus[1], np.zeros(4), ctx=ctx)
         half = on(two_gpus[1], np.zeros((4, 4)), "f16", ctx)
@@ -75,7 +75,7 @@ def test_wrong_transfers(two_gpus):
 
 
 @pytest.mark.parametrize("memory", ["pinned", "plain"])
-def test_asynchronous_copies(devices, memory, rng):
+def test_asynchronous_copies_arrive(devices, memory, rng):
     values = rng.standard_normal((64, 64)).astype(np.float32)
     make = (lambda s: ggml.pinned(s, device=devices[0])) if memory == "pinned" else (lambda s: np.zeros(s, np.float32))
     with ggml.Backend(devices[0]) as backend, ggml.Context() as ctx:
@@ -98,14 +98,14 @@ def test_asynchronous_copies(devices, memory, rng):
             rows.set_async(np.zeros(2, np.int32), backend)
 
 
-def test_the_wrong_backend(two_gpus):
+def test_an_asynchronous_copy_on_another_devices_backend_raises(two_gpus):
     with ggml.Backend(two_gpus[1]) as backend, ggml.Context() as ctx:
         x = on(two_gpus[0], np.zeros(4), ctx=ctx)
         with pytest.raises(ValueError, match="not on Vulkan1"):
             x.get_async(np.zeros(4, np.float32), backend)
 
 
-def test_pinned_memory_outlives_what_it_came_from(two_gpus):
+def test_pinned_memory_outlives_its_device_objects(two_gpus):
     array = ggml.pinned((3, 4), np.float16, device=two_gpus[0])
     assert array.shape == (3, 4)
     assert not array.any()
@@ -115,7 +115,7 @@ def test_pinned_memory_outlives_what_it_came_from(two_gpus):
     assert ggml.pinned((2,), device="CPU").shape == (2,)
 
 
-def test_dlpack_out(two_gpus):
+def test_dlpack_exports_host_memory(two_gpus):
     with ggml.Context() as ctx:
         x = on("CPU", np.arange(6.0).reshape(2, 3), ctx=ctx)
         view = np.from_dlpack(x)
@@ -128,7 +128,7 @@ def test_dlpack_out(two_gpus):
         del view
 
 
-def test_what_tensors_take():
+def test_set_takes_every_kind_of_array():
     class Interface:
         def __init__(self, array):
             self.__array_interface__ = array.__array_interface__

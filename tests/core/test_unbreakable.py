@@ -32,7 +32,7 @@ def run(y, on=("CPU",)):
         return y.numpy()
 
 
-def test_views_made_before_there_is_memory(ctx):
+def test_views_made_before_allocation_can_be_written(ctx):
     x = ctx.new_tensor("f32", (4, 8))
     part, turned = ggml.view(x, (2, 8), offset=32), x.reshape(8, 4)
     ctx.alloc("CPU")
@@ -42,14 +42,14 @@ def test_views_made_before_there_is_memory(ctx):
     assert turned.numpy(copy=False).sum() == 16
 
 
-def test_memory_that_no_backend_can_read(ctx, two_gpus):
+def test_memory_that_no_backend_can_read_raises(ctx, two_gpus):
     for where, schedulers in (("Vulkan0", ["CPU"]), ("Vulkan1", ["Vulkan0"])):
         y = ggml.relu(made(ctx, "f32", (4, 8), where))
         with pytest.raises(ValueError, match=f"is in {where}, which none of .* can read: add that device"):
             run(y, schedulers)
 
 
-def test_a_leaf_placed_away_from_its_memory(ctx, two_gpus):
+def test_a_leaf_placed_away_from_its_memory_raises(ctx, two_gpus):
     x = made(ctx, "f32", (4, 8))
     y = ggml.relu(x)
     with ggml.Scheduler(two_gpus) as s, ggml.Graph(y) as g:
@@ -61,7 +61,7 @@ def test_a_leaf_placed_away_from_its_memory(ctx, two_gpus):
         s.compute(g)
 
 
-def test_types_that_cannot_be_computed(ctx):
+def test_operations_on_unsupported_types_raise(ctx):
     for dtype in ("iq2_xxs", "iq1_s"):
         a, b = ctx.new_tensor(dtype, (2, 256)), ctx.new_tensor("f32", (2, 256))
         with pytest.raises(ValueError, match="ggml cannot quantize the sum"):
@@ -74,21 +74,21 @@ def test_types_that_cannot_be_computed(ctx):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("dtype", [Type.IQ3_S, Type.IQ3_XXS, Type.IQ2_S, Type.Q4_K, Type.Q4_0], ids=lambda t: t.name)
-def test_values_that_cannot_be_quantized(ctx, dtype, value):
+def test_values_that_cannot_be_quantized_raise(ctx, dtype, value):
     x = np.ones((3, 256))
     x[:, ::7] = value
     with pytest.raises(ValueError, match="cannot be quantized"):
         made(ctx, dtype, (3, 256), values=x)
 
 
-def test_views_that_overlap(ctx):
+def test_views_that_overlap_raise(ctx):
     a = ctx.new_tensor("f32", (16,))
     for strides in ((4, 4), (0, 4)):
         with pytest.raises(ValueError, match="strides must not overlap"):
             ggml.view(a, (13, 4), strides=strides)
 
 
-def test_row_numbers_by_other_ways(ctx):
+def test_row_numbers_are_checked_on_every_way_of_writing(ctx):
     """The limit holds whoever writes them, and whenever."""
     with ggml.Context() as other:
         a, r = made(ctx, "f32", (3, 8)), made(ctx, "i32", (4,))
@@ -140,7 +140,7 @@ def test_views_of_results_are_refused(ctx):
             y.numpy(copy=False)
 
 
-def test_a_buffer_closed_by_itself(ctx):
+def test_tensors_of_a_closed_buffer_raise(ctx):
     t = ctx.new_tensor("f32", (1024,))
     buffer = ggml.Buffer("CPU", 1 << 16)
     ctx.put(t, buffer, buffer.base)
@@ -151,7 +151,7 @@ def test_a_buffer_closed_by_itself(ctx):
         t.set(np.ones(1024))
 
 
-def test_read_only_memory(ctx, tmp_path):
+def test_read_only_memory_cannot_be_written(ctx, tmp_path):
     path = tmp_path / "data"
     path.write_bytes(np.arange(1024, dtype=np.float32).tobytes())
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
@@ -178,7 +178,7 @@ def test_weights_of_a_model_are_read_only(tmp_path, rng):
             norm.set(np.ones(64))
 
 
-def test_graphs_of_nothing(ctx):
+def test_a_graph_without_nodes_raises(ctx):
     with pytest.raises(ValueError, match="nothing to compute"):
         ggml.Graph(ctx.new_tensor("f32", (4,)))
 
@@ -197,7 +197,7 @@ def test_a_refused_graph_marks_nothing(ctx, rng):
             h.numpy()
 
 
-def test_empty_and_huge(ctx):
+def test_empty_and_huge_tensors(ctx):
     with pytest.raises(ValueError, match="no elements"):
         ggml.cast(ctx.new_tensor("f32", (0, 32)), "f16")
     for dtype, shape in (("f32", (2**31, 2**31)), ("f64", (2**60,))):
@@ -213,14 +213,14 @@ def test_empty_and_huge(ctx):
             ggml.Scheduler(["CPU"], graph_size=size)
 
 
-def test_strided_positions(ctx):
+def test_strided_positions_are_used_correctly(ctx):
     p = ctx.new_tensor("i32", (6, 2))
     strided = ggml.transpose(ggml.view(p, (6, 1), strides=(8, 4)))
     with pytest.raises(ValueError, match="positions must be"):
         ggml.rope_ext(ctx.new_tensor("f32", (6, 2, 8)), strided, n_dims=8)
 
 
-def test_quantized_tensors_are_not_turned(ctx):
+def test_quantized_tensors_cannot_be_transposed(ctx):
     a = ctx.new_tensor("q8_0", (2, 1, 32))
     for wrong in (lambda: ggml.transpose(a), lambda: ggml.permute(a, (2, 0, 1)), lambda: a.T):
         with pytest.raises(ValueError, match="must stay last"):
@@ -239,7 +239,7 @@ VIEWS_ANYWHERE = {
 
 
 @pytest.mark.parametrize("name", VIEWS_ANYWHERE)
-def test_views_that_start_anywhere(devices, name, rng):
+def test_views_that_start_anywhere_are_computed_on_the_cpu(devices, name, rng):
     """ggml's Vulkan ends the process on most; they run on the CPU."""
     values = rng.standard_normal((4, 8)).astype(np.float32)
     found = []
@@ -250,7 +250,7 @@ def test_views_that_start_anywhere(devices, name, rng):
     assert relative_error(found[0][finite], found[1][finite]) < 1e-3
 
 
-def test_a_view_that_starts_anywhere_placed_on_a_gpu(ctx, two_gpus):
+def test_a_view_that_starts_anywhere_cannot_be_placed_on_a_gpu(ctx, two_gpus):
     y = ggml.soft_max(ggml.view(ctx.new_tensor("f32", (8,)), (4,), offset=4))
     with ggml.Scheduler(two_gpus) as s, ggml.Graph(y) as g:
         s.place(y, two_gpus[0])
@@ -258,7 +258,7 @@ def test_a_view_that_starts_anywhere_placed_on_a_gpu(ctx, two_gpus):
             s.alloc(g)
 
 
-def test_a_deep_graph_in_a_thread_with_a_small_stack():
+def test_a_deep_graph_fits_a_threads_small_stack():
     done = run_python(
         "import threading, ggml_cffi as ggml\n"
         "threading.stack_size(256 * 1024)\n"
@@ -301,7 +301,7 @@ def in_threads(work, n=2):
     assert not failures, failures
 
 
-def test_graphs_across_devices_in_two_threads(two_gpus):
+def test_two_threads_compute_graphs_across_devices(two_gpus):
     """ggml's transfers between GPUs share a buffer that it does not guard."""
 
     def work(k):
@@ -321,7 +321,7 @@ def test_graphs_across_devices_in_two_threads(two_gpus):
     in_threads(work)
 
 
-def test_the_first_use_of_a_gpu_in_two_threads():
+def test_two_threads_may_use_a_gpu_first():
     need(("Vulkan0",))
     done = run_python(
         "import threading, ggml_cffi as ggml\n"
@@ -335,7 +335,7 @@ def test_the_first_use_of_a_gpu_in_two_threads():
 
 
 @pytest.mark.parametrize("close", ["context", "buffer"])
-def test_closing_while_another_thread_reads(close):
+def test_closing_while_another_thread_reads_is_safe(close):
     for _ in range(5):
         with ggml.Context() as ctx:
             x = made(ctx, "f32", (2**22,))
@@ -357,7 +357,7 @@ def test_closing_while_another_thread_reads(close):
             assert not reader.is_alive()
 
 
-def test_closing_a_model_while_it_computes(tmp_path, rng):
+def test_closing_a_model_while_it_computes_is_safe(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
     for _ in range(5):
         with models.load(path, ["CPU"]) as model:
@@ -379,7 +379,7 @@ def test_closing_a_model_while_it_computes(tmp_path, rng):
             assert not worker.is_alive()
 
 
-def test_gpu_tensors_in_a_forked_child():
+def test_gpu_tensors_in_a_forked_child_raise():
     need(("Vulkan0",))
     done = run_python(
         "import warnings; warnings.simplefilter('ignore')\n"
@@ -417,26 +417,26 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("key", BROKEN)
-def test_broken_vocabularies(tmp_path, rng, key):
+def test_broken_vocabularies_raise(tmp_path, rng, key):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **(SMALL | {key: BROKEN[key]}))
     with models.load(path, ["CPU"]) as model, pytest.raises(ggml.FormatError):
         model.tokenize("abc")
 
 
-def test_a_vocabulary_shorter_than_the_embeddings(tmp_path, rng):
+def test_a_vocabulary_shorter_than_the_embeddings_raises(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **SMALL)
     with models.load(path, ["CPU"]) as model:
         assert isinstance("".join(model.generate("abc", 30, temperature=2.0, seed=1)), str)
 
 
-def test_more_layers_than_tensors(tmp_path, rng):
+def test_more_layers_than_tensors_raise(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **{"llama.block_count": 2**31 - 1})
     with pytest.raises(ggml.FormatError, match="layers, but only"):
         models.load(path, ["CPU"])
 
 
 @pytest.mark.parametrize("dtype", [Type.I32, Type.F64, Type.I8], ids=lambda t: t.name)
-def test_weights_of_types_that_no_weight_has(tmp_path, rng, dtype):
+def test_weights_of_impossible_types_raise(tmp_path, rng, dtype):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
     with ggml.GGUFFile(path) as f:
         tensors = {name: (f.tensors[name].dtype, f.array(name)) for name in f.tensors}
@@ -450,7 +450,7 @@ def test_weights_of_types_that_no_weight_has(tmp_path, rng, dtype):
 @pytest.mark.parametrize(
     "template", ["{{ 1 + 'a' }}", "{% include 'x' %}", "{{ 1 / 0 }}", "{{ range(10**9) }}", "{{ strftime_now(5) }}"]
 )
-def test_broken_templates(template):
+def test_broken_templates_raise(template):
     from ggml_cffi.models.generation.chat import render
 
     with pytest.raises(ggml.FormatError, match="chat template failed"):
@@ -470,13 +470,13 @@ def test_broken_templates(template):
         (lambda ctx, t: setattr(t, "name", "a\0b"), ValueError),
     ],
 )
-def test_wrong_kinds_of_arguments(ctx, wrong, error):
+def test_arguments_of_wrong_types_raise(ctx, wrong, error):
     t = ctx.new_tensor("f32", (4,))
     with pytest.raises(error):
         wrong(ctx, t)
 
 
-def test_products_of_float_matrices_on_gpus_are_near(devices, rng):
+def test_products_of_float_matrices_on_gpus_are_accurate_to_f16(devices, rng):
     """Vulkan rounds the operands of large products to F16."""
     a, b = rng.standard_normal((64, 256)), rng.standard_normal((16, 256))
     with ggml.Context() as ctx:

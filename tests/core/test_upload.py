@@ -55,7 +55,7 @@ def test_every_byte_arrives(backends, rng, monkeypatch, threads):
     assert len(seen) > len(jobs)  # in pieces
 
 
-def test_a_device_without_a_backend(backends, rng):
+def test_tensors_of_a_device_without_a_backend_are_uploaded(backends, rng):
     with ggml.Context() as ctx:
         jobs, wanted = jobs_on(ctx, backends, rng)
         upload(jobs, [])
@@ -73,7 +73,7 @@ def test_row_numbers_are_checked(backends):
                 upload([Job(rows, np.array([0, 4], np.int32).view(np.uint8))], backends)
 
 
-def test_what_progress_raises_ends_it(backends, rng):
+def test_an_exception_of_progress_ends_the_upload(backends, rng):
     def stop(done, total):
         raise KeyboardInterrupt
 
@@ -86,7 +86,7 @@ def test_what_progress_raises_ends_it(backends, rng):
             np.testing.assert_array_equal(t.numpy(), values)
 
 
-def test_an_error_in_a_thread_is_raised_here(backends, rng, monkeypatch):
+def test_an_error_in_an_upload_thread_is_raised_in_the_caller(backends, rng, monkeypatch):
     if len(backends) < 2:
         pytest.skip("needs a Vulkan device")
 

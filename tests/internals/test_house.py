@@ -198,7 +198,7 @@ def test_a_gguf_header_is_read_without_device_code():
     assert not seen & {"core.device", "core.backend", "core.buffer", "core.context", "core.tensor"}
 
 
-def test_this_file_is_where_the_list_of_rooms_is():
+def test_every_package_has_a_place_in_the_order_of_imports():
     """Every package of the house has a place in the order of imports."""
     rooms = {path.name for path in Path(PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert rooms <= set(LEVEL)

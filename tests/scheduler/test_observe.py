@@ -19,7 +19,7 @@ def chain(rng):
             yield x, (a, b, c, d), graph, rng.standard_normal((4, 16)).astype(np.float32)
 
 
-def test_temporaries_are_seen(chain, devices):
+def test_an_observer_can_read_intermediates(chain, devices):
     x, nodes, graph, values = chain
     with ggml.Scheduler(devices) as s:
         s.alloc(graph)
@@ -40,7 +40,7 @@ def test_temporaries_are_seen(chain, devices):
         np.testing.assert_allclose(nodes[3].numpy(), (3 * values + 1.5).reshape(16, 4), rtol=1e-5, atol=1e-5)
 
 
-def test_stopping(chain, two_gpus):
+def test_an_exception_or_false_stops_the_run(chain, two_gpus):
     x, nodes, graph, values = chain
     with ggml.Scheduler(two_gpus) as s:
         for t, name in zip(nodes, (two_gpus[0], two_gpus[0], two_gpus[1], two_gpus[1]), strict=True):
@@ -69,7 +69,7 @@ def test_stopping(chain, two_gpus):
         np.testing.assert_allclose(nodes[3].numpy(), (3 * values + 1.5).reshape(16, 4), rtol=1e-5, atol=1e-5)
 
 
-def test_splits_and_copies(chain, two_gpus):
+def test_splits_and_copies_match_the_assignment(chain, two_gpus):
     _, nodes, graph, _ = chain
     with ggml.Scheduler(two_gpus) as s:
         for t, name in zip(nodes, (two_gpus[0], two_gpus[0], two_gpus[1], two_gpus[1]), strict=True):
@@ -92,7 +92,7 @@ def test_splits_and_copies(chain, two_gpus):
             s.splits  # noqa: B018
 
 
-def test_sizes_before_memory(devices):
+def test_reserve_size_takes_no_memory(devices):
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s:
         x = ctx.new_tensor("f32", (256, 64))
         y = ggml.scale(ggml.scale(x, 2.0), 3.0)

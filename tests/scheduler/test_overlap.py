@@ -21,7 +21,7 @@ def branch(ctx, x, device, n, rng):
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_two_branches_that_join(two_gpus, first, overlap, rng):
+def test_two_branches_that_join_overlap(two_gpus, first, overlap, rng):
     values = rng.standard_normal((4, 32))
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus, overlap=overlap) as s:
         x = ctx.new_tensor("f32", (4, 32))
@@ -47,7 +47,7 @@ def test_two_branches_that_join(two_gpus, first, overlap, rng):
                 assert names == [(devices[0], 4), (devices[1], 6)]
 
 
-def test_what_was_placed_by_hand_keeps_its_order(two_gpus, rng):
+def test_nodes_placed_by_hand_keep_their_order(two_gpus, rng):
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         x = ctx.new_tensor("f32", (4, 32))
         (a, _), (b, _) = (branch(ctx, x, d, 2, rng) for d in two_gpus)
@@ -59,7 +59,7 @@ def test_what_was_placed_by_hand_keeps_its_order(two_gpus, rng):
             assert graph.nodes == order
 
 
-def test_writes_in_place_keep_their_order(two_gpus, rng):
+def test_in_place_writes_keep_their_order(two_gpus, rng):
     """What is read before a write in place stays before it, and after it after, though nothing else says so."""
     values = rng.standard_normal((4, 32)).astype(np.float32)
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:

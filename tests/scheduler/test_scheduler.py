@@ -48,7 +48,7 @@ def x(rng):
     return rng.standard_normal((4, 32))
 
 
-def test_work_is_distributed_as_the_weights_are(devices, x):
+def test_nodes_run_where_their_weights_are(devices, x):
     with Chain(devices, depth=4) as chain, ggml.Scheduler(devices) as s:
         s.alloc(chain.graph)
         chain.x.set(x)
@@ -95,7 +95,7 @@ def test_a_graph_can_be_reserved_allocated_released_and_allocated_again(devices,
             np.testing.assert_array_equal(chain.x.numpy(), x.astype(np.float32))
 
 
-def test_plain_ggml_gets_that_wrong(two_gpus, x):
+def test_plain_ggml_reuses_stale_operands(two_gpus, x):
     """What the test above guards against, shown on the C API."""
     with (
         Chain(two_gpus) as chain,
@@ -116,7 +116,7 @@ def test_plain_ggml_gets_that_wrong(two_gpus, x):
         c.ggml_backend_sched_free(s)
 
 
-def test_no_input_pulls_the_work_to_the_cpu(devices, x):
+def test_an_input_mark_moves_no_work_to_the_cpu(devices, x):
     """In plain ggml a flagged input is the CPU's, and a graph without weights follows it there."""
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s:
         a, b = ctx.new_tensor("f32", (4, 32)), ctx.new_tensor("f32", (4, 32))
@@ -163,7 +163,7 @@ def test_placed_inputs_live_where_they_were_placed(two_gpus):
         assert chain.x.buffer_type == ggml.BufferType.of("CPU")
 
 
-def test_what_cannot_be_placed(two_gpus):
+def test_impossible_placements_raise(two_gpus):
     with Chain(two_gpus) as chain, ggml.Scheduler(two_gpus[:1]) as s:
         with pytest.raises(ValueError, match="not one of this scheduler's: Vulkan0, CPU"):
             s.place(chain.y, "Vulkan1")
@@ -186,7 +186,7 @@ def test_another_graph_is_refused(devices, x):
             one.y.numpy()
 
 
-def test_without_a_graph():
+def test_a_scheduler_without_a_graph_raises():
     with ggml.Scheduler(["CPU"]) as s:
         for use in (s.compute, s.assignment, lambda: s.n_splits):
             with pytest.raises(ValueError, match=r"holds no graph: call alloc\(graph\)"):
@@ -196,14 +196,14 @@ def test_without_a_graph():
         s.synchronize()
 
 
-def test_backend_of_a_stranger(devices):
+def test_backend_of_a_tensor_of_another_graph_raises(devices):
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         s.alloc(chain.graph)
         with pytest.raises(ValueError, match="not part of the graph"):
             s.backend_of(ggml.relu(chain.y))
 
 
-def test_out_of_memory_is_an_exception_and_the_scheduler_lives_on(devices, x):
+def test_out_of_memory_raises_and_leaves_the_scheduler_usable(devices, x):
     """Plain ggml crashes, and so does the next allocation of any graph."""
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s, Chain(devices) as chain:
         a, b = ctx.new_tensor("f32", (2**22, 1)), ctx.new_tensor("f32", (2**22, 1))
@@ -217,7 +217,7 @@ def test_out_of_memory_is_an_exception_and_the_scheduler_lives_on(devices, x):
         assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
 
 
-def test_a_graph_larger_than_the_scheduler(devices):
+def test_the_scheduler_grows_with_the_graph(devices):
     with ggml.Context() as ctx, ggml.Scheduler(devices, graph_size=4) as s:
         x = y = ctx.new_tensor("f32", (8,))
         for _ in range(300):
@@ -230,7 +230,7 @@ def test_a_graph_larger_than_the_scheduler(devices):
             assert relative_error(y.numpy(), np.full(8, 1.01**300)) < 1e-4
 
 
-def test_a_graph_deeper_than_the_stack():
+def test_a_graph_deeper_than_the_stack_can_be_built():
     """Plain ggml recurses along the operands, and overruns the stack."""
     with ggml.Context() as ctx:
         y = ctx.new_tensor("f32", (1,))
@@ -280,12 +280,12 @@ def test_closing_a_held_graph_keeps_tensors_sound(devices, x):
         (["Vulkan99"], ValueError, "there is no device"),
     ],
 )
-def test_wrong_backends(backends, error, message):
+def test_impossible_lists_of_backends_raise(backends, error, message):
     with pytest.raises(error, match=message):
         ggml.Scheduler(backends)
 
 
-def test_more_wrong_backends(two_gpus):
+def test_closed_and_repeated_backends_raise(two_gpus):
     with ggml.Backend("Vulkan0") as gpu, pytest.raises(ValueError, match="listed twice"):
         ggml.Scheduler([gpu, gpu])
     with pytest.raises(ValueError, match="the CPU comes last"):
@@ -303,7 +303,7 @@ def test_sixteen_backends_are_the_most():
             ggml.Scheduler(cpus)
 
 
-def test_what_nothing_can_compute(two_gpus, x):
+def test_a_node_that_no_backend_can_compute_raises(two_gpus, x):
     """A node whose memory is on a GPU that cannot compute it; plain ggml ends the process."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         a = ctx.new_tensor("f32", (4, 32))
@@ -315,7 +315,7 @@ def test_what_nothing_can_compute(two_gpus, x):
             s.alloc(graph)
 
 
-def test_tensors_larger_than_a_device_reads(two_gpus):
+def test_a_tensor_larger_than_a_device_can_read_raises(two_gpus):
     """Some GPUs read 128 MiB of a tensor at most; plain ggml ends the process."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         table = ctx.new_tensor("q8_0", (262144, 544))  # 144 MiB
@@ -331,7 +331,7 @@ def test_tensors_larger_than_a_device_reads(two_gpus):
                     s.alloc(graph)
 
 
-def test_in_place_elsewhere_is_refused(two_gpus, x):
+def test_an_in_place_node_away_from_its_memory_raises(two_gpus, x):
     """Plain ggml has the CPU write to the GPU's memory, and crashes."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         a = ctx.new_tensor("f32", (4, 32))
@@ -385,7 +385,7 @@ def test_threads_share_a_backend(devices, x):
     assert not failures
 
 
-def test_graphs():
+def test_graphs_have_nodes_leaves_and_outputs():
     with pytest.raises(ValueError, match="at least one output"):
         ggml.Graph()
     with pytest.raises(TypeError, match="outputs are tensors, not int"):
@@ -416,14 +416,14 @@ def test_two_schedulers_cannot_hold_the_same_tensors(devices, x):
             one.alloc(chain.graph)
 
 
-def test_eval_of_a_graph_without_memory_is_allocated_first(devices, x):
+def test_compute_allocates_the_graph_first(devices, x):
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         s.compute(chain.graph)
         assert not chain.y.numpy().any()  # inputs begin as zeros
 
 
 @pytest.mark.parametrize("operate", [ggml.relu, ggml.neg, lambda t: ggml.add(t, t)])
-def test_nothing_after_a_graph_that_needed_no_memory(devices, operate):
+def test_an_empty_node_after_a_graph_without_memory(devices, operate):
     # ggml keeps the buffer of the graph before, which has no part yet that what is empty could be put in.
     with ggml.Scheduler(devices) as s, ggml.Context() as ctx:
         a = ctx.new_tensor("f32", (4,))
@@ -447,7 +447,7 @@ def test_nothing_after_a_graph_that_needed_no_memory(devices, operate):
 
 
 @pytest.mark.parametrize("through", [False, True], ids=["itself", "a view of it"])
-def test_operands_that_are_read_again_are_not_written_over(devices, rng, through):
+def test_operands_that_are_read_again_are_not_overwritten(devices, rng, through):
     # ggml would compute these over their second operand, and read it after.
     def computed(t):
         made = ggml.scale(t, 1.0)
@@ -474,7 +474,7 @@ def test_operands_that_are_read_again_are_not_written_over(devices, rng, through
                 assert relative_error(result.numpy(), want) < 1e-5
 
 
-def test_nothing_is_computed_by_two_schedulers(devices):
+def test_a_graph_cannot_be_computed_by_two_schedulers(devices):
     with ggml.Context() as ctx, ggml.Scheduler(devices) as first, ggml.Scheduler(devices) as second:
         nothing = ggml.cont(ctx.new_tensor("f16", (5, 0)))
         for s in (first, second, first):

@@ -220,14 +220,14 @@ def one_task():
 TRAPS = [
     (reserve_then_alloc, "wrong", "test_scheduler.test_a_graph_can_be_reserved_allocated_released_and_allocated_again"),
     (compute_twice, "right, wrong", "test_scheduler.test_inputs_keep_their_values"),
-    (flagged_input, "CPU", "test_scheduler.test_no_input_pulls_the_work_to_the_cpu"),
+    (flagged_input, "CPU", "test_scheduler.test_an_input_mark_moves_no_work_to_the_cpu"),
     (placement, "Vulkan1, Vulkan0, Vulkan0", "test_scheduler.test_placement_is_kept"),
     (second_graph, "first right, second untouched", "test_scheduler.test_another_graph_is_refused"),
     (reset_with_weights, "right, wrong", "test_traps.test_weights_may_change_between_resets"),
-    (out_of_memory, {"SIGSEGV"}, "test_scheduler.test_out_of_memory_is_an_exception_and_the_scheduler_lives_on"),
-    (closing_order, {"SIGSEGV", "SIGBUS"}, "test_handle.test_any_order_of_closing"),
+    (out_of_memory, {"SIGSEGV"}, "test_scheduler.test_out_of_memory_raises_and_leaves_the_scheduler_usable"),
+    (closing_order, {"SIGSEGV", "SIGBUS"}, "test_handle.test_objects_can_be_closed_in_any_order"),
     (seventeen_backends, {"SIGABRT"}, "test_traps.test_sixteen_backends_with_the_cpu"),
-    (large_graph, {"SIGABRT"}, "test_scheduler.test_a_graph_larger_than_the_scheduler"),
+    (large_graph, {"SIGABRT"}, "test_scheduler.test_the_scheduler_grows_with_the_graph"),
     (one_task, "4 calls", "test_custom.test_the_number_of_tasks_is_kept"),
 ]
 NEED_GPUS = {reserve_then_alloc, flagged_input, placement, second_graph, reset_with_weights}

@@ -54,7 +54,7 @@ def differences(function, x, step=1e-4):
 
 
 @pytest.mark.parametrize("one", CASES, ids=str)
-def test_against_differences(one, devices, rng):
+def test_gradients_match_central_differences(one, devices, rng):
     operands = one.operands()
     values = {name: spec.draw(rng) for name, spec in operands.items()}
     weights = rng.standard_normal(one.want(values).shape)
@@ -76,7 +76,7 @@ def test_against_differences(one, devices, rng):
                 assert relative_error(got, want) < 2e-3, name
 
 
-def test_a_tensor_used_twice_and_a_weight_that_is_quantized(devices, rng):
+def test_gradients_of_shared_tensors_and_through_quantized_weights(devices, rng):
     x0, w0 = rng.standard_normal((3, 32)), rng.standard_normal((5, 32))
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s:
         x, w = ctx.new_tensor("f32", (3, 32)), ctx.new_tensor("q8_0", (5, 32))
@@ -91,7 +91,7 @@ def test_a_tensor_used_twice_and_a_weight_that_is_quantized(devices, rng):
             assert relative_error(graph.gradients[x].numpy(), want) < 3e-2  # activations are rounded to 8 bits, twice
 
 
-def test_what_has_no_gradient():
+def test_operations_without_gradient_raise():
     with ggml.Context() as ctx:
         x = ctx.new_tensor("f32", (4, 4))
         for wrong, name in (
@@ -103,7 +103,7 @@ def test_what_has_no_gradient():
                 ggml.gradients(ggml.sum(wrong), [x])
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_raise():
     with ggml.Context() as ctx:
         x, y = ctx.new_tensor("f32", (4,)), ctx.new_tensor("f32", (4,))
         half = ctx.new_tensor("f16", (4,))
@@ -136,7 +136,7 @@ def adamw(w, g, m, v, t, lr, b1, b2, eps, wd):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_steps_against_numpy(devices, kind, rng):
+def test_optimizer_steps_match_numpy(devices, kind, rng):
     x0, y0 = rng.standard_normal((9, 4)), rng.standard_normal((9, 3))
     w0, b0 = rng.standard_normal((3, 4)), rng.standard_normal(3)
     with ggml.Context() as weights, ggml.Context() as ctx, ggml.Scheduler(devices) as s:

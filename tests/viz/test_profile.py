@@ -69,7 +69,7 @@ def check(p, s, path):
     return events
 
 
-def test_profile(net, devices, rng, tmp_path):
+def test_a_profile_measures_nodes_splits_and_runs(net, devices, rng, tmp_path):
     values = rng.standard_normal((4, 16)).astype(np.float32)
     w = rng.standard_normal((8, 16)).astype(np.float32)
     with ggml.Graph(net.y, net.empty) as graph, ggml.Scheduler(devices) as s:
@@ -107,7 +107,7 @@ def test_profile(net, devices, rng, tmp_path):
     assert str(p) == text  # when everything is closed, too
 
 
-def test_allocates_by_itself(net, two_gpus, tmp_path):
+def test_profile_allocates_the_graph(net, two_gpus, tmp_path):
     with ggml.Graph(net.y) as graph, ggml.Graph(net.empty) as other, ggml.Scheduler(two_gpus, parallel=True) as s:
         for t, name in ((net.h, two_gpus[0]), (net.r, two_gpus[1]), (net.y, two_gpus[1])):
             s.place(t, name)
@@ -118,7 +118,7 @@ def test_allocates_by_itself(net, two_gpus, tmp_path):
             s.profile(other)
 
 
-def test_wrong_arguments(net):
+def test_wrong_arguments_raise(net):
     with ggml.Graph(net.y) as graph, ggml.Scheduler(["CPU"]) as s:
         with pytest.raises(ValueError, match="holds no graph"):
             s.profile()
@@ -136,7 +136,7 @@ def test_wrong_arguments(net):
         s.profile()
 
 
-def test_views_alone():
+def test_a_graph_of_views_has_no_splits():
     with ggml.Context() as ctx:
         shown = ggml.transpose(ctx.new_tensor("f32", (4, 6)))
         with ggml.Graph(shown) as graph, ggml.Scheduler(["CPU"]) as s:
@@ -145,7 +145,7 @@ def test_views_alone():
             assert "whole run" in str(p)
 
 
-def test_stopping(net, monkeypatch):
+def test_an_exception_or_false_stops_the_run(net, monkeypatch):
     """What interrupts the measuring ends it, is raised, and leaves the scheduler usable."""
     calls = []
 
@@ -169,7 +169,7 @@ def test_stopping(net, monkeypatch):
         s.profile(runs=1)
 
 
-def test_counting():
+def test_bytes_and_operations_are_counted():
     """Bytes and operations of the nodes that are not plain."""
     with ggml.Context() as ctx, ggml.Scheduler(["CPU"]) as s:
         new = ctx.new_tensor

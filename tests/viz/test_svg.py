@@ -1,4 +1,4 @@
-"""Tables and drawings of graphs."""
+"""Drawings of graphs, and their layout."""
 
 import re
 import time
@@ -12,48 +12,16 @@ import ggml_cffi as ggml
 from ggml_cffi.core import text as _text
 from ggml_cffi.viz import layout
 from ggml_cffi.viz.svg import shades, svg
-from tests.support import need
+from tests.support.svg import SVG, parse
 
-SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "<b> & \"x\" 'größe' 漢字 \x1b[31m\x07 ]]> \u202e"
-
-
-@pytest.fixture
-def net():
-    """Weights and a cache on the first device, markup in names, a view, a node in place, and one of no elements."""
-
-    class Net:
-        def __init__(self, on):
-            self.x = work.new_tensor("f32", (4, 16), name=NASTY)
-            self.w = weights.new_tensor("f32", (8, 16), name="w")
-            self.cache = weights.new_tensor("f32", (4, 8), name="cache")
-            weights.alloc(on, [self.w], usage=ggml.Usage.WEIGHTS)
-            weights.alloc(on, [self.cache])
-            self.h = ggml.linear(self.x, self.w)
-            self.view = ggml.reshape(ggml.relu(self.h), (8, 4))
-            self.view.name = NASTY
-            self.empty = ggml.scale(work.new_tensor("f32", (0, 4)), 2.0)
-            self.y = ggml.scale_inplace(ggml.mul(ggml.scale(self.view, 2.0), ggml.transpose(self.cache)), 3.0)
-            self.y.name = "y"
-
-    with ggml.Context() as weights, ggml.Context() as work:
-        yield Net
-
-
-def parse(text):
-    """Groups by what they are, and the edges."""
-    root = ElementTree.fromstring(text)
-    assert root.tag == f"{SVG}svg"
-    found = {kind: root.findall(f".//{SVG}g[@class='{kind}']") for kind in ("node", "view", "leaf", "split", "bytes")}
-    found |= {kind: root.findall(f".//{SVG}path[@class='{kind}']") for kind in ("edge", "copy")}
-    return root, found
 
 
 def ids(found):
     return [g.get("id") for kind in ("node", "view", "leaf") for g in found[kind]]
 
 
-def test_every_tensor_once(net, devices):
+def test_a_drawing_has_every_tensor_once(net, devices):
     n = net(devices[0])
     with ggml.Graph(n.y, n.empty) as graph, ggml.Scheduler(devices) as s:
         nodes, leaves = graph.nodes, graph.leaves
@@ -77,7 +45,7 @@ def test_every_tensor_once(net, devices):
         assert {g.get("data-backend") for g in parse(plain)[1]["node"]} == {""}
 
 
-def test_colours_are_the_schedulers(net, two_gpus):
+def test_colours_follow_the_assignment(net, two_gpus):
     n = net(two_gpus[0])
     with ggml.Graph(n.y) as graph, ggml.Scheduler(two_gpus) as s:
         s.place(n.h, two_gpus[0])
@@ -112,7 +80,7 @@ def test_colours_are_the_schedulers(net, two_gpus):
         assert [e.get("data-from") for e in guessed["copy"]] == [e.get("data-from") for e in found["copy"]]
 
 
-def test_shared_nodes_of_a_held_graph(net, two_gpus):
+def test_a_drawing_shows_a_graphs_own_operands(net, two_gpus):
     """A graph that is not held is drawn with its own operands, though another's scheduler has replaced them."""
     n = net(two_gpus[0])
     with ggml.Graph(n.h) as part, ggml.Graph(n.y) as graph, ggml.Scheduler(two_gpus) as s:
@@ -123,57 +91,14 @@ def test_shared_nodes_of_a_held_graph(net, two_gpus):
         assert part.draw() == before
 
 
-def test_report(net, devices):
-    n = net(devices[0])
-    with ggml.Graph(n.y) as graph, ggml.Scheduler(devices) as s:
-        with pytest.raises(ValueError, match="holds no graph"):
-            s.report()
-        s.place(n.h, "CPU")
-        s.alloc(graph)
-        r = s.report()
-        assert [(row.backend, row.n_nodes) for row in r.splits] == [(p.backend.name, len(p.nodes)) for p in s.splits]
-        assert r.n_nodes == len(graph)
-        assert r.n_leaves == len(graph.leaves) == 3
-        assert r.copied == sum(t.nbytes for t, _ in s.copies)
-        assert [(copy.tensor, copy.target) for row in r.splits for copy in row.copies] == [
-            (t, b.name) for t, b in s.copies
-        ]
-        assert {name: m.compute for name, m in r.memory.items()} == {b.name: k for b, k in s.buffer_sizes().items()}
-        assert sum(m.weights for m in r.memory.values()) == n.w.nbytes == r.memory[devices[0]].weights
-        assert sum(m.inputs for m in r.memory.values()) == n.x.nbytes + n.cache.nbytes
-        assert r.total == sum(s.buffer_sizes().values()) + n.w.nbytes + n.x.nbytes + n.cache.nbytes
-        text = str(r)
-        for row in r.splits:
-            assert row.backend in text
-            assert row.first in text
-            assert row.last in text
-        assert (f"{r.copied:,} bytes copied a run" in text) == (r.copied > 0)
-        assert f"{r.total:,}" in text.splitlines()[-1]
-        assert "\x1b" not in text
-    assert str(r) == text  # also when everything is closed
-
-
-def test_one_device_twice(net):
-    (name,) = need(("Vulkan0",))
-    with ggml.Backend(name) as first, ggml.Backend(name) as second, ggml.Scheduler([first, second]) as s:
-        n = net(name)
-        with ggml.Graph(n.y) as graph:
-            s.alloc(graph)
-            r = s.report()
-            assert list(r.memory) == ["Vulkan0 #1", "Vulkan0 #2", "CPU"]
-            assert sum(m.compute for m in r.memory.values()) == sum(s.buffer_sizes().values())
-            _, found = parse(s.draw())
-            assert {g.get("data-backend") for g in found["node"]} == {"Vulkan0 #1"}
-
-
-def test_many_colours():
+def test_every_backend_has_a_colour_of_its_own():
     many = shades([*(f"GPU{i}" for i in range(15)), "CPU"])
     assert len(set(many.values())) == 16
     assert many["CPU"] == shades(["CPU"])["CPU"]
     assert all(re.fullmatch("#[0-9a-f]{6}", colour) for pair in many.values() for colour in pair)
 
 
-def test_files_and_wrong_arguments(net, tmp_path):
+def test_svg_writes_a_file_and_checks_its_arguments(net, tmp_path):
     n = net("CPU")
     with ggml.Graph(n.y) as graph, ggml.Scheduler(["CPU"]) as s:
         with pytest.raises(ValueError, match="holds no graph"):
@@ -188,21 +113,6 @@ def test_files_and_wrong_arguments(net, tmp_path):
         graph.draw()
     with pytest.raises(ggml.ClosedError):
         s.report()
-
-
-def test_views_alone():
-    with ggml.Context() as ctx:
-        x = ctx.new_tensor("f32", (4, 6))
-        shown = ggml.transpose(ggml.reshape(x, (6, 4)))
-        with ggml.Graph(shown) as graph, ggml.Scheduler(["CPU"]) as s:
-            for look in (graph.draw, s.draw):
-                _, found = parse(look())
-                assert len(found["view"]) == 2
-                assert len(found["leaf"]) == 1
-                assert not found["split"]
-                s.alloc(graph)
-            assert s.report().splits == []
-            assert str(s.report()).startswith("2 nodes, 1 leaf\n")
 
 
 def test_no_two_boxes_overlap(rng):
@@ -227,7 +137,7 @@ def test_no_two_boxes_overlap(rng):
             assert a.right < b.left or b.right < a.left or a.bottom < b.top or b.bottom < a.top
 
 
-def test_a_thousand_nodes():
+def test_a_thousand_nodes_are_drawn():
     with ggml.Context() as ctx:
         shared = ctx.new_tensor("f32", (4, 4))
         x = ctx.new_tensor("f32", (4, 4))
@@ -244,7 +154,7 @@ def test_a_thousand_nodes():
             assert len(found["leaf"]) == 202
 
 
-def test_text():
+def test_text_is_cleaned_for_terminals_and_xml():
     assert _text.clean("a\x00b\x1b\ud800\ufffe\u202e漢") == "a\ufffdb\ufffd\ufffd\ufffd\ufffd漢"
     assert _text.clean("größe 漢字") == "größe 漢字"
     assert _text.columns("漢字a") == 5
@@ -255,7 +165,7 @@ def test_text():
     assert lines == ["a    b", "漢  10"]
 
 
-def test_a_name_of_every_byte():
+def test_a_name_of_any_bytes_is_drawn():
     with ggml.Context() as ctx:
         x = ctx.new_tensor("f32", (2,))
         y = ggml.scale(x, 1.0)
