@@ -79,11 +79,13 @@ def encode_chunks(
 
 
 def _row_reader(source: StoredTensor, n_rows: int, n: int) -> Callable[[int, int], npt.NDArray[Any]]:
-    kind = source.dtype
-    raw = source.raw().reshape(n_rows, dtypes.row_size(kind, n))
-    if dtypes.has_numpy(kind):
-        return lambda start, stop: raw[start:stop].view(dtypes.numpy_dtype(kind))
-    return lambda start, stop: dtypes.from_bytes(raw[start:stop], kind, (stop - start) * n).reshape(stop - start, n)
+    element_type = source.dtype
+    raw = source.raw().reshape(n_rows, dtypes.row_size(element_type, n))
+    if dtypes.has_numpy(element_type):
+        return lambda start, stop: raw[start:stop].view(dtypes.numpy_dtype(element_type))
+    return lambda start, stop: dtypes.from_bytes(raw[start:stop], element_type, (stop - start) * n).reshape(
+        stop - start, n
+    )
 
 
 def _encode_rows(rows: npt.NDArray[Any], dtype: Type, weights: Importances | None) -> Bytes:

@@ -44,16 +44,16 @@ def quantize(values: npt.ArrayLike, dtype: Type | str, imatrix: npt.ArrayLike | 
 
     C: ``ggml_quantize_chunk``.
     """
-    kind = as_type(dtype)
+    element_type = as_type(dtype)
     array = np.asarray(values)
     if not array.ndim:
         raise ValueError("a single number cannot be quantized: give an array with rows")
     n = array.shape[-1]
-    row = dtypes.row_size(kind, n)
+    row = dtypes.row_size(element_type, n)
     weights = None
     if imatrix is not None:
         weights = check_importances(imatrix, (n,)).reshape(n)
-    raw = dtypes.to_bytes(array, kind, weights)
+    raw = dtypes.to_bytes(array, element_type, weights)
     return raw.reshape(-1).view(np.uint8).reshape(*array.shape[:-1], row)
 
 
@@ -85,23 +85,23 @@ def dequantize(
 
     C: ``ggml_get_type_traits(type).to_float``.
     """
-    kind = as_type(dtype)
+    element_type = as_type(dtype)
     raw = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data).view(np.uint8)
-    unit, block = dtypes.type_size(kind), dtypes.block_size(kind)
+    unit, block = dtypes.type_size(element_type), dtypes.block_size(element_type)
     last = raw.shape[-1] if raw.ndim else 0
     if shape is None:
         if last % unit:
-            raise ValueError(f"rows of {last} bytes do not fill whole {kind.name} blocks of {unit} bytes")
+            raise ValueError(f"rows of {last} bytes do not fill whole {element_type.name} blocks of {unit} bytes")
         sizes = (*raw.shape[:-1], last // unit * block)
     else:
         sizes = check_shape(shape)
-        row = dtypes.row_size(kind, sizes[-1] if sizes else 1)
+        row = dtypes.row_size(element_type, sizes[-1] if sizes else 1)
         if row * prod(sizes[:-1]) != raw.size:
-            raise ValueError(f"{raw.size} bytes are not a {kind.name} array of shape {sizes}")
+            raise ValueError(f"{raw.size} bytes are not a {element_type.name} array of shape {sizes}")
     flat = raw.reshape(-1)
-    if dtypes.has_numpy(kind):
-        return flat.view(dtypes.numpy_dtype(kind)).reshape(sizes)
-    return dtypes.from_bytes(flat, kind, prod(sizes)).reshape(sizes)
+    if dtypes.has_numpy(element_type):
+        return flat.view(dtypes.numpy_dtype(element_type)).reshape(sizes)
+    return dtypes.from_bytes(flat, element_type, prod(sizes)).reshape(sizes)
 
 
 def check_importances(imatrix: npt.ArrayLike, shape: tuple[int, ...]) -> Importances:

@@ -172,12 +172,12 @@ def quantize_file(
     """
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-    kind = as_type(dtype)
+    element_type = as_type(dtype)
     n_threads = threads if threads is not None else default_threads()
     if n_threads < 1:
         raise ValueError(f"threads must be at least 1, not {n_threads}")
     with GGUFFile(source) as file:
-        types = choose_types(file, kind, only=only, keep=keep)
+        types = choose_types(file, element_type, only=only, keep=keep)
         tensors = []
         for name, info in file.tensors.items():
             weights = _importances_for(info, types[name], imatrix or {})
@@ -185,7 +185,7 @@ def quantize_file(
         fields = {
             **file.fields,
             "general.quantization_version": GGUFValue(c.GGML_QNT_VERSION, GGUFType.UINT32),
-            "general.file_type": GGUFValue(FILE_TYPES[kind], GGUFType.UINT32),
+            "general.file_type": GGUFValue(FILE_TYPES[element_type], GGUFType.UINT32),
         }
         pool = ThreadPoolExecutor(n_threads, thread_name_prefix="ggml_cffi quantize")
         try:
@@ -230,15 +230,15 @@ def choose_types(
     ValueError
         If a pattern matches no tensor.
     """
-    kind = as_type(dtype)
-    if kind not in FILE_TYPES:
+    element_type = as_type(dtype)
+    if element_type not in FILE_TYPES:
         known = ", ".join(t.name for t in FILE_TYPES)
-        raise TypeError(f"weights are not stored as {kind.name}; they can be {known}")
+        raise TypeError(f"weights are not stored as {element_type.name}; they can be {known}")
     wanted = _matching(file, only) if only is not None else set(file.tensors)
     wanted -= _matching(file, keep) if keep is not None else set()
     tied = _OUTPUT not in file.tensors
     return {
-        name: _type_for(info, kind, tied) if name in wanted and _is_weight(info) else info.dtype
+        name: _type_for(info, element_type, tied) if name in wanted and _is_weight(info) else info.dtype
         for name, info in file.tensors.items()
     }
 
@@ -260,29 +260,29 @@ def _is_weight(info: TensorInfo) -> bool:
     return matrix and number and info.name.endswith("weight") and not kept
 
 
-def _type_for(info: TensorInfo, kind: Type, tied: bool) -> Type:
+def _type_for(info: TensorInfo, element_type: Type, tied: bool) -> Type:
     n = info.shape[-1]
-    if not dtypes.is_quantized(kind):
-        return kind
+    if not dtypes.is_quantized(element_type):
+        return element_type
     if info.name == _OUTPUT or (tied and info.name in _EMBEDDINGS):
-        kind = Type.Q8_0 if n % dtypes.block_size(kind) else _OUTPUT_TYPES.get(kind, Type.Q6_K)
+        element_type = Type.Q8_0 if n % dtypes.block_size(element_type) else _OUTPUT_TYPES.get(element_type, Type.Q6_K)
     elif info.name in _EMBEDDINGS:
-        kind = _EMBEDDING_TYPES.get(kind, kind)
-    if n % dtypes.block_size(kind):
-        kind = _FALLBACK_TYPES.get(kind, kind)
-    return Type.F16 if n % dtypes.block_size(kind) else kind
+        element_type = _EMBEDDING_TYPES.get(element_type, element_type)
+    if n % dtypes.block_size(element_type):
+        element_type = _FALLBACK_TYPES.get(element_type, element_type)
+    return Type.F16 if n % dtypes.block_size(element_type) else element_type
 
 
-def _importances_for(info: TensorInfo, kind: Type, imatrix: Mapping[str, npt.ArrayLike]) -> Importances | None:
-    """Return the checked importances of a tensor that is quantized to ``kind``; None if the type does not use them."""
-    if kind is info.dtype or not dtypes.is_quantized(kind):
+def _importances_for(info: TensorInfo, element_type: Type, imatrix: Mapping[str, npt.ArrayLike]) -> Importances | None:
+    """Return the checked importances of a tensor for ``element_type``; None if the type does not use them."""
+    if element_type is info.dtype or not dtypes.is_quantized(element_type):
         return None
     if info.name in imatrix:
         try:
             return check_importances(imatrix[info.name], info.shape)
         except ValueError as error:
             raise ValueError(f"tensor {info.name!r}: {error}") from None
-    if kind in _NEEDS_IMATRIX:
+    if element_type in _NEEDS_IMATRIX:
         reason = "the importance matrix has no entry for it" if imatrix else "imatrix is missing"
-        raise ValueError(f"tensor {info.name!r}: {kind.name} needs importances, but {reason}")
+        raise ValueError(f"tensor {info.name!r}: {element_type.name} needs importances, but {reason}")
     return None

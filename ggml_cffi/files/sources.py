@@ -95,20 +95,20 @@ class RawTensor(StoredTensor):
     def __init__(
         self, data: npt.NDArray[Any] | bytes, dtype: Type | str, shape: Sequence[int] | None = None, name: str = ""
     ) -> None:
-        kind = dtypes.as_type(dtype)
+        element_type = dtypes.as_type(dtype)
         array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
         raw = array.reshape(-1).view(np.uint8)
         last = array.shape[-1] * array.itemsize if array.ndim else raw.size
-        unit, block = dtypes.type_size(kind), dtypes.block_size(kind)
+        unit, block = dtypes.type_size(element_type), dtypes.block_size(element_type)
         if shape is None and last % unit:
-            raise ValueError(f"rows of {last} bytes do not fill whole {kind.name} blocks of {unit} bytes")
+            raise ValueError(f"rows of {last} bytes do not fill whole {element_type.name} blocks of {unit} bytes")
         self._shape = (*array.shape[:-1], last // unit * block) if shape is None else check_shape(shape)
-        row = dtypes.row_size(kind, self._shape[-1] if self._shape else 1)
+        row = dtypes.row_size(element_type, self._shape[-1] if self._shape else 1)
         if row * prod(self._shape[:-1]) != raw.size:
-            raise ValueError(f"{raw.size} bytes are not a {kind.name} tensor of shape {self._shape}")
+            raise ValueError(f"{raw.size} bytes are not a {element_type.name} tensor of shape {self._shape}")
         self._raw = raw
         self._raw.flags.writeable = False
-        self._dtype, self._name = kind, name
+        self._dtype, self._name = element_type, name
 
     @property
     def name(self) -> str:

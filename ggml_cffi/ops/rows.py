@@ -45,14 +45,14 @@ def _found_among(rows: Tensor) -> int | None:
     return int(pointer.src[0].ne[0]) if pointer.op in _POSITIONS else None
 
 
-def limit_row_numbers(op: str, rows: Tensor, n: int, what: str = "rows") -> None:
+def limit_row_numbers(op: str, rows: Tensor, n: int, items: str = "rows") -> None:
     """Ensure that the values of ``rows`` stay below ``n``, without which ggml ends the process or corrupts memory."""
     if not n and rows.size:
-        raise op_error(op, f"a has no {what}", rows=rows)
+        raise op_error(op, f"a has no {items}", rows=rows)
     found = _found_among(rows)
     if found is not None:
         if found > n:
-            raise op_error(op, f"positions in rows of {found} exceed the {n} {what}", rows=rows)
+            raise op_error(op, f"positions in rows of {found} exceed the {n} {items}", rows=rows)
         return
     root = rows.memory_root()
     if root.op != Op.NONE or rows.ptr.op not in _UNCHANGED | {Op.NONE}:

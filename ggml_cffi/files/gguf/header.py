@@ -107,17 +107,17 @@ class _Reader:
             fields[key] = self.value(self.number("<I"))
         return Header(version, fields, self.tensor_infos(n_tensors, fields))
 
-    def value(self, kind: int) -> GGUFValue:
-        if kind == GGUFType.STRING:
+    def value(self, value_type: int) -> GGUFValue:
+        if value_type == GGUFType.STRING:
             return GGUFValue(self.string(), GGUFType.STRING)
-        if kind == GGUFType.ARRAY:
+        if value_type == GGUFType.ARRAY:
             return self.array(0)
-        return GGUFValue(self.scalars(kind, 1)[0].item(), GGUFType(kind))
+        return GGUFValue(self.scalars(value_type, 1)[0].item(), GGUFType(value_type))
 
-    def scalars(self, kind: int, n: int) -> npt.NDArray[Any]:
-        dtype = SCALAR_DTYPES.get(kind)  # type: ignore[call-overload]
+    def scalars(self, value_type: int, n: int) -> npt.NDArray[Any]:
+        dtype = SCALAR_DTYPES.get(value_type)  # type: ignore[call-overload]
         if dtype is None:
-            raise self.error(f"value type {kind} at byte {self.at - 4} does not exist")
+            raise self.error(f"value type {value_type} at byte {self.at - 4} does not exist")
         start = self.take(n * dtype.itemsize)
         if dtype.kind == "b":  # numpy's bool must be 0 or 1; a file may hold other bytes
             truth: npt.NDArray[Any] = np.frombuffer(self.data, np.uint8, n, start) != 0
@@ -125,16 +125,16 @@ class _Reader:
         return np.frombuffer(self.data, dtype, n, start).copy()
 
     def array(self, depth: int) -> GGUFValue:
-        kind, n = self.number("<I"), self.number("<Q")
-        if kind == GGUFType.STRING:
+        value_type, n = self.number("<I"), self.number("<Q")
+        if value_type == GGUFType.STRING:
             if n > (self.size - self.at) // 8:
                 raise self.error(f"an array of {n} strings does not fit the file")
             return GGUFValue(self.strings(n), GGUFType.ARRAY, GGUFType.STRING)
-        if kind == GGUFType.ARRAY:
+        if value_type == GGUFType.ARRAY:
             if depth >= MAX_NESTING or n > (self.size - self.at) // 12:
                 raise self.error("arrays are nested too deeply, or do not fit the file")
             return GGUFValue([self.array(depth + 1) for _ in range(n)], GGUFType.ARRAY, GGUFType.ARRAY)
-        return GGUFValue(self.scalars(kind, n), GGUFType.ARRAY, GGUFType(kind))
+        return GGUFValue(self.scalars(value_type, n), GGUFType.ARRAY, GGUFType(value_type))
 
     def strings(self, n: int) -> list[str]:
         # A vocabulary has 10**5 strings: the loop avoids method calls.
@@ -160,11 +160,11 @@ class _Reader:
             if ndim > 4:
                 raise self.error(f"tensor {name!r} has {ndim} axes; ggml has at most 4")
             ne = struct.unpack_from(f"<{ndim}Q", self.data, self.take(8 * ndim))
-            kind, offset = self.number("<I"), self.number("<Q")
+            type_number, offset = self.number("<I"), self.number("<Q")
             try:
-                dtype = Type(kind)
+                dtype = Type(type_number)
             except ValueError:
-                raise self.error(f"tensor {name!r} has type {kind}, which ggml does not have") from None
+                raise self.error(f"tensor {name!r} has type {type_number}, which ggml does not have") from None
             if offset % alignment:
                 raise self.error(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
             found.append((name, dtype, ne[::-1], offset))

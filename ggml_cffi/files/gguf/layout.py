@@ -83,10 +83,10 @@ def plan_tensor(name: str, source: Any) -> PlannedTensor:
         if callable(values) and not hasattr(values, "__array__"):
             raise TypeError("a function needs a shape and a type: LazyTensor(shape, dtype, function)")
         found = as_source(values)
-        kind = dtypes.as_type(dtype) if dtype is not None else default_dtype(found)
+        element_type = dtypes.as_type(dtype) if dtype is not None else default_dtype(found)
     except (TypeError, ValueError) as error:
         _reraise("tensor", name, error)
-    return PlannedTensor(name, kind, found.shape, found)
+    return PlannedTensor(name, element_type, found.shape, found)
 
 
 def check_alignment(fields: Mapping[str, Any], alignment: int | None) -> int:
@@ -155,15 +155,15 @@ def divide(
     return parts
 
 
-def _check_name(name: str, what: str, limit: int) -> None:
+def _check_name(name: str, item: str, limit: int) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"a {what} is a str, not {type(name).__name__}")
+        raise TypeError(f"a {item} is a str, not {type(name).__name__}")
     n = len(name.encode("utf-8", "surrogateescape"))
     if not 0 < n <= limit or "\0" in name:
-        raise ValueError(f"{what} {name!r} has {n} bytes; 1 to {limit} are allowed, none of them zero")
+        raise ValueError(f"{item} {name!r} has {n} bytes; 1 to {limit} are allowed, none of them zero")
 
 
-def _reraise(what: str, name: str, error: Exception) -> NoReturn:
+def _reraise(item: str, name: str, error: Exception) -> NoReturn:
     """Raise ``error`` with the name of the item that it is about."""
-    kind = TypeError if isinstance(error, TypeError) else ValueError
-    raise kind(f"{what} {name!r}: {error}") from error
+    error_type = TypeError if isinstance(error, TypeError) else ValueError
+    raise error_type(f"{item} {name!r}: {error}") from error

@@ -25,7 +25,7 @@ SCALAR_DTYPES: dict[GGUFType, np.dtype[Any]] = {
     GGUFType.INT64: np.dtype("<i8"),
     GGUFType.FLOAT64: np.dtype("<f8"),
 }
-_NUMPY_TYPES = {dtype: kind for kind, dtype in SCALAR_DTYPES.items()} | {np.dtype("<f2"): GGUFType.FLOAT32}
+_NUMPY_TYPES = {dtype: value_type for value_type, dtype in SCALAR_DTYPES.items()} | {np.dtype("<f2"): GGUFType.FLOAT32}
 
 #: Limit of the levels of arrays inside arrays, for reading and writing.
 MAX_NESTING = 8
@@ -90,24 +90,24 @@ def as_gguf_value(item: Any) -> GGUFValue:
 
 
 def _from_numpy(dtype: np.dtype[Any]) -> GGUFType:
-    kind = _NUMPY_TYPES.get(dtype.newbyteorder("<"))
-    if kind is None:
+    value_type = _NUMPY_TYPES.get(dtype.newbyteorder("<"))
+    if value_type is None:
         raise TypeError(f"GGUF has no type for numpy's {dtype}")
-    return kind
+    return value_type
 
 
 def _element_type(items: Any) -> GGUFType:
-    kinds = {_family(item) for item in items}
-    if not kinds:
+    value_types = {_family(item) for item in items}
+    if not value_types:
         raise ValueError("an empty list has no type: give an array, or GGUFValue([], GGUFType.ARRAY, element type)")
-    if kinds <= {int, float} and float in kinds:
+    if value_types <= {int, float} and float in value_types:
         return GGUFType.FLOAT32
-    if len(kinds) > 1:
+    if len(value_types) > 1:
         raise TypeError("the elements of an array must all be of one type")
-    kind = kinds.pop()
-    if kind is int:
+    value_type = value_types.pop()
+    if value_type is int:
         return _smallest_type(min(items), max(items), _ARRAY_INTEGERS)
-    return {str: GGUFType.STRING, bool: GGUFType.BOOL, float: GGUFType.FLOAT32}.get(kind, GGUFType.ARRAY)
+    return {str: GGUFType.STRING, bool: GGUFType.BOOL, float: GGUFType.FLOAT32}.get(value_type, GGUFType.ARRAY)
 
 
 def _family(item: Any) -> type:
@@ -124,11 +124,11 @@ def _family(item: Any) -> type:
     raise TypeError(f"GGUF has no type for {type(item).__name__}")
 
 
-def _smallest_type(low: int, high: int, kinds: Sequence[GGUFType]) -> GGUFType:
-    for kind in kinds:
-        info = np.iinfo(SCALAR_DTYPES[kind])
+def _smallest_type(low: int, high: int, value_types: Sequence[GGUFType]) -> GGUFType:
+    for value_type in value_types:
+        info = np.iinfo(SCALAR_DTYPES[value_type])
         if info.min <= low and high <= info.max:
-            return kind
+            return value_type
     raise ValueError(f"{high if high >= 2**63 else low} needs more than 64 bits")
 
 
@@ -146,19 +146,19 @@ def encode_value(item: GGUFValue) -> bytes:
     TypeError, ValueError
         If the type cannot hold the value.
     """
-    kind = GGUFType(item.type)
-    return struct.pack("<I", kind) + _encoded(item.value, kind, item.sub_type)
+    value_type = GGUFType(item.type)
+    return struct.pack("<I", value_type) + _encoded(item.value, value_type, item.sub_type)
 
 
-def _encoded(value: Any, kind: GGUFType, sub_type: GGUFType | None, depth: int = 0) -> bytes:
-    if kind is GGUFType.STRING:
+def _encoded(value: Any, value_type: GGUFType, sub_type: GGUFType | None, depth: int = 0) -> bytes:
+    if value_type is GGUFType.STRING:
         if not isinstance(value, str | bytes):
             raise TypeError(f"a STRING is a str, not {type(value).__name__}")
         return encode_string(value)
-    if kind is not GGUFType.ARRAY:
+    if value_type is not GGUFType.ARRAY:
         if np.ndim(value):
-            raise TypeError(f"a {kind.name} is one number, not {type(value).__name__}")
-        return _numbers([value], kind).tobytes()
+            raise TypeError(f"a {value_type.name} is one number, not {type(value).__name__}")
+        return _numbers([value], value_type).tobytes()
     if sub_type is None:
         raise TypeError("an ARRAY needs the type of its elements: GGUFValue(value, GGUFType.ARRAY, element type)")
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
@@ -177,9 +177,9 @@ def _encoded(value: Any, kind: GGUFType, sub_type: GGUFType | None, depth: int =
     return head + _numbers(value, sub_type).tobytes()
 
 
-def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
+def _numbers(values: Any, value_type: GGUFType) -> npt.NDArray[Any]:
     """Return ``values`` (one axis) as numbers of the given type; raise if one of them cannot be stored in it."""
-    want = SCALAR_DTYPES[kind]
+    want = SCALAR_DTYPES[value_type]
     if isinstance(values, np.ndarray):
         if values.dtype == want and values.ndim == 1:
             return values
@@ -189,11 +189,11 @@ def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
         family = found.pop() if len(found) == 1 else float if found <= {int, float} else None
     allowed = {"b": (bool,), "f": (int, float)}.get(want.kind, (int,))
     if np.ndim(values) != 1 or (len(values) and family not in allowed):
-        raise TypeError(f"{kind.name} cannot hold {values!r:.60}")
+        raise TypeError(f"{value_type.name} cannot hold {values!r:.60}")
     if family is int and want.kind != "f" and len(values):
         info, low, high = np.iinfo(want), min(values), max(values)
         if low < info.min or high > info.max:
-            raise ValueError(f"{low if low < info.min else high} does not fit {kind.name}")
+            raise ValueError(f"{low if low < info.min else high} does not fit {value_type.name}")
     if want.kind != "f":
         return np.asarray(values, want)
     try:
@@ -201,7 +201,7 @@ def _numbers(values: Any, kind: GGUFType) -> npt.NDArray[Any]:
         with np.errstate(over="ignore"):
             made = exact.astype(want)
     except OverflowError as error:
-        raise ValueError(f"{kind.name}: {error}") from None
+        raise ValueError(f"{value_type.name}: {error}") from None
     if not np.array_equal(np.isinf(made), np.isinf(exact)):
-        raise ValueError(f"a number is too large for {kind.name}: give it as np.float64 to store 64 bits")
+        raise ValueError(f"a number is too large for {value_type.name}: give it as np.float64 to store 64 bits")
     return made

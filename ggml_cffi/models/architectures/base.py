@@ -47,7 +47,7 @@ class Inputs:
         return self.layers[layer] if self.layers else self
 
     def all_reduced(self, part: str, contribution: Tensor) -> Tensor:
-        """Return the sum over all devices of what one part of a layer adds to the tokens."""
+        """Return the sum over all devices of the contributions of one part of a layer."""
         return self.sums[part](contribution) if part in self.sums else contribution
 
 

@@ -225,7 +225,7 @@ class Decoder(Architecture):
         return ops.mul(ops.rms_norm(x, self.eps), weights[f"{name}.weight"])
 
     def add(self, post_norm: str, x: Tensor, part: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Add to the tokens ``x`` what a part of a layer computed, normalized first in some architectures."""
+        """Add the contribution of a part of a layer to the tokens ``x``, normalized first in some architectures."""
         return ops.add(x, self.norm(post_norm, part, weights) if self.post_norms else part)
 
     def is_local(self, i: int) -> bool:
@@ -237,7 +237,7 @@ class Decoder(Architecture):
         return self.rope
 
     def attention(self, i: int, h: Tensor, weights: Mapping[str, Tensor], cache: LayerCache, inputs: Inputs) -> Tensor:
-        """Compute what the attention of layer ``i`` adds to the tokens.
+        """Compute the contribution of the attention of layer ``i`` to the tokens.
 
         Parameters
         ----------
@@ -282,7 +282,7 @@ class Decoder(Architecture):
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], ops.reshape(out, (n, -1)))
 
     def feed_forward(self, i: int, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """Compute what the feed-forward part of layer ``i`` adds to the tokens.
+        """Compute the contribution of the feed-forward part of layer ``i`` to the tokens.
 
         Parameters
         ----------

@@ -71,7 +71,7 @@ def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
                 call()
         with pytest.raises(TypeError, match="put the one text in a list"):
             model.embed("a text")
-        with pytest.raises(TypeError, match="token ids are integers"):
+        with pytest.raises(TypeError, match="token ids must be integers"):
             model.embed([["a"]])
         with pytest.raises(ValueError, match="token id 50 is not in the vocabulary of 50"):
             model.embed([[50]])
