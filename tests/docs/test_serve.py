@@ -148,7 +148,7 @@ def test_a_client_that_disconnects_ends_its_request(client, model, streaming):
     [
         ({}, 400, "give either a prompt or messages"),
         ({"prompt": "a", "messages": []}, 400, "give either a prompt or messages"),
-        ({"prompt": "a", "temperature": -1}, 400, "temperature must be at least 0, not -1.0"),
+        ({"prompt": "a", "temperature": -1}, 400, "temperature must be at least 0 and finite, not -1.0"),
         ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens must be at least 0, not -1"),
         ({"prompt": "a", "stop": [""]}, 400, "a stop string cannot be empty"),
         ({"prompt": ""}, 400, "there are no tokens: the prompt is empty"),
