@@ -136,7 +136,7 @@ def test_views_of_results_are_refused(ctx):
     y = ggml.relu(made(ctx, "f32", (64,)))
     with ggml.Scheduler(["CPU"]) as s, ggml.Graph(y) as g:
         s.compute(g)
-        with pytest.raises(ValueError, match="in a scheduler's memory, which it reuses: take a copy"):
+        with pytest.raises(ValueError, match="in a scheduler's memory, which the next run reuses: take a copy"):
             y.numpy(copy=False)
 
 
@@ -431,7 +431,7 @@ def test_a_vocabulary_shorter_than_the_embeddings_raises(tmp_path, rng):
 
 def test_more_layers_than_tensors_raise(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **{"llama.block_count": 2**31 - 1})
-    with pytest.raises(ggml.FormatError, match="layers, but only"):
+    with pytest.raises(ggml.FormatError, match="layers, but the file has only"):
         models.load(path, ["CPU"])
 
 
