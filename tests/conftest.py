@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from ggml_cffi.core.handle import live
-from tests.support import need
+from tests.support import need, software_vulkan
 from tests.support.markers import markers_of
 
 _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
@@ -50,8 +50,10 @@ def at_least_two_vulkan_devices() -> None:
     """
     if "GGML_VK_VISIBLE_DEVICES" not in os.environ:
         done = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=True)
-        if int(done.stdout) < 2:
+        if int(done.stdout) == 1:
             os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
+        elif int(done.stdout) == 0:
+            software_vulkan.use()
 
 
 @pytest.fixture(params=DEVICE_SETS, ids="+".join)

@@ -176,7 +176,8 @@ class Case:
     def __str__(self) -> str:
         shown = []
         for name, value in self.arguments.items():
-            shown.append(f"{name}={getattr(value, 'name', value)}" if value is not None else "")
+            value = getattr(value, "name", getattr(value, "__name__", value))  # without addresses, which differ
+            shown.append(f"{name}={value}" if value is not None else "")
         return f"{self.op}({','.join(s for s in shown if s)})".replace(" ", "")
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ggml_cffi import cli
-from tests.support import gguf_writer, llama_float64
+from tests.support import PATIENCE, gguf_writer, llama_float64
 from tests.support.command import run
 
 
@@ -58,7 +58,7 @@ def test_bad_usage_prints_the_usage():
 
 def test_a_reader_that_closes_the_pipe_causes_no_traceback(smollm2):
     command = f"{sys.executable} -m ggml_cffi run {smollm2} -p Hi --raw -n 40 --devices CPU | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert "Traceback" not in done.stderr
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi.core.text import size
+from tests.support import PATIENCE
 
 
 def test_quantize_writes_the_types_that_are_asked_for(path, run_main):
@@ -55,7 +56,7 @@ def test_a_progress_bar_is_shown_on_a_terminal(path):
     termios.tcsetwinsize(terminal, (24, 80))
     target = path.with_name("q.gguf")
     command = [sys.executable, "-m", "ggml_cffi", "quantize", str(path), str(target), "--type", "q4_k"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, check=True, timeout=100)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, check=True, timeout=PATIENCE)
     os.set_blocking(main, False)
     shown = os.read(main, 65536)
     os.close(terminal)

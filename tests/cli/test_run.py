@@ -58,7 +58,7 @@ def test_a_conversation_from_a_pipe(smollm2):
         "-v",
     ]
     text = "Hi\n\nWhat did I say?\n/new\nHello\n/exit\nnever asked\n"
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert len(done.stdout.splitlines()) >= 3
     assert done.stderr.count("prompt:") == 3
     assert "of them reused" in done.stderr  # the second question reuses the KV cache of the first
@@ -67,7 +67,7 @@ def test_a_conversation_from_a_pipe(smollm2):
 def test_a_conversation_on_a_terminal(smollm2):
     """Ctrl-C stops the answer and not the program."""
     command = f"-m ggml_cffi run {smollm2} --devices CPU --threads 2 --ctx 2048"
-    child = pexpect.spawn(sys.executable, command.split(), timeout=120, encoding="utf-8", env={**os.environ})
+    child = pexpect.spawn(sys.executable, command.split(), timeout=PATIENCE, encoding="utf-8", env={**os.environ})
     child.expect("Ctrl-C stops an answer")
     child.expect("> ")
     child.sendline("Write a very long story about the sea, with many chapters.")

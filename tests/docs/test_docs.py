@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 import ggml_cffi
 from ggml_cffi import flat, isolate, models, parallel, rpc, viz
-from tests.support import ROOT, need, run_python
+from tests.support import PATIENCE, ROOT, need, run_python
 
 DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md") if "_build" not in path.parts)
@@ -72,7 +72,7 @@ def site(tmp_path_factory):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=PATIENCE,
         env={**os.environ, "GGML_VK_VISIBLE_DEVICES": "99"},
     )
     assert done.returncode == 0, done.stderr

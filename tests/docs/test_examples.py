@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.support import ROOT, need, run_python
+from tests.support import PATIENCE, ROOT, need, run_python
 
 EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
 TESTED_ELSEWHERE = ["demo.py", "serve.py"]
@@ -22,7 +22,9 @@ NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
 
 def run(name, **env):
     command = [sys.executable, ROOT / "examples" / name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **env})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE, env={**os.environ, **env}
+    )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout

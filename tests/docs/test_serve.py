@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from ggml_cffi import models
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 
 _WHY = "needs pip install ggml-cffi[serve]"
 pytest.importorskip("fastapi", reason=_WHY)
@@ -58,7 +58,7 @@ def model(smollm2):
 
 @pytest.fixture
 def client(serve, model):
-    with served(serve.application(model)) as url, httpx.Client(base_url=url, timeout=120) as client:
+    with served(serve.application(model)) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         yield client
 
 
@@ -180,7 +180,7 @@ def test_the_command_serves_until_it_is_interrupted(smollm2):
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as p:
         try:
             url = next(found[0] for line in p.stderr if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
-            with httpx.Client(base_url=url, timeout=120) as client:
+            with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 assert client.get("/health").json()["n_ctx"] == 64
                 assert len(ask(client, prompt=PROMPTS[0], max_tokens=2)[0]) == 2
             p.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from tests.support import ROOT
+from tests.support import PATIENCE, ROOT
 from tests.support.gguf_reader import read
 
 
@@ -94,7 +94,7 @@ x = np.ones((900, 1024))
 ggml.write_gguf({str(path)!r}, {{}}, {{"a": x, "b": (x, "q8_0")}}, progress=progress)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=100
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE
     )
     assert done.returncode == -signal.SIGINT, done.stderr
     assert "KeyboardInterrupt" in done.stderr

@@ -14,7 +14,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import c
-from tests.support import ROOT, need, relative_error
+from tests.support import PATIENCE, ROOT, need, relative_error
 
 N = 32
 RNG = np.random.default_rng(3)
@@ -244,7 +244,7 @@ def test_plain_ggml_falls_into(trap, outcome, ours):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
         cwd=ROOT,
         # Freed memory is written over, so that its use shows; an assertion does not call a debugger.
         env={**os.environ, "MALLOC_PERTURB_": "165", "GGML_NO_BACKTRACE": "1"},

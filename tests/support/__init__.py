@@ -13,6 +13,8 @@ import ggml_cffi
 
 ROOT = Path(__file__).resolve().parents[2]
 """The root of the checkout."""
+PATIENCE = 1500
+"""Seconds after which a process counts as hanging: a software Vulkan device with a cold cache compiles for minutes."""
 DATA = ROOT / "tests" / "data"
 """The folder of reference outputs."""
 
@@ -42,7 +44,7 @@ def run_python(code: str, *, check: bool = True, **env: str) -> subprocess.Compl
         capture_output=True,
         text=True,
         check=check,
-        timeout=300,
+        timeout=PATIENCE,
         cwd=ROOT,
         env={**os.environ, **env},
     )

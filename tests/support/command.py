@@ -10,6 +10,6 @@ import sys
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command, and check its exit code."""
     command = [sys.executable, "-m", "ggml_cffi", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, env=os.environ)
     assert done.returncode == code, done
     return done

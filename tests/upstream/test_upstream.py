@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support import need
+from tests.support import PATIENCE, need
 from tests.upstream import listing, runner
 from tests.upstream.builders import load
 from tests.upstream.text import parse
@@ -66,7 +66,7 @@ def test_cpu_and_vulkan_agree_as_upstream_asks(listed, group):
     heavy = [case for case in chosen if case.op in HEAVY]
     sample = runner.spread([case for case in chosen if case.op not in HEAVY], PER_OP, smaller=0.3)
     sample += runner.spread(heavy, 1, smaller=0.3)
-    outcomes = list(runner.run(sample, devices, max_work=MAX_WORK, timeout=240))
+    outcomes = list(runner.run(sample, devices, max_work=MAX_WORK, timeout=PATIENCE))
     good = (runner.AGREED, runner.UNSUPPORTED, runner.LARGE)
     bad = [o for o in outcomes if o.status not in good and not expected(o)]
     assert not bad, "\n".join(f"{o.op}({o.text}) {o.status}: {o.detail}" for o in bad)

@@ -11,7 +11,7 @@ import ggml_cffi as ggml
 from ggml_cffi import cli
 from ggml_cffi.models.architectures.bert import MAX_SEQUENCE_LENGTH, Bert
 from ggml_cffi.models.convert.convert import convert
-from tests.support import bert_float64
+from tests.support import PATIENCE, bert_float64
 
 save_file = pytest.importorskip("safetensors.numpy").save_file
 
@@ -320,7 +320,7 @@ def test_the_command_prints_a_summary(folder, capsys):
 
 def test_the_command_reports_an_error_in_one_line(tmp_path):
     command = [sys.executable, "-m", "ggml_cffi", "convert", tmp_path, tmp_path / "out.gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 2
     assert done.stderr.startswith("ggml-cffi: ")
     assert "has no config.json" in done.stderr

@@ -7,7 +7,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from tests.support import llama_float64, relative_error
+from tests.support import PATIENCE, llama_float64, relative_error
 from tests.support.splits import PROMPT, answers, gpu_memory
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -47,7 +47,7 @@ def test_several_models_on_the_same_gpus(two_gpus, path):
             for model in loaded:
                 model.clear_cache()
             going = [pool.submit(answers, model, [PROMPT, PROMPT[:5]], 12) for model in loaded]
-            assert [future.result(120) for future in going] == want
+            assert [future.result(PATIENCE) for future in going] == want
 
 
 def test_a_cache_goes_from_one_split_to_another(two_gpus, path, tmp_path):
