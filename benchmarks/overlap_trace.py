@@ -1,9 +1,9 @@
-"""A trace of two branches on two GPUs: when each node of a run was done, for the order built and for ours.
+"""A trace of two branches on two GPUs: the end of each node of a run, in the order built and in ours.
 
 python -m benchmarks.overlap_trace [--size 4096] [--out FILE.json] [DEVICE DEVICE]
 
-The run is not disturbed by measuring: for each node a graph that ends there is run anew, asynchronously, while one
-thread a device waits for it. What is written opens in Perfetto or chrome://tracing.
+Measuring does not disturb the run: for each node a graph that ends there is run anew, asynchronously, while a thread
+for each device waits for it. The file opens in Perfetto or chrome://tracing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROUNDS = 7
 
 
 def times(scheduler: ggml.Scheduler, backends: Sequence[ggml.Backend], graph: ggml.Graph) -> list[float]:
-    """Milliseconds from the start of a run to the end of each backend's work, the least of some rounds."""
+    """Return the milliseconds from the start of a run to the end of each backend's work, the least of some rounds."""
     scheduler.alloc(graph)
     scheduler.compute()
     found = []
@@ -51,7 +51,7 @@ def times(scheduler: ggml.Scheduler, backends: Sequence[ggml.Backend], graph: gg
 
 
 def trace(gpus: Sequence[str], n: int, *, overlap: bool) -> list[dict[str, Any]]:
-    """Events: one for each product of each branch, from the end of the one before on that device to its own."""
+    """Return an event for each product of each branch, from the end of the product before on that device to its own."""
     w, x = weights(n)
     events = []
     with ggml.Context() as ctx, ggml.Backend(gpus[0]) as a, ggml.Backend(gpus[1]) as b, ggml.Backend("CPU") as cpu:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.parallel [--shapes 1B,8B] [--dtypes f16,q4_k] [--splits ...] [--peer PYTHON] [DEVICE DEVICE]
 
-The models have random weights; they are made in ``--folder`` and kept there. Each line says tokens/s of prompts of 512
-tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one text at a time (with
-``data`` of one text on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
-device's own count. ``auto`` is told what to expect of each case, and says what it took. ``--peer`` names an
+The models have random weights; they are made in ``--folder`` and kept there. Each line has tokens/s of prompts of 512
+tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one sequence at a time (with
+``data`` of one sequence on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
+device's own count. ``auto`` gets the expected tokens of each case, and reports its choice. ``--peer`` names an
 interpreter with llama-cpp-python built for Vulkan. Software devices take ``--shapes tiny --prompts 64``.
 """
 
@@ -31,8 +31,9 @@ SPLITS = ("one", "layer", "pipeline", "data", "tensor", "auto")
 
 
 def best(run: Callable[[], Any], rounds: int) -> float:
-    """Seconds of the quickest of some rounds that take a second at least, after one that does not count: GPUs need a
-    while until they are at speed.
+    """Return the seconds of the quickest of some rounds, which take a second at least, after one that does not count.
+
+    GPUs need a while to reach their speed.
     """
     run()
     found: list[float] = []
@@ -44,7 +45,7 @@ def best(run: Callable[[], Any], rounds: int) -> float:
 
 
 def ours(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of one split; of ``auto`` what it takes for each case, which it is told to expect."""
+    """Return the figures of one split; of ``auto`` for each case, with its expected tokens."""
     cases = [f"prompt {n}" for n in args.prompts] + ["decode"]
     if split != "auto":
         return measured(path, devices[:1] if split == "one" else devices, split, cases, None, args)
@@ -64,7 +65,7 @@ def measured(
     expect: tuple[int, int] | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Load the model, and run the cases."""
+    """Load the model, run the cases and return their figures."""
     kind, n_ctx = "layer" if split == "one" else split, max(args.prompts) + args.decode
     plan = models.plan(path, used, kind, n_ctx, expected_tokens=expect)
     before = {d: ggml.device(d).memory().free for d in used}
@@ -78,7 +79,7 @@ def measured(
             list(pool.map(lambda _: run(), range(texts)))
 
         def decode() -> None:
-            model.clear_cache()  # texts that are kept have rows that attention looks over
+            model.clear_cache()  # attention would read the KV slots of kept sequences
             together(lambda: list(model.generate_tokens([1], args.decode, stop_at_end=False, reuse=False)))
 
         for case in cases:
@@ -101,7 +102,7 @@ def measured(
 
 
 def theirs(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of llama.cpp; with ``data`` of a process on each GPU."""
+    """Return the figures of llama.cpp; with ``data`` of a process on each GPU."""
     numbers = [d.removeprefix("Vulkan") for d in devices]
     groups = {"one": [numbers[:1]], "data": [[n] for n in numbers]}.get(split, [numbers])
     mode = split if split in ("layer", "tensor") else "none"

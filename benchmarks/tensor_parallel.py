@@ -1,4 +1,4 @@
-"""Layers shared by two GPUs, beside one GPU with all of them: tokens one by one, prompts, and where the time goes.
+"""Layers sharded over two GPUs, beside one GPU with all of them: decode, prefill, and the time of each part.
 
     python -m benchmarks.tensor_parallel [--small] [--shapes 8B,70B] [--dtype q8_0] [DEVICE DEVICE ...]
 
