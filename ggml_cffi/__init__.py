@@ -37,7 +37,8 @@ from ggml_cffi.files.sources import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.scheduler.graph import Graph
-from ggml_cffi.scheduler.scheduler import Scheduler, Split
+from ggml_cffi.scheduler.scheduler import Scheduler
+from ggml_cffi.scheduler.splits import Split
 from ggml_cffi.session import CompiledFunction, Session, SessionDevicePlan, SessionPlan, TracedProgram, plan
 from ggml_cffi.train.gradients import gradients
 from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer

@@ -9,6 +9,7 @@ import pexpect
 
 from ggml_cffi import models
 from ggml_cffi.cli.run import shorten_conversation
+from tests.support import PATIENCE
 from tests.support.command import run
 
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from tests.support import PATIENCE
+
 
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command, and check its exit code."""
