@@ -120,7 +120,9 @@ class HeldGraph:
             self._seconds = perf_counter() - began
             for call in calls:
                 if call.error is not None:
-                    raise call.error
+                    # The call lives as long as its context: the error's traceback would keep this graph with it.
+                    error, call.error = call.error, None
+                    raise error
         if status:
             _check_status(status)
 
