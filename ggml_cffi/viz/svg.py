@@ -206,6 +206,10 @@ class _Drawing:
         label = f"split {k} · {part.backend} · {count(len(part.nodes), 'node')}"
         if copied:
             label += f" · {copied:,} B in"
+        # Labels of copies keep away from the title, as they do from one another.
+        height = frame.top - 16
+        for step in range(0, round(columns(label) * 6.7), 20):
+            self.labelled.setdefault(int(height // 12), []).append((frame.left + step, height))
         return (
             f'<g class="split" data-split="{k}" data-backend={quoteattr(part.backend)}>'
             f'<rect x="{_n(frame.left - 12)}" y="{_n(frame.top - _FRAME_TOP)}" '
