@@ -6,6 +6,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi.models.generation.requests import choose_batcher
 from tests.support import relative_error
 from tests.support.splits import PROMPT, answers
 
@@ -70,15 +71,15 @@ def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
     assert not any(t.name == "ggml_cffi replica" for t in threading.enumerate())
 
 
-def test_a_text_goes_where_its_beginning_is(two_gpus, path):
+def test_a_request_goes_to_the_replica_that_keeps_its_prefix(two_gpus, path):
     with models.load(path, two_gpus, "data") as model:
         first, second = model._batchers
         text = model.generate_tokens(PROMPT, 3, stop_at_end=False)
-        next(text)  # grows on the first: the next text goes to the second
+        next(text)  # the first replica is busy: the next request goes to the second
         other = [9] * 11
         answers(model, [other])
-        assert [ids[:11] for ids in second.kept.values()] == [other]
+        assert [ids[:11] for ids in second.cache.kept.values()] == [other]
         text.close()
         answers(model, [other])
         assert model.timings.reused_tokens == 10
-        assert model._choose() is first
+        assert choose_batcher(model._batchers) is first
