@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed
 demo: setup
 	$(BIN)/python examples/demo.py
 
+# Two tests at a time: compiling shaders and most of the tests take one processor each.
 test: setup check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Under a minute: the CPU alone, no models, no processes.
 smoke: setup

@@ -55,8 +55,11 @@ def parse_balance(text: str) -> str | list[float]:
 
 
 def parse_expect(text: str) -> tuple[int, int]:
-    """Return ``"4096,128"`` as numbers."""
-    prompt, answer = (int(part) for part in text.split(","))
+    """Return the tokens of a prompt and of an answer, written ``"4096,128"``."""
+    try:
+        prompt, answer = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers of tokens such as 4096,128") from None
     return prompt, answer
 
 

@@ -60,4 +60,4 @@ def test_expected_tokens_on_the_command_line(path, capsys):
     assert "expected_tokens (200, 100) are 300 together, but n_ctx is 256" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*arguments, "many"])
-    assert "argument --expect: invalid" in capsys.readouterr().err
+    assert "argument --expect: 'many' is not two numbers of tokens such as 4096,128" in capsys.readouterr().err
