@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ggml_cffi.core.text import size, table
 
 if TYPE_CHECKING:
-    from ggml_cffi.files import Progress
+    from ggml_cffi.core.progress import Progress
     from ggml_cffi.models import Model
 
 

@@ -30,7 +30,7 @@ _transfer_locks: dict[Any, Lock] = {}
 class _Remote(NamedTuple):
     name: str
     description: str
-    link: RemoteLock
+    lock: RemoteLock
 
 
 _remote: dict[Any, _Remote] = {}  # by C pointer; devices of a lost server stay, as they do in C
@@ -40,7 +40,7 @@ def device_lock(pointer: Any) -> Lock:
     """Return the lock of the device at a C pointer.
 
     Backends of one GPU share a staging buffer for transfers, which ggml does not guard. Remote devices of one server
-    share its link, which raises if the server is lost.
+    share its lock, which raises if the server is lost.
     """
     lock = _transfer_locks.get(pointer)
     if lock is None:
@@ -146,7 +146,7 @@ class Device:
 
     def guard(self) -> AbstractContextManager[Any]:
         """Return the lock to hold around driver calls: the registry's, or for a remote device its server's."""
-        return _remote[self.ptr].link if self.is_remote else registry_lock
+        return _remote[self.ptr].lock if self.is_remote else registry_lock
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device) and bool(self.ptr == other.ptr)
@@ -161,7 +161,7 @@ class Device:
 def check_process(found: Device) -> None:
     """Raise ``GgmlError`` if ``found`` is lost, or its driver was opened before this process was forked."""
     if found.is_remote:
-        _remote[found.ptr].link.check()
+        _remote[found.ptr].lock.check()
     elif not found.is_cpu and library.inherited("vulkan"):
         raise GgmlError(
             f"{found.name} cannot be used in a forked process whose parent used the driver: "
@@ -177,7 +177,7 @@ def devices() -> list[Device]:
     with registry_lock:
         library.available("vulkan")
         found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
-        found += [Device(pointer) for pointer, remote in _remote.items() if remote.link.usable]
+        found += [Device(pointer) for pointer, remote in _remote.items() if remote.lock.usable]
     return sorted(found, key=lambda d: _ORDER[d.type])
 
 
@@ -189,11 +189,11 @@ def gpus() -> list[Device]:
     return [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
 
 
-def add_remote(pointer: Any, name: str, description: str, link: RemoteLock) -> None:
+def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:
     """List a device of a server for as long as the server is there."""
     with registry_lock:
-        _remote[pointer] = _Remote(name, description, link)
-        _transfer_locks[pointer] = link
+        _remote[pointer] = _Remote(name, description, lock)
+        _transfer_locks[pointer] = lock
 
 
 def find_remote_with(find: Callable[[str], Device]) -> None:
@@ -209,10 +209,10 @@ def _no_remote(name: str) -> Device:
 _find_remote = _no_remote
 
 
-def devices_of(link: RemoteLock) -> list[Device]:
+def devices_of(lock: RemoteLock) -> list[Device]:
     """Return the devices of one server, in its order."""
     with registry_lock:
-        return [Device(pointer) for pointer, remote in _remote.items() if remote.link is link]
+        return [Device(pointer) for pointer, remote in _remote.items() if remote.lock is lock]
 
 
 def device(which: str | Device | int) -> Device:

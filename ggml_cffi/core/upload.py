@@ -6,7 +6,7 @@ of such memory, and the device reads the chunk from there. While one chunk is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dtypes import INTEGERS
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
@@ -26,9 +27,6 @@ from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 _CHUNK = 8 << 20
 _THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory pay, which take about 30 ms to set up
 _THREADS = 8  # for each device, if there are so many processors: each copies about 3 GB/s out of a file mapping
-
-#: A function that is called with the bytes uploaded so far and the bytes in total.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

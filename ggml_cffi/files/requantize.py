@@ -11,13 +11,14 @@ import numpy.typing as npt
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.enums import GGUFType, Type
 from ggml_cffi.files.gguf.header import TensorInfo
 from ggml_cffi.files.gguf.layout import PlannedTensor
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.files.gguf.values import GGUFValue
-from ggml_cffi.files.gguf.writer import Progress, write_tensors
+from ggml_cffi.files.gguf.writer import write_tensors
 from ggml_cffi.files.quantization import Importances, check_importances
 
 T = Type

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dtypes import as_type
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
@@ -19,7 +20,6 @@ from ggml_cffi.models.placement.plan import Planner
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.scheduled import ScheduledRunner
-from ggml_cffi.models.runners.weights import Progress
 
 
 def load(

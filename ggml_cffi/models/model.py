@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
@@ -33,7 +34,7 @@ from ggml_cffi.models.perplexity import Perplexity, measure_perplexity
 from ggml_cffi.models.placement.plan import ModelPlan
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.embedding import Embedder, embed_on_replicas
-from ggml_cffi.models.runners.weights import DevicePlacement, Progress
+from ggml_cffi.models.runners.weights import DevicePlacement
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 

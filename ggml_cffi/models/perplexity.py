@@ -8,8 +8,8 @@ from math import exp, sqrt
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.models.generation.batcher import Batcher
-from ggml_cffi.models.runners.weights import Progress
 
 
 @dataclass(frozen=True)

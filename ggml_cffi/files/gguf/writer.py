@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.enums import GGUFType
 from ggml_cffi.files.atomic_write import write_files
 from ggml_cffi.files.gguf.header import DEFAULT_ALIGNMENT
@@ -24,9 +25,6 @@ from ggml_cffi.files.gguf.values import GGUFValue
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor  # slow to import
-
-#: Called with the bytes written so far and the bytes in all.
-Progress = Callable[[int, int], None]
 
 
 def write_gguf(

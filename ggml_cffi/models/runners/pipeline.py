@@ -21,13 +21,14 @@ import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.stage import Stage, StageGraph, key_of
-from ggml_cffi.models.runners.weights import Progress, StageSpec, Weights
+from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import DIRECT

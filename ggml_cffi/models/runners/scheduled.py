@@ -13,6 +13,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.lru import LRU
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
@@ -20,7 +21,7 @@ from ggml_cffi.errors import GgmlError
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import KV_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.inputs import GraphInputs
-from ggml_cffi.models.runners.weights import Progress, Weights, stages_of
+from ggml_cffi.models.runners.weights import Weights, stages_of
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 

@@ -13,6 +13,7 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -20,9 +21,6 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
-
-#: Called with bytes done and bytes in all while weights are loaded.
-Progress = Callable[[int, int], None]
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
