@@ -43,7 +43,7 @@ class CompiledFunction:
 
     Arguments may be arrays, or objects that numpy or DLPack can read, alone or in tuples, lists and dicts. Other values
     (numbers, strings, None) are constants of the trace. The result has the structure that the function returned, with
-    an array in the place of each tensor: F32 for most, ``float16`` and ``int32`` for tensors of these types.
+    an array in place of each tensor: of the tensor's type if numpy has it (``float16``, ``int32``), else ``float32``.
 
     ``float64`` arrays are computed in F32, integers in I32.
     """
@@ -57,7 +57,7 @@ class CompiledFunction:
 
     @property
     def programs(self) -> tuple[TracedProgram, ...]:
-        """The traced programs, the last used last."""
+        """The traced programs, from the least to the most recently used."""
         with self._lock:
             return self._programs.values
 
@@ -69,7 +69,7 @@ class CompiledFunction:
         ClosedError
             If the session is closed.
         Exception
-            Any exception of the function while it is traced, and those of :meth:`Scheduler.compute`.
+            Any exception that the function raises during tracing, or that :meth:`Scheduler.compute` raises.
         """
         last = self._last
         try:
@@ -80,13 +80,13 @@ class CompiledFunction:
             program, arrays = self._find(args, kwargs)
             return program.run(arrays)
         except ClosedError:
-            # Another thread may have closed the program, by tracing one signature more than the session keeps.
+            # Another thread may have closed the program: each new signature closes the least recently used one.
             self.session.backends  # noqa: B018 - raises when closed
             program, arrays = self._find(args, kwargs)
             return program.run(arrays)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run in the session's thread, after the calls that were submitted before.
+        """Run in the session's thread, after all calls that were submitted earlier.
 
         The arrays must not change until the future is done.
         """
@@ -123,7 +123,7 @@ class CompiledFunction:
     def reserve_size(self, *args: Any, **kwargs: Any) -> dict[Device, int]:
         """Return the bytes that inputs and intermediate tensors would take on each device for these arguments.
 
-        The function is traced in a dry run: nothing is allocated. The errors are those of calling it.
+        The function is traced in a dry run: nothing is allocated. The errors are the same as those of a call.
 
         C: ``ggml_backend_sched_reserve_size``.
         """

@@ -14,10 +14,11 @@ def open_product(product: Any, stack: ExitStack) -> Any:
     Parameters
     ----------
     product
-        A context manager is entered: a session, a model, a worker, or a function decorated with
-        ``contextlib.contextmanager``. For a compiled function its session is closed. Any other object is used as it is.
+        The object. A context manager is entered: a session, a model, a worker, or the result of a function decorated
+        with ``contextlib.contextmanager``. If the object is a compiled function, its session is closed at the end. Any
+        other object is used as it is.
     stack
-        Closes the product at its end.
+        The exit stack that closes the product.
 
     Returns
     -------

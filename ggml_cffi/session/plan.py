@@ -42,7 +42,7 @@ class SessionDevicePlan:
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """Bytes that a session would take on each device, made by :func:`plan`. ``str`` gives a table."""
+    """Bytes that a session would take on each device, as :func:`plan` returns them. ``str(plan)`` is a table."""
 
     devices: tuple[SessionDevicePlan, ...]
     """The devices in order, the CPU last."""
@@ -78,8 +78,8 @@ def plan(
     Parameters
     ----------
     make
-        Called with a session. It makes weights there, and returns a function that the session has compiled. No values
-        are copied: of files only the headers are read.
+        A function that takes a session, creates the weights there, and returns a function that the session has
+        compiled. No values are copied. Only the headers of files are read.
     args, kwargs
         The arguments that the function would be called with.
     devices
@@ -105,7 +105,7 @@ def plan(
         function = make(session)
         if not isinstance(function, CompiledFunction) or function.session is not session:
             raise TypeError(
-                f"make returned {function!r}: a function that the session has compiled is needed (session.compile)"
+                f"make returned {function!r}: it must return a function that the session has compiled (session.compile)"
             )
         sizes = function.reserve_size(*args, **kwargs)
         return SessionPlan(
@@ -117,7 +117,7 @@ def plan(
 
 
 class _DryRunSession(Session):
-    """A session whose tensors are assigned to devices, and have no memory."""
+    """A session whose tensors have a device but no memory."""
 
     def __init__(self, devices: Iterable[Device | str] | None) -> None:
         super().__init__(devices)

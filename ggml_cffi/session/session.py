@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     # Importing futures takes longer than importing this package.
     from concurrent.futures import Future, ThreadPoolExecutor
 
-_ALIGNMENT = 32  # bytes, of memory that a buffer can wrap
+_ALIGNMENT = 32  # bytes: the alignment of memory that a buffer can wrap
 
 
 class Session(Closing):
@@ -42,8 +42,8 @@ class Session(Closing):
     n_threads
         Threads of the CPU; default all that this process may use.
     max_programs
-        Signatures for which each compiled function keeps its traced program. The least recently used program is closed
-        first.
+        Number of traced programs that each compiled function keeps, one for each signature. Beyond it the function
+        closes the least recently used one.
 
     Examples
     --------
@@ -118,10 +118,10 @@ class Session(Closing):
             Type in which the device stores the values: they are cast or quantized. Default the type of the values; F32
             for ``float64``.
         copy
-            False to use the memory of the values instead of a copy. This works if the device is the CPU, the type is
-            kept, and the memory begins at a multiple of 32 bytes: it does for tensors of GGUF files, and for arrays of
-            ``numpy.load(path, mmap_mode="r")``. Several sessions then share one copy. The array must not change; if it
-            is read-only, so is the tensor.
+            False to use the memory of the values instead of a copy. This works if the device is the CPU, the type
+            stays the same, and the memory begins at a multiple of 32 bytes, as it does in GGUF files and in arrays of
+            ``numpy.load(path, mmap_mode="r")``. Several sessions can share such memory. The array must not change. If
+            it is read-only, the tensor is read-only as well. Where sharing does not work, the values are copied.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class Session(Closing):
         on: Device | str | None = None,
         name: str = "",
     ) -> Tensor:
-        """Return a new tensor of the session full of zeros, for operations in place: a cache, a state."""
+        """Return a new tensor of zeros in the session, such as a cache or a state that operations change in place."""
         return self._allocate(as_type(dtype), shape, on, name, Usage.ANY)
 
     def _upload(self, t: Tensor, source: StoredTensor | npt.NDArray[Any]) -> None:
@@ -185,7 +185,7 @@ class Session(Closing):
     # ------------------------------------------------------------------ functions
 
     def compile(self, function: Callable[..., Any]) -> CompiledFunction:
-        """Return a function of arrays for ``function``, which takes tensors.
+        """Return a function of arrays that runs ``function``, a function of tensors.
 
         The first call with each signature traces ``function``: it is called with tensors in place of arrays. Later
         calls replay the traced program. The signature consists of the shapes and types of the arrays and the values of
@@ -207,7 +207,7 @@ class Session(Closing):
         return compiled
 
     def cancel(self) -> None:
-        """Stop the current run and cancel submitted ones: their futures raise :class:`AbortedError`, or are cancelled.
+        """Stop the current run, whose future raises :class:`AbortedError`, and cancel the calls that wait.
 
         Only the CPU can stop in the middle of a run; a GPU finishes it.
         """
@@ -218,7 +218,7 @@ class Session(Closing):
         self.backends[-1].abort()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Run ``call`` in the session's own thread, after the calls that were submitted before."""
+        """Run ``call`` in the session's own thread, after all calls that were submitted earlier."""
         from concurrent.futures import ThreadPoolExecutor
 
         with self._lock:
@@ -247,7 +247,7 @@ class Session(Closing):
 
 
 def _memory_in_place(source: StoredTensor | npt.NDArray[Any], tensor_type: Type) -> npt.NDArray[np.uint8] | None:
-    """Return the bytes of ``source`` without a copy, None if ggml cannot use them there as ``tensor_type``."""
+    """Return the memory of ``source`` as bytes, None if ggml cannot use it without a copy as ``tensor_type``."""
     if default_dtype(source) is not tensor_type:
         return None
     if isinstance(source, StoredTensor):

@@ -1,4 +1,4 @@
-"""Traces of a user's function: its signature as a key, its graph, and runs of that graph with arrays."""
+"""Traces of a user's function: the signature of a call, the function's graph, and runs of that graph with arrays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ggml_cffi.scheduler.scheduler import Scheduler, Transfer
 from_buffer = c.ffi.from_buffer
 
 Signature = tuple[Any, Any]
-"""The positional and the keyword arguments of a call as :func:`flatten` gives them: the key of a traced program."""
+"""The positional and the keyword arguments of a call as :func:`flatten` returns them: the key of a traced program."""
 
 
 class Trace(Closing):
@@ -31,11 +31,11 @@ class Trace(Closing):
     Parameters
     ----------
     function
-        Called with tensors in place of arrays.
+        The user's function. It is called with tensors in place of arrays.
     signature
         The shapes and types of the arrays, and the values of the other arguments.
     context
-        Holds the tensors of the trace.
+        The context that holds the tensors of the trace.
     """
 
     def __init__(self, function: Callable[..., Any], signature: Signature, context: Context) -> None:
@@ -46,7 +46,7 @@ class Trace(Closing):
         self.outputs: list[Tensor] = []
         """The tensors of the result."""
         self.graph: Graph | None = None
-        """None if the function computes nothing."""
+        """The graph of the outputs; None if the function computes nothing."""
         try:
             args, kwargs = (self._unflatten(part) for part in signature)
             self.result = function(*args, **(kwargs or {}))
@@ -59,7 +59,7 @@ class Trace(Closing):
             raise
 
     def _unflatten(self, spec: Any) -> Any:
-        """Return the arguments of a signature, a new input tensor in the place of each array."""
+        """Return the arguments of a signature, with a new input tensor in place of each array."""
         if not isinstance(spec, tuple):
             return spec
         container, *parts = spec
@@ -95,7 +95,7 @@ class TracedProgram(Trace):
 
     def __init__(self, backends: Sequence[Backend], function: Callable[..., Any], signature: Signature) -> None:
         self.scheduler: Scheduler | None = None
-        """Holds the graph; None if the function computes nothing."""
+        """The scheduler that holds the graph; None if the function computes nothing."""
         super().__init__(function, signature, Context())
         try:
             if self.graph is not None:
@@ -104,7 +104,7 @@ class TracedProgram(Trace):
             self._inputs = [_InputTransfer(t) for t in self.inputs if self.scheduler is not None]
             self._outputs = [_OutputTransfer(t) for t in self.outputs]
             self.replay: Callable[[tuple[Any, ...]], Any] = _no_replay
-            """Runs arrays of exactly the program's types and shapes; returns None for any other arguments."""
+            """A function that runs arrays of exactly the program's types and shapes, and returns None for others."""
             if self.scheduler is not None and self._is_plain(signature):
                 self.replay = _fast_replay(self.scheduler, self._inputs, self._outputs[0])
             # An input may be part of the result without being part of the graph.
@@ -200,8 +200,8 @@ def _fast_replay(
 ) -> Callable[[tuple[Any, ...]], Any]:
     """Return :attr:`TracedProgram.replay` for plain inputs and one plain output, as most functions have.
 
-    A run of one small node takes two microseconds in C. Everything that the replay needs is therefore a local variable
-    of this closure.
+    The replay holds all values in local variables of this closure, because a run of one small node takes only two
+    microseconds in C.
     """
     lock, devices, compute = scheduler.lock, scheduler.exclusive(), scheduler.compute_held
     write, read, empty, ndarray = c.ggml_backend_tensor_set, c.ggml_backend_tensor_get, np.empty, np.ndarray
@@ -230,7 +230,7 @@ def _fast_replay(
 
 
 def flatten(value: Any, arrays: list[npt.NDArray[Any]]) -> Any:
-    """Return ``value`` as a hashable key, with shape and type in the place of each array.
+    """Return ``value`` as a hashable key, with shape and type in place of each array.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def flatten(value: Any, arrays: list[npt.NDArray[Any]]) -> Any:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return ``value`` with each tensor replaced by ``function`` of it, in tuples, lists and dicts also."""
+    """Return ``value`` with ``function(tensor)`` in place of each tensor, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):

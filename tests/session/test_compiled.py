@@ -1,4 +1,4 @@
-"""Compiled functions: arrays in, arrays out, traced once for each signature and replayed."""
+"""Compiled functions: arrays in, arrays out, one trace for each signature, replays after that."""
 
 import asyncio
 import time

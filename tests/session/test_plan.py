@@ -75,7 +75,7 @@ def test_a_function_without_a_graph_takes_no_memory():
 
 def test_make_must_return_a_function_of_its_session():
     for wrong in (None, lambda x: x):
-        with pytest.raises(TypeError, match="a function that the session has compiled is needed"):
+        with pytest.raises(TypeError, match="must return a function that the session has compiled"):
             ggml.plan(lambda s, wrong=wrong: wrong, devices=["CPU"])
     with ggml.Session(["CPU"]) as other, pytest.raises(TypeError, match="a function that the session has compiled"):
         ggml.plan(lambda s: other.compile(lambda x: x), devices=["CPU"])

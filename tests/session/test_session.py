@@ -1,4 +1,4 @@
-"""Sessions: their devices, the weights on them, their end."""
+"""Sessions: their devices, their weights, and their closing."""
 
 import gc
 import threading
