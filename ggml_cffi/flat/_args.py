@@ -22,7 +22,7 @@ def tensor(t: Tensor) -> Tensor:
 
 
 def axes(t: Tensor, n: int) -> Tensor:
-    """Return ``t`` with ``n`` axes if the others are of size 1, else unchanged: the operation refuses it then."""
+    """Return ``t`` with ``n`` axes if all further axes have size 1, else ``t`` itself, which the operation refuses."""
     tensor(t)
     if t.ndim == n or any(size != 1 for size in t.ne[n:]):
         return t
@@ -35,7 +35,7 @@ def at_least(t: Tensor, n: int) -> Tensor:
 
 
 def at_most(t: Tensor, n: int) -> Tensor:
-    """Return ``t`` with at most ``n`` axes if the others are of size 1, else unchanged."""
+    """Return ``t`` with at most ``n`` axes if all further axes have size 1, else ``t`` itself."""
     return axes(t, min(tensor(t).ndim, n))
 
 
@@ -65,10 +65,10 @@ def all_strides(t: Tensor) -> tuple[int, ...]:
 
 
 def permute_axes(a: Tensor, to: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-    """Return a tensor and the ``axes`` of :func:`ggml_cffi.ops.permute`; C moves axis ``i`` to ``to[i]``."""
+    """Return the two arguments of :func:`ggml_cffi.ops.permute` for C's ``to``, which moves axis ``i`` to ``to[i]``."""
     places = [index(i) for i in to]
     if sorted(places) != [0, 1, 2, 3]:
-        raise ValueError(f"ggml_permute: {tuple(to)} is no permutation of the axes 0 to 3")
+        raise ValueError(f"ggml_permute: {tuple(to)} is not a permutation of the axes 0 to 3")
     n = max([tensor(a).ndim, *(max(i, place) + 1 for i, place in enumerate(places) if i != place)])
     order = [0] * n
     for i in range(n):
@@ -84,7 +84,7 @@ def n_axes_to_concat(a: Tensor, b: Tensor, dim: int) -> int:
 
 
 def window(is_2d: bool, along_0: int, along_1: int) -> int | tuple[int, int]:
-    """Return a window's numbers in numpy's order: one for each of its axes."""
+    """Return a parameter of a window in numpy's order: one number for each axis of the window."""
     return (along_1, along_0) if is_2d else along_0
 
 
@@ -100,7 +100,7 @@ def tasks(n_tasks: int) -> int | None:
 
 
 def n_rows(op: str, grad: Tensor, table: Tensor) -> int:
-    """Return the number of rows of ``table``; ``grad`` is the gradient of some of its rows."""
+    """Return the number of rows of ``table``. ``grad`` is the gradient of rows that were read from the table."""
     if tensor(table).ne[2:] != (1, 1) or table.ne[0] != tensor(grad).ne[0]:
         raise ValueError(f"{op}: c must be a matrix with rows as long as those of a: {grad!r} · {table!r}")
     return table.ne[1]

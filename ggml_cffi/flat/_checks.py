@@ -24,6 +24,6 @@ def require_graph(graph: Graph | GraphBuilder) -> Graph:
 
 
 def close(value: Handle | None, expected: type[Handle]) -> None:
-    """Close a handle; do nothing for None, as C's functions that free."""
+    """Close a handle, or do nothing for None, as C's functions for freeing do."""
     if value is not None:
         require(value, expected).close()

@@ -1,4 +1,4 @@
-"""The objects behind :mod:`ggml_cffi.flat`: they need not be closed, and inputs follow their later placement."""
+"""Objects behind :mod:`ggml_cffi.flat`: nobody needs to close them, and inputs move to where they are placed later."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FlatGraph(_SilentHandle, Graph):
 
 
 class FlatContext(_SilentHandle, Context):
-    """A :class:`Context` that need not be closed, and that frees the graphs made in it."""
+    """A :class:`Context` that need not be closed, and that frees its graphs."""
 
     __slots__ = ("graphs", "running", "scheduler_allocated")
 
@@ -98,7 +98,7 @@ class FlatScheduler(_SilentHandle, Scheduler):
             self.placements.set(tensor, self.find_backend(backend))
 
     def placed_on(self, tensor: Tensor) -> Backend | None:
-        """Return the backend that computes the tensor, or on which it was placed, None if neither is known."""
+        """Return the backend that computes the tensor or on which it was placed, None if there is neither."""
         with self.lock:
             if self.graph is not None and tensor in self.graph:
                 return self.backend_of(tensor)
@@ -122,7 +122,7 @@ class FlatScheduler(_SilentHandle, Scheduler):
 
 
 class GraphBuilder:
-    """The result of ``ggml_new_graph``: it collects outputs, and becomes a :class:`Graph` when it is used."""
+    """The result of ``ggml_new_graph``: it collects outputs and builds a :class:`Graph` when one is needed."""
 
     def __init__(self, ctx: Context) -> None:
         self.context = ctx

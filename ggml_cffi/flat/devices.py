@@ -29,7 +29,7 @@ __all__ = [
 
 
 def ggml_vulkan_available() -> bool:
-    """Return whether the Vulkan plug-in can be loaded. There may be no device all the same."""
+    """Return whether the Vulkan plug-in can be loaded. Even then there may be no device."""
     return library.available("vulkan")
 
 

@@ -45,8 +45,8 @@ def ggml_graph_n_nodes(graph: Graph | GraphBuilder) -> int:
 def ggml_backend_alloc_ctx_tensors(ctx: Context, backend: Backend) -> list[Buffer]:
     """Allocate all inputs of a context on a backend, where they stay: weights, caches, trained parameters.
 
-    Without this call the scheduler allocates inputs. The result is a list of buffers, since a device may limit their
-    size; :func:`ggml_backend_buffer_set_usage` and :func:`ggml_backend_buffer_free` take it.
+    Without this call the scheduler allocates inputs. The result is a list of buffers, because a device may limit the
+    size of one. :func:`ggml_backend_buffer_set_usage` and :func:`ggml_backend_buffer_free` take this list.
     """
     return require(ctx, Context).alloc(require(backend, Backend).buffer_type)
 
@@ -54,7 +54,7 @@ def ggml_backend_alloc_ctx_tensors(ctx: Context, backend: Backend) -> list[Buffe
 def ggml_backend_buffer_set_usage(buffer: Sequence[Buffer], usage: Usage) -> None:
     """Set the usage of buffers.
 
-    ``GGML_BACKEND_BUFFER_USAGE_WEIGHTS`` makes nodes run on the device of these weights; the other choice is ``_ANY``.
+    With ``GGML_BACKEND_BUFFER_USAGE_WEIGHTS``, nodes run on the device of these weights. The other choice is ``_ANY``.
     """
     if usage not in (Usage.ANY, Usage.WEIGHTS):
         raise ValueError(f"usage must be ANY or WEIGHTS, not {usage!r}")

@@ -35,8 +35,8 @@ __all__ = [
 def ggml_backend_sched_new(backends: Sequence[Backend], parallel: bool = True, graph_size: int = 2048) -> Scheduler:
     """Return a scheduler over backends, the preferred first. The CPU is added last if it is missing.
 
-    The arguments are those of R's binding. ``parallel`` keeps four copies of inputs that go from one backend to
-    another, if the backends can.
+    The arguments are those of R's binding. With ``parallel``, the scheduler keeps four copies of each
+    input that it transfers between backends, if the backends support that.
     """
     return FlatScheduler(list(backends), parallel=bool(parallel), graph_size=graph_size)
 
@@ -65,7 +65,7 @@ def ggml_backend_sched_get_n_splits(sched: Scheduler) -> int:
 
 
 def ggml_backend_sched_get_n_copies(sched: Scheduler) -> int:
-    """Return the number of copies of inputs: 4, or 1 if not ``parallel`` or the backends cannot."""
+    """Return the number of copies of inputs: 4, or 1 without ``parallel`` or on backends that do not support it."""
     return require(sched, Scheduler).n_copies
 
 
@@ -90,15 +90,15 @@ def ggml_backend_sched_alloc_graph(sched: Scheduler, graph: Graph | GraphBuilder
 
 
 def ggml_backend_sched_set_tensor_backend(sched: Scheduler, node: Tensor, backend: Backend) -> None:
-    """Place a tensor on a backend, from the next reservation or allocation on: a node to compute, an input to store.
+    """Place a tensor on a backend, which computes a node or stores an input from the next reservation or allocation on.
 
-    The placement is kept when the scheduler is reset; C would forget it.
+    A reset of the scheduler keeps the placement. In C a reset removes it.
     """
     require(sched, Scheduler).place(require(node, Tensor), require(backend, Backend))
 
 
 def ggml_backend_sched_get_tensor_backend(sched: Scheduler, node: Tensor) -> Backend | None:
-    """Return the backend that computes a tensor, or on which it was placed; None if the scheduler does not know it."""
+    """Return the backend that computes a tensor or on which it was placed, None if there is neither."""
     if not isinstance(sched, FlatScheduler):
         held = require(sched, Scheduler).graph
         return sched.backend_of(node) if held is not None and node in held else None

@@ -54,7 +54,7 @@ def ggml_new_tensor(ctx: Context, type: Type, n_dims: int, ne: Sequence[int]) ->
     """Return a new tensor of ``n_dims`` sizes, the contiguous axis first. Its values are 0 until they are set."""
     sizes = tuple(ne)[: index(n_dims)]
     if not 1 <= n_dims <= 4 or len(sizes) < n_dims:
-        raise ValueError(f"ggml_new_tensor: n_dims must be 1 to 4, and ne as long, not {n_dims} and {tuple(ne)}")
+        raise ValueError(f"ggml_new_tensor: n_dims must be 1 to 4 and ne as long, not {n_dims} and {tuple(ne)}")
     return require(ctx, Context).new_tensor(type, sizes[::-1])
 
 
@@ -131,7 +131,7 @@ def ggml_tensor_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def ggml_n_dims(tensor: Tensor) -> int:
-    """Return the number of axes without those of size 1 at the end of :func:`ggml_tensor_shape`; at least 1."""
+    """Return the number of axes, at least 1. Axes of size 1 at the end of :func:`ggml_tensor_shape` do not count."""
     return c.ggml_n_dims(require(tensor, Tensor).ptr)
 
 

@@ -1,6 +1,6 @@
 """Values of tensors: set and read at any time, by C's names.
 
-The values of a tensor without memory are kept by its context. The scheduler that allocates the tensor writes them.
+The context keeps the values of a tensor without memory. The scheduler that allocates the tensor writes them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def ggml_set_f32(tensor: Tensor, values: npt.ArrayLike) -> None:
     tensor
         An input, or a contiguous view of one.
     values
-        As many values as the tensor has elements, flat with the axis of ``ne0`` fastest; or an array of the tensor's
-        numpy shape; or one number for all elements.
+        A flat array of all values, with the axis of ``ne0`` fastest; an array of the tensor's numpy shape; or one
+        number for all elements.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def ggml_set_i32(tensor: Tensor, values: npt.ArrayLike) -> None:
 def ggml_get_f32(tensor: Tensor) -> npt.NDArray[np.float32]:
     """Return all values as a flat array with the axis of ``ne0`` fastest, as R's binding does.
 
-    ``.reshape(tensor.shape)`` is the numpy array. The call waits for a run that was started asynchronously.
+    ``.reshape(tensor.shape)`` gives the result numpy's shape. The call waits for a run that was started asynchronously.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def ggml_get_i32(tensor: Tensor) -> npt.NDArray[np.int32]:
     """Return all values of an integer tensor; see :func:`ggml_get_f32`."""
     t = require(tensor, Tensor)
     if t.dtype not in dtypes.INTEGERS:
-        raise ValueError(f"{t!r} is not of integers: use ggml_get_f32")
+        raise ValueError(f"{t!r} is not an integer tensor: use ggml_get_f32")
     return _values(t).astype(np.int32).reshape(-1)
 
 
@@ -107,7 +107,7 @@ def _viewed(t: Tensor) -> Tensor:
 
 
 def _synchronize(t: Tensor) -> None:
-    """Wait for runs that use tensors of these contexts: C would read or write in the middle of a run."""
+    """Wait for runs that use tensors of the same contexts: C would read or write in the middle of a run."""
     for ctx in t.context.reachable():
         if isinstance(ctx, FlatContext):
             for scheduler in list(ctx.running):

@@ -1,4 +1,4 @@
-"""The objects behind the flat functions: freed in any order, twice, or never."""
+"""Objects behind the flat functions: they may be freed in any order, twice, or never."""
 
 from tests.support import run_python
 

@@ -1,4 +1,4 @@
-"""The generated operations: each builder in C's order of arguments, against the checked operations and against C."""
+"""Generated operations: each builder, with arguments in C's order, against the checked operations and against C."""
 
 import re
 
@@ -17,7 +17,7 @@ BY_OP = {case.op: [same for same in cases.CASES if same.op == case.op] for case 
 
 
 class Recorder:
-    """A record of the builders that Python calls in C, with their arguments."""
+    """A recorder of the builders that Python calls in C, with their arguments."""
 
     def __init__(self, monkeypatch):
         self.calls = []
@@ -64,7 +64,7 @@ CUSTOM = {name for name in BY_OP if "custom" in name}
 
 @pytest.mark.parametrize("op", sorted(set(BY_OP) - CUSTOM))
 def test_a_builder_passes_the_same_arguments_to_c_as_the_operation(op, monkeypatch, rng):
-    """The flat function of a builder takes the arguments that the operation passed to C, and passes the same."""
+    """The flat function, called with the arguments that the operation passed to C, passes the same arguments on."""
     recorder = Recorder(monkeypatch)
     for i, case in enumerate(BY_OP[op]):
         with ggml.Context() as ctx:
@@ -100,7 +100,7 @@ def tensor_fields(t):
     return p.op, p.type, [*p.ne], [*p.nb], [*p.op_params], sources, p.view_offs, p.view_src
 
 
-# Builders for which the checked operations call a more general one: compared with C's own.
+# The checked operations call a more general builder for these: they are compared with C's own builders.
 CALLS_IN_C = {
     "ggml_view_1d": lambda a, b: (a, 5, 8),
     "ggml_view_2d": lambda a, b: (a, 2, 3, a.nb[1], 4),
@@ -152,7 +152,7 @@ def test_a_builder_makes_the_same_tensor_as_c(name, axes):
 
 
 def test_a_builder_makes_the_same_tensor_as_the_operation():
-    """Builders whose operation calls other functions of C, compared by their result."""
+    """Builders are compared by their result where the operation calls other functions of C."""
     with ggml.Context() as ctx:
         a, b = flat.ggml_new_tensor_2d(ctx, F32, 4, 3), flat.ggml_new_tensor_2d(ctx, F32, 2, 2)
         v, numbers = flat.ggml_new_tensor_1d(ctx, F32, 2), flat.ggml_new_tensor_1d(ctx, F32, 7)
@@ -263,7 +263,7 @@ def test_operations_written_in_python():
 @pytest.mark.parametrize(
     ("message", "call"),
     [
-        ("no permutation of the axes 0 to 3", lambda ctx, a: flat.ggml_permute(ctx, a, 0, 1, 1, 3)),
+        ("is not a permutation of the axes 0 to 3", lambda ctx, a: flat.ggml_permute(ctx, a, 0, 1, 1, 3)),
         ("dim must be 0 to 3", lambda ctx, a: flat.ggml_concat(ctx, a, a, 4)),
         ("there is no operation 99", lambda ctx, a: flat.ggml_unary(ctx, a, 99)),
         ("takes operands only", lambda ctx, a: flat.ggml_unary(ctx, a, flat.GGML_UNARY_OP_XIELU)),
@@ -281,7 +281,7 @@ def test_operations_written_in_python():
         ("takes 12 values", lambda ctx, a: flat.ggml_set_f32(a, np.zeros((4, 3)))),
         ("has no memory", lambda ctx, a: flat.ggml_get_f32(a)),
         ("has no memory", lambda ctx, a: flat.ggml_set_f32(flat.ggml_neg(ctx, a), 1)),
-        ("is not of integers", lambda ctx, a: flat.ggml_get_i32(a)),
+        ("is not an integer tensor", lambda ctx, a: flat.ggml_get_i32(a)),
         ("n_threads must be 1 to 512", lambda ctx, a: flat.ggml_backend_cpu_set_n_threads(CPU(), 0)),
         ("at least one backend", lambda ctx, a: flat.ggml_backend_sched_new([])),
     ],

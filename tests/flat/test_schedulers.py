@@ -1,4 +1,4 @@
-"""Schedulers by C's names: placement of nodes and inputs, graphs that are held."""
+"""Schedulers by C's names: the placement of nodes and inputs, and the graph that a scheduler holds."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Values by C's names: set before and after allocation, read after a run, checked."""
+"""Values by C's names: they are set before and after allocation, read after a run, and checked."""
 
 import numpy as np
 import pytest
