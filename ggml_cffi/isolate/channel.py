@@ -1,11 +1,11 @@
-"""IPC channels: objects to another process and back, small ones by a socket, arrays by shared memory.
+"""IPC channels: connections that carry objects by a socket, and large arrays by shared memory.
 
 The sender copies the large arrays of a message into a block of shared memory. The receiver's arrays are views of that
-block. The receiver says with its next message that the last view is gone; only then does the sender use the block
-again. Both sides may therefore keep arrays for any time.
+block. Once the last view is gone, the receiver's next message reports that the block is free. Only then does the sender
+reuse the block, so both sides may keep arrays for any time.
 
-Blocks have no names (``memfd``). The kernel frees them with the last process that has mapped them, however that process
-ends, and no limit of ``/dev/shm`` applies.
+Blocks have no names (``memfd``). The kernel frees a block when the last process that has mapped it ends, even in a
+crash. The size limit of ``/dev/shm`` does not apply.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_SHARED_SIZE = 16 << 10  # bytes from which on shared memory is faster than the socket
-_MAX_BUFFERS = 1000  # buffers of one message; further ones go into the pickle, since the list must fit into a packet
+_SHARED_SIZE = 16 << 10  # bytes: from this size on, shared memory is faster than the socket
+_MAX_BUFFERS = 1000  # buffers of one message; more go into the pickle, because the list of sizes must fit into a packet
 _PACKET = 64 << 10
-_ALIGNMENT = 64  # bytes, of arrays in a block: the alignment that ggml needs
+_ALIGNMENT = 64  # bytes: the alignment of arrays in a block, as ggml needs it
 _MAX_VIEWS = 8  # blocks that a receiver may view at a time; it copies beyond that, to limit open file descriptors
 _IDLE = 16  # messages after which an unused block is freed
 _FD_SPACE = socket.CMSG_SPACE(array.array("i", [0]).itemsize)
@@ -48,7 +48,7 @@ class Packet(NamedTuple):
     buffers: Sequence[Any]
 
     def load(self) -> Any:
-        """Return the message. Any exception of importing or creating its objects is raised."""
+        """Return the message. Raise any exception of importing or creating its objects."""
         return pickle.loads(self.data, buffers=self.buffers)
 
 
@@ -63,12 +63,12 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        # Blocks of this side, which this side writes to:
+        # Blocks that this side created and writes to:
         self._blocks: dict[int, Bytes] = {}
         self._free: dict[int, int] = {}  # blocks without views, with the number of the last message in each
         self._n_blocks = self._n_sent = 0
-        self._freed: list[int] = []  # blocks that the other side shall unmap
-        # Blocks of the other side, which this side reads:
+        self._freed: list[int] = []  # blocks that the other side must unmap
+        # Blocks that the other side created and this side reads:
         self._mapped: dict[int, mmap.mmap] = {}
         self._viewed: set[int] = set()
         self._released: list[int] = []  # blocks without views left, to be reported to the other side

@@ -26,7 +26,7 @@ _MAX_RECORD = 32 << 10  # characters of a log message, which must fit into one p
 
 
 def main(calls: int, logs: int) -> None:
-    """Serve requests until the parent ends this process, or dies.
+    """Serve requests until the parent ends this process or dies itself.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def main(calls: int, logs: int) -> None:
     for fd in (calls, logs):
         os.set_inheritable(fd, False)
     connection, records = socket.socket(fileno=calls), socket.socket(fileno=logs)
-    # Their closing tells the parent that this process has ended, so processes forked from it must not hold them.
+    # The parent takes their closing for the end of this process, so forked processes must not keep them open.
     for end in (connection, records):
         os.register_at_fork(after_in_child=end.close)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
@@ -67,7 +67,7 @@ class _ForwardingHandler(logging.handlers.QueueHandler):
 
 
 class _RequestServer:
-    """The object that ``make`` returned, and the streams of its functions. Requests are the names of methods here."""
+    """The object that ``make`` returned, and its open streams. A request is the name of a method of this class."""
 
     def __init__(self, channel: Channel, logs: socket.socket, stack: ExitStack) -> None:
         self.channel, self.logs, self.stack = channel, logs, stack
@@ -76,7 +76,7 @@ class _RequestServer:
         self.n_streams = 0
 
     def serve(self) -> bool:
-        """Answer one request. Return False when no more will come."""
+        """Answer one request. Return False if no further request will come."""
         try:
             packet = self.channel.recv()
         except EOFError:
@@ -161,7 +161,7 @@ class _RequestServer:
 def portable(error: BaseException) -> BaseException:
     """Return an exception that can be sent to the parent, with the traceback of ``error`` as a note.
 
-    It is ``error`` itself, or else an exception of its nearest base class that can be pickled.
+    The exception is ``error`` itself if it can be pickled, else one of its nearest base class that can.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:

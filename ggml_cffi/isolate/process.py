@@ -1,4 +1,4 @@
-"""One process of a worker, seen from the parent: started, called, and ended."""
+"""One process of a worker, as the parent sees it: its start, its requests and its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _logger = logging.getLogger("ggml_cffi.isolate")
 class WorkerProcess:
     """A child process with an IPC channel to it. Its log records and its stderr go to ``logging``.
 
-    One thread at a time may send requests. Any thread may kill.
+    One thread at a time may send requests. Any thread may kill the process.
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ class WorkerProcess:
             raise GgmlError("worker processes need Linux: this system has no memfd_create")
         self.name = name
         self.forgotten: list[int] = []
-        """Numbers of the streams that nobody iterates any more: the process closes them with the next request."""
+        """Numbers of abandoned streams. The process closes them with the next request."""
         self.reason: str | None = None
-        """The reason for which this side ended the process, None if it ended by itself."""
+        """The reason for which the parent ended the process, None if the process ended by itself."""
         self.closed = False
-        """True if the worker was closed, which is no crash."""
+        """True if the worker was closed: the end of the process is not a crash then."""
         self._during: str | None = None
         self._tag = 0
         calls, child_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -85,7 +85,7 @@ class WorkerProcess:
         return not self.child.running
 
     def start(self, make: Callable[..., Any] | str, args: tuple[Any, ...], timeout: float | None) -> None:
-        """Call ``make`` in the process. The process is ended if that fails."""
+        """Call ``make`` in the process, and end the process if that fails."""
         known = logging.root.manager.loggerDict.items()
         levels = {name: logger.level for name, logger in known if isinstance(logger, logging.Logger) and logger.level}
         levels[""] = logging.root.level
@@ -104,7 +104,7 @@ class WorkerProcess:
         Parameters
         ----------
         command, rest
-            The name of a method of the process's server, and its arguments.
+            The name of a method of the request server in the process, and its arguments.
         during
             Name of the user's function, for messages.
         timeout
@@ -157,10 +157,10 @@ class WorkerProcess:
             subject = "make, or an argument of it," if during == "make" else f"an argument of {during!r}"
             raise TypeError(f"{subject} cannot be sent to another process: {error}") from error
 
-    # ------------------------------------------------------------------ its end
+    # ------------------------------------------------------------------ the end of the process
 
     def error(self, error_type: type[BackendCrashedError] = BackendCrashedError) -> GgmlError:
-        """Return the exception to raise for a process that has ended, or is about to."""
+        """Return the exception to raise for a process that has ended or is ending."""
         code = self.child.wait_or_kill(_EXIT_TIME)
         subject = f"the worker {self.name!r} (process {self.pid})"
         if self.closed:

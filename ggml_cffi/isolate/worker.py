@@ -34,11 +34,12 @@ _numbers = itertools.count(1)
 
 
 class Worker(Closing):
-    """A process that holds the result of ``make``, and whose functions this process calls.
+    """A child process that holds the result of ``make``, whose functions can be called from here.
 
-    ``make`` is called once, in the new process. It returns the functions of a session, a model, or any other object; a
-    context manager is entered. Attributes of the object are called by their names: ``worker.f(x)``. If ``make`` returns
-    a dict of functions, the names are its keys; if it returns a function, call the worker itself.
+    ``make`` is called once, in the new process. It returns the functions of a session, a model, or any other object. If
+    the object is a context manager, the worker enters it. The object's methods are called by their names:
+    ``worker.f(x)``. If ``make`` returns a dict of functions, the names are its keys. If it returns a function, call the
+    worker itself.
 
     Arrays travel through shared memory, with one copy in each direction. The receiver may keep them and write to them.
     Calls from several threads run one after the other.
@@ -120,7 +121,7 @@ class Worker(Closing):
 
     def _start(self) -> None:
         process = WorkerProcess(self.name, self._env)
-        self._processes[:] = [process]  # before make is called, so that close() can end it meanwhile
+        self._processes[:] = [process]  # before the call of make, so that close() can end the process during that call
         process.start(self._make, self._args, self._start_timeout)
 
     # ------------------------------------------------------------------ calls
@@ -192,13 +193,13 @@ class Worker(Closing):
     def _request(
         self, process: WorkerProcess | None, during: str, command: str, *rest: Any
     ) -> tuple[WorkerProcess, str, Any]:
-        """Send a request to the current process, or to ``process`` only if that is given."""
+        """Send a request to the current process. Raise if ``process`` is given and is not the current one."""
         with self._lock:
             current = self._current(process)
             return current, *current.request(command, *rest, during=during, timeout=self._timeout)
 
     def _current(self, process: WorkerProcess | None) -> WorkerProcess:
-        """Return the current process, a new one if it died and may be replaced; raise if it is not ``process``."""
+        """Return the current process, or its replacement if it died. Raise if ``process`` is given and another one."""
         self._check_open()
         (current,) = self._processes
         if process is not None and process is not current:
@@ -219,7 +220,7 @@ class Worker(Closing):
         if self._pid != os.getpid():
             raise ClosedError(f"the worker {self.name!r} was opened before a fork; open another one in this process")
 
-    # ------------------------------------------------------------------ its process
+    # ------------------------------------------------------------------ the process
 
     @property
     def pid(self) -> int:

@@ -1,4 +1,4 @@
-"""IPC channels: values of every kind there and back, arrays that are kept, shared memory that is reused and freed."""
+"""IPC channels: values of every type in both directions, arrays that are kept, shared memory reused and freed."""
 
 import gc
 import threading

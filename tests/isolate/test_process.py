@@ -1,4 +1,4 @@
-"""Processes of workers: crashes and hangs as exceptions, logs in the parent, nothing left behind."""
+"""Processes of workers: crashes and hangs raise, logs reach the parent, and no process, file or memory is left."""
 
 import logging
 import os
@@ -246,7 +246,7 @@ with Worker(make) as worker:
 
 
 def test_ctrl_c_interrupts_the_parent_and_not_the_worker():
-    """The call is abandoned, the process lives on, and its late answer is ignored."""
+    """The parent abandons the call, the process stays alive, and the parent ignores its late answer."""
     done = run_python("""
 import os, signal, sys, threading
 from tests.support import isolated

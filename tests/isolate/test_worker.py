@@ -1,4 +1,4 @@
-"""Workers: calls, streams, futures, restarts, their end."""
+"""Workers: calls, streams, futures, restarts and closing."""
 
 import asyncio
 import gc
