@@ -1,4 +1,4 @@
-"""The client's side: servers that are connected, and their devices."""
+"""The client's side: connections to servers, and the devices of these servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def connect(endpoint: str, *, timeout: float = 10.0, patience: float = 300.0) ->
     Raises
     ------
     RemoteError
-        If nothing listens there, or the server does not answer, or is no ggml RPC server of this version.
+        If nothing listens there, the server does not answer, or it is not a ggml RPC server of this version.
     LibraryNotFoundError
         If there is no RPC plug-in.
     ValueError
@@ -65,7 +65,7 @@ def connect(endpoint: str, *, timeout: float = 10.0, patience: float = 300.0) ->
 
 
 def connections() -> list[Connection]:
-    """Return the connections that are open, lost ones included until their server is connected again."""
+    """Return the open connections. A lost connection stays listed until its server is connected again."""
     with _lock:
         return list(_connections.values())
 
@@ -86,7 +86,7 @@ def _add_devices(connection: Connection) -> None:
         registry = c.ggml_backend_rpc_add_server(connection.proxy_endpoint.encode())
         pointers = [c.ggml_backend_reg_dev_get(registry, i) for i in range(c.ggml_backend_reg_dev_count(registry))]
         for pointer in pointers:
-            c.ggml_backend_dev_buffer_type(pointer)  # C asks the server for sizes now, and keeps them
+            c.ggml_backend_dev_buffer_type(pointer)  # C requests the sizes from the server now, and keeps them
     # A server answers this request once it has done all earlier work.
     connection.ping = lambda: c.ggml_backend_dev_memory(pointers[0], free, total)
     # The devices are not added to ggml's registry, which never removes a device.
@@ -115,7 +115,9 @@ def disconnect(endpoint: str) -> None:
 
 
 def device(name: str) -> Device:
-    """Return the device ``rpc://host:port/index``, the server's first without the index. Errors as :func:`connect`.
+    """Return the device ``rpc://host:port/index``, or the server's first one without an index.
+
+    Connect to the server first if it is not connected; see :func:`connect` for the errors.
 
     Raises
     ------
@@ -132,8 +134,8 @@ def device(name: str) -> Device:
 def health(endpoint: str, *, timeout: float = 5.0) -> Health:
     """Return the state of a server: version, round-trip time, memory.
 
-    A server that serves another client does not answer, as if it hung. A server that this process is connected to is
-    asked through that connection, and answers once it has done all earlier work.
+    A server that serves another client does not answer, just as one that hangs. If this process is connected to the
+    server, the request uses that connection, and the server answers it after all earlier work.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Connections to RPC servers: the lock of a server's devices, and the proxy process between ggml and the server.
+"""Connections to RPC servers: the lock of a server's devices, and the RPC proxy between ggml and the server.
 
 ggml's RPC client has one socket for each server and no lock. It ends the process when the server is lost, or when a
 signal interrupts it, and it does not wait for work that the server still computes. A :class:`Connection` is the missing
@@ -28,13 +28,13 @@ from ggml_cffi.core.locks import RemoteLock
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
 from ggml_cffi.rpc.protocol import DISCONNECT, STATE_SIZE
 
-# Signals from outside for which a program may have a handler. One of them would interrupt C's call, which then fails.
+# Signals from outside for which a program may have a handler. Any of them would make a call in C fail.
 _NAMES = "ALRM", "CHLD", "CONT", "HUP", "INT", "IO", "PROF", "TERM", "URG", "USR1", "USR2", "VTALRM", "WINCH"
 _SIGNALS = frozenset(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(signal, f"SIG{name}"))
 
 _CLOSE_TIME = 5.0  # seconds that the proxy may take to disconnect
 
-# The proxy imports its two modules, and not the package around them: its __init__ would load ggml and numpy.
+# The proxy imports its two modules but not the package around them, whose __init__ would load ggml and numpy.
 _START = """
 import sys, types
 for name, folder in {packages!r}:
@@ -48,14 +48,14 @@ main()
 class Connection(RemoteLock):
     """One server, reached through an RPC proxy of its own (:mod:`ggml_cffi.rpc.proxy`).
 
-    It is a reentrant lock. ``with`` raises if the server is lost; ``acquire`` and ``release`` do not.
+    A connection is a reentrant lock. ``with`` raises if the server is lost; ``acquire`` and ``release`` do not.
 
     Parameters
     ----------
     name
         The server in messages.
     server
-        The connected socket after the handshake. The proxy inherits it, and it is closed here.
+        The connected socket after the handshake. The proxy inherits it, and this process closes its own copy.
     patience
         Seconds that the server may be silent while an answer is due.
     """
@@ -78,7 +78,7 @@ class Connection(RemoteLock):
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             self.proxy_endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
-            """The proxy's address, which ggml's client takes for the server's."""
+            """The proxy's address, to which ggml's client connects instead of the server's."""
             fds = [source.fileno() for source in (listener, server, file)]
             self.proxy = ChildProcess(
                 [sys.executable, "-I", "-S", "-c", _proxy_program(), *map(str, fds), str(patience)],
@@ -91,7 +91,7 @@ class Connection(RemoteLock):
     # ------------------------------------------------------------------ as a lock
 
     def acquire(self, blocking: bool = True) -> bool:
-        """Lock, and block signals in this thread; return False if another thread holds the lock and not blocking."""
+        """Lock, and block signals in this thread. Return False if not ``blocking`` and another thread has the lock."""
         if not self._lock.acquire(blocking):
             return False
         self._depth += 1
@@ -100,7 +100,7 @@ class Connection(RemoteLock):
         return True
 
     def release(self) -> None:
-        """Make the deferred calls, unlock, and unblock signals, whose handlers may raise."""
+        """Make the deferred calls, unlock, and unblock signals. A signal's handler may raise then."""
         mask = self._mask
         if self._depth == 1:
             self._make_deferred_calls()
@@ -129,7 +129,7 @@ class Connection(RemoteLock):
 
     @property
     def usable(self) -> bool:
-        """True if the server is connected, as far as this process knows without asking it."""
+        """True if the server is connected, as far as is known without a request to it."""
         return not (self._state[0] or self._closed or self._pid != os.getpid() or self.broken)
 
     @property
@@ -161,7 +161,7 @@ class Connection(RemoteLock):
             )
 
     def wait(self) -> None:
-        """Wait until the server has done all its work."""
+        """Wait until the server has finished all its work."""
         self.ping()
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class Connection(RemoteLock):
             self._deferred.popleft()()
 
     def _make_deferred_calls_if_unlocked(self) -> None:
-        # A thread that finds the lock taken leaves its call to the holder, who looks again after releasing the lock.
+        # If another thread holds the lock, that thread makes the call: it checks the list after releasing the lock.
         while self._deferred and self.acquire(blocking=False):
             self.release()
 
@@ -199,7 +199,7 @@ def _proxy_program() -> str:
 
 
 def _end_proxy(proxy: ChildProcess, lock: Any, pid: int) -> None:
-    """End the proxy of a forgotten connection. A thread that still uses it at exit keeps it until this process ends."""
+    """End the proxy of a connection that nothing refers to, unless a thread still uses it at exit."""
     if pid == os.getpid() and lock.acquire(blocking=False):
         proxy.close_lifeline()
         proxy.kill()

@@ -1,7 +1,7 @@
-"""The handshake with an RPC server, from Python, before ggml's client hears of that server.
+"""The handshake with an RPC server, made by Python before ggml's client uses that server.
 
-ggml's client ends the process when a server is unreachable or gives impossible answers. The handshake asks all that
-ggml's client would ask, and raises :class:`RemoteError` instead.
+ggml's client ends the process when a server is unreachable or gives impossible answers. The handshake sends the same
+requests as ggml's client, and raises :class:`RemoteError` instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Health:
-    """The state of a server, as it reports it."""
+    """The state that a server reports."""
 
     version: tuple[int, int, int]
     """Version of the protocol."""
@@ -47,7 +47,7 @@ def parse_endpoint(endpoint: str) -> tuple[str, int, int]:
         raise TypeError(f"an endpoint is a string such as 'rpc://host:50052', not {endpoint!r}")
     found = re.fullmatch(r"(?:rpc://)?([\w.-]+):(\d{1,5})(?:/(\d{1,4}))?", endpoint.strip(), re.IGNORECASE)
     if found is None or not 0 < int(found[2]) < 65536:
-        raise ValueError(f"{endpoint!r} is no endpoint: use rpc://host:port or host:port, with a port of 1 to 65535")
+        raise ValueError(f"{endpoint!r} is not an endpoint: use rpc://host:port or host:port, port 1 to 65535")
     return found[1].lower(), int(found[2]), int(found[3] or 0)
 
 
@@ -74,7 +74,7 @@ def open_server(name: str, address: Address, timeout: float) -> tuple[socket.soc
     name
         The server in messages.
     address
-        Where it listens.
+        The address of the server.
     timeout
         Seconds for the whole handshake.
 
@@ -86,7 +86,7 @@ def open_server(name: str, address: Address, timeout: float) -> tuple[socket.soc
     Raises
     ------
     RemoteError
-        If nothing listens there, or the server does not answer in time, or is no ggml RPC server of this version.
+        If nothing listens there, the server does not answer in time, or it is not a ggml RPC server of this version.
     """
     server = socket.socket()
     try:
@@ -100,14 +100,14 @@ def open_server(name: str, address: Address, timeout: float) -> tuple[socket.soc
         elif isinstance(error, ConnectionRefusedError):
             reason = "nothing listens there; start the server with: ggml-cffi rpc-server"
         elif isinstance(error, ConnectionError):
-            reason = f"it closed the connection: no ggml RPC server, or not one of protocol {version_text(PROTOCOL)}"
+            reason = f"it closed the connection: it is not a ggml RPC server of protocol {version_text(PROTOCOL)}"
         else:
             reason = error.strerror or str(error)
         raise RemoteError(f"{name}: {reason}") from None
 
 
 def probe(name: str, address: Address, timeout: float) -> Health:
-    """Connect to a server, return its state, and disconnect. Errors as :func:`open_server`."""
+    """Connect to a server, return its state, and disconnect. See :func:`open_server` for the errors."""
     server, found = open_server(name, address, timeout)
     server.close()
     return found
@@ -125,11 +125,11 @@ class _Handshake:
         self.name, self.server, self.deadline = name, server, deadline
 
     def run(self, address: Address) -> Health:
-        """Connect, and ask for the version and for each device."""
+        """Connect, and request the version and the memory of each device."""
         self._set_timeout()
         self.server.connect(address)
         self.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that is switched off does not close its connections: keep-alive packets notice that.
+        # A machine that is switched off does not close its connections: keep-alive packets detect it.
         self.server.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
@@ -165,7 +165,7 @@ class _Handshake:
         head = self._receive(ANSWER_HEAD.size)
         if head != ANSWER_HEAD.pack(ANSWERS[command]):
             raise RemoteError(
-                f"{self.name} is no ggml RPC server, or not one of protocol {version_text(PROTOCOL)}: "
+                f"{self.name} is not a ggml RPC server of protocol {version_text(PROTOCOL)}: "
                 f"it answered {head!r} to {command.name}"
             )
         return self._receive(ANSWERS[command])

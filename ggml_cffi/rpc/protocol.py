@@ -1,4 +1,4 @@
-"""The protocol of ggml's RPC backend, as constants, and the state that an RPC proxy shares with its client process.
+"""Constants of the protocol of ggml's RPC backend, and of the state that an RPC proxy shares with its parent.
 
 The proxy imports this module and nothing else of the package, so it needs the standard library only.
 """

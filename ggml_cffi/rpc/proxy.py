@@ -1,15 +1,15 @@
 """The RPC proxy: a process on the loopback between ggml's RPC client and one server.
 
-ggml's client ends its process when the server is lost, or gives an unexpected answer. It therefore never talks to a
-server. It talks to this proxy, which forwards everything and cannot be lost. When the server is lost, the proxy says so
-in shared memory, where :mod:`ggml_cffi.rpc.connection` looks after each call. From then on the proxy answers in the
-server's place, so that C carries on: memory is granted, tensors read as zeros.
+ggml's client ends its process when the server is lost or gives an unexpected answer. The client therefore never
+connects to a server. It connects to this proxy, which forwards all data. When the server is lost, the proxy writes the
+reason to shared memory, which :mod:`ggml_cffi.rpc.connection` checks after each call. From then on the proxy answers in
+the server's place, so that C continues: allocations succeed, and tensors read as zeros.
 
-The proxy is a process and not a thread, because a thread needs the GIL. The thread that holds the GIL may be waiting
-for an answer that only the proxy can give: the garbage collector, for one, runs in any thread and frees remote memory.
+The proxy is a process and not a thread, because a thread needs the GIL. The thread that holds the GIL may itself wait
+for an answer of the proxy. For example, the garbage collector runs in any thread and may free remote memory there.
 
-The process imports this module and :mod:`ggml_cffi.rpc.protocol`, and only the standard library besides. It ends when
-its standard input closes, with the process that started it.
+The process imports only this module, :mod:`ggml_cffi.rpc.protocol` and the standard library. It ends when its standard
+input closes, which also happens when the parent process dies.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import sys
 
 from ggml_cffi.rpc.protocol import ANSWER_HEAD, ANSWERS, DISCONNECT, PROTOCOL, REQUEST_HEAD, STATE_SIZE, Command
 
-_HEAD_SIZE = 64 << 10  # bytes of a message that are read into memory; only weights and activations have more
+_HEAD_SIZE = 64 << 10  # bytes of a message that are read into memory; only messages with tensor data are longer
 _CHUNK = 1 << 20  # bytes of the rest that the kernel moves at a time
 _DUMMY_ADDRESS = 1 << 32  # the address of memory that is granted in the server's place
 _CLOSED = "closed the connection"
 
 
 class ServerLostError(Exception):
-    """The server cannot be used any more; the message says why."""
+    """The loss of the server; the message is the reason."""
 
 
 class Proxy:
@@ -69,7 +69,7 @@ class Proxy:
         return bool(self.state[0])
 
     def lose_server(self, error: Exception) -> None:
-        """Close the connection to the server, and publish the reason before any answer is sent."""
+        """Close the connection to the server. The reason is in shared memory before any answer is sent."""
         if not self.lost:
             text = _reason(error).encode()[: STATE_SIZE - 2]
             self.state[1 : 1 + len(text)] = text
@@ -77,7 +77,7 @@ class Proxy:
             self.server.close()
 
     def run(self) -> None:
-        """Serve one client after the other, until the server was disconnected and no client is left."""
+        """Serve one client after the other, until the server is disconnected and no client is left."""
         while self._wait_for_input(self.listener):
             client, _ = self.listener.accept()
             with client, contextlib.suppress(ConnectionError):
@@ -107,7 +107,7 @@ class Proxy:
     # ------------------------------------------------------------------ waiting
 
     def _wait_for_input(self, source: socket.socket) -> bool:
-        """Wait until ``source`` has data; return False if none will come."""
+        """Wait until ``source`` has data. Return False if none will come."""
         while not (self.disconnected and source is self.listener):
             poll = select.poll()
             for fd in (source, 0) if self.lost else (source, 0, self.server):
@@ -120,7 +120,7 @@ class Proxy:
             else:
                 try:
                     unasked = self.server.recv(1)
-                    self.lose_server(ServerLostError("sent data that nobody had asked for" if unasked else _CLOSED))
+                    self.lose_server(ServerLostError("sent data without a request" if unasked else _CLOSED))
                 except OSError as error:
                     self.lose_server(error)
         return False
@@ -135,7 +135,7 @@ class Proxy:
             raise ServerLostError("was disconnected")
 
     def _read_command(self) -> None:
-        """Disconnect if the parent says so; end this process if the parent has ended."""
+        """Disconnect if the parent sent that command. End this process if the parent has ended."""
         if os.read(0, 1) != DISCONNECT:
             os._exit(0)
         self.disconnected = True
@@ -157,7 +157,7 @@ class Proxy:
             self.lose_server(error)
 
     def _forward_request(self, client: socket.socket, n: int) -> None:
-        """Forward the next ``n`` bytes of the client to the server."""
+        """Forward the next ``n`` bytes from the client to the server."""
         while n and not self.lost:
             left = os.splice(client.fileno(), self.pipe[1], n)
             if not left:
@@ -193,7 +193,7 @@ class Proxy:
             self._forward_answer(client, min(left, _CHUNK))
 
     def _receive(self, command: int, head: bytes, n: int) -> bytes:
-        """Return the next ``n`` bytes of the server, which must follow ``head``."""
+        """Return the next ``n`` bytes from the server, after checking that ``head`` comes first."""
         data = b""
         while len(data) < len(head) + n:
             self._wait_for_server(self.readable)
@@ -209,7 +209,7 @@ class Proxy:
         return data[len(head) :]
 
     def _forward_answer(self, client: socket.socket, n: int) -> None:
-        """Forward the next ``n`` bytes of the server to the client; zeros once the server is lost."""
+        """Forward the next ``n`` bytes from the server to the client, zeros once the server is lost."""
         while n and not self.lost:
             try:
                 self._wait_for_server(self.readable)
@@ -234,7 +234,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_answer(command: int, body: bytes, answer: bytes) -> None:
-    """Raise :class:`ServerLostError` for an answer with which C would end its process."""
+    """Raise :class:`ServerLostError` for an answer that would make C end its process."""
     if command == Command.BUFFER_GET_BASE and not any(answer):
         raise ServerLostError("gave memory without an address")
     if command == Command.ALLOC_BUFFER:
@@ -244,7 +244,7 @@ def _check_answer(command: int, body: bytes, answer: bytes) -> None:
 
 
 def substitute_answer(command: int, body: bytes, size: int) -> bytes:
-    """Return an answer of ``size`` bytes with which C carries on.
+    """Return an answer of ``size`` bytes that lets C continue.
 
     Parameters
     ----------
@@ -275,7 +275,7 @@ def main() -> None:
 
     The arguments are the file descriptors of the listener, the server and the shared memory, and the patience.
     """
-    # These signals are for the parent, which may need the proxy to close in good order.
+    # The parent handles these signals, and may need the proxy to disconnect properly.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     listener, server = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])

@@ -1,4 +1,4 @@
-"""The server's side: offering devices of this machine, in this process or in a process of its own."""
+"""The server's side: devices of this machine offered by this process or by a child process."""
 
 from __future__ import annotations
 
@@ -41,26 +41,28 @@ def serve(
 ) -> None:
     """Offer devices of this machine to one client at a time, until SIGTERM or SIGINT.
 
-    Call this in the main thread of a process of its own: ggml's server cannot be stopped. It goes on in another thread
-    when this function returns, so the caller must end the process with ``os._exit``.
+    Call this function in the main thread of a process of its own. ggml's server cannot be stopped: it continues in
+    another thread after this function returns, so the caller must end the process with ``os._exit``.
 
     Parameters
     ----------
     devices
         Devices or names; default every GPU, or the CPU if there is none.
     host
-        Address to listen on, four numbers. With any other than a loopback address, the default, everybody who reaches
-        it can use the devices, and more: the protocol has no authentication, and a malformed message ends the server.
+        Address to listen on, four numbers; default a loopback address. With any other address, everybody who can reach
+        it can use the devices and may take over the process: the protocol has no authentication. A malformed message
+        ends the server.
     port
-        0 for a free one.
+        Port to listen on, 0 for a free one.
     n_threads
         Threads of the CPU; default all that this process may use.
     cache
-        Folder in which tensors of more than 10 MiB are kept, so that they need not be sent again. It only grows.
+        Folder in which the server keeps tensors of more than 10 MiB, so that clients need not send them again.
+        Nothing is ever deleted from it.
     stop_with_stdin
-        Return also when standard input ends, with the process that holds its other end.
+        True to return also when standard input ends, as it does when the process at its other end ends.
     announce
-        Called with the endpoint before the server listens there.
+        A function that is called with the endpoint before the server listens there.
 
     Raises
     ------
@@ -110,17 +112,17 @@ def serve(
 
 
 def warn_if_open(host: str) -> None:
-    """Warn of an address that other machines can reach.
+    """Warn about an address that other machines can reach.
 
     Raises
     ------
     ValueError
-        If ``host`` is no IPv4 address in numbers: ggml's server takes no other.
+        If ``host`` is not an IPv4 address in numbers, the only form that ggml's server takes.
     """
     try:
         address = ipaddress.IPv4Address(host)
     except ValueError:
-        raise ValueError(f"{host!r} is no address to listen on: use four numbers, such as 127.0.0.1") from None
+        raise ValueError(f"{host!r} is not an address to listen on: use four numbers, such as 127.0.0.1") from None
     if not address.is_loopback:
         warnings.warn(
             f"the RPC server on {host} HAS NO AUTHENTICATION: everybody who can reach it may read its data, use its "
@@ -134,7 +136,7 @@ def _devices_to_offer(devices: Sequence[Device | str] | None) -> list[Device]:
         raise TypeError("devices is a sequence: put the one device in a list")
     if devices is None:
         return [d for d in gpus() if not d.is_remote] or [find_device("CPU")]
-    # Remote names are refused without connecting: a chain of servers would hide that one of them is lost.
+    # Remote names are refused without connecting: in a chain of servers the loss of one would be hidden.
     remote = [d for d in devices if isinstance(d, str) and ":" in d]
     found = [] if remote else [find_device(d) for d in devices]
     remote += [d.name for d in found if d.is_remote]
@@ -146,7 +148,7 @@ def _devices_to_offer(devices: Sequence[Device | str] | None) -> list[Device]:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return ``port``, a free one for 0.
+    """Return ``port``, or a free port for 0.
 
     Raises
     ------
@@ -168,23 +170,23 @@ def _free_port(host: str, port: int) -> int:
 
 
 class Server(Closing):
-    """The command ``ggml-cffi rpc-server`` as a child process. It ends with the ``with``, or with this process.
+    """The command ``ggml-cffi rpc-server`` as a child process, which ends with the ``with`` block or this process.
 
-    The logger ``ggml_cffi.rpc`` gets the lines that it prints.
+    The lines that the server prints go to the logger ``ggml_cffi.rpc``.
 
     Parameters
     ----------
     devices, host, port, n_threads, cache
         As for :func:`serve`; the default port is a free one.
     timeout
-        Seconds until the server must answer.
+        Seconds in which the server must answer.
 
     Raises
     ------
     GgmlError
         If the server ended, with the last lines that it printed, or did not answer in time.
     ValueError
-        If ``host`` is no IPv4 address in numbers.
+        If ``host`` is not an IPv4 address in numbers.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Server(Closing):
             command += ["--threads", str(n_threads)]
         if cache is not None:
             command += ["--cache", os.fspath(cache)]
-        # The child must import this very package, which may not be an installed one.
+        # The child must import this copy of the package, which need not be an installed one.
         root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self.endpoint = ""
@@ -232,7 +234,7 @@ class Server(Closing):
             raise GgmlError(f"the RPC server did not answer within {timeout:g} s")
 
     def _wait_until_ready(self, endpoints: queue.SimpleQueue[str], deadline: float) -> None:
-        """Wait until the server answers, and set :attr:`endpoint`; return without doing so at the deadline."""
+        """Wait until the server answers, and set :attr:`endpoint`. At the deadline, return without setting it."""
         endpoint = ""
         while time.monotonic() < deadline:
             if not self._child.running:

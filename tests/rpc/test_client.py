@@ -110,7 +110,7 @@ def test_nodes_can_be_placed_on_remote_devices(servers, rng):
 
 @pytest.mark.parametrize("dtype", [ggml.F32, ggml.F16, ggml.Q4_0, ggml.Q8_0])
 def test_a_remote_cpu_gives_the_same_values_as_the_local_one(servers, rng, dtype):
-    # ggml asks the server for the size of quantized rows if they are no multiple of 512 elements.
+    # ggml requests the size of quantized rows from the server if they are not a multiple of 512 elements.
     W, X = rng.standard_normal((48, 96), dtype=np.float32), rng.standard_normal((5, 96), dtype=np.float32)
     results = []
     for name in (servers[0], "CPU"):

@@ -1,4 +1,4 @@
-"""Connections: one lock for all threads, freeing that never waits, signals, forks."""
+"""Connections: one lock for all threads, freeing without waiting, signals, forks."""
 
 import threading
 
@@ -41,7 +41,7 @@ def test_closing_while_another_thread_holds_the_lock_frees_later(servers):
     thread.start()
     inside.wait()
     ctx.close()  # returns at once
-    # The lock's holder frees the memory, and nobody else may: only this private list shows when.
+    # Only the thread that holds the lock may free the memory: only this private list shows that it waits.
     assert len(connection._deferred) == 1
     over.set()
     thread.join()

@@ -1,4 +1,4 @@
-"""The handshake: peers that are no servers are refused with a reason."""
+"""The handshake: peers that are not servers are refused with a reason."""
 
 import struct
 
@@ -15,7 +15,7 @@ from tests.support.fake_rpc import Peer, Pretender, Talker
 )
 def test_a_malformed_endpoint_is_refused(endpoint):
     for function in (rpc.connect, rpc.disconnect, rpc.health, rpc.device):
-        with pytest.raises(ValueError, match="is no endpoint"):
+        with pytest.raises(ValueError, match="is not an endpoint"):
             function(endpoint)
 
 
@@ -39,8 +39,8 @@ def test_a_server_that_serves_another_client_is_refused(victim):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "it closed the connection: no ggml RPC server"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no ggml RPC server.*HTTP/1.1"),
+        (b"", "it closed the connection: it is not a ggml RPC server"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a ggml RPC server.*HTTP/1.1"),
         (
             struct.pack("<Q", 28) + bytes([4, 0, 1]).ljust(28, b"\0"),
             r"speaks version 4.0.1 of the protocol, and this client speaks 5",
@@ -61,7 +61,7 @@ def test_a_peer_that_is_no_server_of_this_version_is_refused(text, message):
         ({"DEVICE_COUNT": struct.pack("<QI", 4, 1 << 31)}, "devices"),
         ({"GET_ALIGNMENT": struct.pack("<QQ", 8, 48)}, "impossible sizes"),
         ({"GET_MAX_SIZE": struct.pack("<QQ", 8, 0)}, "impossible sizes"),
-        ({"GET_DEVICE_MEMORY": struct.pack("<Q", 8)}, "is no ggml RPC server"),
+        ({"GET_DEVICE_MEMORY": struct.pack("<Q", 8)}, "is not a ggml RPC server"),
     ],
 )
 def test_a_server_with_impossible_answers_is_refused(answers, message):

@@ -1,4 +1,4 @@
-"""The RPC proxy: a server that is lost at any moment is an exception, and a new one can be connected."""
+"""The RPC proxy: the loss of a server at any moment raises an exception, and a new server can be connected."""
 
 import gc
 import os
@@ -37,7 +37,7 @@ def repeat_until_error(*calls):
         ({"GET_TENSOR": None}, "has been silent for 0.5 s"),
         (
             {"SET_TENSOR": bytes(8), "SET_TENSOR_HASH": struct.pack("<QB", 1, 0)},
-            "answered GET_TENSOR with 0 bytes|sent data that nobody had asked for",
+            "answered GET_TENSOR with 0 bytes|sent data without a request",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Servers: they start, answer and stop; wrong arguments; the command; nothing outlives its parent."""
+"""Servers: start, answers and end; wrong arguments; the command; no process that outlives its parent."""
 
 import signal
 import subprocess
@@ -52,9 +52,9 @@ def test_a_server_that_cannot_start_raises_with_its_output():
 
 @pytest.mark.parametrize("host", ["localhost", "::1", "", "127.0.0.1.5"])
 def test_a_host_that_is_no_ipv4_address_is_refused(host):
-    with pytest.raises(ValueError, match="is no address to listen on"):
+    with pytest.raises(ValueError, match="is not an address to listen on"):
         rpc.Server(host=host)
-    with pytest.raises(ValueError, match="is no address to listen on"):
+    with pytest.raises(ValueError, match="is not an address to listen on"):
         rpc.serve(host=host)
 
 
@@ -114,7 +114,7 @@ def test_the_command_refuses_a_wrong_host():
         [sys.executable, "-m", "ggml_cffi", "rpc-server", "--host", "localhost"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("ggml-cffi: 'localhost' is no address")
+    assert done.stderr.startswith("ggml-cffi: 'localhost' is not an address")
 
 
 def test_server_and_proxy_die_with_a_process_that_is_killed():
