@@ -1,4 +1,4 @@
-"""The arguments of the commands that load a model, and the loading with a progress bar."""
+"""Arguments of the commands that load a model, and the function that loads it with a progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output that several commands share: progress bars, the placement of a model, its speed."""
+"""Output of several commands: progress bars, and the placement and the speed of a model as text."""
 
 from __future__ import annotations
 

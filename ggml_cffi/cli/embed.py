@@ -18,7 +18,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "-t", "--text", nargs="+", action="extend", help="texts to embed (default: each line of standard input)"
     )
-    command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: one line of JSON each)")
+    command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: lines of JSON)")
     command.add_argument("--pooling", help="mean, cls or last (default: the pooling that the model was trained with)")
     command.add_argument("--raw", action="store_true", help="do not normalize the vectors to length 1")
     command.add_argument("--devices", help="names, separated by commas (default: every GPU, then the CPU)")

@@ -20,7 +20,7 @@ def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
     files = commands.add_parser("gguf", help="inspect GGUF files").add_subparsers(required=True, metavar="ACTION")
     command = files.add_parser("show", help="print metadata and tensors")
-    command.add_argument("file", help="a GGUF file; of a split model the first")
+    command.add_argument("file", help="a GGUF file; the first file of a split model")
     command.add_argument("--metadata", action="store_true", help="only the metadata")
     command.add_argument("--tensors", action="store_true", help="only the tensors")
     command.add_argument("--json", action="store_true", help="print JSON, with values at full length")

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has gone: an error message would only disturb
+        sys.stderr.close()  # the program that read the output has ended, which is not an error
         return 0
     except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError, ImportError) as error:
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)

@@ -15,13 +15,13 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
     command = commands.add_parser("quantize", help="write a model with its weights in another type")
-    command.add_argument("source", metavar="IN", help="a GGUF file; of a split model the first")
+    command.add_argument("source", metavar="IN", help="a GGUF file; the first file of a split model")
     command.add_argument("target", metavar="OUT", help="the file to write")
     command.add_argument("--type", required=True, dest="dtype", help="such as q4_k, q8_0, iq4_xs, bf16")
     command.add_argument(
-        "--only", action="append", metavar="PATTERN", help='convert only tensors like this, e.g. "blk.*.ffn_*"'
+        "--only", action="append", metavar="PATTERN", help='convert only tensors with such names, e.g. "blk.*.ffn_*"'
     )
-    command.add_argument("--keep", action="append", metavar="PATTERN", help="do not convert tensors like this")
+    command.add_argument("--keep", action="append", metavar="PATTERN", help="do not convert tensors with such names")
     command.add_argument("--imatrix", metavar="FILE", help="importance of each column, from llama-imatrix")
     command.add_argument("--max-size", type=_parse_size, metavar="SIZE", help="split files larger than this, e.g. 2G")
     command.add_argument("--threads", type=int, help="threads to use (default: all)")
@@ -36,7 +36,7 @@ def _parse_size(text: str) -> int:
     try:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500M or 2G") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 2G") from None
 
 
 def _quantize(args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def register(commands: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from ggml_cffi import rpc
 
-    # Warnings of a command are for its user, who needs no line of source code.
+    # Python's default format shows a line of source code, which is of no use to the command's user.
     warnings.showwarning = lambda message, *_rest, **_more: print(f"WARNING: {message}", file=sys.stderr, flush=True)
     rpc.serve(
         parse_devices(args.devices),

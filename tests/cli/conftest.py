@@ -1,4 +1,4 @@
-"""A GGUF file, and the commands in this process."""
+"""Fixtures of the commands' tests: a GGUF file, and a function that runs a command in this process."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def path(tmp_path, rng):
 
 @pytest.fixture
 def run_main(capsys):
-    """Return a function that runs a command in this process, and returns its output, or its one line of error."""
+    """Return a function that runs a command in this process and returns its output, or its line of error."""
 
     def run(*arguments, code=0):
         assert cli.main([str(a) for a in arguments]) == code

@@ -1,4 +1,4 @@
-"""The command ``gguf show``: what it prints of metadata and tensors. Errors of both commands for GGUF files."""
+"""The command ``gguf show``: metadata and tensors as text and as JSON, and the errors of ``gguf`` and ``quantize``."""
 
 import json
 import os
