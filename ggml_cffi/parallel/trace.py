@@ -52,7 +52,7 @@ class ParallelTrace(Closing):
     ) -> None:
         self.backends = tuple(backends)
         self.ranks = list(ranks)
-        """What was traced for each device."""
+        """The traces, one for each device."""
         self.step_graphs: list[StepGraphs] = []
         """Graphs of each device."""
         try:

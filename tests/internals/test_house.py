@@ -177,6 +177,20 @@ def test_docstrings_begin_with_a_verb_or_a_noun_phrase(name):
     assert not bad
 
 
+SENTENCE = re.compile(r"(?:^|[.!?] )((?:What|Who|Whom|Which|Whether|How|Those that)\b[^.?!]{0,60})")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_sentence_opens_with_a_question_word(name):
+    """Sentences of docstrings, those of attributes included, name their subject first."""
+    texts = (
+        " ".join(node.value.value.split())
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+    assert not [opening for text in texts for opening in SENTENCE.findall(text)]
+
+
 def _is_noun(line: str) -> bool:
     return NOUN_FIRST.match(line) is not None
 

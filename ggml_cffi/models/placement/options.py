@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ggml_cffi.enums import Type
 
-#: How layers are divided: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
+#: The division of layers: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
 Balance = str | Sequence[float]
 
 #: Ways to split a model over devices.

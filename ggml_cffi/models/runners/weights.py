@@ -145,7 +145,7 @@ class Weights(Closing):
         self.caches: list[list[LayerCache]] = []
         """For each layer the keys and values: one entry for each device of its stage."""
         self.placement = [DevicePlacement(b) for b in backends]
-        """What each device holds."""
+        """Contents of each device."""
         self.context = Context() if context is None else context
         self._dry = isinstance(self.context, DryRunContext)
         self._whole_attention = whole_attention

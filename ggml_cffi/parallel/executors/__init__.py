@@ -1,8 +1,8 @@
-"""Executors: how the graphs of a program's steps are submitted to one or several devices.
+"""Executors submit the graphs of a program's steps to one or several devices.
 
 Three classes have one interface (``base``): ``Turns`` (one thread), ``Threads`` (a thread for each device) and
 ``RecordAhead`` (the next step is recorded while the devices compute this one, and results are polled in host memory).
-``choose`` picks one. What is special about ggml's Vulkan is in ``record_ahead``.
+``choose`` picks one. Only ``record_ahead`` depends on the inside of ggml's Vulkan.
 """
 
 from ggml_cffi.parallel.executors.base import Executor, Freeze, Step, StepMaker, Steps
