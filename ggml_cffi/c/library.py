@@ -3,7 +3,7 @@
 The core (``base``, ``cpu``, ``ggml``) is looked for in ``$GGML_CFFI_LIBRARY_PATH``, in the package's own ``lib/``
 (filled by ``build_lib.sh``), in the ``libggml-python`` wheel and among the system's libraries, in that order. The
 first place whose version is the right one wins. Plug-ins (``vulkan``, ``rpc``) come from the same place, and are
-loaded only when asked for: no GPU driver is touched before.
+loaded on first use only: until then, no GPU driver is loaded.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _load_core() -> None:
 
 
 def _open_core(folder: str | None) -> dict[str, Any]:
-    """Open base, cpu and ggml from ``folder`` and check that they are what the declarations describe."""
+    """Open base, cpu and ggml from ``folder``, and check that they match the declarations."""
     base = ffi.dlopen(_path(folder, "ggml-base"))
     version = ffi.string(base.ggml_version()).decode()
     if version != GGML_VERSION:
@@ -145,7 +145,7 @@ def _open_core(folder: str | None) -> dict[str, Any]:
 
 
 def _score(variant: str) -> int:
-    """Ask a CPU variant how well it fits this machine: 0 means not at all."""
+    """Return a CPU variant's score on this machine; 0 if it cannot run here."""
     import ctypes  # only a portable build needs it
 
     try:
@@ -172,7 +172,7 @@ def _load_plugin(name: str) -> None:
         raise _missing[name]
     try:
         path = _path(_place, f"ggml-{name}")
-        library = ffi.dlopen(path)  # says why, where ggml's own loader would only log it
+        library = ffi.dlopen(path)  # raises with the reason, which ggml's own loader would only log
     except OSError as error:
         _missing[name] = LibraryNotFoundError(
             f"the {name} plug-in of ggml cannot be loaded: {error}. "

@@ -9,7 +9,7 @@ from typing import Any
 from ggml_cffi.c._decl import ffi
 from ggml_cffi.enums import LogLevel
 
-# The levels DEBUG, WARNING and ERROR of logging, which is imported with the library, not with this package.
+# Levels DEBUG, WARNING and ERROR of logging, a module that is imported with the library, not with this package.
 _DEBUG, _WARNING, _ERROR = 10, 30, 40
 _LEVELS = {
     LogLevel.DEBUG: _DEBUG,

@@ -1,8 +1,8 @@
-"""Objects that own C memory, and what moves data between them.
+"""Objects that own C memory, and transfers of data between them.
 
-Devices and backends to compute with, buffers and contexts to keep data in, tensors, and transfers between devices. The
-modules below have more: element types, shapes, locks, threads, and text for terminals. The function ``device`` is
-exported by :mod:`ggml_cffi`, since here it would hide the module of that name.
+This package exports devices, backends, buffers, contexts, tensors and transfers between devices. Further modules hold
+element types, shapes, locks, threads, and text for terminals. :mod:`ggml_cffi` exports the function ``device``, since
+here it would hide the module of that name.
 """
 
 from ggml_cffi.core.backend import Backend, open_backend, open_backends

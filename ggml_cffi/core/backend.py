@@ -1,4 +1,4 @@
-"""Backends: an opened device, with its own stream of work."""
+"""Backends: opened devices, each with its own stream of work."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Backend(Handle):
         """The device that was opened."""
         # Backends of one GPU share its staging buffer; backends of the CPU share nothing.
         self.lock = DeviceLock() if self.device.is_cpu else device_lock(self.device.ptr)
-        """Lock that is held while work is queued: ggml allows one thread at a time."""
+        """Lock to hold while work is queued: ggml allows one thread at a time per backend."""
         if n_threads is not None and not self.device.is_cpu:
             raise ValueError(f"n_threads is for the CPU: {self.device.name} takes no number of threads")
         if n_threads is not None:
@@ -62,8 +62,8 @@ class Backend(Handle):
         super().__init__(pointer, partial(_free, self._pool, self._abort_flag), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
-            # After each node, ggml's CPU backend calls a C function that tells whether to stop. ggml_is_empty serves:
-            # abort() makes this tensor empty. A function in Python would cost microseconds a node.
+            # ggml's CPU backend calls a C function after each node, and stops if it returns true. Here this is
+            # ggml_is_empty: abort() makes the tensor empty. A Python function would cost microseconds per node.
             is_empty = c.ffi.cast("ggml_abort_callback", c.ggml_is_empty)
             c.ggml_backend_cpu_set_abort_callback(pointer, is_empty, self._abort_flag)
 
@@ -97,7 +97,7 @@ class Backend(Handle):
 
     @property
     def buffer_type(self) -> BufferType:
-        """The buffer type that the backend computes in."""
+        """The default buffer type of the backend."""
         return BufferType(c.ggml_backend_get_default_buffer_type(self.ptr))
 
     def supports_buffer_type(self, buffer_type: BufferType) -> bool:
@@ -107,24 +107,24 @@ class Backend(Handle):
     def abort(self) -> None:
         """Stop the run in progress after its current node, from any thread: it raises :class:`AbortedError`.
 
-        Only the CPU can stop. Nothing happens where nothing runs.
+        Only the CPU can stop a run. The call has no effect if no run is in progress.
 
         C: ``ggml_backend_cpu_set_abort_callback``.
         """
         if not self.device.is_cpu:
             raise ValueError(f"only the CPU can stop a run, not {self.name}")
         self.ptr  # noqa: B018 - raises when closed
-        # First the flag, then ``aborting``: a run that starts in between stops, and the next run clears both.
+        # The flag is set before ``aborting``: a run that starts in between stops, and the next run clears both.
         self._abort_flag.ne[0] = 0
         self.aborting = True
 
     def clear_abort(self) -> None:
-        """Forget an earlier :meth:`abort`: called at the start of each run."""
+        """Clear an earlier :meth:`abort`. Each run begins with this call."""
         self.aborting = False
         self._abort_flag.ne[0] = 1
 
     def synchronize(self) -> None:
-        """Wait for all work given to this backend. C: ``ggml_backend_synchronize``."""
+        """Wait for all work queued on this backend. C: ``ggml_backend_synchronize``."""
         keep = self.owner  # another thread may close the backend meanwhile
         with self.lock:
             c.ggml_backend_synchronize(keep.cell[0])
@@ -154,7 +154,7 @@ def _free(pool: list[Any], _abort_flag: Any, pointer: Any) -> None:
 
 
 def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int | None = None) -> list[Backend]:
-    """Open devices in order, by default every GPU; the CPU, which takes what no GPU can, is added last if missing.
+    """Open devices in order, by default every GPU. A missing CPU is added last, for the work that no GPU can do.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
         for which in gpus() if chosen is None else chosen:
             opened.append(Backend(which))
         if any(b.device.is_cpu for b in opened[:-1]):
-            raise ValueError("the CPU comes last: it takes what no device before it can compute or has room for")
+            raise ValueError("the CPU comes last: it does the work that the devices before it cannot compute or hold")
         if not opened or not opened[-1].device.is_cpu:
             opened.append(Backend("CPU"))
         if n_threads is not None:
@@ -190,7 +190,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
 
 
 def open_backend(which: Backend | Device | str | int) -> tuple[Backend, bool]:
-    """Return ``which`` as a backend, and whether it was opened here, so that the caller must close it."""
+    """Return a backend of ``which``, and True if this call opened it and the caller must therefore close it."""
     if isinstance(which, Backend):
         return which, False
     return Backend(which), True

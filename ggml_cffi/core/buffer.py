@@ -16,7 +16,7 @@ from ggml_cffi.errors import OutOfMemoryError
 
 
 class BufferType:
-    """A kind of memory, such as a device's own or pinned host memory. Never freed; two objects for one are equal."""
+    """A kind of memory, such as a device's own or pinned host memory. Two objects for one buffer type are equal."""
 
     __slots__ = ("ptr",)
 
@@ -26,7 +26,7 @@ class BufferType:
 
     @classmethod
     def of(cls, which: BufferType | Device | str) -> BufferType:
-        """Return ``which`` itself, or the default buffer type of the device that it is or names."""
+        """Return ``which`` if it is a buffer type, else the default buffer type of that device."""
         if isinstance(which, cls):
             return which
         found = device(which)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ class BufferType:
 
     @property
     def alignment(self) -> int:
-        """Bytes that the start of every tensor is a multiple of."""
+        """Alignment of tensors in bytes: each starts at a multiple of it."""
         return c.ggml_backend_buft_get_alignment(self.ptr)
 
     @property
@@ -115,7 +115,7 @@ class Buffer(Handle):
                 if not pointer:
                     raise OutOfMemoryError(f"{kind.name} has no room for a buffer of {size:,} bytes")
                 self._adopt(pointer, free, (), usage)
-                c.ggml_backend_buffer_get_base(pointer)  # asks a server once, while the lock is held
+                c.ggml_backend_buffer_get_base(pointer)  # one request to a server, while the lock is held
             if zero:
                 with lock:
                     c.ggml_backend_buffer_clear(pointer, 0)
@@ -169,7 +169,7 @@ class Buffer(Handle):
 
     @classmethod
     def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
-        """Return a buffer of a device over host memory, which the device reads and writes itself; None if it cannot.
+        """Return a device's buffer over host memory that the device reads and writes itself; None if it cannot.
 
         Parameters
         ----------
@@ -180,7 +180,7 @@ class Buffer(Handle):
         """
         found = device(which)
         view = c.ffi.from_buffer(memory, require_writable=True)
-        # ggml's Vulkan backend can, but does not report it. For a backend that cannot, ggml would call a null pointer.
+        # ggml's Vulkan backend can import memory, but does not report it. Others might call a null pointer.
         if not (found.capabilities.buffer_from_host_ptr or found.name.startswith("Vulkan")):
             return None
         check_process(found)
@@ -194,7 +194,7 @@ class Buffer(Handle):
 
     @property
     def guard(self) -> AbstractContextManager[Any]:
-        """Lock to hold while the memory is used: the device's, none for host memory."""
+        """The device's lock, to hold while the memory is used; host memory needs none."""
         return nullcontext() if self.is_host else device_lock(self.buffer_type.device.ptr)
 
     @property
@@ -223,7 +223,7 @@ class Buffer(Handle):
         return int(c.ffi.cast("uintptr_t", c.ggml_backend_buffer_get_base(self.ptr)))
 
     def close(self) -> None:
-        """Release the memory. Its tensors can no longer be used. It is freed once no scheduler computes with it."""
+        """Release the memory. Tensors in it can no longer be used. C frees it once no scheduler computes with it."""
         if self._on_close and not self.closed:
             self._on_close(self)
         super().close()

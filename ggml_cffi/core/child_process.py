@@ -2,9 +2,9 @@
 
 All of them share these rules:
 
-* A child is in a session of its own: Ctrl-C in a terminal reaches the parent only, which decides.
-* A child dies with its parent. It watches a lifeline that closes with the parent, however the parent ends: its standard
-  input, or a socket of its own. (``PR_SET_PDEATHSIG`` would end it with the thread that started it.)
+* A child is in a session of its own: Ctrl-C in a terminal reaches the parent only, and the parent decides what to stop.
+* A child ends when its parent ends. It watches a lifeline, which is its standard input or a socket. However the parent
+  ends, the lifeline closes. (``PR_SET_PDEATHSIG`` would end the child with the thread that started it.)
 * A process that is forked from the parent closes its copies of the lifelines. They would otherwise keep the child alive
   after the parent.
 * A thread reads the lines that the child writes, and keeps the last of them for error messages.
@@ -15,8 +15,8 @@ The three users differ in their lifeline and in their output, each for a reason:
   captured, together with a socket of log records, in one thread so that their order is kept.
 * An RPC server's lifeline is standard input: it is the command ``ggml-cffi rpc-server``, which a shell can start as
   well. Both of its outputs are captured, because it announces its address on stdout.
-* An RPC proxy's lifeline is standard input, which carries one command too. Its output is not captured: it reports in
-  shared memory, since a thread for each connection would only cost memory.
+* An RPC proxy's lifeline is standard input, which also carries one command. Its output is not captured: the proxy
+  reports in shared memory, which saves a reading thread for each connection.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ChildProcess:
         Name of the child in thread names.
     capture
         The output whose lines are kept: ``"stderr"``, ``"output"`` for stdout and stderr together, None for neither.
-        An output that is not captured is the parent's. Without a capture stdout is discarded.
+        With ``"stderr"``, the child writes to the parent's stdout. With None, its stdout is discarded, and it writes
+        to the parent's stderr.
     lifeline
         True to give the child a pipe as standard input that closes with this process; False for an empty one.
     env
@@ -121,7 +122,7 @@ class ChildProcess:
 
     @property
     def end_reason(self) -> str:
-        """The way in which the process ended, as words: ``"exited with status 3"``, ``"was killed by SIGSEGV"``."""
+        """Description of the process's end: ``"exited with status 3"``, ``"was killed by SIGSEGV"``."""
         code = self.exit_code
         if code is None:
             return "is running"
@@ -247,7 +248,7 @@ class _OutputReader(threading.Thread):
         return data
 
     def _read_packets(self) -> bool:
-        """Pass on all packets that have arrived. Return False if no more will come."""
+        """Pass all packets that have arrived to ``on_packet``. Return False if no more will come."""
         assert self._packets is not None
         while True:
             try:

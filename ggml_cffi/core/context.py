@@ -50,7 +50,7 @@ class Context(Handle):
 
     _serial = 0
     readable: ClassVar[bool] = True
-    """True if tensors with a buffer have values too; False in a dry run."""
+    """True if tensors with a buffer have values; False in a dry run, which reserves no memory."""
 
     def __init__(self) -> None:
         self._chunks = [_chunk(_FIRST_CHUNK)]
@@ -70,7 +70,7 @@ class Context(Handle):
         """Number of rows that each integer tensor of row numbers may refer to, by C pointer."""
         Context._serial += 1
         self.serial = Context._serial
-        """A number that is larger for contexts made later."""
+        """Serial number: a context that was made later has a larger one."""
         super().__init__(self._chunks[0], partial(_free_chunks, self._chunks))
 
     def new_tensor(self, dtype: Type | str | int | npt.DTypeLike, shape: Sequence[int], *, name: str = "") -> Tensor:
@@ -81,7 +81,7 @@ class Context(Handle):
         dtype
             Element type.
         shape
-            Up to 4 sizes in numpy's order, the contiguous axis last. The last must be whole blocks of ``dtype``.
+            Up to 4 sizes in numpy's order, the contiguous axis last. The last size must be whole blocks of ``dtype``.
         name
             At most 63 bytes are kept.
 
@@ -98,7 +98,7 @@ class Context(Handle):
         shape = check_shape(shape)
         ne = ne_of(shape)
         if dtype in dtypes.INTERNAL:
-            raise TypeError(f"{dtype.name} is a format inside ggml's products: tensors cannot have it")
+            raise TypeError(f"{dtype.name} is an internal format of ggml's matrix products: no tensor can have it")
         check_bytes(dtype, ne)
         tensor = self.build(c.ggml_new_tensor, len(shape), dtype, 4, c.ffi.new("int64_t[4]", ne))
         if name:
@@ -139,9 +139,9 @@ class Context(Handle):
     def build(
         self, function: Callable[..., Any], ndim: int, *args: Any, n: int = 1, head: Head | None = None
     ) -> Tensor:
-        """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. The caller has checked.
+        """Call a C builder that makes at most ``n`` tensors here, and wrap the last one. Arguments are not checked.
 
-        ``function`` gets the C context before ``args``. A ``head`` that is known to be the result's saves reading it.
+        ``function`` gets the C context before ``args``. ``head`` is the result's, if known; it is then not read from C.
         """
         with self._lock:
             if self._room < n:
@@ -169,7 +169,7 @@ class Context(Handle):
 
     @property
     def n_tensors(self) -> int:
-        """Tensors made so far, or a few more."""
+        """Number of tensors made so far; it may be a few too high."""
         return self._capacity - self._room
 
     def use(self, other: Context) -> None:
@@ -207,7 +207,7 @@ class Context(Handle):
         *,
         usage: Usage = Usage.ANY,
     ) -> list[Buffer]:
-        """Give tensors memory on a device, zeroed.
+        """Allocate tensors in zeroed memory of a device.
 
         Parameters
         ----------
@@ -307,7 +307,7 @@ class Context(Handle):
         self._buffers.remove(buffer)
         pointer = buffer.ptr
         for t in self.tensors():
-            # A tensor whose memory was released is not a tensor without memory: only the latter may become an input.
+            # A scheduler takes tensors without memory for inputs. Released tensors are recorded here, to be refused.
             if t.ptr.buffer == pointer:
                 self._released.add(t.ptr)
 

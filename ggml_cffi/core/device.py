@@ -1,4 +1,4 @@
-"""Devices: processors and GPUs to compute on, those of remote servers included.
+"""Devices: the CPU and GPUs of this machine, and the devices of remote servers.
 
 >>> import ggml_cffi
 >>> for device in ggml_cffi.devices():
@@ -33,7 +33,7 @@ class _Remote(NamedTuple):
     lock: RemoteLock
 
 
-_remote: dict[Any, _Remote] = {}  # by C pointer; devices of a lost server stay, as they do in C
+_remote: dict[Any, _Remote] = {}  # by C pointer; entries of a lost server stay, as its devices do in C
 
 
 def device_lock(pointer: Any) -> Lock:
@@ -64,13 +64,13 @@ class Capabilities:
     """Abilities of a device besides computing. C: ``ggml_backend_dev_caps``."""
 
     asynchronous: bool
-    """True if it computes while the caller goes on."""
+    """True if it computes asynchronously, while the caller continues."""
     host_buffer: bool
     """True if it has pinned host memory, which transfers faster."""
     buffer_from_host_ptr: bool
     """True if it can use memory that the host allocated."""
     events: bool
-    """True if its backends can wait for one another without the host."""
+    """True if it has events: its backends can wait for one another without the host."""
     mmap_support: bool
     """True if it can load weights from a file mapping."""
 
@@ -190,7 +190,7 @@ def gpus() -> list[Device]:
 
 
 def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:
-    """List a device of a server for as long as the server is there."""
+    """Add a device of a server to :func:`devices`, which lists it until the server is lost or disconnected."""
     with registry_lock:
         _remote[pointer] = _Remote(name, description, lock)
         _transfer_locks[pointer] = lock

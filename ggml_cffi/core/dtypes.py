@@ -139,7 +139,7 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float
         if array.size and array.dtype != want and (array.min() < info.min or array.max() > info.max):
             raise ValueError(f"values from {array.min()} to {array.max()} do not fit {dtype.name}")
     if dtype in INTERNAL:
-        raise TypeError(f"{dtype.name} is a format inside ggml's products; no tensor is quantized to it")
+        raise TypeError(f"{dtype.name} is an internal format of ggml's matrix products: no tensor can have it")
     plain = np.ascontiguousarray(array, dtype=want)
     if has_numpy(dtype):
         return plain

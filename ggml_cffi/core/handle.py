@@ -1,8 +1,8 @@
 """Ownership of C objects.
 
-A :class:`Handle` owns one C object. Closing the handle gives the object up. C frees the object as soon as no object
-that was made from it is left. Each object keeps the objects that it was made from alive, so handles may be closed in
-any order. At interpreter exit the remaining objects are freed newest first.
+A :class:`Handle` owns one C object. Closing the handle releases the object, which is freed once no other object depends
+on it: each object keeps alive the objects that it was made from. So handles may be closed in any order. At interpreter
+exit the remaining objects are freed, the newest first.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Handle(Closing):
 
     @property
     def ptr(self) -> Any:
-        """The C pointer, for use with :mod:`ggml_cffi.c`. It stays ours: do not free it.
+        """The C pointer, for use with :mod:`ggml_cffi.c`. The handle frees it: do not free it yourself.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class Handle(Closing):
         return ClosedError(f"this {name} is closed")
 
     def close(self) -> None:
-        """Give the object up. Closing twice is allowed. C frees the object once nothing uses it."""
+        """Release the C object, which is freed once nothing uses it. Closing twice is allowed."""
         # The pointer goes first, so that a finalizer that calls this again finds the handle closed.
         self._cell, owner = _CLOSED, getattr(self, "_owner", None)
         self._owner = None

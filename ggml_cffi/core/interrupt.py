@@ -22,12 +22,12 @@ _guard = threading.Lock()  # held while a signal is read and acted upon
 
 
 def begin(stop: Callable[[], None]) -> bool:
-    """Make Ctrl-C call ``stop`` until :func:`end`. Return False if that is not possible; then do not call `end`."""
+    """Call ``stop`` on Ctrl-C until :func:`end`. Return False if that is not possible; then do not call ``end``."""
     if threading.current_thread() is not _MAIN:
         return False
     pipe = _pipe if _pipe is not None and _pid == os.getpid() else _listen()
     before = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
-    if before not in (-1, pipe[1]):  # ours may be left from a run that a signal's exception interrupted
+    if before not in (-1, pipe[1]):  # an exception of a signal handler may have left ours
         signal.set_wakeup_fd(before)
         return False
     with _guard:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class DeviceLock(RLock):  # type: ignore[misc]  # the stubs call it final; it is not
-    """A reentrant lock of a local device, which cannot be lost, and for whose work ggml itself waits."""
+    """A reentrant lock of a local device. Such a device cannot be lost, and ggml itself waits for its work."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class RemoteLock(ABC):
 
     @abstractmethod
     def acquire(self, blocking: bool = True) -> bool:
-        """Lock, also if the server is lost; return whether it was locked."""
+        """Acquire the lock, even if the server is lost; return False if another thread holds it."""
 
     @abstractmethod
     def release(self) -> None:
@@ -104,12 +104,12 @@ class Locks:
             lock.check()
 
     def acquire(self) -> None:
-        """Lock, also if a server is lost."""
+        """Acquire all locks, even if a server is lost."""
         for lock in self._locks:
             lock.acquire()
 
     def release(self) -> None:
-        """Unlock all of them, also when one raises."""
+        """Release all locks, even if one raises."""
         raised = None
         for lock in reversed(self._locks):
             try:
@@ -128,9 +128,9 @@ class Locks:
 def free_when_unlocked(
     locks: Sequence[RemoteLock], function: Callable[[Any], None], keep: Sequence[Any], pointer: Any
 ) -> None:
-    """Call ``function(pointer)``, which frees memory of servers, once nobody holds ``locks``.
+    """Call ``function(pointer)``, which frees memory of servers, once no thread holds ``locks``.
 
-    This never waits: the garbage collector frees in any thread, whatever locks that thread holds.
+    The call never waits, because the garbage collector may make it in any thread, with any locks held.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def free_when_unlocked(
                 break
             held.append(lock)
         else:
-            if not any(lock.broken for lock in locks):  # then C would end the process: better never freed
+            if not any(lock.broken for lock in locks):  # if broken, C would end the process: the memory is not freed
                 function(pointer)
     finally:
         for taken in reversed(held):

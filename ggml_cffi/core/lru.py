@@ -19,7 +19,7 @@ V = TypeVar("V", bound=Closes)
 
 
 class LRU(Generic[K, V]):
-    """The ``size`` last used values by key. A value that falls out is closed.
+    """The ``size`` last used values by key. The cache closes each value that it removes.
 
     Not thread-safe: callers hold a lock of their own.
     """
@@ -35,7 +35,7 @@ class LRU(Generic[K, V]):
         return self._values.get(key)
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """Return the value of ``key``, made by ``make`` if it is not there, and close the one used longest ago."""
+        """Return the value of ``key``. If it is missing, make it, and close the least recently used beyond ``size``."""
         found = self._values.get(key)
         if found is None:
             found = self._values[key] = make()

@@ -1,4 +1,4 @@
-"""Sets of operations that several packages ask about."""
+"""Sets of operations that several packages use."""
 
 from ggml_cffi.enums import Op
 

@@ -16,7 +16,7 @@ class TensorOperators:
     __slots__ = ()
     ndim: int
 
-    __array_ufunc__ = None  # numpy then leaves array + tensor to __radd__ and its kind
+    __array_ufunc__ = None  # numpy then leaves array + tensor to __radd__, and so on
     __iter__ = None  # a loop over rows would build one node per row, which is almost always a mistake
 
     def __add__(self, other: Any) -> Any:

@@ -41,7 +41,7 @@ def check_bytes(dtype: Type, ne: Sequence[int]) -> None:
 
 
 def ne_of(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return a numpy shape in ggml's order, filled up with ones."""
+    """Return a numpy shape in ggml's order, padded with ones to four sizes."""
     return (*reversed(shape), *(1,) * (4 - len(shape)))
 
 

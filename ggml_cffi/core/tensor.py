@@ -30,7 +30,7 @@ _OP_NONE = int(Op.NONE)
 class Tensor(TensorMetadata, TensorOperators):
     """A tensor of a :class:`Context`, made by :meth:`Context.new_tensor` or by an operation.
 
-    A tensor owns nothing: it dies with its context. Two objects for one tensor are equal.
+    A tensor owns nothing: it is valid until its context is closed. Two objects for one tensor are equal.
     """
 
     __slots__ = ()
@@ -282,7 +282,7 @@ class Tensor(TensorMetadata, TensorOperators):
         return min(found) if found else None
 
     def check_row_numbers(self, raw: npt.NDArray[np.uint8]) -> None:
-        """Raise ``ValueError`` if ``raw`` holds row numbers that an operation on this tensor could not look up."""
+        """Raise ``ValueError`` if ``raw`` holds row numbers that are out of range for an operation on this tensor."""
         limit = self._row_limit()
         if limit is None or not raw.size:
             return

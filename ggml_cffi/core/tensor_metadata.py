@@ -119,7 +119,7 @@ class TensorMetadata:
     @name.setter
     def name(self, name: str) -> None:
         if "\0" in name:
-            raise ValueError(f"a tensor's name cannot contain the character 0, but {name!r} does")
+            raise ValueError(f"a tensor's name cannot contain a null character, but {name!r} does")
         c.ggml_set_name(self.ptr, name.encode())
 
     @property
@@ -177,7 +177,7 @@ class TensorMetadata:
 
     def __len__(self) -> int:
         if not self.ndim:
-            raise TypeError("a tensor of no axes has no length")
+            raise TypeError("a tensor without axes has no length")
         return self.shape[0]
 
     def __eq__(self, other: object) -> bool:

@@ -10,7 +10,7 @@ _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def clean(text: str) -> str:
-    """Return ``text`` with U+FFFD for characters that control a terminal or that XML forbids: names come from files."""
+    """Replace characters that control a terminal, or that XML forbids, by U+FFFD: names in files may contain them."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""Numbers of threads of the CPU: the default, and the check of a number that a caller gives."""
+"""Number of CPU threads: the default, and the check of a number that a caller gives."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def default_threads() -> int:
 
 
 def check_threads(n: int) -> int:
-    """Return ``n`` if a CPU backend can have so many threads.
+    """Return ``n`` if it is a number of threads that a CPU backend can have.
 
     Raises
     ------
     ValueError
-        If it cannot.
+        If ``n`` is out of range.
     """
     if not isinstance(n, int) or not 1 <= n <= c.GGML_MAX_N_THREADS:
         raise ValueError(f"n_threads must be 1 to {c.GGML_MAX_N_THREADS}, not {n}")

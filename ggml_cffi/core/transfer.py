@@ -51,9 +51,9 @@ class HostBlock(Closing):
     def __init__(self, size: int, devices: Iterable[Device | str]) -> None:
         if size <= 0:
             raise ValueError(f"size must be at least 1 byte, not {size}")
-        page = 64 << 10  # larger than any device's granularity that is known
+        page = 64 << 10  # at least the granularity of every known device
         self.memory = mmap.mmap(-1, -(-size // page) * page)
-        """The memory as the processor sees it."""
+        """The block as host memory."""
         self.buffers: dict[Device, Buffer] = {}
         """The block as a buffer of each device."""
         for which in devices:
@@ -76,7 +76,7 @@ def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: D
     Raises
     ------
     OutOfMemoryError
-        If there is not enough.
+        If there is not enough memory.
 
     C: ``ggml_backend_dev_host_buffer_type``.
     """
@@ -95,7 +95,7 @@ def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: D
 def transfer(
     src: Tensor, dst: Tensor, backends: Sequence[Backend] = (), *, block: HostBlock | None = None, chunk: int = _CHUNK
 ) -> None:
-    """Copy the values of ``src`` to ``dst``, on other devices or the same, and wait.
+    """Copy the values of ``src`` to ``dst``, on the same device or another, and wait.
 
     Parameters
     ----------
@@ -104,8 +104,8 @@ def transfer(
     backends
         Backends of the two devices, to copy in order with their other work; default opened for this call.
     block
-        Host memory of two chunks to copy through; default allocated for this call, which takes about as long as
-        copying it.
+        Host memory of two chunks to copy through. Default: allocated for this call, which takes about as long as
+        the copy.
     chunk
         Bytes per chunk.
 

@@ -1,7 +1,7 @@
 """Upload of weights from a file to devices, as fast as the file can be read.
 
 Several threads upload to a device that imports host memory. Each thread copies a chunk of the file into its own part
-of such memory, and the device reads the chunk from there. While one chunk is on its way, other threads read the next.
+of such memory, and the device reads the chunk from there. During the transfer, other threads read the next chunks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 
 _CHUNK = 8 << 20
-_THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory pay, which take about 30 ms to set up
+_THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory save more than the 30 ms of their setup
 _THREADS = 8  # for each device, if there are so many processors: each copies about 3 GB/s out of a file mapping
 
 
@@ -104,7 +104,7 @@ class _Uploader:
 
     @classmethod
     def to(cls, backend: Backend, jobs: Sequence[Job], n_devices: int) -> _Uploader | None:
-        """Return the uploader of one device of ``n_devices``; None where threads do not pay or are not possible."""
+        """Return the uploader of one device of ``n_devices``; None where threads save no time or are not possible."""
         has_integers = any(job.tensor.dtype in INTEGERS for job in jobs)  # may be row numbers, which set_bytes checks
         wide = any(job.data.ndim == 2 and job.data.shape[1] > _CHUNK for job in jobs)
         if has_integers or wide or backend.device.is_cpu or sum(job.data.size for job in jobs) < _THREADS_PAY:
@@ -141,7 +141,7 @@ class _Uploader:
         self._found.put(end)
 
     def reports(self) -> Iterator[int]:
-        """Yield numbers of bytes as they are uploaded, until all are."""
+        """Yield the number of bytes of each uploaded chunk, until all are uploaded."""
         running = len(self._started)
         while running:
             item = self._found.get()

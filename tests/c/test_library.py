@@ -1,4 +1,4 @@
-"""The loader: what is loaded when, from where, and what is said when there is nothing."""
+"""The loader: the time of loading, the search path, and the error message if nothing is found."""
 
 import re
 import shutil
@@ -167,6 +167,6 @@ def test_wheel_with_libraries_works_in_an_empty_venv(tmp_path):
 
 
 def test_import_loads_no_slow_module():
-    """What takes longer to import than this package, and is needed by few calls, comes with those calls."""
+    """Modules that import slowly, and that few calls need, are imported by those calls."""
     done = run_python("import sys, numpy; a = set(sys.modules); import ggml_cffi; print(*sorted(set(sys.modules) - a))")
     assert not {"asyncio", "concurrent.futures", "socket", "ssl", "logging", "tokenizers"} & set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""Lifetimes: any order, twice, never, at exit, after a fork."""
+"""Handles closed in any order, twice, never, at interpreter exit, and after a fork."""
 
 import gc
 import itertools
@@ -15,7 +15,7 @@ from tests.support import need, run_python
 
 
 def open_all(device):
-    """One of everything that depends on something, with a graph that is computed."""
+    """Open one object of each class, connected by a graph that is computed."""
     backend = ggml.Backend(device)
     weights, work = ggml.Context(), ggml.Context()
     w = weights.new_tensor(ggml.F32, (4, 8))
@@ -70,7 +70,7 @@ def test_tensors_die_with_their_context():
 
 
 def test_the_scheduler_keeps_what_it_computes_with():
-    """Closing a buffer in use frees it only when the scheduler lets go, and later use is an error, not a crash."""
+    """A closed buffer is freed only once the scheduler releases it, and later use raises instead of crashing."""
     with ggml.Context() as weights, ggml.Context() as work, ggml.Scheduler(["CPU"]) as scheduler:
         w = weights.new_tensor(ggml.F32, (4, 8))
         (buffer,) = weights.alloc("CPU", usage=ggml.Usage.WEIGHTS)
@@ -138,7 +138,7 @@ def test_thousand_rounds_leave_nothing_behind():
 
 
 def resident():
-    """Bytes of this process in memory."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

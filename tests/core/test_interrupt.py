@@ -11,7 +11,7 @@ import asyncio, os, signal, threading, time
 import numpy as np
 import ggml_cffi as ggml
 
-N, STEPS = 384, 20_000  # half a minute or so, if nothing stops it
+N, STEPS = 384, 20_000  # about half a minute without an interrupt
 
 def chain(x, steps):
     y = x
@@ -26,16 +26,16 @@ def interrupt(after=0.5):
 
 def check(sent):
     late = time.perf_counter() - sent
-    assert late < 60, late  # it came, and not only when the run was over
+    assert late < 60, late  # the exception came during the run, not at its end
 
 def nothing_left():
     assert signal.set_wakeup_fd(-1) == -1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 class Run:
-    # A graph that takes `steps` products, on the CPU.
+    # A graph of `steps` products on the CPU.
     def __init__(self, steps):
-        self.cpu = ggml.Backend("CPU", n_threads=2)  # as slow on large machines
+        self.cpu = ggml.Backend("CPU", n_threads=2)  # equally slow on large machines
         self.ctx, self.s = ggml.Context(), ggml.Scheduler([self.cpu])
         self.x = self.ctx.new_tensor("f32", (N, N))
         self.y = chain(self.x, steps)
@@ -121,7 +121,7 @@ def test_ctrl_c_stops_a_session():
 
 
 def test_ctrl_c_raises_while_the_main_thread_waits_for_a_future():
-    """Ctrl-C is the main thread's: the run in the session's thread is stopped by whoever catches it."""
+    """Ctrl-C raises in the main thread only: the run in the session's thread continues until it is cancelled."""
     child("""
     with ggml.Session(["CPU"]) as session:
         f = session.compile(chain)
@@ -140,7 +140,7 @@ def test_ctrl_c_raises_while_the_main_thread_waits_for_a_future():
 
 
 def test_an_applications_signal_handler_decides():
-    """With a handler of the user's own, the run goes on to its end."""
+    """With a signal handler of the application, the run continues to its end."""
     child("""
     got = []
     signal.signal(signal.SIGINT, lambda *_: got.append(1))
@@ -181,7 +181,7 @@ def test_another_wakeup_descriptor_is_respected():
 
 
 def test_ctrl_c_does_not_stop_a_run_in_another_thread():
-    """A run in another thread goes on, and the main thread has its exception at once."""
+    """A run in another thread continues, and the main thread raises at once."""
     child("""
     run, done = Run(1500), []
     thread = threading.Thread(target=lambda: (run(), done.append(1)))
@@ -234,7 +234,7 @@ def test_asyncio_cancels_the_awaited_task():
 
 
 def test_ctrl_c_stops_a_run_inside_the_event_loop():
-    """asyncio has a handler of its own, which cancels the task: the run itself goes on to its end."""
+    """asyncio has its own signal handler, which cancels the task: the run itself continues to its end."""
     child("""
     run = Run(400)
     async def main():
@@ -265,7 +265,7 @@ def test_a_signal_handler_of_the_event_loop_is_called():
 
 
 def test_no_exception_is_lost_in_a_callback():
-    """The main thread is one of ggml's: handlers of signals run in it, and may raise, on any line of an operation."""
+    """ggml computes in the main thread too, where a signal handler may raise on any line of a Python operation."""
     child("""
     class Timeout(Exception):
         pass

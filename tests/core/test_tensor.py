@@ -1,4 +1,4 @@
-"""Contexts and tensors: shapes, types, data in and out."""
+"""Contexts and tensors: shapes, types, reading and writing of values."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_shapes_are_numpys(shape):
         ("q4_k", (100,), ValueError, "blocks of 256"),
         ("q4_2", (32,), TypeError, "no element type for 'q4_2'; it has F32"),
         (4, (32,), TypeError, "no element type for 4"),
-        ("q8_k", (256,), TypeError, "inside ggml's products"),
+        ("q8_k", (256,), TypeError, "internal format of ggml's"),
         (31, (32,), TypeError, "no element type"),
         (True, (32,), TypeError, "no element type"),
         (np.complex64, (32,), TypeError, "no element type"),
@@ -131,7 +131,7 @@ def test_host_memory_can_be_viewed():
         assert t.numpy()[1, 2] == 42
         with pytest.raises(ValueError, match="take a copy"):
             q.numpy(copy=False)
-    assert view[1, 2] == 42  # the view keeps the memory
+    assert view[1, 2] == 42  # the view keeps the memory alive
 
 
 def test_device_memory_cannot_be_viewed(two_gpus):
@@ -191,7 +191,7 @@ def test_a_tensor_larger_than_memory_raises():
 
 
 def test_a_tensor_may_be_larger_than_the_maximum_buffer(devices):
-    """``max_size`` is where buffers are cut, no limit for a single tensor."""
+    """``max_size`` limits buffers of several tensors, not a single tensor."""
     with ggml.Context() as ctx:
         small = [ctx.new_tensor("i8", (1000,)) for _ in range(3)]
         kind = ggml.BufferType.of(devices[0])

@@ -1,4 +1,4 @@
-"""Data between devices, pinned memory, DLPack."""
+"""Transfers between devices, pinned memory, DLPack."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_tensors_are_copied_between_any_two_devices(two_gpus, pair, dtype, n, rn
 
 
 def test_a_host_block_is_reused_by_several_transfers(two_gpus, rng):
-    """What was prepared is used again; sizes that are no multiple of the chunk, views, backends of one's own."""
+    """One block serves transfers of several sizes and of views, with backends of the caller."""
     a, b = two_gpus
     with (
         ggml.Context() as ctx,

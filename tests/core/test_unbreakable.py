@@ -1,4 +1,4 @@
-"""Ways in which a reviewer broke the process, or got wrong numbers: each is an error, or right, now."""
+"""Calls that once ended the process or returned wrong numbers: each now raises, or returns the right numbers."""
 
 import mmap
 import threading
@@ -89,7 +89,7 @@ def test_views_that_overlap_raise(ctx):
 
 
 def test_row_numbers_are_checked_on_every_way_of_writing(ctx):
-    """The limit holds whoever writes them, and whenever."""
+    """Row numbers are checked however they are written: through views, other contexts, graphs and new memory."""
     with ggml.Context() as other:
         a, r = made(ctx, "f32", (3, 8)), made(ctx, "i32", (4,))
         early = r.numpy(copy=False)
@@ -240,7 +240,7 @@ VIEWS_ANYWHERE = {
 
 @pytest.mark.parametrize("name", VIEWS_ANYWHERE)
 def test_views_that_start_anywhere_are_computed_on_the_cpu(devices, name, rng):
-    """ggml's Vulkan ends the process on most; they run on the CPU."""
+    """ggml's Vulkan backend ends the process on most of these operations, so the CPU computes them."""
     values = rng.standard_normal((4, 8)).astype(np.float32)
     found = []
     for on in (devices, ("CPU",)):
@@ -254,7 +254,7 @@ def test_a_view_that_starts_anywhere_cannot_be_placed_on_a_gpu(ctx, two_gpus):
     y = ggml.soft_max(ggml.view(ctx.new_tensor("f32", (8,)), (4,), offset=4))
     with ggml.Scheduler(two_gpus) as s, ggml.Graph(y) as g:
         s.place(y, two_gpus[0])
-        with pytest.raises(ggml.UnsupportedOpError, match="a view that starts where GPUs cannot: use cont, or the CPU"):
+        with pytest.raises(ggml.UnsupportedOpError, match="a view at an offset that GPUs do not support: use cont"):
             s.alloc(g)
 
 
@@ -302,7 +302,7 @@ def in_threads(work, n=2):
 
 
 def test_two_threads_compute_graphs_across_devices(two_gpus):
-    """ggml's transfers between GPUs share a buffer that it does not guard."""
+    """ggml's transfers between GPUs share a buffer without a lock."""
 
     def work(k):
         rng = np.random.default_rng(k)
@@ -491,7 +491,7 @@ def test_products_of_float_matrices_on_gpus_are_accurate_to_f16(devices, rng):
 
 
 def test_schedulers_of_other_threads_come_and_go_while_a_graph_is_made(ctx):
-    """Each graph looks through those that schedulers hold, of which another thread may add one meanwhile."""
+    """A new graph is compared with all held graphs, to which another thread may add one meanwhile."""
     x = ctx.new_tensor("f32", (4,))
 
     class Nodes(frozenset):

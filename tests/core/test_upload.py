@@ -1,4 +1,4 @@
-"""Weights that several threads stream to devices: every byte arrives, progress is told, errors end it."""
+"""Uploads by several threads: every byte arrives, progress is reported, and an error ends the upload."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggml_cffi.core.upload import Job, upload
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Pieces that cut small tensors in several."""
+    """Make chunks so small that the small tensors of these tests have several."""
     monkeypatch.setattr(uploads, "_CHUNK", 1 << 16)
     monkeypatch.setattr(uploads, "_THREADS_PAY", 1)
 
@@ -26,7 +26,7 @@ def backends():
 
 
 def jobs_on(ctx, backends, rng):
-    """Tensors of odd sizes on all devices, whole and columns of wider ones, with what they are to hold."""
+    """Return jobs of odd sizes on all devices, some from columns of wider arrays; and the tensors' expected values."""
     jobs, wanted = [], []
     for backend in backends:
         for rows, columns in ((300, 256), (1000, 65), (7, 3), (1, 1)):
@@ -82,7 +82,7 @@ def test_an_exception_of_progress_ends_the_upload(backends, rng):
         jobs, wanted = jobs_on(ctx, backends, rng)
         with pytest.raises(KeyboardInterrupt):
             upload(jobs, backends, stop)
-        upload(jobs, backends)  # and it can begin again
+        upload(jobs, backends)  # a new upload works
         for t, values in wanted:
             np.testing.assert_array_equal(t.numpy(), values)
 
