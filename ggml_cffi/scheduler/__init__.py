@@ -1,7 +1,7 @@
 """Graphs, and the scheduler that computes them over several backends.
 
 A :class:`Graph` has the nodes that some outputs need. A :class:`Scheduler` checks a graph, orders its nodes so that
-GPUs overlap, gives it memory and runs it; splits, copies and sizes of the graph held can be inspected.
+GPUs overlap, allocates and runs it. It also reports the splits, copies and buffer sizes of the graph that it holds.
 """
 
 from ggml_cffi.scheduler.graph import Graph, steps

@@ -1,4 +1,4 @@
-"""Pre-flight checks: graphs that ggml would end the process on when it schedules or runs them."""
+"""Pre-flight checks of graphs: without them, ggml would end the process when it schedules or runs a bad graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ggml_cffi.enums import Op
 from ggml_cffi.errors import UnsupportedOpError
 from ggml_cffi.scheduler.graph import Graph
 
-#: Operations whose GPU kernels take operands that start anywhere. Others end the process, or read wrong data.
+#: Operations whose GPU kernels take operands at any offset. Other kernels end the process, or read wrong data.
 _START_ANYWHERE = frozenset(
     {Op.ADD, Op.SUB, Op.MUL, Op.DIV, Op.SCALE, Op.SQR, Op.SQRT, Op.SIN, Op.COS, Op.LOG, Op.UNARY, Op.GLU, Op.CLAMP}
     | {Op.RMS_NORM, Op.NORM, Op.L2_NORM, Op.SUM, Op.SUM_ROWS, Op.MEAN, Op.CUMSUM, Op.REPEAT, Op.CONCAT, Op.DIAG}
@@ -22,7 +22,7 @@ _START_ANYWHERE = frozenset(
 )
 
 
-#: Bytes of one tensor that a kernel can read on any GPU, by Vulkan's specification; some GPUs allow no more.
+#: Bytes of one tensor that kernels on every GPU can read, by Vulkan's specification. Some GPUs cannot read more.
 _READ_ANYWHERE = 2**27
 
 
@@ -34,7 +34,7 @@ def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
     """Return nodes that only the CPU can compute although other backends claim to, each with the reason."""
     alignment = max((b.buffer_type.alignment for b in backends if not b.device.is_cpu), default=1)
     found = {
-        p: "reads or writes a view that starts where GPUs cannot: use cont, or the CPU"
+        p: "reads or writes a view at an offset that GPUs do not support: use cont, or the CPU"
         for p in graph.node_pointers()
         if p.op not in _START_ANYWHERE
         and p.op not in VIEWS
@@ -53,7 +53,7 @@ def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
 
 
 def _can_be_sent(p: Any, cpu: Any) -> bool:
-    """Return whether a server can compute a node. It claims to compute all, so this machine's CPU answers."""
+    """Return whether a server can compute a node. Servers claim to compute all, so this machine's CPU is asked."""
     return all(fits_in_32_bits(t) for t in (p, *p.src) if t) and bool(c.ggml_backend_dev_supports_op(cpu, p))
 
 
@@ -63,7 +63,7 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
     Raises
     ------
     ValueError
-        If none can read a buffer, or a tensor was placed on another device than its memory is on.
+        If no backend can read a buffer, or a tensor was placed on another device than its memory is on.
     UnsupportedOpError
         If a tensor is larger than its device's kernels can read.
     """
@@ -96,7 +96,10 @@ def check_memory(graph: Graph, backends: Sequence[Backend], placed: Mapping[Any,
 def check_ops(
     graph: Graph, backends: Sequence[Backend], placed: Mapping[Any, Backend], moved: Mapping[Any, str]
 ) -> None:
-    """Check that a backend can compute each node: the one it was placed on, or one that reads its memory, or any.
+    """Check that some backend can compute each node.
+
+    For a node that was placed, this is the backend of its placement. For a node with memory, it is any backend that can
+    read the memory; for another node, any backend.
 
     ``moved`` has the nodes that only the CPU can compute, each with the reason.
 

@@ -30,7 +30,7 @@ class Graph(Handle):
     ValueError
         Without outputs, or if no output has to be computed, or a scheduler holds some of the tensors.
     ClosedError
-        If an output's context, or one whose tensors it needs, is closed.
+        If the context of an output, or of a tensor that an output needs, is closed.
 
     C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
     """

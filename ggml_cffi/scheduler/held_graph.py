@@ -19,14 +19,14 @@ _TENSOR = "struct ggml_tensor"
 _SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
 _BUFFER = c.ffi.offsetof(_TENSOR, "buffer")
 
-#: Seconds that Ctrl-C may have to wait for a run on the CPU. Only longer runs are guarded.
+#: Longest delay of Ctrl-C in seconds: if the last run on the CPU took longer, Ctrl-C stops the next one.
 _CTRL_C_DELAY = 0.05
 
 
 class HeldGraph:
     """A graph while a scheduler works with it.
 
-    Making one saves the fields of the graph's tensors that ggml overwrites; :meth:`restore` writes them back.
+    The constructor saves the fields of the graph's tensors that ggml overwrites; :meth:`restore` writes them back.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ class HeldGraph:
             self._saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
         self._calls: list[Any] = []
         self._cpu: Backend | None = None
-        self._seconds = _CTRL_C_DELAY  # of the last run; until it is known, as if it were long
+        self._seconds = _CTRL_C_DELAY  # duration of the last run; the first counts as long
 
     def hold(self, cpu: Backend | None) -> None:
         """Mark the tensors as in use by a scheduler, so that no other takes them.
@@ -74,7 +74,7 @@ class HeldGraph:
             ctx.held.pop(self, None)
 
     def sources(self) -> Iterator[tuple[Any, list[Any]]]:
-        """Yield every node with its own operands, in whose place ggml may have put copies; None for one left out."""
+        """Yield every node with its own operands, not the copies that ggml put in their place; None if omitted."""
         pointers = c.ffi.typeof("struct ggml_tensor *[]")
         by_tensor = dict(zip(self.graph.members, self._saved, strict=True))
         for p in self.graph.node_pointers():
@@ -120,7 +120,7 @@ class HeldGraph:
             self._seconds = perf_counter() - began
             for call in calls:
                 if call.error is not None:
-                    # The call lives as long as its context: the error's traceback would keep this graph with it.
+                    # The call lives as long as its context, and the error's traceback would keep this graph alive.
                     error, call.error = call.error, None
                     raise error
         if status:

@@ -1,4 +1,4 @@
-"""Questions about the graph that a scheduler holds: assignment, splits, copies and sizes."""
+"""Inspection of the graph that a scheduler holds: assignment, splits, copies and sizes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class SchedulerInspection(Handle):
 
     @property
     def graph(self) -> Graph | None:
-        """The graph held."""
+        """The held graph."""
         held = self._held
         return None if held is None else held.graph
 
     @property
     def held(self) -> HeldGraph:
-        """The graph held, with its state.
+        """The held graph, with its state.
 
         Raises
         ------
@@ -47,7 +47,7 @@ class SchedulerInspection(Handle):
         return held
 
     def find_backend(self, backend: Backend | str | Any) -> Backend:
-        """Return the backend of this scheduler that ``backend`` is, names or points to in C.
+        """Return the scheduler's backend that is given as an object, by its name or by its C pointer.
 
         Raises
         ------
@@ -60,11 +60,11 @@ class SchedulerInspection(Handle):
         raise ValueError(f"{backend!r} is not one of this scheduler's: {', '.join(b.name for b in self.backends)}")
 
     def backend_at(self, pointer: Any) -> Backend:
-        """Return the backend that ggml assigned the node at a C pointer to: for callers that hold :attr:`lock`."""
+        """Return the backend that ggml assigned the node at a C pointer to. The caller holds :attr:`lock`."""
         return self.find_backend(c.ggml_backend_sched_get_tensor_backend(self.ptr, pointer))
 
     def backend_of(self, tensor: Tensor) -> Backend:
-        """Return the backend that ggml assigned ``tensor`` of the graph held to.
+        """Return the backend that ggml assigned ``tensor`` of the held graph to.
 
         Raises
         ------
@@ -79,23 +79,23 @@ class SchedulerInspection(Handle):
             return self.backend_at(tensor.ptr)
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
-        """Return every node of the graph held with its backend, in order, without views, which compute nothing."""
+        """Return the nodes of the held graph in order, with their backends. Views compute nothing and are omitted."""
         with self.lock:
             return [(t, self.backend_at(t.ptr)) for t in self.held.graph.nodes if t.op not in VIEWS]
 
     @property
     def splits(self) -> list[Split]:
-        """The splits of the graph held, in order of computation."""
+        """The splits of the held graph, in order of computation."""
         with self.lock:
             return self.splits_of(self.held.graph)
 
     def splits_of(self, graph: Graph) -> list[Split]:
-        """Return the splits of ``graph``, which ggml has split: for callers that hold :attr:`lock`."""
+        """Return the splits of ``graph``, which ggml has split. The caller holds :attr:`lock`."""
         return [Split(*found) for found in find_splits(graph.nodes, self.backend_at)]
 
     @property
     def copies(self) -> list[tuple[Tensor, Backend]]:
-        """The tensors that each run of the graph held copies between backends, each with its target."""
+        """The tensors that each run of the held graph copies between backends, each with its target."""
         with self.lock:
             held = self.held
             found = find_copies(held.sources(), self.backend_at)
@@ -103,7 +103,7 @@ class SchedulerInspection(Handle):
 
     @property
     def n_splits(self) -> int:
-        """Number of splits of the graph held. C: ``ggml_backend_sched_get_n_splits``."""
+        """Number of splits of the held graph. C: ``ggml_backend_sched_get_n_splits``."""
         with self.lock:
             self.held  # noqa: B018 - raises when nothing is held
             return c.ggml_backend_sched_get_n_splits(self.ptr)

@@ -13,7 +13,7 @@ from ggml_cffi.scheduler.graph import Graph
 
 
 class Observed(Tensor):
-    """A node that was just computed: until the run goes on, its values can be read even if it is an intermediate."""
+    """A node that was just computed. Until the run continues, its values can be read, even those of an intermediate."""
 
     __slots__ = ("live",)
     live: bool
@@ -28,7 +28,7 @@ class Observer:
 
     def __init__(self, graph: Graph, function: Callable[[Tensor], object], only: Collection[Tensor] | None) -> None:
         if not callable(function):
-            raise TypeError(f"observe is a function of a tensor, not {type(function).__name__}")
+            raise TypeError(f"observe must be a function of a tensor, not {type(function).__name__}")
         self.graph = graph
         self.function = function
         self.only = None if only is None else {t.ptr for t in only}

@@ -33,7 +33,7 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
     last = None
     for k in range(len(stages)):
         # The device of the last split does not come first, since both would become one split; for the same reason
-        # the only device of the next stage does not come last. The CPU comes last: its work delays starting others.
+        # the only device of the next stage does not come last. The CPU comes last: its work delays the start of others.
         next_devices = set(stages[k + 1]) if k + 1 in stages else set()
         alone = next(iter(next_devices)) if len(next_devices) == 1 else None
         for here in sorted(stages[k], key=lambda b: (b == last, b == cpu, b != alone, b)):
@@ -43,7 +43,7 @@ def overlapping(nodes: Sequence[Any], backend_of: Mapping[Any, int], cpu: int) -
 
 
 def dependencies(nodes: Sequence[Any]) -> list[list[Any]]:
-    """Return the nodes that each node must come after: its operands, and users of memory that one of them writes."""
+    """Return the nodes that each node must follow: its operands, and earlier users of memory that either one writes."""
     known = set(nodes)
     touched: dict[Any, list[Any]] = defaultdict(list)  # by owner of the memory: users since the last write
     written: dict[Any, Any] = {}

@@ -12,7 +12,7 @@ from ggml_cffi.scheduler.graph import Graph
 
 
 class Placements:
-    """The backends of tensors for which ggml is not free to choose."""
+    """The backends of the tensors for which ggml must not choose one."""
 
     __slots__ = ("_by_hand", "cpu_only", "pinned")
 
@@ -53,7 +53,7 @@ class Placements:
             del self._by_hand[p]
 
     def apply(self, scheduler: Any, graph: Graph, cpu: Backend) -> None:
-        """Reset the C scheduler, and tell it the placements of the tensors of ``graph``.
+        """Reset the C scheduler, and set the placements of the tensors of ``graph`` in it.
 
         C: ``ggml_backend_sched_reset``, ``ggml_backend_sched_set_tensor_backend``.
         """

@@ -47,7 +47,7 @@ def graph_owners(graph: Graph) -> list[Owner]:
 
 
 def keep_second_operands(graph: Graph) -> None:
-    """Keep ggml from writing a result over an operand that the operation still reads after it has begun to write."""
+    """Mark operands that are read while the result is written, so that ggml does not put the result over them."""
     for p in graph.node_pointers():
         if p.op in _READS_SECOND_OPERAND_LAST:
             second = p.src[1]
@@ -78,10 +78,10 @@ def uses_cpu(scheduler: Any, graph: Graph, backends: Sequence[Backend]) -> bool:
 
 
 def prime(scheduler: Any, backends: Sequence[Backend]) -> None:
-    """Make ggml allocate a buffer on each backend, by a graph of one number on each.
+    """Allocate a buffer on each backend, through a graph with one number on each.
 
-    An empty tensor needs a buffer with an address. Without one, ggml would place it in a buffer that does not exist
-    if the graphs before needed none, or take it for a tensor that was not placed.
+    An empty tensor needs a buffer with an address. If no earlier graph needed memory, ggml would put the tensor into a
+    buffer that does not exist, or treat it as not allocated.
     """
     with Context() as ctx:
         nodes = [ctx.build(c.ggml_dup, 1, ctx.new_tensor(Type.F32, (1,)).ptr) for _ in backends]

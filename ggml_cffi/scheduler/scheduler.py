@@ -39,9 +39,9 @@ from ggml_cffi.scheduler.splits import Split
 if TYPE_CHECKING:
     from ggml_cffi.viz import Profile, Report
 
-_MAX_SIZE = 2**22  # ggml sets 20 KB of addresses aside for each
+_MAX_SIZE = 2**22  # ggml reserves 20 KB of address space for each
 
-#: Owners of schedulers that were forgotten while they computed: never freed, since a device still writes there.
+#: Owners of schedulers that were never closed and were still computing: not freed, since devices write to them.
 _abandoned: list[Owner] = []
 
 #: A tensor, host memory, bytes from the start of the tensor, number of bytes.
@@ -59,7 +59,7 @@ class Scheduler(SchedulerInspection):
     parallel
         Keep four copies of the inputs, so that several runs can be in flight (pipeline parallelism).
     op_offload
-        Let GPUs compute large batches with weights that are in host memory.
+        Compute large batches on GPUs even if the weights are in host memory.
     overlap
         Compute the nodes in an order in which several GPUs work at once, where the graph allows it and none of its
         nodes was placed by hand. False keeps the order in which the graph was built.
@@ -116,7 +116,7 @@ class Scheduler(SchedulerInspection):
                 backend.close()
             raise
         self.lock = threading.RLock()
-        """Lock that every call holds. Hold it from a run until its outputs are read if other threads run it too."""
+        """Lock that every call holds. If other threads run the scheduler too, hold it until the outputs are read."""
         self.placements = Placements()
         """The placements of tensors; see :meth:`place`."""
         self._held: HeldGraph | None = None
@@ -145,7 +145,7 @@ class Scheduler(SchedulerInspection):
         self._primed = False
         keep = [b.owner for b in self.backends]  # another thread may close the backends meanwhile
         pointers = c.ffi.new("ggml_backend_t[]", [b.ptr for b in self.backends])
-        # The hash table holds nodes and leaves, and fills up with copies: twice the tensors leaves room.
+        # The hash table holds nodes, leaves and copies: twice the number of tensors is enough.
         pointer = c.ggml_backend_sched_new(
             pointers, c.NULL, len(self.backends), 2 * self._capacity, self.parallel, self.op_offload
         )
@@ -157,7 +157,7 @@ class Scheduler(SchedulerInspection):
     # ------------------------------------------------------------------ placement
 
     def place(self, tensor: Tensor, backend: Backend | str) -> None:
-        """Compute ``tensor``, or keep an input, on ``backend`` from the next :meth:`alloc` on.
+        """Compute ``tensor``, or store it if it is an input, on ``backend`` from the next :meth:`alloc` on.
 
         The placement stays until it is changed or :meth:`unplace` is called.
 
@@ -184,7 +184,7 @@ class Scheduler(SchedulerInspection):
     def reserve(self, graph: Graph) -> dict[Backend, int]:
         """Make room for ``graph``, usually the largest to come, so that later graphs fit without reallocation.
 
-        The graph itself does not change. A graph held before is released.
+        The graph itself does not change. A previously held graph is released.
 
         Returns
         -------
@@ -210,9 +210,9 @@ class Scheduler(SchedulerInspection):
             return self.buffer_sizes()
 
     def reserve_size(self, graph: Graph) -> dict[Backend, int]:
-        """Return the bytes that :meth:`reserve` would take on each backend. A graph held is released.
+        """Return the bytes that :meth:`reserve` would take on each backend. A held graph is released.
 
-        Inputs without memory get memory all the same, as in :meth:`alloc`.
+        Inputs without memory are allocated, as in :meth:`alloc`.
 
         C: ``ggml_backend_sched_reserve_size``.
         """
@@ -232,7 +232,7 @@ class Scheduler(SchedulerInspection):
             return dict(zip(self.backends, sizes, strict=True))
 
     def split_graph(self, graph: Graph) -> list[Split]:
-        """Return the splits that ``graph`` would have, without memory for its results. A graph held is released.
+        """Return the splits that ``graph`` would have, without memory for its results. A held graph is released.
 
         C: ``ggml_backend_sched_split_graph``.
         """
@@ -248,7 +248,7 @@ class Scheduler(SchedulerInspection):
                 c.ggml_backend_sched_reset(self.ptr)
 
     def alloc(self, graph: Graph) -> None:
-        """Assign every node to a backend and give every tensor of ``graph`` memory. A graph held before is released.
+        """Assign every node of ``graph`` to a backend, and allocate its tensors. A previously held graph is released.
 
         Inputs (leaves without memory) get memory of their own, zeroed, on the backend that they were placed on, else
         on the preferred backend. Set them after this call, once or before each run.
@@ -272,7 +272,7 @@ class Scheduler(SchedulerInspection):
             try:
                 if self.overlap and len(self.backends) > 2 and not self.placements.concern(graph):
                     prepare.order_for_overlap(self.ptr, prepared, self.backends, self.placements)
-                # alloc_graph does not notice when memory runs out, and crashes; reserve reports it.
+                # ggml's alloc_graph crashes if memory runs out; its reserve reports it.
                 self._reserve(graph)
                 prepared.restore()
                 self.placements.apply(self.ptr, graph, self.backends[-1])
@@ -331,7 +331,7 @@ class Scheduler(SchedulerInspection):
         self._reserved = True
 
     def reset(self) -> None:
-        """Release the graph held. Its inputs keep their memory and values; its other results can no longer be read.
+        """Release the held graph. Its inputs keep their memory and values; its other results can no longer be read.
 
         C: ``ggml_backend_sched_reset``.
         """
@@ -357,7 +357,7 @@ class Scheduler(SchedulerInspection):
         observe: Callable[[Tensor], object] | None = None,
         only: Collection[Tensor] | None = None,
     ) -> None:
-        """Compute the graph held, and wait. A graph is allocated first if none is held.
+        """Compute the held graph, and wait. A graph is allocated first if none is held.
 
         Parameters
         ----------
@@ -394,7 +394,7 @@ class Scheduler(SchedulerInspection):
                     raise observer.error
 
     def compute_async(self, graph: Graph | None = None) -> None:
-        """Start computing the graph held and return; :meth:`synchronize` waits. Errors as :meth:`compute`.
+        """Start computing the held graph and return; :meth:`synchronize` waits. Errors as :meth:`compute`.
 
         C: ``ggml_backend_sched_graph_compute_async``.
         """
@@ -410,7 +410,7 @@ class Scheduler(SchedulerInspection):
                     self._locks.wait()
 
     def replay(self, inputs: Iterable[Transfer], outputs: Iterable[Transfer]) -> None:
-        """Set inputs, compute the graph held, and get outputs under one lock, without checks.
+        """Set inputs, compute the held graph, and get outputs under one lock, without checks.
 
         C: ``ggml_backend_tensor_set``, ``ggml_backend_sched_graph_compute``, ``ggml_backend_tensor_get``.
         """
@@ -422,7 +422,7 @@ class Scheduler(SchedulerInspection):
                 c.ggml_backend_tensor_get(*transfer)
 
     def compute_held(self, start: Callable[[Any, Any], int] | None = None) -> None:
-        """Compute the graph held: for callers that hold :attr:`lock` and :meth:`exclusive`.
+        """Compute the held graph. The caller holds :attr:`lock` and :meth:`exclusive`.
 
         ``start`` is ``ggml_backend_sched_graph_compute`` (default), which waits, or its asynchronous counterpart.
         """
@@ -441,7 +441,7 @@ class Scheduler(SchedulerInspection):
         self._locks.wait()
 
     def _ready(self, graph: Graph | None) -> Graph:
-        """Return the graph held, which is ``graph`` if one is given; allocate that if none is held."""
+        """Return the held graph, which is ``graph`` if one is given; allocate that if none is held."""
         if self._held is None:
             self.ptr  # noqa: B018 - raises when closed
             if graph is None:
@@ -459,13 +459,13 @@ class Scheduler(SchedulerInspection):
         return self._locks.plain
 
     def report(self) -> Report:
-        """Return splits, copies and memory of the graph held; ``str()`` of it is a table. See :mod:`ggml_cffi.viz`."""
+        """Return splits, copies and memory of the held graph; ``str()`` of it is a table. See :mod:`ggml_cffi.viz`."""
         from ggml_cffi import viz
 
         return viz.report(self)
 
     def draw(self, path: str | PathLike[str] | None = None) -> str:
-        """Return the graph held as an SVG document, and write it to ``path``. See :func:`ggml_cffi.viz.svg`."""
+        """Return the held graph as an SVG document, and write it to ``path``. See :func:`ggml_cffi.viz.svg`."""
         from ggml_cffi import viz
 
         return viz.svg(self, path)

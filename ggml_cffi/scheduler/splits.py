@@ -27,13 +27,13 @@ class CopyPlan(NamedTuple, Generic[B]):
     target: B
     """The backend that needs it."""
     user: Any
-    """C pointer of the first node that needs it there; later nodes find it."""
+    """C pointer of the first node that needs it there; later nodes use the same copy."""
 
 
 def find_splits(nodes: Iterable[Tensor], backend_of: Callable[[Any], B | None]) -> list[tuple[B, list[Tensor]]]:
-    """Return runs of neighbouring nodes on one backend, views left out, since they compute nothing.
+    """Group consecutive nodes on one backend. Views, which compute nothing, are left out.
 
-    ggml begins a further split where one would have too many inputs.
+    ggml divides a group further if it would have too many inputs.
 
     Parameters
     ----------

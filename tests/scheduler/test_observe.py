@@ -1,4 +1,4 @@
-"""Watching runs, and what the scheduler says of a graph."""
+"""Observation of runs, and inspection of scheduled graphs."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import ggml_cffi as ggml
 
 @pytest.fixture
 def chain(rng):
-    """Four steps on a small input."""
+    """Build a chain of four operations on a small input."""
     with ggml.Context() as ctx:
         x = ctx.new_tensor("f32", (4, 16))
         a = ggml.scale(x, 2.0)
@@ -63,7 +63,7 @@ def test_an_exception_or_false_stops_the_run(chain, two_gpus):
 
         with pytest.raises(KeyError, match="mine"):
             s.compute(observe=fail)
-        with pytest.raises(TypeError, match="observe is a function of a tensor, not int"):
+        with pytest.raises(TypeError, match="observe must be a function of a tensor, not int"):
             s.compute(observe=3)
         s.compute()
         np.testing.assert_allclose(nodes[3].numpy(), (3 * values + 1.5).reshape(16, 4), rtol=1e-5, atol=1e-5)
@@ -101,7 +101,7 @@ def test_reserve_size_takes_no_memory(devices):
             assert sum(s.buffer_sizes().values()) == 0
             assert s.reserve(graph) == sizes
             assert sum(sizes.values()) >= 256 * 64 * 4
-            # ggml frees a buffer that is larger than what it is asked about: that must not hurt what comes next.
+            # For a smaller graph, ggml frees the larger buffer: later runs must work all the same.
             small = ggml.scale(ctx.new_tensor("f32", (2, 2)), 2.0)
             with ggml.Graph(small) as other:
                 s.reserve_size(other)

@@ -1,4 +1,4 @@
-"""The order in which two devices work at once."""
+"""Orders of nodes in which two devices work at once."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from tests.support import relative_error
 
 
 def branch(ctx, x, device, n, rng):
-    """``n`` products of ``x`` with weights on ``device``, summed up along the rows."""
+    """Return ``n`` products of ``x`` with weights on ``device``, summed along the rows."""
     y, weights = x, []
     for _ in range(n):
         w = ctx.new_tensor("f32", (32, 32))
@@ -37,7 +37,7 @@ def test_two_branches_that_join_overlap(two_gpus, first, overlap, rng):
                 assert relative_error(y.numpy(), 2 * want) < 5e-3
             names = [(split.backend.name, len(split.nodes)) for split in s.splits]
             if overlap:
-                # Each branch is a part of its own, and so is the join, so that neither branch waits.
+                # Each branch is a split of its own, and so is the join: neither branch waits for the other.
                 assert names == [(devices[1], 4), (devices[0], 4), (devices[1], 2)] or names == [
                     (devices[0], 4),
                     (devices[1], 4),
@@ -60,7 +60,7 @@ def test_nodes_placed_by_hand_keep_their_order(two_gpus, rng):
 
 
 def test_in_place_writes_keep_their_order(two_gpus, rng):
-    """What is read before a write in place stays before it, and after it after, though nothing else says so."""
+    """Readers of memory stay before or after an in-place write of it, although no operand connects them."""
     values = rng.standard_normal((4, 32)).astype(np.float32)
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         cache = ctx.new_tensor("f32", (4, 32))

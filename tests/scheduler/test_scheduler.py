@@ -1,4 +1,4 @@
-"""The scheduler: who computes what, and the traps of plain ggml taken out."""
+"""The scheduler: assignment of nodes, memory, and cases in which plain ggml fails."""
 
 import threading
 
@@ -12,7 +12,7 @@ from tests.support import relative_error
 
 
 class Chain:
-    """``depth`` products, the weights dealt over the devices; one input, one output."""
+    """A chain of ``depth`` products with one input and one output, with weights on the devices in turn."""
 
     def __init__(self, devices, depth=3, n=32):
         rng = np.random.default_rng(7)
@@ -66,7 +66,7 @@ def test_nodes_run_where_their_weights_are(devices, x):
 
 
 def test_inputs_keep_their_values(devices, x):
-    """In plain ggml the second run reads what the first wrote over its inputs."""
+    """In plain ggml the first run overwrites its inputs, so the second computes with wrong values."""
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         s.alloc(chain.graph)
         chain.x.set(x)
@@ -77,7 +77,7 @@ def test_inputs_keep_their_values(devices, x):
 
 
 def test_a_graph_can_be_reserved_allocated_released_and_allocated_again(devices, x):
-    """In plain ggml every round of this on two devices is wrong: the operands still point at the old copies."""
+    """In plain ggml every round on two devices is wrong: operands still point to the copies of the last round."""
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         for _ in range(3):
             sizes = s.reserve(chain.graph)
@@ -96,7 +96,7 @@ def test_a_graph_can_be_reserved_allocated_released_and_allocated_again(devices,
 
 
 def test_plain_ggml_reuses_stale_operands(two_gpus, x):
-    """What the test above guards against, shown on the C API."""
+    """Show, through the C API, the failure that the test above excludes."""
     with (
         Chain(two_gpus) as chain,
         ggml.Backend(two_gpus[0]) as a,
@@ -117,7 +117,7 @@ def test_plain_ggml_reuses_stale_operands(two_gpus, x):
 
 
 def test_an_input_mark_moves_no_work_to_the_cpu(devices, x):
-    """In plain ggml a flagged input is the CPU's, and a graph without weights follows it there."""
+    """Plain ggml assigns a flagged input to the CPU, and with it a graph without weights."""
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s:
         a, b = ctx.new_tensor("f32", (4, 32)), ctx.new_tensor("f32", (4, 32))
         y = ggml.mul_mat(a, b)
@@ -131,7 +131,7 @@ def test_an_input_mark_moves_no_work_to_the_cpu(devices, x):
 
 
 def test_placement_is_kept(two_gpus, x):
-    """In plain ggml a reserve, or a compute without an alloc, forgets it."""
+    """In plain ggml a reservation, or a run without an allocation, removes the placement."""
     with Chain(two_gpus[:1]) as chain, ggml.Scheduler(two_gpus) as s:
         middle = chain.layers[1]
         s.place(middle, "vulkan1")
@@ -173,7 +173,7 @@ def test_impossible_placements_raise(two_gpus):
 
 
 def test_another_graph_is_refused(devices, x):
-    """Plain ggml computes the graph that it holds, and says that all went well."""
+    """Plain ggml computes the held graph instead, and reports success."""
     with Chain(devices) as one, Chain(devices) as two, ggml.Scheduler(devices) as s:
         s.alloc(one.graph)
         with pytest.raises(ValueError, match=r"holds <Graph 3 nodes>, not <Graph 3 nodes>: call alloc\(\)"):
@@ -207,7 +207,7 @@ def test_out_of_memory_raises_and_leaves_the_scheduler_usable(devices, x):
     """Plain ggml crashes, and so does the next allocation of any graph."""
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s, Chain(devices) as chain:
         a, b = ctx.new_tensor("f32", (2**22, 1)), ctx.new_tensor("f32", (2**22, 1))
-        with ggml.Graph(ggml.sum_rows(ggml.mul_mat(a, b))) as graph:  # 64 TiB in between
+        with ggml.Graph(ggml.sum_rows(ggml.mul_mat(a, b))) as graph:  # an intermediate of 64 TiB
             for use in (s.alloc, s.reserve):
                 with pytest.raises((ggml.OutOfMemoryError, ggml.UnsupportedOpError)):
                     use(graph)
@@ -241,7 +241,7 @@ def test_a_graph_deeper_than_the_stack_can_be_built():
 
 
 def test_intermediates_cannot_be_read(devices, x):
-    """Plain ggml gives whatever is in their memory by now."""
+    """Plain ggml returns whatever values the memory of the intermediate holds after the run."""
     with Chain(devices[:1]) as chain, ggml.Scheduler(devices) as s:
         s.alloc(chain.graph)
         chain.x.set(x)
@@ -332,7 +332,7 @@ def test_a_tensor_larger_than_a_device_can_read_raises(two_gpus):
 
 
 def test_an_in_place_node_away_from_its_memory_raises(two_gpus, x):
-    """Plain ggml has the CPU write to the GPU's memory, and crashes."""
+    """In plain ggml the CPU writes to the GPU's memory, and the process crashes."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         a = ctx.new_tensor("f32", (4, 32))
         doubled = ggml.scale(a, 2)
@@ -419,12 +419,12 @@ def test_two_schedulers_cannot_hold_the_same_tensors(devices, x):
 def test_compute_allocates_the_graph_first(devices, x):
     with Chain(devices) as chain, ggml.Scheduler(devices) as s:
         s.compute(chain.graph)
-        assert not chain.y.numpy().any()  # inputs begin as zeros
+        assert not chain.y.numpy().any()  # inputs are zero at first
 
 
 @pytest.mark.parametrize("operate", [ggml.relu, ggml.neg, lambda t: ggml.add(t, t)])
 def test_an_empty_node_after_a_graph_without_memory(devices, operate):
-    # ggml keeps the buffer of the graph before, which has no part yet that what is empty could be put in.
+    # ggml keeps the buffer of the previous graph, which has no memory yet in which an empty tensor could be put.
     with ggml.Scheduler(devices) as s, ggml.Context() as ctx:
         a = ctx.new_tensor("f32", (4,))
         ctx.alloc(devices[0], [a])
@@ -448,7 +448,7 @@ def test_an_empty_node_after_a_graph_without_memory(devices, operate):
 
 @pytest.mark.parametrize("through", [False, True], ids=["itself", "a view of it"])
 def test_operands_that_are_read_again_are_not_overwritten(devices, rng, through):
-    # ggml would compute these over their second operand, and read it after.
+    # ggml would write these results over their second operand, and then read the operand.
     def computed(t):
         made = ggml.scale(t, 1.0)
         return made.reshape((t.size,)).reshape(t.shape) if through else made

@@ -1,6 +1,7 @@
-"""Traps of plain ggml: each is sprung through the C layer, in a child process, and named with the test of ours.
+"""Failures of plain ggml: each is reproduced through the C layer in a child process.
 
-``python -m tests.scheduler.test_traps NAME`` springs one of them and says what happened; many end the process.
+``TRAPS`` names, for each, the test that shows the right behaviour of ggml_cffi. ``python -m tests.scheduler.test_traps
+NAME`` reproduces one failure and prints the outcome; many end the process.
 """
 
 import importlib
@@ -77,7 +78,7 @@ class Plain:
         assert c.ggml_backend_sched_alloc_graph(self.sched, g)
 
     def compute(self, g):
-        assert c.ggml_backend_sched_graph_compute(self.sched, g) == 0  # all is well, says C
+        assert c.ggml_backend_sched_graph_compute(self.sched, g) == 0  # C reports success
 
 
 def put(t, values):
@@ -94,7 +95,7 @@ def verdict(t, want):
 
 
 def reserve_then_alloc():
-    """The operands of the reserved graph point to copies that are gone."""
+    """After a reservation, operands point to copies that no longer exist."""
     p = Plain()
     x = p.weight(X)
     y = p.product(p.weight(V, 1), p.product(p.weight(W), x))
@@ -106,7 +107,7 @@ def reserve_then_alloc():
 
 
 def compute_twice():
-    """The first run writes over its inputs."""
+    """The first run overwrites its inputs."""
     p = Plain(gpus=())
     x, found = p.input(), []
     y = c.ggml_relu(p.ctx, p.product(p.weight(V), p.product(p.weight(W), c.ggml_scale(p.ctx, x, 2))))
@@ -120,7 +121,7 @@ def compute_twice():
 
 
 def flagged_input():
-    """Inputs belong to the last backend, and draw to it what uses them."""
+    """Flagged inputs are assigned to the last backend, and so are the nodes that use them."""
     p = Plain()
     y = p.product(p.input(), p.input())
     p.alloc(p.graph(y))
@@ -128,7 +129,7 @@ def flagged_input():
 
 
 def placement():
-    """Kept by an allocation, forgotten by a reservation and by a run without an allocation."""
+    """An allocation keeps placements; a reservation, and a run without an allocation, remove them."""
     p, found = Plain(), []
     w, x = p.weight(W), p.weight(X)
     for calls in ([p.alloc], [p.reserve, p.alloc], [p.compute]):
@@ -143,7 +144,7 @@ def placement():
 
 
 def second_graph():
-    """The graph given to a run is not looked at."""
+    """A run ignores the graph that it is given, and computes the allocated one."""
     p = Plain()
     x = p.weight(X)
     one, two = p.product(p.weight(W), x), p.product(p.weight(V), x)
@@ -170,15 +171,15 @@ def reset_with_weights():
 
 
 def out_of_memory():
-    """What the reservation inside an allocation returns is not looked at."""
+    """An allocation ignores the failure of the reservation inside it."""
     p = Plain(gpus=())
     a, b = p.tensor(1, 1 << 22), p.tensor(1, 1 << 22)
-    g = p.graph(c.ggml_sum_rows(p.ctx, p.product(a, b)))  # 64 TiB in between
+    g = p.graph(c.ggml_sum_rows(p.ctx, p.product(a, b)))  # an intermediate of 64 TiB
     return c.ggml_backend_sched_alloc_graph(p.sched, g)
 
 
 def closing_order():
-    """The scheduler calls a backend that is gone."""
+    """The scheduler calls a backend that was freed."""
     p = Plain(gpus=())
     g = p.graph(c.ggml_relu(p.ctx, p.weight(X)))
     p.alloc(g)
@@ -192,7 +193,7 @@ def seventeen_backends():
 
 
 def large_graph():
-    """The hash table holds what it was made for."""
+    """The hash table does not grow beyond the size that the scheduler was made with."""
     p = Plain(gpus=(), graph_size=4)
     y = p.tensor()
     for _ in range(300):
@@ -216,7 +217,7 @@ def one_task():
     return f"{len(calls)} calls"
 
 
-#: What plain C does (what the function above returns, or the signals that may end it), and which test has ours.
+#: Function above; outcome in plain ggml (its result, or the signals that may end it); test of the right behaviour.
 TRAPS = [
     (reserve_then_alloc, "wrong", "test_scheduler.test_a_graph_can_be_reserved_allocated_released_and_allocated_again"),
     (compute_twice, "right, wrong", "test_scheduler.test_inputs_keep_their_values"),
@@ -246,7 +247,7 @@ def test_plain_ggml_falls_into(trap, outcome, ours):
         check=False,
         timeout=PATIENCE,
         cwd=ROOT,
-        # Freed memory is written over, so that its use shows; an assertion does not call a debugger.
+        # Freed memory is overwritten, so that its use shows; a failed assertion starts no debugger.
         env={**os.environ, "MALLOC_PERTURB_": "165", "GGML_NO_BACKTRACE": "1"},
     )
     if isinstance(outcome, str):
@@ -256,7 +257,7 @@ def test_plain_ggml_falls_into(trap, outcome, ours):
         assert signal.Signals(-done.returncode).name in outcome
 
 
-# ---------------------------------------------------------------------- ours, where no other test has it
+# ---------------------------------------------------------------------- right behaviour that no other test shows
 
 
 def test_weights_may_change_between_resets(two_gpus):
@@ -292,4 +293,4 @@ def test_sixteen_backends_with_the_cpu(two_gpus):
 if __name__ == "__main__":
     sys.stdout.write(f"{globals()[sys.argv[1]]()}\n")
     sys.stdout.flush()
-    os._exit(0)  # nothing was freed, in the right order or any other
+    os._exit(0)  # without finalizers, since nothing was freed
