@@ -58,7 +58,7 @@ class Layout:
 
 
 def place(boxes: Sequence[Box], lanes: Sequence[int]) -> Layout:
-    """Place ``boxes``, which are sorted so that sources come first; late ones may be anywhere.
+    """Place ``boxes``, sorted so that sources precede their users; boxes marked ``late`` may be anywhere in the list.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class _Plan:
             layer.sort(key=lambda e: self.lane[e])
 
     def _bend(self) -> None:
-        """Give every box with users more than one row below a chain of bends, which all its edges share."""
+        """Create a chain of bends for each box with users more than one row below; all edges of the box share it."""
         spans = [0] * len(self.boxes)
         for i, box in enumerate(self.boxes):
             for s in box.sources:
@@ -237,7 +237,7 @@ class _Plan:
                 k += 1
 
     def _columns(self, x: list[float]) -> dict[int, tuple[float, float]]:
-        """Put the columns side by side, and return left and right of each."""
+        """Put the columns side by side, and return the left and right edge of each."""
         edges: dict[int, tuple[float, float]] = {}
         start = 0.0
         for lane in sorted(set(self.lane)):

@@ -193,7 +193,7 @@ def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, 
     """Measure the nodes, the splits and the whole of a graph.
 
     The graph runs ``warmup + 3 * runs`` times: without waits, then with a wait after each split, then with a wait after
-    each node. A node that is waited for takes longer than in a normal run, where the device goes on with the next node.
+    each node. With a wait, a node takes longer than in a normal run, in which the device continues with the next node.
     Times are the host's, launch included. Caches and the memory of in-place nodes change with every run, as usual.
 
     Parameters
@@ -205,7 +205,7 @@ def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, 
     runs
         Number of runs of each of the three kinds, at least 1.
     warmup
-        Number of runs before them, in which a GPU's kernels are compiled.
+        Number of runs before the measured ones. GPUs compile their kernels in these runs.
 
     Raises
     ------
@@ -242,7 +242,7 @@ def profile(scheduler: Scheduler, graph: Graph | None = None, *, runs: int = 3, 
 
 def _check_runs(n: int, name: str, minimum: int) -> None:
     if isinstance(n, bool):
-        raise TypeError(f"{name} is a number of runs, not {n}")
+        raise TypeError(f"{name} must be an integer number of runs, not {n!r}")
     if not minimum <= operator.index(n) <= 1_000_000:
         raise ValueError(f"{name} must be {minimum} to 1,000,000, not {n}")
 
@@ -349,7 +349,7 @@ def _traffic(t: Tensor, sources: list[Any]) -> int:
     total = _size(p)
     for k, source in enumerate(dict.fromkeys(sources)):
         size = _size(source)
-        if op is Op.MUL_MAT_ID and k == 0:  # no more experts than rows ask for
+        if op is Op.MUL_MAT_ID and k == 0:  # each row uses one expert, so at most as many
             experts = int(source.ne[2])
             size = size // max(experts, 1) * min(experts, c.ggml_nelements(sources[2]))
         total += size

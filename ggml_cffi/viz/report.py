@@ -1,4 +1,4 @@
-"""Reports: what a scheduler made of a graph, as a table for the terminal."""
+"""Reports: splits, copies and memory of a scheduled graph, as a table for the terminal."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Copy:
     nbytes: int
     """Bytes of the tensor. Of a stack of experts in host memory, ggml copies only the experts in use."""
     split: int
-    """The split before which the tensor is copied; later splits of the same backend find it there."""
+    """The split before which the tensor is copied; later splits of the same backend use the same copy."""
     user: Tensor
     """The first node that needs it."""
 
@@ -51,8 +51,8 @@ class Snapshot:
     graph
         The graph.
     scheduler
-        The scheduler that holds the graph, which knows the backend of each node. Without a scheduler, the memory of
-        the nodes tells their devices if some scheduler holds the graph.
+        The scheduler that holds the graph; it gives the backend of each node. Without it, devices are those of the
+        nodes' memory, which nodes have while some scheduler holds the graph.
     """
 
     def __init__(self, graph: Graph, scheduler: Scheduler | None = None) -> None:

@@ -143,7 +143,7 @@ class _Drawing:
         return boxes, [order.index(part.backend) for part in seen.splits] or [0]
 
     def _groups(self) -> dict[Any, int]:
-        """Return the split that frames each node: for a view its data's split, for a view of a leaf its user's."""
+        """Return the split that frames each node; for a view, the split of its data (of its user if that is a leaf)."""
         seen, found = self.seen, self.seen.split_of()
         first_use: dict[Any, int] = {}
         for t in reversed(seen.nodes):
@@ -206,7 +206,7 @@ class _Drawing:
         label = f"split {k} · {part.backend} · {count(len(part.nodes), 'node')}"
         if copied:
             label += f" · {copied:,} B in"
-        # Labels of copies keep away from the title, as they do from one another.
+        # Labels of copies must overlap neither the title nor one another.
         height = frame.top - 16
         for step in range(0, round(columns(label) * 6.7), 20):
             self.labelled.setdefault(int(height // 12), []).append((frame.left + step, height))

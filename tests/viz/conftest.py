@@ -1,4 +1,4 @@
-"""The graph that reports and drawings are tested with."""
+"""The graph for the tests of reports and drawings."""
 
 import pytest
 
@@ -9,7 +9,7 @@ NASTY = "<b> & \"x\" 'größe' 漢字 \x1b[31m\x07 ]]> \u202e"
 
 @pytest.fixture
 def net():
-    """Weights and a cache on the first device, markup in names, a view, a node in place, and one of no elements."""
+    """A graph with weights and a cache, markup in names, a view, an in-place node, and a node without elements."""
 
     class Net:
         def __init__(self, on):

@@ -32,7 +32,7 @@ def net():
 
 
 def check(p, s, path):
-    """What must hold of every profile; the trace's events by kind."""
+    """Check a profile, and return the events of its trace by kind."""
     assert [(row.node, row.backend) for row in p.nodes] == [(t, b.name) for t, b in s.assignment()]
     assert [(row.backend, row.n_nodes) for row in p.splits] == [(x.backend.name, len(x.nodes)) for x in s.splits]
     assert [s.splits[row.split].backend.name for row in p.nodes] == [row.backend for row in p.nodes]
@@ -97,14 +97,14 @@ def test_a_profile_measures_nodes_splits_and_runs(net, devices, rng, tmp_path):
         nodes = text.rsplit("\n\n", 1)[1].splitlines()[1:]
         slowest = sorted(p.nodes, key=lambda row: -row.seconds.median)
         assert [line.startswith(row.text) for line, row in zip(nodes, slowest, strict=True)] == [True] * len(nodes)
-        s.compute()  # nobody watches any more
+        s.compute()  # the observer is removed
         if devices != ("CPU",):
             assert len(p.splits) > 1
             assert p.splits[0].copies == []
             assert p.splits[0].copy_seconds.median == 0
             assert p.splits[1].copied == net.h.nbytes
             assert 0 < p.splits[1].copy_seconds.median <= p.splits[1].seconds.median
-    assert str(p) == text  # when everything is closed, too
+    assert str(p) == text  # even if everything is closed
 
 
 def test_profile_allocates_the_graph(net, two_gpus, tmp_path):
@@ -146,7 +146,7 @@ def test_a_graph_of_views_has_no_splits():
 
 
 def test_an_exception_or_false_stops_the_run(net, monkeypatch):
-    """What interrupts the measuring ends it, is raised, and leaves the scheduler usable."""
+    """An exception ends the measurement and is raised, and the scheduler stays usable."""
     calls = []
 
     def clock():
@@ -170,7 +170,7 @@ def test_an_exception_or_false_stops_the_run(net, monkeypatch):
 
 
 def test_bytes_and_operations_are_counted():
-    """Bytes and operations of the nodes that are not plain."""
+    """Count bytes and operations of nodes with rules of their own."""
     with ggml.Context() as ctx, ggml.Scheduler(["CPU"]) as s:
         new = ctx.new_tensor
         table, rows = new("f32", (100, 8)), new("i32", (3,))

@@ -34,7 +34,7 @@ def test_a_report_has_splits_copies_and_memory(net, devices):
         assert (f"{r.copied:,} bytes copied a run" in text) == (r.copied > 0)
         assert f"{r.total:,}" in text.splitlines()[-1]
         assert "\x1b" not in text
-    assert str(r) == text  # also when everything is closed
+    assert str(r) == text  # even if everything is closed
 
 
 def test_backends_of_one_device_have_numbered_labels(net):

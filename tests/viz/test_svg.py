@@ -61,27 +61,27 @@ def test_colours_follow_the_assignment(net, two_gpus):
             fills.setdefault(g.get("data-backend"), set()).add(g.find(f"{SVG}rect").get("fill"))
         assert {len(f) for f in fills.values()} == {1}
         assert len({f for fill in fills.values() for f in fill}) == len(fills) == 2
-        # The legend shows the same ones.
+        # The legend shows the same colours.
         legend = root.find(f".//{SVG}g[@class='legend']")
         shown = dict(
             zip([e.text for e in legend.findall(f"{SVG}text")][1:], legend.findall(f"{SVG}rect"), strict=False)
         )
         for name, fill in fills.items():
             assert [r.get("fill") for label, r in shown.items() if label.startswith(f"{name}:")] == list(fill)
-        # Splits and copies as the scheduler has them.
+        # Splits and copies match those of the scheduler.
         assert [g.get("data-backend") for g in found["split"]] == [split.backend.name for split in s.splits]
         assert sorted("".join(g.itertext()) for g in found["bytes"]) == sorted(f"{t.nbytes:,} B" for t, _ in s.copies)
         index = {t: f"t{i}" for i, t in enumerate(graph.nodes)}
         assert sorted(e.get("data-from") for e in found["copy"]) == sorted(index[t] for t, _ in s.copies)
         assert all(e.get("stroke-dasharray") for e in found["copy"])
-        _, guessed = parse(graph.draw())  # by the memory
+        _, guessed = parse(graph.draw())  # backends derived from the memory
         for kind in ("node", "view", "leaf", "split"):
             assert [g.get("data-backend") for g in guessed[kind]] == [g.get("data-backend") for g in found[kind]]
         assert [e.get("data-from") for e in guessed["copy"]] == [e.get("data-from") for e in found["copy"]]
 
 
 def test_a_drawing_shows_a_graphs_own_operands(net, two_gpus):
-    """A graph that is not held is drawn with its own operands, though another's scheduler has replaced them."""
+    """A graph that is not held is drawn with its own operands, although a scheduler of another graph replaced them."""
     n = net(two_gpus[0])
     with ggml.Graph(n.h) as part, ggml.Graph(n.y) as graph, ggml.Scheduler(two_gpus) as s:
         before = part.draw()
