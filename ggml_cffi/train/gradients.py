@@ -170,7 +170,7 @@ def _unary(n: _Node, kind: UnaryOp) -> Sequence[Callable[[], Tensor] | None]:
         UnaryOp.ELU: lambda: ops.mul(n.g, _elu_slope(n)),
         UnaryOp.GELU: lambda: ops.mul(n.g, _gelu_slope(n.a)),
         UnaryOp.GELU_QUICK: lambda: ops.mul(n.g, _gelu_quick_slope(n.a)),
-        # Piecewise constant: nothing flows back.
+        # Piecewise constant functions have no gradient to pass on.
         **dict.fromkeys((UnaryOp.SGN, UnaryOp.STEP, UnaryOp.FLOOR, UnaryOp.CEIL, UnaryOp.ROUND, UnaryOp.TRUNC), None),
     }
     if kind not in slopes:
@@ -214,7 +214,7 @@ def _glu(n: _Node, kind: GluOp) -> Sequence[Callable[[], Tensor] | None]:
 
 
 def _mul_mat(n: _Node) -> Sequence[Callable[[], Tensor]]:
-    """Return the rules of ``out = b @ a.T``, where each matrix of ``a`` may serve several of ``b`` in a row."""
+    """Return the rules of ``out = b @ a.T``, in which consecutive matrices of ``b`` may share one of ``a``."""
 
     def turned(t: Tensor) -> Tensor:
         return ops.cont(ops.transpose(t, ctx=n.ctx), ctx=n.ctx)
@@ -284,7 +284,7 @@ def _rope(n: _Node) -> Sequence[Callable[[], Tensor] | None]:
     _, n_dims, mode, _, n_ctx_orig = n.ints(5)
     factors = _whole(n.ctx, n.p.src[2]) if n.p.src[2] else None
     if mode not in (ops.RopeMode.NORMAL, ops.RopeMode.NEOX):
-        raise UnsupportedOpError(f"there is a gradient of rope of two modes only, not of {n}")
+        raise UnsupportedOpError(f"rope has a gradient in the modes NORMAL and NEOX only: {n}")
     return (
         lambda: ops.rope_ext_back(
             n.g,
@@ -307,7 +307,7 @@ def _rope(n: _Node) -> Sequence[Callable[[], Tensor] | None]:
 def _get_rows(n: _Node) -> Sequence[Callable[[], Tensor]]:
     rows = Tensor(n.ctx, n.p.src[1], 1)
     if n.p.src[0].ne[2] != 1 or n.p.src[0].ne[3] != 1:
-        raise UnsupportedOpError(f"there is a gradient of rows of a matrix only, not of {n}")
+        raise UnsupportedOpError(f"get_rows has a gradient for the rows of a matrix only: {n}")
     return (lambda: ops.get_rows_back(Tensor(n.ctx, n.g.ptr, 2), rows, n.p.src[0].ne[1], ctx=n.ctx),)
 
 

@@ -31,7 +31,7 @@ class Optimizer(Closing):
     params
         Weights to fit: contiguous F32 tensors with memory (``Context.alloc``), on any devices of the scheduler.
     outputs
-        Further tensors to read after a step, with their values from before it.
+        Further tensors to read after a step. Their values are those before the step.
 
     Raises
     ------
@@ -96,7 +96,7 @@ class Optimizer(Closing):
             return float(self.loss.numpy().reshape(()))
 
     def alloc(self) -> None:
-        """Give the inputs memory, so that they can be set. Otherwise the first :meth:`step` does."""
+        """Allocate the inputs, so that they can be set. Otherwise the first :meth:`step` allocates them."""
         if self.scheduler.graph is not self.graph:
             self.scheduler.alloc(self.graph)
 
