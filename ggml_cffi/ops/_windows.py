@@ -95,7 +95,7 @@ def check_volumes(op: str, kernel: Tensor, x: Tensor, channels: int, window: Win
 
 
 def check_gather_3d(op: str, kernel: Tensor, x: Tensor, channels: int, window: Window, to: Type) -> tuple[int, ...]:
-    """Do as :func:`check_gather` for windows of three axes."""
+    """Check a gather of windows with three axes, as :func:`check_gather` does for fewer."""
     if x.dtype is not Type.F32:
         raise op_error(op, "x must be F32", kernel=kernel, x=x)
     out = check_volumes(op, kernel, x, channels, window)

@@ -28,7 +28,7 @@ __all__ = [
 
 def _check_sinks(op: str, a: Tensor, sinks: Tensor) -> None:
     if sinks.dtype is not Type.F32 or sinks.ne != (a.ne[2], 1, 1, 1) or not sinks.is_contiguous:
-        raise op_error(op, f"sinks must be contiguous F32 of shape ({a.ne[2]},), one a head", a=a, sinks=sinks)
+        raise op_error(op, f"sinks must be contiguous F32 of shape ({a.ne[2]},), one per head", a=a, sinks=sinks)
 
 
 def _soft_max(

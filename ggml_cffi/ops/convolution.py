@@ -180,7 +180,7 @@ def conv_2d(
     kernel
         ``(out, in, kh, kw)``, contiguous F32 or F16.
     x
-        ``(n, in, h, w)``, F32 or F16; each channel contiguous.
+        ``(n, in, h, w)``, F32 or F16; each channel is contiguous.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 
@@ -223,14 +223,14 @@ def conv_2d_dw(
 ) -> Tensor:
     """Convolve each channel of images with its own kernel, as torch does with one group per channel.
 
-    Windows are rounded to F16 beside an F16 kernel. :func:`conv_2d_dw_direct` needs less memory.
+    Windows are rounded to F16 if the kernel is F16. :func:`conv_2d_dw_direct` needs less memory.
 
     Parameters
     ----------
     kernel
         ``(channels, 1, kh, kw)``, contiguous F16 or BF16: ggml's CPU cannot multiply F32 kernels and F16 windows.
     x
-        ``(n, channels, h, w)``, contiguous F32, or F16 beside an F16 kernel.
+        ``(n, channels, h, w)``, contiguous F32, or F16 if the kernel is F16.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 

@@ -48,7 +48,7 @@ _WORK = 16 * 2**20  # bytes that the CPU has for gathered windows
 def _check_direct(op: str, kernel: Tensor, x: Tensor, row: int, out_channels: int, places: int) -> None:
     """Check the operands of a direct convolution with windows of ``row`` elements."""
     if not is_contiguous(kernel) or not contiguous_rows(x):
-        raise op_error(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel and the rows of x must be contiguous (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     if row * type_size(kernel.dtype) + out_channels * 4 > _WORK:
         raise op_error(op, f"a window takes more than the {_WORK} bytes that the CPU has for it", kernel=kernel, x=x)
@@ -263,7 +263,7 @@ def conv_transpose_2d_p0(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Con
     if kernel.ne[3] != x.ne[2]:
         raise op_error(op, f"the kernel has {kernel.ne[3]} channels, x {x.ne[2]}", kernel=kernel, x=x)
     if not is_contiguous(kernel) or not contiguous_rows(x):
-        raise op_error(op, "the kernel must be contiguous, and the rows of x (use cont)", kernel=kernel, x=x)
+        raise op_error(op, "the kernel and the rows of x must be contiguous (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     out = [(size - 1) * s + k for size, k in zip(x.ne[:2], kernel.ne[:2], strict=True)]
     if prod(out) * kernel.ne[2] > INT_MAX or prod(out) > 2**29:

@@ -138,9 +138,9 @@ def map_custom1(a: Tensor, function: Function, *, n_tasks: int | None = 1, ctx: 
     function
         Function of numpy views: of the result, to be filled, and of ``a``, read-only.
     n_tasks
-        Number of calls that share the work, each on a thread of the backend; None for one call per thread. Unless it
-        is 1, the function also gets its number and the number of calls, ``function(out, a, i, n)``. There are fewer
-        calls if the backend has fewer threads.
+        Number of calls that share the work, each on a thread of the backend; None for one call per thread. Unless
+        ``n_tasks`` is 1, the function also gets the index of the call and the number of calls: ``function(out, a, i,
+        n)``. There are fewer calls if the backend has fewer threads.
 
     Raises
     ------

@@ -32,8 +32,8 @@ def lightning_indexer(q: Tensor, k: Tensor, weights: Tensor, mask: Tensor, *, ct
     weights
         ``(n_tokens, n_heads)``; with sequences ``(n_seqs, 1, n_tokens, n_heads)``. F32 with contiguous rows.
     mask
-        ``(n_tokens, n_kv)``; with sequences ``(n, 1, n_tokens, n_kv)``, where ``n`` divides their number, and sequence
-        ``s`` takes ``s % n``. F16 with contiguous rows.
+        ``(n_tokens, n_kv)``; with sequences ``(n, 1, n_tokens, n_kv)``, where ``n`` divides ``n_seqs``; sequence
+        ``s`` uses mask ``s % n``. F16 with contiguous rows.
 
     Returns
     -------

@@ -48,7 +48,9 @@ def im2col(
     dtype: Type | str = Type.F32,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Gather the windows of ``x`` that a kernel of this shape covers, one per row: a matrix product then convolves.
+    """Gather the windows of ``x`` that a kernel of this shape covers, one per row of the result.
+
+    The product of this matrix and the kernels is the convolution.
 
     Parameters
     ----------
@@ -99,7 +101,7 @@ def im2col_back(
     is_2d: bool = True,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Sum windows at the places from which :func:`im2col` took them: its gradient.
+    """Compute the gradient of :func:`im2col`: add each window to the place that it was taken from.
 
     Parameters
     ----------
@@ -197,7 +199,7 @@ def im2col_3d(
 
 
 def col2im_1d(a: Tensor, out_channels: int, stride: int = 1, padding: int = 0, *, ctx: Context | None = None) -> Tensor:
-    """Sum overlapping windows of a signal: after a matrix product, a transposed convolution.
+    """Sum overlapping windows of a signal: the second step of a transposed convolution, after a matrix product.
 
     ``result[o, stride * t + j - padding] += a[t, o * k + j]``
 

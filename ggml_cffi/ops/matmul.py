@@ -23,8 +23,8 @@ _HALF = frozenset({Type.F16, Type.BF16})
 _INTEGERS = frozenset({Type.I8, Type.I16, Type.I32, Type.I64, Type.F64})
 
 
-#: Heads of checked operands, by their ids, with the head of the product. A model has few different products, and equal
-#: heads are one object, so most calls find their check here.
+#: Checked products by the ids of the operands' heads (type, sizes, strides), with the head of the result. A model has
+#: few different products, and equal heads are one object, so most calls skip the check.
 _products: dict[tuple[int, int], tuple[Head, Head, Head]] = {}
 _MOST_PRODUCTS = 1024
 

@@ -34,7 +34,7 @@ def _along_rows(op: str, function: Callable[..., Any], a: Tensor, eps: float, ct
 
 def _rms(op: str, function: Callable[..., Any], a: Tensor, eps: float, ctx: Context | None) -> Tensor:
     if isinstance(a, Tensor) and max(a.ne[1:]) > MAX_GROUPS:
-        raise op_error(op, f"axes before the last must have at most {MAX_GROUPS} (reshape them into several)", a=a)
+        raise op_error(op, f"sizes before the last must be at most {MAX_GROUPS} (reshape to more axes)", a=a)
     return _along_rows(op, function, a, eps, ctx)
 
 
@@ -44,7 +44,7 @@ def rms_norm(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None) -> Ten
     Parameters
     ----------
     a
-        F32 with contiguous rows; at most 65535 along each axis before the last.
+        F32 with contiguous rows; sizes before the last are at most 65535.
     eps
         Added to the mean; at least 0.
 

@@ -162,8 +162,10 @@ def pool_2d_back(
     *,
     ctx: Context | None = None,
 ) -> Tensor:
-    """Compute the gradient of :func:`pool_2d`: to the largest element of each window (the first of equals), or to all
-    alike.
+    """Compute the gradient of :func:`pool_2d` for its operand.
+
+    For ``MAX``, the gradient of a window goes to its largest element (the first of equals). For ``AVG``, all elements
+    of the window get equal parts.
 
     Parameters
     ----------

@@ -363,7 +363,7 @@ def gated_delta_net(
     if (q.ne[0], *q.ne[2:]) != (size, tokens, n_seqs) or not q.ne[1] or heads % q.ne[1]:
         raise op_error(op, "q and k must have v's shape, or fewer heads, which divide v's", **operands)
     if g.ne[0] not in (1, size) or g.ne[1:] != v.ne[1:] or beta.ne != (1, *v.ne[1:]):
-        raise op_error(op, "g and beta must have one element for each head, or g those of a head", **operands)
+        raise op_error(op, "g and beta must have one element per head (g may have head_size)", **operands)
     if state.ne != (size, size, heads, n_seqs):
         raise op_error(op, "state must be of shape (n_seqs, n_heads, head_size, head_size)", **operands)
     need_elements(op, **operands)

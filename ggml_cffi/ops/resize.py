@@ -38,7 +38,7 @@ __all__ = [
     "upscale",
 ]
 
-_LONGEST = 2**22  # with longer axes, the single precision of the kernels finds rows that do not exist
+_LONGEST = 2**22  # with longer axes, rounding in single precision leads the kernels to rows that do not exist
 _LONGEST_SHIFT = 2**15 - 1  # limit of the GPUs' kernel
 
 
@@ -87,7 +87,7 @@ def interpolate(
 ) -> Tensor:
     """Resample ``a`` to another shape.
 
-    The last two axes are interpolated. Along the other axes the result takes the previous element.
+    The last two axes are interpolated. Along the other axes, the result takes elements as ``NEAREST`` does.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def interpolate(
     shape
         One size per axis of ``a``.
     mode
-        ``NEAREST`` takes element ``floor(i * old / new)``; ``BILINEAR`` and ``BICUBIC`` (with -0.75) interpolate
+        ``NEAREST`` takes element ``floor(i * old / new)``; ``BILINEAR`` and ``BICUBIC`` (``a = -0.75``) interpolate
         between the centres of elements.
     flags
         ``ALIGN_CORNERS`` keeps the first and the last elements in their places. ``ANTIALIAS``, for ``BILINEAR`` only,
@@ -318,7 +318,7 @@ def tri(a: Tensor, kind: TriType, *, ctx: Context | None = None) -> Tensor:
     ctx = result_context("tri", a, ctx=ctx)
     triangle = check_member("tri", TriType, kind)
     if a.dtype is not Type.F32 or not is_contiguous(a) or a.ne[0] != a.ne[1]:
-        raise op_error("tri", "a must be contiguous F32 (use cont), its matrices square", a=a)
+        raise op_error("tri", "a must be contiguous F32 (use cont), with square matrices", a=a)
     check_sizes("tri", a=a)
     return ctx.build(c.ggml_tri, a.ndim, a.ptr, triangle)
 

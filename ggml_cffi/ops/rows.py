@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-#: Operations that keep values unchanged, all or some of them.
+#: Operations whose results are values of the operand, unchanged.
 _UNCHANGED = frozenset({Op.VIEW, Op.RESHAPE, Op.PERMUTE, Op.TRANSPOSE, Op.CONT})
 #: Operations that return positions in the rows of their operand. TOP_K is not safe: with NaN, GPUs return positions
 #: beyond the row.
@@ -46,7 +46,7 @@ def _found_among(rows: Tensor) -> int | None:
 
 
 def limit_row_numbers(op: str, rows: Tensor, n: int, items: str = "rows") -> None:
-    """Ensure that the values of ``rows`` stay below ``n``, without which ggml ends the process or corrupts memory."""
+    """Ensure that the values of ``rows`` stay below ``n``: larger ones would end the process or corrupt memory."""
     if not n and rows.size:
         raise op_error(op, f"a has no {items}", rows=rows)
     found = _found_among(rows)

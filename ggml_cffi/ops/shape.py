@@ -252,7 +252,7 @@ def cast(a: Tensor, dtype: Type | str, *, ctx: Context | None = None) -> Tensor:
     if a.dtype not in floats and not (is_quantized(a.dtype) and to is Type.F32):
         raise op_error("cast", f"ggml has no conversion to {to.name}", a=a)
     if to in INTERNAL:
-        raise op_error("cast", f"{to.name} is a format inside ggml's matrix products", a=a)
+        raise op_error("cast", f"{to.name} is an internal format of ggml's matrix products", a=a)
     if to not in floats and not (encodes(to) and a.dtype is Type.F32 and a.is_contiguous):
         raise op_error("cast", f"ggml has no conversion to {to.name}", a=a)
     if is_quantized(a.dtype) and a.size >= 2**32:  # the CPU counts with 32 bits

@@ -60,10 +60,9 @@ def argsort(a: Tensor, order: SortOrder = SortOrder.ASC, *, ctx: Context | None 
 
 
 def argsort_top_k(a: Tensor, k: int, *, ctx: Context | None = None) -> Tensor:
-    """Return the positions of the ``k`` largest elements of each row, the largest first: a view of a whole
-    :func:`argsort`.
+    """Return the positions of the ``k`` largest elements of each row, the largest first.
 
-    The result can be the row numbers of :func:`get_rows` and other operations.
+    The result, a view of a whole :func:`argsort`, can be the row numbers of :func:`get_rows` and other operations.
 
     Parameters
     ----------

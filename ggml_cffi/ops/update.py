@@ -78,7 +78,7 @@ def _acc(
     if a.dtype is not Type.F32 or b.dtype is not Type.F32:
         raise op_error(op, "a and b must be F32", a=a, b=b)
     if not a.is_contiguous or not contiguous_rows(b):
-        raise op_error(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
+        raise op_error(op, "a and the rows of b must be contiguous (use cont)", a=a, b=b)
     window = _window(op, a, b, strides, offset, INT_MAX)
     if op.endswith("_inplace"):
         _check_target(op, a, b)
@@ -137,7 +137,7 @@ def _set(
     if a.dtype not in (Type.F32, Type.I32) or a.dtype is not b.dtype:
         raise op_error(op, "a and b must both be F32 or both I32", a=a, b=b)
     if not a.is_contiguous or not contiguous_rows(b):
-        raise op_error(op, "a must be contiguous, and the rows of b (use cont)", a=a, b=b)
+        raise op_error(op, "a and the rows of b must be contiguous (use cont)", a=a, b=b)
     window = _window(op, a, b, strides, offset, 2**30 - 1)
     if op.endswith("_inplace"):
         _check_target(op, a, b)
@@ -201,7 +201,9 @@ def cpy(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
         else:
             known, layout_fits = source in FLOATS and encodes(target), contiguous_rows(a) and b.is_contiguous
         if known and not layout_fits:
-            raise op_error("cpy", "quantized tensors must be contiguous, and the rows of others (use cont)", a=a, b=b)
+            raise op_error(
+                "cpy", "quantized tensors, and the rows of other tensors, must be contiguous (use cont)", a=a, b=b
+            )
     else:
         known = (source in FLOATS and target in FLOATS) or (source is Type.I32 and target is Type.F32)
     if not known:

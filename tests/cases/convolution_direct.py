@@ -104,7 +104,7 @@ WRONG = {
         t(1, 1, 3, 3, dtype="bf16"), t(1, 1, 8, 8)
     ),
     "conv_2d_direct: a window takes more than": lambda t: ggml.conv_2d_direct(t(1, 1, 2048, 2048), t(1, 1, 2048, 2048)),
-    "conv_2d_direct: the kernel must be contiguous": lambda t: ggml.conv_2d_direct(
+    "conv_2d_direct: the kernel and the rows of x must be": lambda t: ggml.conv_2d_direct(
         t(1, 1, 3, 3), ggml.transpose(t(1, 1, 8, 8))
     ),
     "conv_2d_direct: the kernel, dilated, is larger": lambda t: ggml.conv_2d_direct(t(1, 1, 3, 3), t(1, 1, 8, 2)),
@@ -137,7 +137,7 @@ WRONG = {
     "conv_transpose_2d_p0: x must be one image": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 3, 4, 4)),
     "conv_transpose_2d_p0: the kernel has 3": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 4, 4)),
     "conv_transpose_2d_p0: stride must be 1": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(3, 4, 4), 0),
-    "conv_transpose_2d_p0: the kernel must be contiguous": lambda t: ggml.conv_transpose_2d_p0(
+    "conv_transpose_2d_p0: the kernel and the rows of x must be": lambda t: ggml.conv_transpose_2d_p0(
         ggml.transpose(t(3, 4, 2, 2)), t(3, 4, 4)
     ),
     "conv_transpose_2d_p0: the result would have": lambda t: ggml.conv_transpose_2d_p0(

@@ -53,7 +53,7 @@ WRONG = {
     "rms_norm: a must be F32 with contiguous rows": lambda t: ggml.rms_norm(ggml.transpose(t(2, 4))),
     "rms_norm: a must be F32": lambda t: ggml.rms_norm(t(4, dtype="f16")),
     "rms_norm: eps must be at least 0": lambda t: ggml.rms_norm(t(4), -1.0),
-    "rms_norm: axes before the last must have at most 65535": lambda t: ggml.rms_norm(t(65536, 4)),
+    "rms_norm: sizes before the last must be at most 65535": lambda t: ggml.rms_norm(t(65536, 4)),
     "norm: eps must be a finite number of single precision, not nan": lambda t: ggml.norm(t(4), float("nan")),
     "l2_norm_inplace: a must be F32": lambda t: ggml.l2_norm_inplace(t(4, dtype="i32")),
     "group_norm: n_groups must be 1 to": lambda t: ggml.group_norm(t(4, 2, 2), 0),

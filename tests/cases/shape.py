@@ -147,7 +147,7 @@ WRONG = {
     "cont: rows of 16 do not fill whole blocks of Q4_0": lambda t: ggml.cont(t(32, dtype="q4_0"), (2, 16)),
     "cast: ggml has no conversion to I32": lambda t: ggml.cast(t(4), "i32"),
     "cast: ggml has no conversion to IQ2_XXS": lambda t: ggml.cast(t(256), "iq2_xxs"),
-    "cast: Q8_1 is a format inside": lambda t: ggml.cast(t(32), "q8_1"),
+    "cast: Q8_1 is an internal format of": lambda t: ggml.cast(t(32), "q8_1"),
     "cast: rows of 4 do not fill whole blocks": lambda t: ggml.cast(t(4), "q4_0"),
     "cast: a has no elements": lambda t: ggml.cast(t(0), "f16"),
     "repeat: (5,) is not a multiple": lambda t: ggml.repeat(t(2), (5,)),

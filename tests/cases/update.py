@@ -81,7 +81,7 @@ def overlapping(t):  # type: ignore[no-untyped-def]
 
 WRONG = {
     "acc: a and b must be F32": lambda t: ggml.acc(t(4), t(4, dtype="f16")),
-    "acc: a must be contiguous": lambda t: ggml.acc(ggml.transpose(t(4, 5)), t(4)),
+    "acc: a and the rows of b must be contiguous": lambda t: ggml.acc(ggml.transpose(t(4, 5)), t(4)),
     "acc: b has no elements": lambda t: ggml.acc(t(4), t(0)),
     "acc: bytes 4 to 20 are not elements of a": lambda t: ggml.acc(t(4), t(4), offset=4),
     "acc: bytes 2 to 10 are not elements of a": lambda t: ggml.acc(t(4), t(2), offset=2),
@@ -114,7 +114,7 @@ WRONG = {
     "cpy: quantized tensors are copied to and from tensors of the same shape": lambda t: ggml.cpy(
         t(2, 32), t(64, dtype="q8_0")
     ),
-    "cpy: quantized tensors must be contiguous": lambda t: ggml.cpy(ggml.transpose(t(32, 2)), t(2, 32, dtype="q8_0")),
+    "cpy: quantized tensors, and the rows of": lambda t: ggml.cpy(ggml.transpose(t(32, 2)), t(2, 32, dtype="q8_0")),
     "dup: a must be F32": lambda t: ggml.dup(t(4, dtype="i64")),
     "dup_inplace: a must be F32, F16, BF16 or I32": lambda t: ggml.dup_inplace(t(4, dtype="f64")),
 }

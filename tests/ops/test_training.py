@@ -1,4 +1,4 @@
-"""Steps of optimizers. Their weights must have memory, which operands of ``cases`` have not."""
+"""Steps of optimizers. Their weights must have memory; operands of ``cases`` have none."""
 
 import mmap
 
