@@ -37,7 +37,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> dict[str, Importances]:
             sums = sums.reshape(-1, sums.shape[-1])
             if len(counts) != len(sums):
                 raise FormatError(f"{file.path}: tensor {name!r} has {len(sums)} rows and {len(counts)} counts")
-            # Without tokens for an expert, nothing is known about its columns: all count the same.
+            # If an expert got no tokens, its columns have equal importances.
             found[stem] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
     if not found:
         raise FormatError(f"{file.path} is no importance matrix: it has no tensors named *.in_sum2")

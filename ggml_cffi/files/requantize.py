@@ -23,7 +23,7 @@ from ggml_cffi.files.quantization import Importances, check_importances
 
 T = Type
 
-# Parts of the names of weights that keep their type: they are small, and a layer routes or places tokens by them.
+# Parts of the names of weights that keep their type: they are small, and route tokens or encode positions.
 _UNQUANTIZED_NAMES = (
     "_norm.weight",
     "ffn_gate_inp.weight",
@@ -139,7 +139,7 @@ def quantize_file(
     Parameters
     ----------
     source
-        A GGUF file; of a split model the first. Weights that are quantized already have the errors of both types.
+        A GGUF file; of a split model the first. Weights that were quantized before get the errors of both types.
     target
         The file to write.
     dtype
@@ -213,11 +213,11 @@ def choose_types(
 ) -> dict[str, Type]:
     """Choose the type that :func:`quantize_file` gives each tensor of a model.
 
-    Weights (``*weight``) with two axes or more get ``dtype``. Norms, biases, and small weights that route or place
-    tokens keep their type. As in llama.cpp, the output head, or the token embeddings if they serve as the head, get
-    Q6_K (Q5_K if ``dtype`` is below 3 bits; Q8_0 stays Q8_0). If ``dtype`` is below 3 bits, other token embeddings get
-    a finer type. If rows do not fill whole blocks, a weight gets a type with smaller blocks: Q5_0 for Q4_K, Q5_1 for
-    Q5_K, Q8_0 for Q6_K, Q4_0 for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
+    Weights (``*weight``) with two axes or more get ``dtype``. Norms, biases, and small weights that route tokens or
+    encode positions keep their type. As in llama.cpp, the output head, or the token embeddings if they serve as the
+    head, get Q6_K (Q5_K if ``dtype`` is below 3 bits; Q8_0 stays Q8_0). If ``dtype`` is below 3 bits, other token
+    embeddings get a finer type. If rows do not fill whole blocks, a weight gets a type with smaller blocks: Q5_0 for
+    Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K, Q4_0 for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
 
     Returns
     -------

@@ -43,7 +43,9 @@ class PlannedTensor:
             if len(self.shape) > 4 or not all(self.shape):
                 raise ValueError(f"shape {self.shape}; GGUF has up to 4 axes, none of them empty")
             if self.dtype in dtypes.INTERNAL:
-                raise TypeError(f"{self.dtype.name} is a format inside ggml's matrix products; no tensor can have it")
+                raise TypeError(
+                    f"{self.dtype.name} is an internal format of ggml's matrix products: no tensor can have it"
+                )
             self.nbytes  # noqa: B018 - raises ValueError unless rows fill whole blocks
         except (TypeError, ValueError) as error:
             _reraise("tensor", self.name, error)

@@ -40,7 +40,7 @@ def part_paths(path: str, first: Header) -> list[str]:
     if match is None or count > MAX_PARTS or (int(match[2]) - 1, int(match[3])) != (part, count):
         name = part_path("", part, count)
         raise FormatError(
-            f"{path} is part {part + 1} of {count}: its name must end in {name}, for the others to be found"
+            f"{path} is part {part + 1} of {count}: its name must end in {name}, so that the others can be found"
         )
     if part:
         first_path = part_path(match[1], 0, count)

@@ -39,8 +39,8 @@ def write_gguf(
 ) -> tuple[str, ...]:
     """Write a GGUF file, or several if one would be too large.
 
-    Tensors are written in chunks, so the data never is in memory as a whole. The write is atomic: a temporary file
-    beside the target gets its name when it is complete, and is removed if an exception is raised.
+    Tensors are written in chunks, so the data is never in memory as a whole. The write is atomic: a temporary file
+    beside the target gets the target's name when it is complete, and is removed if an exception is raised.
 
     Parameters
     ----------
@@ -53,8 +53,9 @@ def write_gguf(
         metadata of a file in this form.
     tensors
         Name to values, in the order of the file. Values are an array (or an object that numpy or DLPack can read), a
-        tensor of another file (its bytes are copied), or a :class:`LazyTensor`. A pair of one of the first two and a
-        type casts or quantizes the values. ``float64`` arrays become F32 unless a pair has another type.
+        tensor of another file (its bytes are copied), or a :class:`LazyTensor`. A pair of an
+        array or such a tensor with a type casts or quantizes the values. ``float64`` arrays become F32 unless a pair
+        has another type.
     alignment
         Each tensor starts at a multiple of this power of two. Default: that of ``metadata``, else 32.
     max_bytes

@@ -38,7 +38,7 @@ def test_tensors_start_at_multiples_of_the_alignment(path, alignment):
         ({"t": np.zeros((0, 3))}, ValueError, r"tensor 't': shape \(0, 3\).* none of them empty"),
         ({"t": np.zeros((1, 1, 1, 1, 1))}, ValueError, "up to 4 axes"),
         ({"t": (np.zeros((2, 33)), "q4_0")}, ValueError, "tensor 't': Q4_0 stores blocks of 32"),
-        ({"t": (np.zeros(32), "q8_1")}, TypeError, "inside ggml's matrix products"),
+        ({"t": (np.zeros(32), "q8_1")}, TypeError, "internal format of ggml's matrix products"),
         ({"t": (np.zeros(256), "iq1_s")}, ValueError, "tensor 't': .*importance matrix"),
         ({"t": (np.zeros(32), "q9")}, TypeError, "tensor 't': ggml has no element type"),
         ({"t": np.zeros(3, np.uint8)}, TypeError, "tensor 't': ggml has no element type"),
