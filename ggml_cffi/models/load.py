@@ -1,4 +1,4 @@
-"""Loads a model: opens the file and the devices, places the layers, and opens runners for them."""
+"""Loading of a model: opening the file and the devices, placing the layers, and opening runners for them."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def load(
     split
         ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
         several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
-        dealt to the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute each
-        token together. ``"auto"``: the quickest of these. The model is timed the first time, for some ten seconds;
-        :attr:`Model.plan` has the reason.
+        distributed over the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute
+        each token together. ``"auto"``: the fastest of these. The first load times the model for some ten seconds;
+        :attr:`Model.plan` has the reason for the choice.
     n_ctx
-        Most tokens of prompt and answer; default the context that the model was trained for, at most 4096.
+        Largest number of tokens of prompt and answer; default the context of the model's training, at most 4096.
     n_batch
-        Most tokens computed in one run.
+        Largest number of tokens in one run.
     kv_dtype
         Type of keys and values in the cache: F16, F32, BF16, or a quantized type for longer contexts.
     n_threads
@@ -62,14 +62,14 @@ def load(
     progress
         Called with bytes done and bytes in all.
     balance
-        Proportions of the layers. ``"memory"``: by free memory. ``"speed"``: by how fast the devices multiply, measured
-        the first time, as far as memory allows; the CPU takes part if it is among ``devices``. Or numbers, one for each
-        GPU, and one for the CPU if that is to have a part: loading fails if they do not fit.
+        Proportions of the layers. ``"memory"``: by free memory. ``"speed"``: by the speed of matrix products, as far as
+        memory allows. The first load measures it. The CPU takes part if it is among ``devices``. Or numbers: one for
+        each GPU, and one more if the CPU takes part. Loading fails if these parts do not fit.
     n_sequences
         Number of sequences that are usually generated at once, for ``split="auto"``.
     expected_tokens
-        Usual tokens of a prompt and of its answer, ``(4096, 128)``, for ``split="auto"``: it takes the quickest split
-        for them. By default it takes the split that is never far from the quickest.
+        Usual tokens of a prompt and of its answer, such as ``(4096, 128)``, for ``split="auto"``, which chooses the
+        fastest split for these numbers. By default it chooses the split that is never far from the fastest.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def load(
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
-        If the devices have too little memory. Nothing was allocated, and the message says what would fit; see
+        If the devices have too little memory. Nothing was allocated, and the message proposes options that fit; see
         :func:`~ggml_cffi.models.plan`.
     """
     check_options(split, n_batch)

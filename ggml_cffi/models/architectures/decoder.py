@@ -2,11 +2,11 @@
 
 A layer consists of two parts. :meth:`Decoder.attention` and :meth:`Decoder.feed_forward` map normalized tokens to a
 contribution, which :meth:`Decoder.add` adds to the tokens. A part takes its number of heads or of feed-forward columns
-from the weights that it gets. So each of several devices can compute a shard of a part; an all-reduce sums the
-contributions of the devices before they are added.
+from its weights. Each of several devices can therefore compute a shard of a part. An all-reduce sums the contributions
+of the devices before they are added to the tokens.
 
-ggml's Vulkan backend fuses the nodes in the order in which they are built here: norm and weight; norm, weight, rotation
-and the write to the cache; a product with one row and the additions after it.
+The nodes are built in an order in which ggml's Vulkan backend fuses them: norm and weight; norm, weight, rotation and
+the write to the cache; a product with one row and the additions after it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Decoder(Architecture):
     Raises
     ------
     FormatError
-        Also if the file has tensors that the graph does not use: without them the answers would be wrong.
+        Also if the file has tensors that the graph does not use, because the answers would be wrong.
     """
 
     rope_mode: ClassVar[RopeMode] = RopeMode.NORMAL
@@ -119,7 +119,7 @@ class Decoder(Architecture):
         unknown = file.tensors.keys() - self.shapes.keys()
         if unknown:
             raise FormatError(
-                f"{file.path}: architecture {self.name} does not know {len(unknown)} tensors, such as "
+                f"{file.path}: architecture {self.name} does not use {len(unknown)} tensors, such as "
                 f"{min(unknown)!r}: without them the results would be wrong"
             )
 
@@ -214,7 +214,7 @@ class Decoder(Architecture):
         return TensorParallelSpec(shards, frozenset(["attention", "feed_forward"] if heads else ["feed_forward"]))
 
     def _block(self, name: str) -> int:
-        """Return the number of columns of a weight that one device must hold together, over all layers."""
+        """Return the number of columns of a weight that must stay together on one device in every layer."""
         return lcm(*(block_size(self.tensor_info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
@@ -290,7 +290,7 @@ class Decoder(Architecture):
             Normalized tokens, ``(n, n_embd)``.
         weights
             Weights of the layer. They may be a shard: some rows of ``ffn_gate`` and ``ffn_up``, and the same columns of
-            ``ffn_down``. The result is then the contribution of these.
+            ``ffn_down``. The result is then the contribution of these columns.
 
         Returns
         -------
@@ -325,7 +325,7 @@ def _store(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tenso
 
 
 def _store_transposed(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
-    """Do as :func:`_store` for a cache ``(size, n_ctx)``, and return the slots in use as (heads, head_size, n_kv)."""
+    """Write ``new`` into a cache ``(size, n_ctx)``, and return the slots in use as (heads, head_size, n_kv)."""
     (n, size), (_, n_ctx) = new.shape, cache.shape
     # set_rows writes whole rows: here each element is a row, and all `size` blocks use the same row numbers.
     elements = ops.view(new, (size, n, 1), strides=(new.nb[0], new.nb[1], new.nb[0]))

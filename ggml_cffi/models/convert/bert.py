@@ -53,7 +53,7 @@ def _metadata(source: HuggingFaceFolder) -> Metadata:
 
 
 def _sentence_encoder(source: HuggingFaceFolder) -> Metadata:
-    """Return the metadata of a sentence encoder: how tokens are pooled, and where texts are truncated."""
+    """Return the metadata of a sentence encoder: its pooling, and its largest number of tokens."""
     found: Metadata = {}
     for module in source.json("modules.json") or ():
         kind = module["type"].rpartition(".")[2]

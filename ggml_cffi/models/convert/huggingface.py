@@ -81,7 +81,7 @@ class HuggingFaceFolder:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """Description of a model family: how its tensors and metadata are converted."""
+    """Description of a model family, with the rules to convert its tensors and metadata."""
 
     architecture: str
     """``general.architecture``."""

@@ -1,9 +1,9 @@
 """Text generation: continuous batching, the KV cache, sampling, chat templates, incremental detokenization.
 
-One :class:`Batcher` drives one runner. It keeps the sequences in generation (:class:`TokenSequence`), makes batches of
-their next tokens (:class:`BatchBuilder`), has them computed, and samples. :class:`KVCache` is the KV cache: which
-sequence holds which slot (:class:`KVSlots`), what is kept for later prompts, what is evicted; ``kv_snapshot`` writes it
-to a file. ``requests`` continues prompts by one batcher or by those of several replicas.
+One :class:`Batcher` drives one runner. It holds the sequences in generation (:class:`TokenSequence`), forms batches of
+their next tokens (:class:`BatchBuilder`), runs the batches, and samples. :class:`KVCache` assigns slots to sequences
+(:class:`KVSlots`), keeps finished sequences for later prompts, and evicts sequences; ``kv_snapshot`` writes the kept
+ones to a file. ``requests`` continues prompts with one batcher, or with those of several replicas.
 """
 
 from ggml_cffi.models.generation.batcher import Batcher

@@ -1,7 +1,8 @@
 """The batcher: continuous batching of several sequences over one runner.
 
-The batcher has no thread of its own. A caller that wants a token runs a step for every sequence whose caller wants one
-at that moment. One caller has the speed of a loop; callers in several threads share each run.
+The batcher has no thread of its own. A caller that needs a token runs a step, which computes the next token of every
+sequence whose caller waits at that moment. A single caller is as fast as a plain loop. Callers in several threads share
+each run.
 """
 
 from __future__ import annotations
@@ -47,24 +48,24 @@ class Batcher(Closing):
         self.active: list[TokenSequence] = []
         """Sequences in generation, in the order in which they began."""
         self.lock = Lock()
-        """The lock that a step holds, and every other user of the runner or the cache."""
+        """The lock that every user of the runner or the cache must hold. A step holds it."""
         self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one)
         self._finished: deque[TokenSequence] = deque()  # still in ``active``
 
     @property
     def workload(self) -> int:
-        """Number of sequences in generation, plus one during a run: a measure to choose among several batchers."""
+        """Number of sequences in generation, plus one during a run, for the choice among several batchers."""
         return len(self.active) + self.lock.locked()
 
     @contextmanager
     def exclusive(self) -> Iterator[KVCache]:
-        """Hold :attr:`lock` and give the KV cache, in which every finished sequence counts as kept."""
+        """Hold :attr:`lock`, move finished sequences to the kept ones, and yield the KV cache."""
         with self.lock:
             self._settle()
             yield self.cache
 
     def common_prefix(self, ids: list[int]) -> int:
-        """Return how many tokens at the beginning of ``ids`` a kept sequence has too."""
+        """Return the length of the longest prefix that ``ids`` has in common with a kept sequence."""
         with self.lock:
             return self.cache.common_prefix(ids)
 
@@ -80,11 +81,11 @@ class Batcher(Closing):
         ids
             The prompt's tokens, at least one.
         sampler
-            Chooses the tokens that follow.
+            The sampler, which chooses the next tokens.
         reuse
-            Take over the slots of a kept sequence with the same beginning.
+            True to take over the slots of a kept sequence with the same beginning.
         timings
-            Counts this sequence; several may share one.
+            Counter of this sequence. Several sequences may share one.
 
         Raises
         ------
@@ -137,7 +138,7 @@ class Batcher(Closing):
                 self.cache.keep(sequence)
 
     def logits(self, ids: list[int], n_out: int, progress: Callable[[int], None] | None = None) -> Logits:
-        """Compute ``ids`` as a sequence of its own, and return the logits of the last ``n_out`` tokens.
+        """Compute ``ids`` as a new sequence, and return the logits of the last ``n_out`` tokens.
 
         Parameters
         ----------
@@ -172,10 +173,10 @@ class Batcher(Closing):
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def allocate(self, n: int) -> int:
-        """Make ``n`` slots free for tokens of no sequence in generation, and return a cache id for them.
+        """Free ``n`` slots for tokens that belong to no sequence in generation, and return a cache id for them.
 
-        The caller is inside :meth:`exclusive` and has checked that the cache has so many slots. It takes the slots, and
-        keeps or releases them before it leaves.
+        The caller is inside :meth:`exclusive`, and has checked that the cache has ``n`` slots. It allocates the slots,
+        and keeps or releases them before it leaves :meth:`exclusive`.
         """
         self.cache.free_slots(n, lambda: [sequence for sequence in self.active if sequence.n_cached])
         return self.cache.new_id()
@@ -207,15 +208,15 @@ class Batcher(Closing):
                     if not sequence.n_pending:
                         sequence.ids.append(sequence.sampler(row, sequence.ids))
                 return
-        time.sleep(PAUSE_SECONDS / 100)  # the slots belong to a sequence whose caller is about to ask again
+        time.sleep(PAUSE_SECONDS / 100)  # another sequence needs the slots, and its caller is about to wait again
 
     def _plan(self) -> list[tuple[TokenSequence, int]]:
-        """Return the sequences of the next run, and how many tokens of each it computes."""
+        """Return the sequences of the next run, each with the number of its tokens to compute."""
         parts: list[tuple[TokenSequence, int]] = []
         chosen = [s for s in self.active if s.waiting and not s.ready and not _must_wait(s)]
-        # A sequence alone may fill several batches in flight.
+        # A single sequence may fill several batches in flight.
         capacity = self.runner.n_batch * (self.runner.n_queued_batches if len(chosen) == 1 else 1)
-        for sequence in sorted(chosen, key=lambda s: s.n_pending):  # decode before prefill: many, and fast
+        for sequence in sorted(chosen, key=lambda s: s.n_pending):  # decode before prefill: one token each
             n = self._batches.chunk_size(sequence.n_pending, capacity)
             if n and self._free_slots(sequence, n, parts):
                 sequence.evicted_by = None
@@ -224,7 +225,7 @@ class Batcher(Closing):
         return parts
 
     def _free_slots(self, sequence: TokenSequence, n: int, parts: list[tuple[TokenSequence, int]]) -> bool:
-        """Make ``n`` slots free for ``sequence`` beside those that ``parts`` need. Return False if others need them."""
+        """Free ``n`` slots for ``sequence``, in addition to those of ``parts``. Return False if that is impossible."""
         if sequence.cache_id < 0:
             sequence.cache_id = self.cache.new_id()
         needed = n + sum(m for _, m in parts)  # slots are allocated when the batch is made
@@ -233,7 +234,7 @@ class Batcher(Closing):
         )
 
     def _evictable(self, sequence: TokenSequence, parts: list[tuple[TokenSequence, int]]) -> list[TokenSequence]:
-        """Return the sequences that give way to ``sequence``: the paused and the later ones, unless in this run."""
+        """Return the sequences that may be evicted for ``sequence``: paused and later ones outside this run."""
         running = [s for s, _ in parts]
         age = self.active.index(sequence)
         return [

@@ -9,12 +9,12 @@ from ggml_cffi.models.generation.kv_slots import KVSlots
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.runners.base import Batch, Runner
 
-#: ggml's Vulkan backend compiles matrix products of their own for each number of tokens up to this.
+#: Largest number of tokens for which ggml's Vulkan backend compiles a matrix product of its own.
 _FEW_TOKENS = 8
 
 
 class BatchBuilder:
-    """Makes the batches of one runner, and allocates the KV slots of their tokens.
+    """Builder of the batches of one runner, which also allocates the KV slots of their tokens.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ class BatchBuilder:
     slots
         The slots of its KV cache.
     one_by_one
-        Put the tokens of a very short prompt into batches of one token. Software devices take minutes to compile
-        shaders for each small number of tokens.
+        True to put the tokens of a very short prompt into batches of one token. Software devices take minutes to
+        compile the shaders for each small number of tokens.
     """
 
     def __init__(self, runner: Runner, slots: KVSlots, *, one_by_one: bool = False) -> None:
@@ -40,7 +40,7 @@ class BatchBuilder:
         return self._runner.batch_ranges(start, end)
 
     def chunk_size(self, pending: int, capacity: int) -> int:
-        """Return how many of ``pending`` tokens a run takes that has room for ``capacity``, perhaps 0.
+        """Return the number of ``pending`` tokens to compute in a run with room for ``capacity`` tokens; it may be 0.
 
         A long prompt is divided into chunks of about equal size.
         """
@@ -63,8 +63,8 @@ class BatchBuilder:
         start, end
             The range of tokens.
         first_output
-            Number of the first token whose logits are wanted. The last token of the batch always counts as wanted: a
-            graph needs a result.
+            Position of the first token whose logits are needed. The logits of the batch's last token are always
+            computed, because a graph needs a result.
         """
         slots = self._slots.allocate(cache_id, start, end - start)
         positions = np.arange(start, end, dtype=np.int32)
@@ -72,7 +72,7 @@ class BatchBuilder:
         return self._batch(ids[start:end], np.full(end - start, cache_id, np.int32), positions, slots, outputs)
 
     def next_tokens(self, sequences: list[TokenSequence]) -> Batch:
-        """Return the batch of one token of each sequence. The devices wait for it between two runs: it must be fast."""
+        """Return the batch of one token of each sequence. It must be fast: devices are idle between two runs."""
         slots = self._slots
         rows = [slots.allocate_one(sequence.cache_id, sequence.n_cached) for sequence in sequences]
         n_kv = self._runner.n_kv(slots.end)
@@ -97,7 +97,7 @@ class BatchBuilder:
         Parameters
         ----------
         parts
-            Sequences, and how many tokens of each.
+            Sequences, each with its number of tokens.
         """
         tokens: list[int] = []
         sizes = [n for _, n in parts]

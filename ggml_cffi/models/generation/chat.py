@@ -1,4 +1,4 @@
-"""Chat templates: from messages to the text that a model was trained on."""
+"""Chat templates: messages to text in the form that a model was trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def render(template: str, messages: Chat, *, bos: str = "", eos: str = "", add_g
     bos, eos
         Texts of the tokens that begin and end a sequence.
     add_generation_prompt
-        End with the beginning of the model's answer.
+        True to end with the beginning of the model's answer.
 
     Raises
     ------

@@ -27,10 +27,10 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class IncrementalDetokenizer:
-    """Text of tokens as they come.
+    """Conversion of tokens to text, one token at a time.
 
-    Bytes wait until their characters are complete. Text that may be the beginning of a stop string waits until that is
-    decided.
+    Bytes are held back until their characters are complete. Text that may be the beginning of a stop string is held
+    back until later tokens decide it.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class IncrementalDetokenizer:
         return text
 
     def _release(self, text: str) -> str:
-        """Add ``text`` to what is held back, and return what cannot belong to a stop string."""
+        """Add ``text`` to the text held back, and return the part that cannot belong to a stop string."""
         if not self._stop or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
@@ -102,7 +102,7 @@ def numbered_text_chunks(
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
+    """Return the length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n

@@ -1,7 +1,7 @@
-"""The KV cache of one runner: who holds its slots, what is kept for later prompts, and what is evicted when.
+"""The KV cache of one runner: the sequences that hold its slots, finished sequences that it keeps, and eviction.
 
-The keys and values themselves are tensors on the devices, :attr:`KVCache.layers`: the runner makes them when it loads
-the model. Everything that decides over their rows is here, and in ``kv_slots``, which keeps the table of slots.
+The keys and values themselves are tensors on the devices (:attr:`KVCache.layers`), which the runner allocates when it
+loads the model. This module assigns their rows to sequences; ``kv_slots`` has the table of the slots.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class KVCache:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.slots = KVSlots(runner.n_slots)
-        """The slots, and which sequence holds each."""
+        """The slots, each with the sequence that holds it."""
         self.kept: OrderedDict[int, list[int]] = OrderedDict()
         """Token ids of finished sequences that are still in the cache, by cache id, the latest last."""
         self._last_id = 0
@@ -50,18 +50,18 @@ class KVCache:
     # ------------------------------------------------------------------ finished sequences
 
     def keep(self, sequence: TokenSequence) -> None:
-        """Keep what the cache has of a finished sequence."""
+        """Keep the cached tokens of a finished sequence."""
         if sequence.n_cached:
             self.kept[sequence.cache_id] = sequence.ids[: sequence.n_cached]
 
     def common_prefix(self, ids: list[int]) -> int:
-        """Return how many tokens at the beginning of ``ids`` a kept sequence has too."""
+        """Return the length of the longest prefix that ``ids`` has in common with a kept sequence."""
         return max((common_length(kept, ids) for kept in self.kept.values()), default=0)
 
     def reuse_prefix(self, sequence: TokenSequence) -> None:
-        """Give ``sequence`` the slots of the kept sequence that has the longest beginning in common with it."""
+        """Give ``sequence`` the slots of the kept sequence that has the longest prefix in common with it."""
         best, common = -1, 0
-        prompt = sequence.ids[:-1]  # the last token is computed in any case: its logits are needed
+        prompt = sequence.ids[:-1]  # the last token is always computed, because its logits are needed
         for cache_id, ids in self.kept.items():
             n = common_length(ids, prompt)
             if n > common:
@@ -84,8 +84,8 @@ class KVCache:
     ) -> bool:
         """Free slots until ``n`` are free. Return False if that is not possible.
 
-        Kept sequences go first, the oldest of them first. After them go sequences in generation: paused ones before
-        others, and of these the one that began last.
+        Kept sequences are evicted first, in order of age. Sequences in generation follow, the paused ones before the
+        others, and in each group those that began last first.
 
         Parameters
         ----------
@@ -94,7 +94,7 @@ class KVCache:
         candidates
             Returns the sequences in generation that may be evicted, in the order in which they began.
         by
-            The sequence that needs the slots, if it is one in generation.
+            The sequence that needs the slots, if a sequence in generation needs them.
         """
         while self.slots.n_free < n:
             if self.kept:
@@ -109,7 +109,7 @@ class KVCache:
         return True
 
     def _evict(self, sequence: TokenSequence, by: TokenSequence | None) -> None:
-        """Take all slots of a sequence: it is computed anew when there is room again."""
+        """Free all slots of a sequence in generation. It is computed again when there is room."""
         self.slots.release(sequence.cache_id)
         sequence.cache_id, sequence.n_cached, sequence.evicted_by = -1, 0, by
 

@@ -1,4 +1,4 @@
-"""Snapshots of the KV cache: kept sequences, with their keys and values, to a GGUF file and back."""
+"""Snapshots of the KV cache: kept sequences, with their keys and values, written to a GGUF file and read back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _Kept = tuple[Batcher, npt.NDArray[np.int64], list[int]]
 def save(batchers: Sequence[Batcher], path: str | os.PathLike[str]) -> int:
     """Write the kept sequences of a model's replicas, the latest last, and return the number of their tokens.
 
-    The file is GGUF. It has for sequence ``i`` the token ids ``i.tokens`` ``(n,)``, and for each layer the stored bytes
+    The file is GGUF. For sequence ``i`` it has the token ids ``i.tokens`` ``(n,)``, and for each layer the stored bytes
     of keys and values, ``i.k.LAYER`` and ``i.v.LAYER``, as I8 ``(n, bytes of a token)``.
 
     Raises
@@ -53,7 +53,7 @@ def load(batcher: Batcher, path: str | os.PathLike[str]) -> int:
     Raises
     ------
     FormatError
-        If :func:`save` did not write the file, or another model did, or the cache has another type.
+        If :func:`save` did not write the file, or the model or the type of its cache differs.
     ValueError
         If the cache has too few slots.
     """
@@ -61,7 +61,7 @@ def load(batcher: Batcher, path: str | os.PathLike[str]) -> int:
         for key, value in _fingerprint(batcher).items():
             found = file.metadata.get(key)
             if found != value:
-                raise FormatError(f"{path} is no snapshot of this model's KV cache: {key} is {found!r}, not {value!r}")
+                raise FormatError(f"{path} is not a snapshot of this KV cache: {key} is {found!r}, not {value!r}")
         sequences = [_tokens(file, i, batcher) for i in range(_count(file))]
         n = sum(len(ids) for ids in sequences)
         if n > len(cache.slots):
@@ -83,7 +83,7 @@ def load(batcher: Batcher, path: str | os.PathLike[str]) -> int:
 
 
 def _fingerprint(batcher: Batcher) -> dict[str, Any]:
-    """Return the metadata in which a file and a model must agree."""
+    """Return the metadata that must be equal in a file and in a model."""
     architecture, cache = batcher.runner.architecture, batcher.cache.layers[0][0]
     return {
         "general.architecture": architecture.name,
@@ -128,8 +128,8 @@ def _stored(file: GGUFFile, name: str, n: int) -> Bytes:
 def _parts(batcher: Batcher, i: int) -> Iterator[tuple[str, list[Sequence[LayerCache]], str]]:
     """Yield for keys and values of each layer the tensor's name in the file, the caches, and ``"k"`` or ``"v"``.
 
-    Caches with the same heads stand together. Each of several devices has some of the heads, or has all heads where
-    there are fewer heads than devices.
+    Caches with the same heads are in one list. Each of several devices has some of the heads, or all heads if there
+    are fewer heads than devices.
     """
     for layer, caches in enumerate(batcher.cache.layers):
         for part, size in zip("kv", batcher.runner.architecture.kv_sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Requests: prompts to continue, one or many, by one batcher or by those of several replicas."""
+"""Requests: one or several prompts to continue, on one batcher or on those of several replicas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Request:
     """True to take over slots of a kept sequence with the same beginning."""
 
     def cancel(self) -> None:
-        """End the answer after the token that is generated now."""
+        """End the answer after the current token."""
         self.max_tokens = 0
 
     def begin(self, batcher: Batcher, timings: Timings) -> TokenSequence:
@@ -78,7 +78,7 @@ def generate_many(
     max_sequences
         Largest number of sequences in generation.
     timings
-        Counts all of them.
+        Counter of all requests.
 
     Yields
     ------
@@ -162,7 +162,7 @@ def generate_on_replicas(
 
 
 def choose_batcher(batchers: Sequence[Batcher], ids: list[int] | None = None) -> Batcher:
-    """Return the batcher with the least work; of several, the one whose cache has the longest prefix of ``ids``."""
+    """Return the batcher with the least work; among equals, the one whose cache has the longest prefix of ``ids``."""
     if len(batchers) == 1:
         return batchers[0]
     least = min(batcher.workload for batcher in batchers)

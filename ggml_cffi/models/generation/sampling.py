@@ -24,7 +24,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Parameters of :class:`Sampler`, checked when they are made.
+    """Parameters of :class:`Sampler`, checked on creation.
 
     Raises
     ------
@@ -42,7 +42,7 @@ class SamplingParams:
     top_k: int = 40
     """Number of most likely tokens to choose from; 0 for all."""
     top_p: float = 0.95
-    """Probability that the most likely tokens to choose from have together."""
+    """Total probability of the most likely tokens to choose from."""
     min_p: float = 0.0
     """Lowest probability of a token to choose, as a fraction of the most likely token's."""
     repeat_penalty: float = 1.0
@@ -51,7 +51,7 @@ class SamplingParams:
     repeat_last_n: int = 64
     """Number of last tokens that the penalty covers; 0 for none, -1 for all."""
     seed: int | None = None
-    """Seed of the random choices, for repeatable ones; None for different choices each time."""
+    """Seed of the random choices; None for different choices each time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -97,20 +97,20 @@ class SamplingParams:
 class Sampler:
     """The choice of the next token, in the steps and the order of llama.cpp.
 
-    Each step works on the tokens that the step before left: repetition penalty, ``top_k``, ``top_p``, ``min_p``,
+    Each step works on the tokens that the last step left: repetition penalty, ``top_k``, ``top_p``, ``min_p``,
     temperature.
 
     Parameters
     ----------
     params
-        The parameters; default :class:`SamplingParams`'s own.
+        The parameters; default those of ``SamplingParams()``.
     **options
         Fields in place of those of ``params``.
 
     Raises
     ------
     TypeError, ValueError
-        As :meth:`SamplingParams.from_options`.
+        See :meth:`SamplingParams.from_options`.
     """
 
     def __init__(self, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> None:

@@ -1,4 +1,4 @@
-"""A sequence in generation: its tokens, its share of the KV cache, and the state of its caller."""
+"""A sequence in generation: its tokens, its number in the KV cache, and the state of its caller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAUSE_SECONDS = 1.0
 class TokenSequence:
     """The tokens of a prompt and those generated after it.
 
-    Made by :meth:`Batcher.add <ggml_cffi.models.generation.batcher.Batcher.add>`, which also changes it. Only
+    :meth:`Batcher.add <ggml_cffi.models.generation.batcher.Batcher.add>` creates it, and the batcher changes it. Only
     :meth:`ask` and :meth:`take` may be called without the batcher's lock.
     """
 
@@ -25,19 +25,19 @@ class TokenSequence:
     """Token ids: the prompt's, then the generated ones."""
     sampler: Sampler
     n_prompt: int
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
     cache_id: int = -1
     """Number of the sequence in the KV cache, -1 while it holds no slots."""
     n_cached: int = 0
-    """Tokens whose keys and values are in the KV cache."""
+    """Number of tokens whose keys and values are in the KV cache."""
     n_taken: int = 0
-    """Tokens that the caller knows, with the prompt's."""
+    """Number of tokens that the caller has, those of the prompt included."""
     waiting: bool = False
     """True while a caller waits for the next token."""
     last_call: tuple[int, float] = (0, 0.0)
     """Thread and time of the last call for a token."""
     evicted_by: TokenSequence | None = None
-    """The sequence that took its KV slots. It returns to the cache when that one is paused or finished."""
+    """The sequence that took the KV slots of this one, which returns to the cache once that one pauses or ends."""
     finished: bool = False
     timings: Timings = field(default_factory=Timings)
 
@@ -59,7 +59,7 @@ class TokenSequence:
 
     @property
     def paused(self) -> bool:
-        """True if the caller is busy elsewhere: it now asks for another sequence, or has not asked for a while."""
+        """True if the caller does other work: its thread is in another call now, or made no call for a while."""
         if self.waiting:
             return False
         thread, when = self.last_call
@@ -67,5 +67,5 @@ class TokenSequence:
 
     @property
     def n_pending(self) -> int:
-        """Tokens that are known but not computed."""
+        """Number of tokens that are not computed yet."""
         return len(self.ids) - self.n_cached

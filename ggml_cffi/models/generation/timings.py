@@ -14,9 +14,9 @@ class Timings:
     """
 
     prompt_tokens: int = 0
-    """Tokens of the prompts, with those that came from the KV cache."""
+    """Tokens of the prompts, those from the KV cache included."""
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values an earlier sequence had left in the KV cache."""
+    """Prompt tokens whose keys and values were in the KV cache, from an earlier sequence."""
     prompt_seconds: float = 0.0
     """Seconds of the runs that computed prompt tokens (prefill)."""
     decoded_tokens: int = 0

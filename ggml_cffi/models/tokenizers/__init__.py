@@ -1,8 +1,8 @@
 """Tokenizers: text to token ids and back, with one file for each kind of vocabulary.
 
 :class:`Tokenizer` reads a :class:`Vocabulary` from a GGUF file, finds special tokens in a text, and gives the text
-between them to an :class:`Encoder`; ``registry`` says which. Byte-level vocabularies split a text into words first, by
-the expressions of ``pre_tokenizers``, which use the character classes of ``unicode_categories``.
+between them to an :class:`Encoder` from the ``registry``. Byte-level vocabularies split a text into words first, by the
+expressions of ``pre_tokenizers``, which use the character classes of ``unicode_categories``.
 """
 
 from ggml_cffi.models.tokenizers.base import Encoder

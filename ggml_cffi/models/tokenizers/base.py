@@ -1,4 +1,4 @@
-"""The base of all kinds of vocabularies: text is split into words, and each word is encoded by itself."""
+"""Base of the encoders of all vocabularies: they split a text into words, and encode each word by itself."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Encoder(ABC):
     """
 
     add_bos = False
-    """Default where the file does not say whether sequences begin with the beginning token."""
+    """True if sequences begin with the beginning token, unless the file has a flag for it."""
     always_framed = False
-    """True if the beginning and the separating token always enclose a sequence, whatever the file says."""
+    """True if the beginning and the separating token always enclose a sequence, even if the file disagrees."""
     bos: int | None = None
     """Default id of the beginning token."""
     eos: int | None = None
@@ -70,5 +70,5 @@ class Encoder(ABC):
         """Return the bytes that a normal token with this text stands for."""
 
     def clean_up(self, text: bytes) -> bytes:
-        """Return the decoded bytes of several tokens with their spaces corrected, where this kind does that."""
+        """Return the decoded bytes of several tokens with corrected spaces, if this kind of vocabulary needs it."""
         return text

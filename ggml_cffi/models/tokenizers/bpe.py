@@ -22,8 +22,8 @@ def merge(symbols: Sequence[str], ranks: Mapping[str, float], joint: str = "") -
 
     Notes
     -----
-    ``O(n log n)`` for ``n`` symbols: pairs are in a heap. A pair whose symbols have changed stays there, and is skipped
-    when it comes up.
+    ``O(n log n)`` for ``n`` symbols: pairs are in a heap. A pair whose symbols have changed stays in the heap, and is
+    skipped when it comes up.
     """
     texts = list(symbols)
     n = len(texts)

@@ -45,8 +45,8 @@ class ByteLevelBPE(Encoder):
             return [ids[letters]]
         tokens = []
         for symbol in merge(letters, self._ranks, " "):
-            # A symbol that is no token falls apart into the bytes of its letters. Bytes that are no tokens are lost,
-            # such as some control characters with SmolLM2.
+            # A symbol that is not a token becomes the bytes of its letters. Bytes that are not tokens are lost, such as
+            # some control characters with SmolLM2.
             for part in (symbol,) if symbol in ids else symbol.encode().decode("ascii", "surrogateescape"):
                 if part in ids:
                     tokens.append(ids[part])

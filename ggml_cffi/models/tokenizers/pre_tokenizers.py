@@ -1,4 +1,4 @@
-"""Pre-tokenizers: how byte-level vocabularies split a text into words before they merge bytes.
+"""Pre-tokenizers: the division of a text into words before byte-level vocabularies merge bytes.
 
 A pre-tokenizer is a few regular expressions. Each is applied to every word that the one before left: its matches become
 words, and so does the text between two matches. The names are those of ``tokenizer.ggml.pre``.
@@ -31,7 +31,7 @@ class Pattern:
 
     regex: str
     view: Callable[[str], str]
-    """Returns that form: the characters themselves, or placeholders for their categories."""
+    """A function that returns this form: the characters themselves, or placeholders for their categories."""
 
 
 def _by_category(pattern: str) -> Pattern:
@@ -48,9 +48,9 @@ class PreTokenizer:
 
     patterns: tuple[Pattern, ...]
     ignore_merges: bool = False
-    """True if a word that is a token is not built from its bytes."""
+    """True if a word that is a token becomes that token without merges."""
     add_bos: bool = False
-    """True if texts begin with the beginning token, unless the file says otherwise."""
+    """True if texts begin with the beginning token, unless the file has a flag for it."""
 
     def split(self, text: str) -> list[str]:
         """Return the words of ``text``. Joined, they are ``text`` again."""

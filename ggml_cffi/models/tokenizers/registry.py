@@ -1,4 +1,4 @@
-"""The registry of vocabularies: which class encodes which ``tokenizer.ggml.model``."""
+"""The registry of vocabularies: the encoder class for each ``tokenizer.ggml.model``."""
 
 from ggml_cffi.models.tokenizers.base import Encoder
 from ggml_cffi.models.tokenizers.byte_level_bpe import ByteLevelBPE

@@ -14,7 +14,7 @@ _SPACE = "\u2581"  # how the vocabulary spells a space
 class SentencePieceBPE(Encoder):
     """Vocabulary ``llama`` of ``tokenizer.ggml.model``: characters are merged by score; byte tokens spell unknown ones.
 
-    SentencePiece takes a text as one word. This class splits it before those spaces over which no token extends.
+    SentencePiece takes a text as one word. This class splits the text before each space that no token spans.
     """
 
     add_bos = True

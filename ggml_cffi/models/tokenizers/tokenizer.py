@@ -90,7 +90,7 @@ class Tokenizer:
         return ids
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
-        """Return the bytes that a token stands for; none for control tokens unless ``special``.
+        """Return the bytes that a token stands for, no bytes for control tokens unless ``special``.
 
         Ids beyond the vocabulary stand for no bytes: embeddings are often padded.
         """
@@ -144,16 +144,16 @@ class Tokenizer:
         return self._encoder.clean_up(b"".join(parts)).decode("utf-8", "replace")
 
     def check(self, tokens: Iterable[int]) -> list[int]:
-        """Return ``tokens`` as a list; errors as :func:`check_tokens`."""
+        """Return ``tokens`` as a list of valid ids; see :func:`check_tokens` for the errors."""
         return check_tokens(tokens, len(self))
 
     def incremental_decoder(self) -> IncrementalDecoder:
-        """Return a decoder for token after token."""
+        """Return a decoder that takes one token after another."""
         return IncrementalDecoder(self)
 
 
 class IncrementalDecoder:
-    """Decoder of one token after another. Bytes wait until their characters are complete."""
+    """Decoder of one token after another. It holds bytes back until their characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -164,7 +164,7 @@ class IncrementalDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def finish(self) -> str:
-        """Return the text of the bytes that still wait, at the end of the tokens."""
+        """Return the text of the bytes held back, at the end of the tokens."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -1,4 +1,4 @@
-"""General categories of characters by Unicode 15.1, as in llama.cpp, whatever version this Python has.
+"""General categories of characters by Unicode 15.1, as in llama.cpp, in every version of Python.
 
 Pre-tokenizers use regular expressions over categories, which Python's ``re`` does not support. As in llama.cpp, a
 placeholder for the category replaces every character beyond ASCII, and the expressions contain the placeholders.
@@ -32,7 +32,7 @@ _ADDED = (
     "1f6dcS 1f774-1f776S 1f77b-1f77fS 1f7d9S 1fa75-1fa77S 1fa87-1fa88S 1faad-1faafS 1fabb-1fabdS 1fabfS 1face-1facfS "
     "1fada-1fadbS 1fae8S 1faf7-1faf8S 2b739L 2ebf0-2ee5dL 31350-323afL"
 )
-# Additions of later versions: newer Pythons know them, but llama.cpp counts them as not assigned.
+# Additions of later versions, which newer Pythons have, but which llama.cpp counts as not assigned.
 _LATER = (
     "558 58b-58c 5c8-5c9 88f 897 b53-b54 c5c cdc 1acf-1af0 1b4e-1b4f 1b7f 1c89-1c8a 208f 209d-209f 20c1-20c4 2427-2429 "
     "2b96 2e60-2e63 31e4-31e5 a7cb-a7cf a7d2 a7d4 a7da-a7dd a7e2 a7f1 ab6c-ab6d fbc3-fbd2 fd90-fd91 fdc8-fdce "
@@ -71,7 +71,7 @@ def category(character: str) -> str:
 
 
 class CharacterTable(dict[int, str]):
-    """A table for ``str.translate``, filled by a function of a character when that is first met, up to a limit."""
+    """A table for ``str.translate`` that computes the entry of a character on first use, up to a limit."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         self._function = function

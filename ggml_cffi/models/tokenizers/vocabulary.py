@@ -27,7 +27,7 @@ class TokenType(IntEnum):
 
 #: Types of tokens that are found in a text before it is split into words.
 SPECIAL = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-#: Texts of tokens that end an answer, whatever type the file gives them.
+#: Texts of tokens that end an answer, also if the file gives them another type.
 _END_TEXTS = (
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
     "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
@@ -74,7 +74,7 @@ class Vocabulary:
         """Id of each text."""
         if len(self.ids) < len(texts):
             text, count = Counter(texts).most_common(1)[0]
-            raise FormatError(f"{self.path}: the token {text!r:.80} is {count} times in the vocabulary")
+            raise FormatError(f"{self.path}: the token {text!r:.80} occurs {count} times in the vocabulary")
         self.types: list[int] = self.numbers("token_type", "iu", TokenType.NORMAL).tolist()
         """Type of each token: a :class:`TokenType`, or another number from the file."""
         for i in np.flatnonzero(np.equal(self.types, TokenType.BYTE)):
@@ -119,7 +119,7 @@ class Vocabulary:
         Raises
         ------
         FormatError
-            If the value is missing, or not a list of so many numbers.
+            If the value is missing, or is not a list with a number for each token.
         """
         value, n = self.get(key), len(self.texts)
         if value is None and default is not None:
@@ -143,7 +143,7 @@ class Vocabulary:
     # ------------------------------------------------------------------ special tokens
 
     def _end_tokens(self) -> frozenset[int]:
-        """Return the tokens that end an answer. Give them, and code models' tokens, the type of control tokens."""
+        """Return the tokens that end an answer. Mark them, and code models' tokens, as control tokens."""
         ends = self._ids_of(_END_TEXTS)
         control = list(ends)
         for purpose, texts in _CODE_TEXTS.items():
@@ -161,7 +161,7 @@ class Vocabulary:
         return [self.ids[text] for text in texts.split() if text in self.ids]
 
     def _strips(self) -> tuple[list[int], list[int]]:
-        """Return the tokens that absorb whitespace on their left, and on their right. GGUF has no field for it."""
+        """Return the tokens that absorb whitespace on their left, and on their right. GGUF has no field for them."""
         name = str(self._metadata.get("general.name")).lower()
         pre, architecture = str(self.get("pre")), str(self._metadata.get("general.architecture"))
         if pre.startswith(("jina-v2-de", "jina-v2-es", "jina-v2-code")) or architecture.startswith(
@@ -193,7 +193,7 @@ class Vocabulary:
     def partition(self, text: str, special: bool) -> list[str | int]:
         """Return ``text`` as a list of special tokens' ids and of the texts between them.
 
-        A longer token is searched in the whole text before a shorter one. User-defined tokens always count; control
+        A longer token is searched in the whole text before a shorter one. User-defined tokens are always found, control
         tokens and the unknown token only if ``special``.
         """
         types = SPECIAL if special else (TokenType.USER_DEFINED,)

@@ -59,7 +59,7 @@ ON_THE_CPU = {
 
 
 def decided(case, close):
-    """Return the greedy tokens before the first that two logits nearly tie for."""
+    """Return the greedy tokens before the first one for which two logits are nearly equal."""
     return case["greedy"][: next((i for i, m in enumerate(case["margins"]) if m < close), len(case["margins"]))]
 
 
@@ -104,7 +104,7 @@ def test_logits_agree_with_transformers(tmp_path, which):
 
 @pytest.mark.parametrize(("change", "scale"), [({}, 1 / 4), ({".attention.scale": 0.5}, 0.5)])
 def test_gemma3_27b_scales_its_scores_by_the_embedding_size(tmp_path, rng, change, scale):
-    """Expect the root of 64 elements over 4 heads, not of the 32 of a head, unless the file has a scale."""
+    """Expect a scale by 64 / 4 elements, not by the head size of 32, unless the file has a scale."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name="gemma3", n_layers=62, **change)
     with ggml.GGUFFile(path) as file:
         assert ARCHITECTURES["gemma3"](file).scale == scale
@@ -245,7 +245,7 @@ def test_a_layer_with_a_sliding_window_needs_its_mask(tmp_path, rng):
             it.architecture.attention(1, h, weights, it.cache(), inputs)
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- invalid files
 
 
 @pytest.mark.parametrize(
@@ -254,11 +254,11 @@ def test_a_layer_with_a_sliding_window_needs_its_mask(tmp_path, rng):
         ({"name": "mamba"}, "architecture 'mamba' is not supported; .*gemma3, llama, qwen2, qwen3.* are"),
         (
             {"more": {"blk.1.attn_output.bias": np.ones(64)}},
-            "architecture llama does not know 1 tensors, such as 'blk.1",
+            "architecture llama does not use 1 tensors, such as 'blk.1",
         ),
         (
             {"name": "qwen2", "more": {"blk.0.attn_q_norm.weight": np.ones(32)}},
-            "architecture qwen2 does not know 1 tensors",
+            "architecture qwen2 does not use 1 tensors",
         ),
         ({"name": "qwen3", "n_layers": 2, ".block_count": 3}, "no tensor 'blk.2"),
         ({".attention.scale": -1.0}, "attention.scale is -1.0, not a number of 0 or more"),

@@ -246,7 +246,7 @@ def test_an_encoder_without_sentence_transformers_files_uses_the_mean(folder):
         assert Bert(file).pooling == "mean"
 
 
-# ---------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------- invalid folders
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_mask_of_the_last_token_shows_its_whole_sequence():
     slots.allocate(1, 0, 2)
     slots.allocate_one(2, 0)
     assert np.isfinite(slots.last_token_mask(1, 4)).tolist() == [True, True, False, False]
-    slots.allocate_one(1, 2)  # the mask follows
+    slots.allocate_one(1, 2)  # this updates the mask
     assert np.isfinite(slots.last_token_mask(1, 4)).tolist() == [True, True, False, True]
     want = slots.mask(np.array([1], np.int32), np.array([2], np.int32), 6)
     assert np.array_equal(slots.last_token_mask(1, 6), want[0])

@@ -34,7 +34,7 @@ def test_snapshots_of_other_models_and_damaged_ones_are_refused(path, rng, tmp_p
     with models.load(path, ["CPU"], n_ctx=256) as model:
         list(model.generate_tokens([1, 2, 3], 1, stop_at_end=False))
         model.save_cache(file)
-        with pytest.raises(ggml.FormatError, match=r"no snapshot of .* cache: ggml_cffi.kv_cache.version is None"):
+        with pytest.raises(ggml.FormatError, match=r"not a snapshot of .* cache: ggml_cffi.kv_cache.version is None"):
             model.load_cache(path)
         whole = file.read_bytes()
         for _ in range(100):

@@ -19,7 +19,7 @@ def test_a_list_of_prompts_gives_numbered_chunks(smollm2):
         assert {number for number, _ in model.generate(chats, 4)} == {0, 1}
         with pytest.raises(ValueError, match="max_sequences must be at least 1"):
             model.generate(texts, 8, max_sequences=0)
-        # Each has a seed of its own, and the seeds repeat.
+        # Each prompt has a seed of its own, and equal seeds give equal choices.
         again = [dict.fromkeys(range(3), "") for _ in range(2)]
         for found in again:
             for number, piece in model.generate(3 * ["Once upon"], 6, temperature=1.5, seed=3):

@@ -1,4 +1,4 @@
-"""Byte-pair encoding beside a simple implementation."""
+"""Byte-pair encoding compared with a simple implementation."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Pre-tokenizers beside llama.cpp, with SmolLM2's vocabulary."""
+"""Pre-tokenizers compared with llama.cpp, with SmolLM2's vocabulary."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tokenizers of real models: ids and texts beside llama.cpp, round trips, arguments."""
+"""Tokenizers of real models: ids and texts compared with llama.cpp's, round trips, arguments."""
 
 import pytest
 from hypothesis import given, settings
@@ -36,7 +36,7 @@ def test_ten_thousand_texts_are_encoded_as_by_llama_cpp(tokenizers, name):
 
 
 def test_a_space_prefix_is_added_and_removed(metadata):
-    """Llama 2's vocabulary needs the prefix; here Gemma's does."""
+    """Llama 2's vocabulary needs the prefix. The test sets the flag for Gemma's vocabulary."""
     tokenizer = tokenizer_of(metadata["gemma3"], add_space_prefix=True)
     assert not wrongly_encoded(tokenizer, TEXTS[:FEW], answers("gemma3")["add_space_prefix"])
     for text in TEXTS[:FEW]:
@@ -67,7 +67,7 @@ def test_incremental_decoding_gives_the_same_text_as_decode(tokenizers):
 
 
 def test_wordpiece_loses_case_accents_and_spaces(tokenizers):
-    """Decoding is as llama.cpp does it."""
+    """Compare the decoded text with llama.cpp's."""
     tokenizer = tokenizers["minilm"]
     ids = tokenizer.encode("Größe, naïve: don't  EMBED\tthis 漢字 🙂?")
     assert ids[0] == tokenizer.bos == 101

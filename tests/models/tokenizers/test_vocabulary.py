@@ -23,7 +23,7 @@ from tests.support.tokenizers import (
 
 
 def test_random_vocabularies_encode_as_in_llama_cpp(tmp_path):
-    """They are odd on purpose: merges without a token, missing bytes, special tokens that overlap or absorb spaces."""
+    """The vocabularies have merges without a token, missing bytes, special tokens that overlap or absorb spaces."""
     wrong = []
     for seed, want in zip(range(VOCABULARIES), answers("random")["digests"], strict=True):
         vocabulary = random_vocabulary.Vocabulary(seed)
@@ -43,7 +43,7 @@ def test_random_vocabularies_encode_as_in_llama_cpp(tmp_path):
         (GPT2, {"tokens": None}, "'tokenizer.ggml.tokens' is missing or not a list of strings"),
         (GPT2, {"tokens": [1, 2]}, "tokens' is missing or not a list of strings"),
         (GPT2, {"tokens": (GGUFType.ARRAY, (GGUFType.STRING, []))}, "the vocabulary is empty"),
-        (GPT2, {"tokens": ["a", "b", "a"]}, "the token 'a' is 2 times in the vocabulary"),
+        (GPT2, {"tokens": ["a", "b", "a"]}, "the token 'a' occurs 2 times in the vocabulary"),
         (GPT2, {"merges": None}, "merges' is missing or not a list of strings"),
         (GPT2, {"merges": "a b"}, "merges' is missing or not a list of strings"),
         (GPT2, {"pre": "gpt-9"}, "the pre-tokenizer 'gpt-9' is not supported; default, gpt-2"),
@@ -80,7 +80,7 @@ def test_odd_vocabularies_are_accepted(tmp_path):
 
 
 def test_some_special_tokens_absorb_whitespace(tmp_path):
-    """Phi 3's absorb spaces after them, and the mask of some models those before it. Only names in GGUF tell so."""
+    """Phi 3's tokens absorb spaces after them, some models' mask token those before it: GGUF has only their names."""
     tokens = ["<unk>", "<s>", "</s>", "a", "<|end|>", "<mask>", "▁", "<|endoftext|>"]
     base = LLAMA | {"tokens": tokens, "token_type": [2, 3, 3, 1, 3, 3, 1, 3], "add_space_prefix": False}
     values = {f"tokenizer.ggml.{key}": value for key, value in base.items()}
