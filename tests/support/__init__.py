@@ -20,7 +20,7 @@ DATA = ROOT / "tests" / "data"
 
 
 def need(names: tuple[str, ...]) -> tuple[str, ...]:
-    """``names``, if the machine has such devices; else the test is skipped, and says what is missing."""
+    """Return ``names`` if the machine has such devices, else skip the test, with the missing ones as the reason."""
     missing = set(names) - {d.name for d in ggml_cffi.devices()}
     if missing:
         import pytest  # worker processes of the tests import this module too
@@ -32,7 +32,7 @@ def need(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The norm of the difference over the norm of the reference."""
+    """Return the norm of the difference over the norm of the reference."""
     want = np.asarray(want, np.float64)
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30))
 

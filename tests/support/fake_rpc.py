@@ -31,7 +31,7 @@ class Peer:
             except OSError:
                 return
             self.clients.append(client)
-            with client, contextlib.suppress(OSError, struct.error):  # the client has gone
+            with client, contextlib.suppress(OSError, struct.error):  # the client is gone
                 self.serve(client)
 
     def serve(self, client):
@@ -65,7 +65,7 @@ class Pretender(Peer):
     Parameters
     ----------
     answers
-        For names of commands the bytes to send instead, their length included; None to send nothing.
+        The bytes to send for a command, by its name, their length included; None to send nothing.
     """
 
     def __init__(self, **answers):

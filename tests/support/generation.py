@@ -1,4 +1,4 @@
-"""Prompts for small random models, and what a model generates for them."""
+"""Prompts for small random models, and the tokens that a model generates for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ggml_cffi.models.generation import Batcher, Request, generate_many
 
 
 def random_prompts(rng: np.random.Generator, sizes: Sequence[int]) -> list[list[int]]:
-    """Return prompts of so many token ids, for a vocabulary of 50."""
+    """Return prompts with these numbers of token ids, for a vocabulary of 50."""
     return [[int(t) for t in rng.integers(0, 50, n)] for n in sizes]
 
 

@@ -141,7 +141,7 @@ class Crashes:
         sys.exit(4)
 
     def fork_and_abort(self):
-        """Abort, while a forked process lives on with all open files."""
+        """Abort, while a forked process stays alive with all open files."""
         if not os.fork():
             time.sleep(3)
             os._exit(0)

@@ -1,4 +1,4 @@
-"""Devices that report other memory than they have."""
+"""Devices that report another amount of free memory than they have."""
 
 import ggml_cffi as ggml
 
@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 def memory(monkeypatch, **free):
-    """Have devices of these names say that they have so much free; others have what they have."""
+    """Patch devices of these names to report this number of free bytes. Other devices report their real memory."""
     real = ggml.Device.memory
 
     def fake(self):

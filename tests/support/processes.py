@@ -1,10 +1,10 @@
-"""Processes as the tests look at them."""
+"""The state of processes."""
 
 from __future__ import annotations
 
 
 def has_ended(pid: int) -> bool:
-    """Return whether a process has ended. A zombie has: its parent may be dead, so that nobody waits for it."""
+    """Return whether a process has ended. A zombie counts as ended: its parent may be dead, so nobody waits for it."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] == "Z"

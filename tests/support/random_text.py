@@ -2,7 +2,7 @@
 
 import random
 
-#: Blocks of characters, each as ranges. Python's own tables would not do: they grow with each version.
+#: Blocks of characters, each as ranges. Python's own tables grow with each version.
 SCRIPTS = [
     [(0x61, 0x7A), (0x41, 0x5A)],
     [(0xC0, 0x24F)],

@@ -11,7 +11,7 @@ DIM, FF, LAYERS = 64, 96, 3
 
 
 class Ranks(parallel.TensorParallel):
-    """As many ranks as wanted, all on the CPU."""
+    """A tensor-parallel group of ``n`` ranks, all on the CPU."""
 
     def __init__(self, n=2, **options):
         with pytest.MonkeyPatch.context() as patch:
@@ -20,7 +20,7 @@ class Ranks(parallel.TensorParallel):
 
 
 class Blocks:
-    """Feed-forward blocks with norms and residuals, and what they compute in float64."""
+    """Feed-forward blocks with norms and residuals, and their results in float64."""
 
     def __init__(self, rng):
         self.values = {}
@@ -51,7 +51,7 @@ class Blocks:
 
 
 def chain(w, n):
-    """``n`` products, each after a norm, and what graphs may be cut after."""
+    """Return a function of ``n`` products, each after a norm and a ReLU."""
 
     def run(rank, x):
         for _ in range(n):

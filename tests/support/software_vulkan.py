@@ -1,8 +1,8 @@
 """Settings for a software Vulkan device (Mesa's lavapipe), so that tests with cold shader caches take minutes.
 
-Lavapipe compiles every shader with LLVM when it is first used. Three things make that short: a driver with a recent
-LLVM (``tools/system.sh`` installs it), no optimization, and a processor to compile on. ggml asks in a loop whether the
-device is done, which takes one of two processors from the compiler, so a Vulkan layer makes ggml sleep instead.
+Lavapipe compiles every shader with LLVM when it is first used. Three settings make that fast: a driver with a recent
+LLVM (``tools/system.sh`` installs it), no optimization, and a free processor for the compiler. ggml polls the
+device in a loop, which takes one of two processors from the compiler, so a Vulkan layer makes ggml sleep instead.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
 def gpu_memory(monkeypatch, free):
-    """Have GPUs say that they have so many bytes free."""
+    """Patch GPUs to report this number of free bytes."""
     real = ggml.Device.memory
     monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(free, free))
 

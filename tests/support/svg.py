@@ -6,7 +6,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parse(text):
-    """Groups by what they are, and the edges."""
+    """Return the root, and the groups and edges by class."""
     root = ElementTree.fromstring(text)
     assert root.tag == f"{SVG}svg"
     found = {kind: root.findall(f".//{SVG}g[@class='{kind}']") for kind in ("node", "view", "leaf", "split", "bytes")}

@@ -1,4 +1,4 @@
-"""Tokenizers of changed and of small vocabularies, and what llama.cpp answered."""
+"""Tokenizers of changed and of small vocabularies, and the recorded answers of llama.cpp."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ BERT = {"model": "bert", "tokens": ["[UNK]", "[CLS]", "[SEP]", "▁a", "b"], "to
 
 
 def answers(name: str) -> dict[str, Any]:
-    """Return what llama.cpp answered for a model's vocabulary."""
+    """Return llama.cpp's recorded answers for a model's vocabulary."""
     found: dict[str, Any] = json.loads((DATA / f"tokens_{name}.json").read_text())
     return found
 
