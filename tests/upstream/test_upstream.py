@@ -24,7 +24,7 @@ REFUSED = (
     "a must be F32, F16, BF16 or I32",  # dup of I16
     "with an even last size",  # gated units of an odd size, whose last element has no effect
     "a must be F32 with contiguous rows",  # norms and sums of transposed tensors
-    "the kernel must be contiguous, and the rows of x",  # conv_2d of one channel, permuted
+    "the kernel and the rows of x must be contiguous",  # conv_2d of one channel, permuted
     "is larger than the padded input",  # convolutions: C rounds a negative number of windows up to one
     "that hold padding only",  # pooling
     "must be multiples of channels=",  # im2col_3d of kernels and inputs with a part of their channels
