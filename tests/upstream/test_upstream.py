@@ -20,7 +20,7 @@ REFUSED = (
     "integers, which may be checked row numbers, cannot be written in place",  # they may be row numbers
     "of one type that is not quantized",  # concat
     "quantized tensors are copied to and from tensors of the same shape",
-    "quantized tensors must be contiguous",
+    "quantized tensors, and the rows of other tensors, must be contiguous",
     "a must be F32, F16, BF16 or I32",  # dup of I16
     "with an even last size",  # gated units of an odd size, whose last element has no effect
     "a must be F32 with contiguous rows",  # norms and sums of transposed tensors
