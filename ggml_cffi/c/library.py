@@ -2,7 +2,7 @@
 
 The core (``base``, ``cpu``, ``ggml``) is looked for in ``$GGML_CFFI_LIBRARY_PATH``, in the package's own ``lib/``
 (filled by ``build_lib.sh``), in the ``libggml-python`` wheel and among the system's libraries, in that order. The
-first place whose version is the right one wins. Plug-ins (``vulkan``, ``rpc``) come from the same place, and are
+first place with the right version is used. Plug-ins (``vulkan``, ``rpc``) come from the same place, and are
 loaded on first use only: until then, no GPU driver is loaded.
 """
 

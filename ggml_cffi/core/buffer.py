@@ -84,7 +84,7 @@ class Buffer(Handle):
     size
         Bytes.
     usage
-        ``Usage.WEIGHTS`` tells the scheduler to run nodes where their weights are.
+        With ``Usage.WEIGHTS``, the scheduler runs nodes where their weights are.
 
     Raises
     ------

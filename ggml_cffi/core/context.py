@@ -294,7 +294,7 @@ class Context(Handle):
                 raise
 
     def adopt(self, buffer: Buffer) -> None:
-        """Own ``buffer``: it closes with this context, and its tensors cannot be used once it is closed."""
+        """Take ownership of ``buffer``, which closes with this context. After that, its tensors cannot be used."""
         with self._lock:
             self.ptr  # noqa: B018 - raises when closed
             if buffer not in self._buffers:

@@ -172,7 +172,7 @@ def check_process(found: Device) -> None:
 def devices() -> list[Device]:
     """Return all devices: GPUs in the driver's order, then connected remote devices, the CPU last.
 
-    The first call loads the Vulkan plug-in. Where there is no Vulkan, only the CPU is listed.
+    The first call loads the Vulkan plug-in. Without Vulkan, only the CPU and connected remote devices are listed.
     """
     with registry_lock:
         library.available("vulkan")

@@ -16,7 +16,7 @@ _NOWHERE = c.ffi.cast("void *", 1 << 12)  # any address except null, since nothi
 
 
 class DryRunContext(Context):
-    """A context whose tensors get no memory, but belong to the device that they would be on.
+    """A context whose tensors get no memory, but belong to the device on which :meth:`alloc` puts them.
 
     That is enough for :meth:`Scheduler.reserve_size`, but the tensors cannot be computed.
     """
@@ -41,6 +41,6 @@ class DryRunContext(Context):
         return [self._places[kind, usage]]
 
     def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Make ``tensor`` belong to ``buffer``, at no address in particular."""
+        """Assign ``tensor`` to ``buffer``, with a placeholder for its address."""
         self._check_allocatable(tensor)
         tensor.ptr.buffer, tensor.ptr.data = buffer.ptr, _NOWHERE

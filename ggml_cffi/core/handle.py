@@ -97,7 +97,7 @@ class Handle(Closing):
     parents
         Handles whose C objects this one uses.
     fork_safe
-        True if a forked child may go on using it.
+        True if the C object can be used in a forked child.
     """
 
     __slots__ = ("__weakref__", "_cell", "_owner")

@@ -36,7 +36,7 @@ def begin(stop: Callable[[], None]) -> bool:
 
 
 def end() -> None:
-    """Undo the last :func:`begin`, and discard signals that came meanwhile, so that they stop no later run."""
+    """Undo the last :func:`begin`, and discard signals that have arrived since, so that they stop no later run."""
     with _guard:
         _stop.pop()
         if not _stop:
@@ -60,7 +60,7 @@ def _watch(source: int) -> None:
     while True:
         select.select([source], [], [])
         with _guard:
-            # An application with a handler of its own decides what Ctrl-C means.
+            # If the application has its own handler, Ctrl-C does not stop the run.
             if signal.SIGINT in _read(source) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 for stop in _stop:
                     stop()

@@ -26,7 +26,7 @@ from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 
 _CHUNK = 8 << 20
 _THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory save more than the 30 ms of their setup
-_THREADS = 8  # for each device, if there are so many processors: each copies about 3 GB/s out of a file mapping
+_THREADS = 8  # for each device, if there are enough processors: each copies about 3 GB/s out of a file mapping
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_environment_variables_are_added():
 
 
 def test_packets_are_read_before_later_lines_and_end_the_reading():
-    """The child leaves a process behind that holds its stderr: reading ends with the child all the same."""
+    """The child starts a process that keeps its stderr open: reading still ends when the child ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     code = f"""
 import os, socket, time
