@@ -166,7 +166,7 @@ def check_groups(op: str, items: str, n: int, each: int = 1) -> None:
 
 
 def check_start(op: str, **operands: Tensor) -> None:
-    """Raise ``ValueError`` for a view at whose start ggml's Vulkan kernels end the process."""
+    """Raise ``ValueError`` for a view at an offset for which ggml's Vulkan backend would end the process."""
     for name, t in operands.items():
         pointer = t.ptr
         if pointer.view_src and pointer.view_offs % _START:

@@ -206,7 +206,7 @@ def custom_4d(
     Parameters
     ----------
     operands
-        Up to 9 tensors. Without operands, ``ctx`` must be given.
+        Up to 9 tensors. If there are none, ``ctx`` must be given.
     shape, dtype
         Shape and type of the result.
 

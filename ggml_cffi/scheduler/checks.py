@@ -31,7 +31,7 @@ _IN_PYTHON = frozenset({Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3, Op.CUSTO
 
 
 def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
-    """Return nodes that only the CPU can compute although other backends claim to, each with the reason."""
+    """Return nodes that only the CPU can compute although other backends report support, each with the reason."""
     alignment = max((b.buffer_type.alignment for b in backends if not b.device.is_cpu), default=1)
     found = {
         p: "reads or writes a view at an offset that GPUs do not support: use cont, or the CPU"
@@ -53,7 +53,7 @@ def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
 
 
 def _can_be_sent(p: Any, cpu: Any) -> bool:
-    """Return whether a server can compute a node. Servers claim to compute all, so this machine's CPU is asked."""
+    """Return whether a server can compute a node. Servers report support for all, so this machine's CPU is asked."""
     return all(fits_in_32_bits(t) for t in (p, *p.src) if t) and bool(c.ggml_backend_dev_supports_op(cpu, p))
 
 

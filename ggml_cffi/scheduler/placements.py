@@ -28,7 +28,7 @@ class Placements:
         self._by_hand[tensor.ptr] = (tensor, backend)
 
     def remove(self, tensor: Tensor | None = None) -> None:
-        """Forget the placement of ``tensor``, or all placements."""
+        """Remove the placement of ``tensor``, or all placements."""
         if tensor is None:
             self._by_hand.clear()
         else:
@@ -48,7 +48,7 @@ class Placements:
         return any(t in graph for t, _ in self._by_hand.values())
 
     def remove_closed(self) -> None:
-        """Forget the placements of tensors whose context is closed: their pointers may be reused."""
+        """Remove the placements of tensors whose context is closed, since their pointers may be reused."""
         for p in [p for p, (t, _) in self._by_hand.items() if t.context.closed]:
             del self._by_hand[p]
 

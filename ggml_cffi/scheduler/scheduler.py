@@ -1,11 +1,11 @@
 """The scheduler: one graph over several devices.
 
-The scheduler decides which backend computes each node, copies tensors between devices where a node needs them, and
-gives the intermediate results memory. In addition to ggml's scheduler, this one
+The scheduler chooses the backend of each node, copies tensors to the devices that need them, and allocates
+intermediates. In addition to ggml's scheduler, this one
 
 * keeps inputs valid from run to run, since they have memory of their own on the preferred device;
 * allows a graph to be reserved, allocated, released and allocated again;
-* remembers placements until they are changed;
+* keeps placements until they are changed;
 * raises exceptions where ggml would end the process.
 """
 
@@ -175,7 +175,7 @@ class Scheduler(SchedulerInspection):
             self.placements.set(tensor, chosen)
 
     def unplace(self, tensor: Tensor | None = None) -> None:
-        """Forget the placement of ``tensor``, or all placements."""
+        """Remove the placement of ``tensor``, or all placements."""
         with self.lock:
             self.placements.remove(tensor)
 
@@ -338,7 +338,7 @@ class Scheduler(SchedulerInspection):
         with self.lock:
             held, self._held = self._held, None
             if held is not None:
-                self._locks.acquire()  # also where a server is lost: the graph must be released all the same
+                self._locks.acquire()  # even if a server is lost: the graph must be released
                 try:
                     c.ggml_backend_sched_synchronize(self.ptr)
                     self._pending = False

@@ -251,7 +251,7 @@ def _check_runs(n: int, name: str, minimum: int) -> None:
 
 
 class _Clock:
-    """Times at which ggml asks about each node, and at which the wanted nodes are done."""
+    """Times at which ggml announces each node, and at which the wanted nodes are done."""
 
     def __init__(self, wanted: Collection[Any], wait: Callable[[], None]) -> None:
         self.wanted, self.wait = wanted, wait
@@ -299,7 +299,7 @@ def _splits(seen: Snapshot, clocks: list[_Clock], together: bool) -> list[SplitT
         for clock in clocks:
             before = clock.done[seen.splits[k - 1].nodes[-1].ptr] if k else clock.start
             copying.append((clock.asked[first] - before) / 1e9)
-            # ggml asks about all nodes of the split before it launches them.
+            # ggml announces all nodes of the split before it launches them.
             computing.append((clock.done[last] - clock.asked[last if together else first]) / 1e9)
         copies = seen.copies_to(k)
         if not copies:

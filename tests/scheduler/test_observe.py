@@ -101,7 +101,7 @@ def test_reserve_size_takes_no_memory(devices):
             assert sum(s.buffer_sizes().values()) == 0
             assert s.reserve(graph) == sizes
             assert sum(sizes.values()) >= 256 * 64 * 4
-            # For a smaller graph, ggml frees the larger buffer: later runs must work all the same.
+            # For a smaller graph, ggml frees the larger buffer. Later runs must still work.
             small = ggml.scale(ctx.new_tensor("f32", (2, 2)), 2.0)
             with ggml.Graph(small) as other:
                 s.reserve_size(other)

@@ -304,7 +304,7 @@ def test_sixteen_backends_are_the_most():
 
 
 def test_a_node_that_no_backend_can_compute_raises(two_gpus, x):
-    """A node whose memory is on a GPU that cannot compute it; plain ggml ends the process."""
+    """The node has memory on a GPU that cannot compute it; plain ggml ends the process."""
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         a = ctx.new_tensor("f32", (4, 32))
         y = ggml.norm(a)

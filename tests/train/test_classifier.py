@@ -1,4 +1,4 @@
-"""The classifier of ``examples/train.py`` is as good as scikit-learn's of the same shape."""
+"""The classifier of ``examples/train.py``, compared with scikit-learn's of the same shape."""
 
 import sys
 
