@@ -108,8 +108,7 @@ def test_closed_handles_do_not_warn():
 def test_objects_open_at_interpreter_exit_are_freed(device):
     need((device,))
     done = run_python(
-        "import sys, numpy as np\nsys.path.insert(0, 'tests')\n"
-        "from test_handle import open_all\n"
+        "import numpy as np\nfrom tests.core.test_handle import open_all\n"
         f"handles = open_all({device!r})\n"
         "class Late:\n"
         "    def __init__(self, handles): self.handles = handles\n"
