@@ -50,7 +50,7 @@ def test_wrong_arguments_of_load_are_refused(tmp_path, rng):
     for arguments, message in (
         ({"devices": ["Vulkan99"]}, "there is no device 'Vulkan99'"),
         ({"devices": ["CPU", "CPU"]}, "the CPU comes last"),
-        ({"split": "sideways"}, "split 'sideways' is not known"),
+        ({"split": "sideways"}, "split 'sideways' does not exist"),
         ({"n_ctx": 513}, "n_ctx must be 1 to 512"),
         ({"n_ctx": 0}, "n_ctx must be 1 to 512"),
         ({"n_batch": 0}, "n_batch must be at least 1"),

@@ -1,7 +1,7 @@
-"""Placement: which device holds which layers, and how many bytes that takes, known before loading.
+"""Placement: the device of each layer, and the bytes on each device, both known before loading.
 
 ``place`` decides, ``measure`` counts bytes by a dry run, ``plan`` reports, ``auto`` chooses a split by timing the
-model, and ``calibration`` measures how fast a device multiplies.
+model, and ``calibration`` measures the speed of matrix products on a device.
 """
 
 from ggml_cffi.models.placement.options import SPLITS, Balance, LoadOptions, Workload, check_options

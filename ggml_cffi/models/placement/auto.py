@@ -1,6 +1,6 @@
-"""Chooses the split that suits a model, its devices and its workload best, by timing the model or many of its layers.
+"""Choice of the best split for a model, its devices and its workload, by timing the model or many of its layers.
 
-Times are remembered in the file of :mod:`~ggml_cffi.models.placement.calibration`.
+The file of :mod:`~ggml_cffi.models.placement.calibration` stores the times.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from ggml_cffi.models.runners.base import Batch, Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
 
-_FEW, _MORE = 1, 3  # layers on a device that are timed at least: the difference is the time of a layer
+_FEW, _MORE = 1, 3  # least numbers of layers on a device to time: the difference gives the time of a layer
 _MOST_BYTES = 24 << 30  # of layers that are timed
 _PROMPT = 8  # batches of a long prompt
 _LARGEST = 512  # tokens of a batch that is timed
 _LARGEST_IN_SOFTWARE = 16
 _RUNS = 5
-_LEAST = 1.0  # seconds of runs: GPUs need a while to reach their speed
+_LEAST = 1.0  # least seconds of all runs: GPUs need a while to reach their speed
 
 #: Tokens/s by the name of a case.
 Rates = Mapping[str, float]
@@ -38,14 +38,14 @@ Rates = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of some tokens."""
+    """Seconds to compute some tokens."""
 
     layer: float
     ends: float
-    """Before the first layer and after the last, and for submitting work."""
+    """Time before the first layer and after the last one, and for submitting work."""
 
     def of(self, n_layers: float) -> float:
-        """Return the seconds through so many layers."""
+        """Return the seconds for ``n_layers`` layers."""
         return n_layers * self.layer + self.ends
 
 
@@ -58,9 +58,9 @@ def choose_split(
 ) -> Placement:
     """Return the placement that is best for the expected tokens, with the reason.
 
-    Without expected tokens it is the one whose worst case is best. For each candidate the rates are computed of
-    prefilling one batch and eight, and of decoding ``n_sequences`` sequences at once. Each rate is a fraction of the
-    best that a candidate has; the candidate with the largest smallest fraction is chosen.
+    Without expected tokens, three rates are computed for each candidate: prefill of one batch, prefill of eight
+    batches, and decode of ``n_sequences`` sequences at once. Each rate is divided by the best rate of all candidates.
+    The candidate whose smallest fraction is the largest is chosen.
 
     Parameters
     ----------
@@ -109,9 +109,9 @@ def _rates(
 
 
 class Timer:
-    """Times runs through a few layers of a model.
+    """Timer of runs through a few layers of a model.
 
-    Results are remembered for the devices' descriptions, the sizes of a layer and the version of ggml.
+    Results are stored by the devices' descriptions, the sizes of a layer and the version of ggml.
     """
 
     def __init__(self, architecture: Architecture, backends: Sequence[Backend], options: LoadOptions) -> None:
@@ -119,7 +119,7 @@ class Timer:
         self._software = any("llvmpipe" in b.device.description for b in backends)
 
     def costs(self, split: str, n: int, n_batch: int, *, whole_attention: bool = False) -> Costs:
-        """Return the seconds of ``n`` tokens in batches of ``n_batch``.
+        """Return the seconds to compute ``n`` tokens in batches of ``n_batch``.
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class Timer:
             ``"tensor"``: all GPUs share every layer.
         """
         largest = _LARGEST_IN_SOFTWARE if self._software else _LARGEST
-        # Larger batches take as long for each token, and longer prompts for each batch.
+        # Larger batches take the same time per token, and longer prompts the same time per batch.
         batch = min(n, n_batch, largest)
         timed = min(-(-n * batch // min(n, n_batch)), _PROMPT * batch)
         used = self._backends[:1] if split == "one" else self._backends[:-1]
@@ -149,12 +149,12 @@ class Timer:
         return Costs(layer * n / timed, ends * n / timed)
 
     def _most_layers(self) -> int:
-        """Return the number of layers that can be timed in reasonable time: all of most models."""
+        """Return the number of layers that can be timed in reasonable time; all layers for most models."""
         sizes = layer_bytes(self._architecture, 0)
         return 0 if self._software else _MOST_BYTES * len(sizes) // max(sum(sizes), 1)
 
     def _description(self, used: Sequence[Backend]) -> str:
-        """Return the model and the devices for which a measurement holds."""
+        """Return a text with the model and the devices for which a measurement is valid."""
         a = self._architecture
         devices = " + ".join(b.device.description for b in used)
         return f"{a.n_layers} on {devices}, {a.name} {a.n_embd} {a.kv_sizes} {a.n_vocab} {main_dtype(a).name}"
@@ -162,7 +162,7 @@ class Timer:
     def _measure(
         self, split: str, used: Sequence[Backend], n_layers: int, n: int, n_batch: int, whole_attention: bool
     ) -> float:
-        """Return the seconds of ``n`` tokens through the first layers."""
+        """Return the seconds to compute ``n`` tokens through the first layers."""
         shallow = _shallow(self._architecture, n_layers)
         if split == "tensor":
             stages: tuple[StageSpec, ...] = (StageSpec(range(n_layers), tuple(range(len(used)))),)
@@ -204,7 +204,7 @@ def _shallow(architecture: Architecture, n_layers: int) -> Architecture:
 
 
 def _best(run: Callable[[], object], least: float) -> float:
-    """Return the seconds of the quickest of some runs, which take ``least`` seconds together at least."""
+    """Return the seconds of the fastest run, after runs that take at least ``least`` seconds together."""
     run()  # the first run compiles shaders
     times: list[float] = []
     while len(times) < _RUNS or sum(times) < least:

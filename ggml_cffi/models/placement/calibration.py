@@ -1,4 +1,4 @@
-"""Measures how fast a device multiplies: once for each type of weight, then remembered in a file."""
+"""Speed of matrix products on a device: measured once for each type of weight, then stored in a file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 _SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for software devices
-_TOKENS = (1, 512)  # as in decoding, and as in prefill
+_TOKENS = (1, 512)  # of decode, and of prefill
 _RUNS = 5
 
 
 def seconds(backend: Backend, dtype: Type) -> float:
-    """Return the seconds for each element of a weight and each token: the geometric mean of decoding and prefill.
+    """Return the seconds for each element of a weight and each token: the geometric mean of decode and prefill.
 
-    The first call measures. Later ones read ``calibration.json`` in the cache folder, where the result is kept for the
-    device's description, its threads, the type and the version of ggml.
+    The first call measures. Later calls read ``calibration.json`` in the cache folder, which has the results by the
+    device's description, its number of threads, the type and the version of ggml.
     """
     known = _known()
     found = known.get(key(backend, dtype))
@@ -44,7 +44,7 @@ def seconds(backend: Backend, dtype: Type) -> float:
 
 
 def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
-    """Return the numbers that are kept as ``name``. If there are none, measure and keep them."""
+    """Return the numbers stored as ``name``. If there are none, measure and store them."""
     name = f"{name}, ggml {GGML_VERSION}"
     known = _known()
     found = known.get(name)
@@ -62,7 +62,7 @@ def key(backend: Backend, dtype: Type) -> str:
 
 
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:
-    """Return the seconds of a product, for each element of the weight and each token: the best of a few runs."""
+    """Return the seconds of a product, for each element of the weight and each token, in the fastest of a few runs."""
     n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not backend.device.is_cpu else _SIZE // 4
     with Context() as context:
         weight = context.new_tensor(dtype, (n, n), name="weight")  # zeros take as long as other values

@@ -32,22 +32,22 @@ def measure(
     whole_attention: bool = False,
     pipeline: bool | None = None,
 ) -> tuple[list[DevicePlan], bool]:
-    """Return what each device would hold with the largest batch, and whether a pipeline runner would compute.
+    """Return the plan of each device for the largest batch, and whether a pipeline runner can compute the model.
 
     Parameters
     ----------
     stages
         Layers and their devices.
     op_offload
-        True if a scheduler lets GPUs compute large batches with weights of the CPU.
+        True if GPUs compute large batches with weights of the CPU, through a scheduler.
     whole_attention
         As for :class:`~ggml_cffi.models.runners.PipelineRunner`.
     pipeline
-        True for a pipeline runner, default if GPUs can compute these stages.
+        True for a pipeline runner; default True if GPUs can compute these stages.
 
     Notes
     -----
-    If the CPU lacks the memory for its caches, intermediate tensors count 0 bytes: the rest is too large already.
+    If the CPU lacks the memory for its caches, intermediates count as 0 bytes: the caches alone are too large.
     """
     dry_runs: list[DryRunContext] = []
 

@@ -1,4 +1,4 @@
-"""Options of a caller: sizes of a model, and the workload that it is loaded for."""
+"""Options of a caller: sizes of the context and of batches, and the expected workload."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Workload:
     n_sequences: int = 1
     """Number of sequences that are generated at once."""
     expected_tokens: tuple[int, int] | None = None
-    """Tokens of a prompt, and of its answer; None if all sizes may come."""
+    """Tokens of a prompt and of its answer; None if they are unknown."""
 
     def __post_init__(self) -> None:
         expected = self.expected_tokens
@@ -45,6 +45,6 @@ class Workload:
 def check_options(split: str, n_batch: int) -> None:
     """Raise ValueError if there is no such split, or batches would have no tokens."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not known: use one of {', '.join(map(repr, SPLITS))}")
+        raise ValueError(f"split {split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")

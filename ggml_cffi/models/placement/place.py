@@ -1,8 +1,8 @@
-"""Decides which device each layer goes to.
+"""The decision about the device of each layer.
 
 :func:`split_layers` divides the layers in proportion to free memory or to given numbers. :func:`place_layers` measures
-the result by a dry run and moves layers off a device that lacks memory, until all fits. Loading and planning both ask
-here, so that they cannot disagree.
+the result by a dry run and moves layers off a device that lacks memory, until all fits. Loading and planning both use
+this module, so that their results are the same.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def split_layers(
     proportions
         Proportion of the layers for each backend; default its capacity.
     capacity
-        Bytes of layers that each backend may hold. The last backend takes the rest, whatever its number is. Default
+        Bytes of layers that each backend may hold. The last backend takes the rest, also beyond its capacity. Default
         :func:`capacity_for_layers`.
     """
     if capacity is None:
@@ -56,13 +56,13 @@ def split_layers(
         proportions = capacity
     sizes = layer_bytes(architecture, layer_cache_bytes)
     left, total = float(sum(sizes)), float(sum(proportions))
-    # From the last layer down: each GPU takes its part of what is left, so that the last GPU is next to the output.
+    # From the last layer down: each GPU takes its part of the remaining layers, so that the last GPU has the output.
     layer_devices = [len(backends) - 1] * architecture.n_layers
     layer = architecture.n_layers - 1
     for gpu in reversed(range(len(backends) - 1)):
         part = left * proportions[gpu] / total if total > 0 else 0.0
         taken = 0
-        # Until half of the next layer would be beyond its part.
+        # Until half of the next layer would exceed the part of this GPU.
         while layer >= 0 and taken + sizes[layer] <= capacity[gpu] and taken + sizes[layer] / 2 <= part:
             taken += sizes[layer]
             layer_devices[layer] = gpu
@@ -92,7 +92,7 @@ def place_layers(
     *,
     strict: bool = False,
 ) -> Placement:
-    """Divide the layers: as many on GPUs as fit beside the memory to compute with, the rest on the CPU.
+    """Place as many layers on GPUs as fit there together with intermediates, and the rest on the CPU.
 
     Parameters
     ----------
@@ -112,10 +112,10 @@ def place_layers(
         over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
         full = [i for i in over if plans[i].layers and not strict]
         if full:
-            for i in full:  # at least one layer less, until none is left
+            for i in full:  # at least one layer fewer, until none is left
                 capacity[i] = max(sum(sizes[layer] for layer in plans[i].layers) - plans[i].missing, 0)
         elif over and op_offload:
-            op_offload = False  # a GPU without layers can be left out
+            op_offload = False  # a GPU without layers need not take part
         else:
             members = tuple(range(len(backends)))
             return Placement(layer_devices, op_offload, plans, stages if pipeline else (), members=members)
@@ -148,7 +148,7 @@ def place_shards(architecture: Architecture, backends: Sequence[Backend], option
     Raises
     ------
     ValueError
-        If the devices cannot share layers, or the model is too small for so many.
+        If the devices cannot share layers, or the model is too small for this number of devices.
     """
     members = tuple(range(len(backends) - 1)) or (0,)
     own = [backends[i] for i in members]
@@ -165,7 +165,7 @@ def place_shards(architecture: Architecture, backends: Sequence[Backend], option
 
 
 def layer_bytes(architecture: Architecture, layer_cache_bytes: int) -> list[int]:
-    """Return the bytes of each layer: its weights, and a cache of so many bytes."""
+    """Return the bytes of each layer: its weights, and ``layer_cache_bytes`` for its cache."""
     sizes = [layer_cache_bytes] * architecture.n_layers
     for name, info in architecture.file.tensors.items():
         layer = layer_of(name)
@@ -195,20 +195,20 @@ def proportions_of(
     backends: Sequence[Backend],
     chosen: Sequence[Device | str] | None,
 ) -> tuple[list[float] | None, bool]:
-    """Return the proportions that a balance means, None for free memory, and whether the caller gave numbers.
+    """Return the proportions for a balance (None for free memory), and whether the caller gave numbers.
 
     The CPU takes part if it is among the devices that were ``chosen``, or has a number of its own.
 
     Raises
     ------
     ValueError
-        If there is no such balance, or the numbers are not one for each device.
+        If there is no such balance, or there is not one number for each device.
     """
     if isinstance(balance, str):
         if balance == "memory":
             return None, False
         if balance != "speed":
-            raise ValueError(f"balance {balance!r} is not known: use 'memory', 'speed' or a sequence of numbers")
+            raise ValueError(f"balance {balance!r} does not exist: use 'memory', 'speed' or a sequence of numbers")
         dtype = main_dtype(architecture)
         named = len(backends) == (0 if chosen is None else len(chosen))
         timed = [b for b in backends if named or not b.device.is_cpu]

@@ -19,10 +19,10 @@ class DevicePlan:
     """Part of ``weight_bytes`` that is mapped from the file: the system can drop these pages and read them again."""
     cache_bytes: int
     compute_bytes: int
-    """Intermediate tensors, the scheduler's copies included; in pipeline stages also inputs."""
+    """Bytes of intermediates, the scheduler's copies included; in pipeline stages also of inputs."""
     input_bytes: int
     workspace_bytes: int
-    """Memory that a GPU's backend takes by itself: an estimate."""
+    """Estimate of the memory that a GPU's backend allocates itself."""
     free: int
     """Free memory that the device reports."""
     has_output: bool
@@ -30,7 +30,7 @@ class DevicePlan:
 
     @classmethod
     def of(cls, placement: DevicePlacement, input_bytes: int = 0) -> DevicePlan:
-        """Return the plan of what a device would hold, with its free memory now."""
+        """Return the plan for the contents of a device, with its free memory now."""
         return cls(
             device=placement.backend.name,
             layers=tuple(placement.layers),
@@ -69,7 +69,7 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Placement:
-    """Decision which device holds which layers."""
+    """The decision about the device of each layer."""
 
     layer_devices: list[int]
     """For each layer the number of its device; empty if devices share every layer."""
@@ -83,11 +83,11 @@ class Placement:
     members: tuple[int, ...] = ()
     """Numbers of the backends that take part."""
     replicas: tuple[Placement, ...] = ()
-    """Placement of each replica, if devices have the whole model each."""
+    """Placement of each replica, if each device has the whole model."""
     whole_attention: bool = False
-    """True if devices that share every layer each compute all heads."""
+    """True if devices share every layer, and each of them computes all heads."""
     reason: str = ""
-    """Sentence that says why the split was chosen, if it was."""
+    """The reason for the choice of the split, if there was a choice."""
 
     @property
     def fits(self) -> bool:

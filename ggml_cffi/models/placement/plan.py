@@ -1,4 +1,4 @@
-"""Plans: a report of where a model would be and how many bytes it would take, before anything is loaded."""
+"""Plans: reports of the device of each layer and the bytes on each device, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ANY_WORKLOAD = Workload()
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Report of the layers and bytes that each device would hold. Printed, a table. Made by :func:`plan`."""
+    """Report of the layers and bytes that each device would hold, made by :func:`plan`. ``str(plan)`` has a table."""
 
     path: str
     n_ctx: int
@@ -42,8 +42,8 @@ class ModelPlan:
     reasons: tuple[str, ...]
     """A sentence for each decision."""
     proposals: tuple[str, ...]
-    """Options that would fit, if this plan does not; or that would keep every layer on a GPU, if the CPU has layers for
-    lack of memory. Each was tried, apart from devices that the machine does not have."""
+    """Options with which the model fits, if this plan does not fit; or with which every layer is on a GPU, if the CPU
+    has layers for lack of memory. Each was tried, apart from devices that the machine does not have."""
 
     @property
     def fits(self) -> bool:
@@ -89,10 +89,10 @@ def plan(
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
 ) -> ModelPlan:
-    """Return where :func:`~ggml_cffi.models.load` would put a model, and how many bytes it would take.
+    """Return the placement that :func:`~ggml_cffi.models.load` would choose for a model, with its bytes.
 
-    Nothing is allocated, with one exception: ``split="auto"`` loads the model for a moment to time it, unless the times
-    are known already.
+    Nothing is allocated, with one exception: ``split="auto"`` loads the model for a moment to time it, unless a file
+    has the times already.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def plan(
 
 
 class Planner:
-    """Places one model on some devices, and reports the reasons and the alternatives.
+    """Planner of one model on some devices, which also reports reasons and alternatives.
 
     Raises
     ------
@@ -157,11 +157,11 @@ class Planner:
                 "context"
             )
         if split in ("data", "tensor") and balance != "memory":
-            raise ValueError(f"split {split!r} gives every device the same: balance is for layers")
+            raise ValueError(f"split {split!r} gives all devices the same: balance is for layers")
         self._proportions, self._given = proportions_of(balance, architecture, backends, chosen)
 
     def place(self, options: LoadOptions | None = None) -> Placement:
-        """Return the placement for the split, with other options if there are any."""
+        """Return the placement for the split, with ``options`` in place of the planner's own if given."""
         given = self.architecture, self.backends, options or self.options
         if self.split == "tensor":
             return place_shards(*given)
@@ -174,7 +174,7 @@ class Planner:
     def _candidates(
         self, architecture: Architecture, backends: Sequence[Backend], options: LoadOptions
     ) -> dict[str, Placement]:
-        """Return the splits that fit, the simplest first. If none fits, by layers, also on the CPU."""
+        """Return the splits that fit, the simplest first. If none fits, return the split by layers, also on the CPU."""
         layer = place_layers(architecture, backends, options, self._proportions, strict=self._given)
         gpus = range(len(backends) - 1)
         if len(gpus) < 2 or not architecture.causal:
@@ -185,7 +185,7 @@ class Planner:
         found["pipeline"] = replace(layer, split="pipeline")
         if self.workload.n_sequences > 1:
             found["data"] = place_replicas(architecture, backends, options)
-        # Devices that cannot be stages do not read host memory, so that they cannot share layers either.
+        # Devices that cannot be stages cannot share layers either, because they do not read host memory.
         found = {name: placement for name, placement in found.items() if placement.fits and placement.stages}
         if layer.stages or found:
             with suppress(ValueError):  # a model that is too small for so many devices
@@ -199,7 +199,7 @@ class Planner:
         Raises
         ------
         OutOfMemoryError
-            If it does not fit. The message says how much is missing, and what would fit.
+            If it does not fit. The message has the missing bytes, and options that fit.
         """
         found = self.place()
         if found.fits:
@@ -214,7 +214,7 @@ class Planner:
         raise OutOfMemoryError(f"{name} does not fit: {lacking}. Nothing was allocated. These would fit: {proposals}")
 
     def plan(self, found: Placement, *, propose: bool = True) -> ModelPlan:
-        """Return the report of a placement. Proposals take the time of many placements."""
+        """Return the report of a placement. With ``propose`` it takes the time of many placements."""
         sentences = reasons(self.architecture, self.backends, found, self._proportions, given=self._given)
         return ModelPlan(
             path=os.fspath(self.architecture.file.path),

@@ -1,4 +1,4 @@
-"""Proposals: options with which a model would fit, or have every layer on a GPU; each is tried before it is made."""
+"""Proposals: tested options with which a model fits, or with which every layer is on a GPU."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _SMALLEST_CTX, _SMALLEST_BATCH = 256, 32
 
 @dataclass(frozen=True)
 class Proposer:
-    """Finds options with which a model would fit some devices."""
+    """Search for options with which a model would fit some devices."""
 
     architecture: Architecture
     backends: Sequence[Backend]
     options: LoadOptions
     place: Callable[[LoadOptions], Placement]
-    """Places the model with other options."""
+    """A function that places the model with other options."""
     proportions: Sequence[float] | None
     """Proportions of the layers, None for free memory."""
     given: bool
     """True if the caller gave the proportions."""
 
     def proposals(self, found: Placement) -> list[str]:
-        """Return proposals beside a placement; see ``ModelPlan.proposals``."""
+        """Return proposals for a placement; see ``ModelPlan.proposals``."""
         if found.fits and (found.split in ("data", "tensor") or len(found.members) < len(self.backends)):
             return []
         *on_gpus, cpu = found.devices
@@ -44,7 +44,7 @@ class Proposer:
         def good(options: LoadOptions) -> bool:
             try:
                 other = self.place(options)
-            except ValueError:  # larger than operations can be
+            except ValueError:  # the tensors exceed the limits of operations
                 return False
             return other.fits and (not found.fits or not other.devices[-1].layers)
 
@@ -73,7 +73,7 @@ class Proposer:
             yield f"n_batch={n_batch}"
 
     def _smallest(self, good: Callable[[LoadOptions], bool]) -> list[str]:
-        """Return options with everything small, for when one change is not enough."""
+        """Return options with small sizes throughout, in case one change is not enough."""
         dtype = next(reversed(self._smaller_caches()), self.options.kv_dtype)
         options = LoadOptions(self.options.n_ctx, min(self.options.n_batch, _SMALLEST_BATCH), dtype)
 
@@ -90,14 +90,14 @@ class Proposer:
         return [t for t in (Type.Q8_0, Type.Q4_0) if not any(n % block_size(t) for n in self.architecture.kv_sizes)]
 
     def _more_devices(self, found: Placement) -> Iterator[str]:
-        """Yield GPUs of the machine that were left out; if there are none, the size of one more."""
+        """Yield the GPUs of the machine that are not in use; if there are none, the size of one more device."""
         used = {b.device for b in self.backends}
         others = [d for d in gpus() if d not in used]
         for device in others:
             yield f"{device.name} as well, which has {text.size(device.memory().free)} free"
         if others:
             return
-        if found.fits:  # the new device would hold what is on the CPU
+        if found.fits:  # the new device would hold the CPU's layers
             cpu = found.devices[-1]
             missing = cpu.weight_bytes + cpu.cache_bytes
         else:
@@ -113,7 +113,7 @@ class Proposer:
 
 
 def _largest(n: int, smallest: int, good: Callable[[int], bool]) -> int | None:
-    """Return the largest power of two below ``n``, and not below ``smallest``, that is good; None if none is."""
+    """Return the largest power of two from ``smallest`` to below ``n`` that is ``good``, None if none is."""
     tried = 1 << (n - 1).bit_length() >> 1
     while tried >= smallest:
         if good(tried):

@@ -65,7 +65,7 @@ def reasons(
 
 
 def _reason(plan: DevicePlan, part: float, given: bool, is_cpu: bool) -> str:
-    """Return why a device has its layers. ``part`` is its proportion, 0 without one."""
+    """Return the reason for the layers of a device. ``part`` is its proportion, 0 without one."""
     if given:
         return f"its part is {part:.0%}, as was asked"
     if part:

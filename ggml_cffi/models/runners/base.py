@@ -21,7 +21,7 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 #: Attention reads a multiple of this many KV slots, so that one graph serves many tokens.
 KV_STEP = 256
 
-_SMALLEST_IN_FLIGHT = 256  # tokens of a batch that is computed at the same time as another, rather than with it
+_SMALLEST_IN_FLIGHT = 256  # tokens of a batch, if several batches are to be in flight
 
 Logits = npt.NDArray[np.float32]
 
@@ -57,21 +57,21 @@ class Batch:
 class Runner(Closing, ABC):
     """A model with its weights and KV cache on its devices.
 
-    One call at a time: threads that share a runner hold a lock around each call. Batches are not checked: ids that are
-    out of range end the process; see :meth:`Batch.check`.
+    One thread at a time may call a runner: threads that share it hold a lock around each call. A runner does not check
+    batches, and ids that are out of range end the process; see :meth:`Batch.check`.
     """
 
     architecture: Architecture
     weights: Weights
     """Weights and KV caches."""
     n_batch: int
-    """Most tokens of a :class:`Batch`."""
+    """Largest number of tokens in a :class:`Batch`."""
     n_slots: int
     """KV slots of the cache, a multiple of :data:`KV_STEP`."""
     best_prefill_batch: int | None = None
     """Batch size at which one sequence's prefill is fastest, if that is less than :attr:`n_batch`."""
     n_in_flight: int = 1
-    """Number of batches that are computed at the same time, if :meth:`run_all` gets as many."""
+    """Number of batches that are computed at the same time, if :meth:`run_all` gets that many."""
     n_queued_batches: int = 1
     """Number of batches to pass to one :meth:`run_all`: the next is built while one is computed."""
 
@@ -108,9 +108,9 @@ class Runner(Closing, ABC):
     def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
         """Yield the logits of batches in order, each valid until the next is asked for.
 
-        Each batch may attend to what those before it have written to the cache. It is taken from ``batches`` when it
-        can begin: its keys and values need KV slots from then on. Close the generator if you leave it early: it waits
-        for what is in flight.
+        A batch may attend to the KV slots of earlier batches. The runner takes a batch from ``batches`` when it can
+        begin to compute it; its tokens need KV slots from then on. Close the generator if you leave it early: it
+        then waits for batches in flight.
         """
         yield from map(self.run, batches)
 

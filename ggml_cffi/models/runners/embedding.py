@@ -27,11 +27,11 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 POOLINGS = ("mean", "cls", "last")
 
 _STEP = 16  # numbers of tokens and of texts are rounded up to multiples of this at least
-_GRAPHS = 8  # that are kept
+_GRAPHS = 8  # largest number of kept graphs
 
 
 class _EmbeddingGraph(Closing):
-    """The graph for so many tokens of so many texts."""
+    """The graph for a number of tokens and a number of texts."""
 
     def __init__(
         self, scheduler: Scheduler, context: Context, inputs: GraphInputs, pool: Tensor, vectors: Tensor
@@ -52,24 +52,24 @@ class _EmbeddingGraph(Closing):
 
 
 class Embedder(Closing):
-    """Embeds texts with a model's weights, several of them in one run.
+    """Embedder of texts with a model's weights, several texts in one run.
 
-    The texts of a run lie one after another, and the mask keeps them apart. Models that generate text embed as well.
-    Their keys and values go through a cache of the embedder, so that sequences in the KV cache stay as they are.
+    The texts of a run follow one another, and the mask separates them. Models that generate text can embed as well.
+    Their keys and values go to a cache of the embedder, which leaves the sequences in the KV cache unchanged.
 
     Parameters
     ----------
     architecture, weights
         The model, with whole weights.
     scheduler
-        The scheduler that computes. It may hold graphs of others between two calls.
+        The scheduler of the model. Other code may use it between two calls.
     n_ctx
-        Most tokens of a text. Longer texts are truncated, and so are those beyond the architecture's
+        Largest number of tokens of a text. Longer texts are truncated, also those longer than the architecture's
         :attr:`~Architecture.max_sequence_length`.
     n_batch
-        Most tokens of one run. A text is never divided, so that there may be up to ``n_ctx``.
+        Largest number of tokens in one run. A text is never divided, so a run may have up to ``n_ctx`` tokens.
     context
-        Makes the contexts of graphs.
+        A function that returns the context of a new graph.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Embedder(Closing):
     ) -> None:
         self.architecture, self.weights, self.scheduler = architecture, weights, scheduler
         self.max_tokens = min(n_ctx, architecture.max_sequence_length or n_ctx)
-        """Most tokens of a text; the rest is truncated."""
+        """Largest number of tokens of a text; the rest is truncated."""
         self._new_context = context
         self._capacity = max(n_batch, self.max_tokens)
         self._graphs: LRU[tuple[int, int], _EmbeddingGraph] = LRU(_GRAPHS)
@@ -100,8 +100,8 @@ class Embedder(Closing):
         Parameters
         ----------
         texts
-            Token ids of each text, with the tokens that begin and end it. A text of an encoder that is too long keeps
-            its last token, the end token, as sentence-transformers does.
+            Token ids of each text, with the tokens that begin and end it. If a text for an encoder is too long, its
+            last token (the end token) is kept, as in sentence-transformers.
         pooling
             ``mean``, ``cls`` or ``last``; default the one of the model's training.
         normalize
@@ -121,7 +121,7 @@ class Embedder(Closing):
         """
         chosen = self.architecture.pooling if pooling is None else pooling
         if chosen not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r} is not known: use one of {', '.join(POOLINGS)}")
+            raise ValueError(f"pooling {pooling!r} does not exist: use one of {', '.join(POOLINGS)}")
         truncated = [self._truncate(ids, i) for i, ids in enumerate(texts)]
         found = [np.empty((0, self.architecture.n_embd), np.float32)]
         found += [self._compute(batch, chosen) for batch in batches(truncated, self._capacity)]
@@ -164,7 +164,7 @@ class Embedder(Closing):
     def _compute(self, texts: Sequence[list[int]], pooling: str) -> npt.NDArray[np.float32]:
         """Return the vectors of texts that fit one run."""
         n, n_texts = sum(map(len, texts)), len(texts)
-        # Few graphs for all batches; one text alone is a query, and has graphs of its own.
+        # Rounded sizes keep the number of graphs small. A single text is often a query, and has graphs of its own.
         n_rows = n_texts if n_texts == 1 else min(_round_up(n_texts), self._capacity)
         with self.scheduler.lock:
             if self._closed:
@@ -181,7 +181,7 @@ class Embedder(Closing):
         lengths = np.array([len(ids) for ids in texts])
         ends = lengths.cumsum()
         starts, total = ends - lengths, int(ends[-1])
-        # Padding tokens are a text of their own, so that each of them attends to something.
+        # Padding tokens form a text of their own, so that no row of the mask is empty.
         owner = np.repeat(np.arange(n_texts + 1), [*lengths, n - total])
         order = np.arange(n)
         seen = owner[:, None] == owner
@@ -205,7 +205,7 @@ class Embedder(Closing):
         graph.pool.set(weight)
 
     def _allocated(self, n: int, n_rows: int) -> _EmbeddingGraph:
-        """Return the graph for so many tokens and texts, allocated. The last few are kept."""
+        """Return the graph for these numbers of tokens and texts, allocated. The last few graphs are kept."""
         found = self._graphs.get((n, n_rows), lambda: self._build(n, n_rows))
         if self.scheduler.graph is not found.graph:
             self.scheduler.alloc(found.graph)
@@ -277,7 +277,7 @@ def embed_on_replicas(
 
 
 def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:
-    """Yield the texts in order, as many at a time as have at most ``capacity`` tokens together."""
+    """Yield the texts in order, in groups that have at most ``capacity`` tokens together."""
     start = total = 0
     for i, ids in enumerate(texts):
         if total + len(ids) > capacity and i > start:
@@ -289,9 +289,9 @@ def batches(texts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list
 
 
 def _round_up(n: int) -> int:
-    """Return ``n`` rounded up by a quarter at most, or to 16: few different sizes, and none of few tokens.
+    """Return ``n`` rounded up by at most a quarter, and to at least 16, which gives few different sizes.
 
-    For 2 to 8 columns ggml's Vulkan backend has products of their own, which the driver compiles for seconds.
+    For 2 to 8 columns ggml's Vulkan backend has special products, which the driver compiles for seconds.
     """
     step = max(1 << n.bit_length() >> 3, _STEP)
     return -(-n // step) * step

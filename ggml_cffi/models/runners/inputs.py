@@ -1,6 +1,6 @@
 """Inputs of a model's graph: one buffer on each device, written at once.
 
-A transfer to a GPU takes tens of microseconds however little it moves, and a copy from one GPU to another takes longer.
+Even a small transfer to a GPU takes tens of microseconds, and a copy from one GPU to another takes longer.
 Therefore each device has its own positions, KV slots and masks, side by side in one buffer.
 """
 
@@ -68,9 +68,9 @@ class DeviceInputs:
             self.tensors[name] = tensor
 
     def _make_staging(self) -> None:
-        """Make host memory for all inputs, which a GPU reads by itself.
+        """Allocate host memory for all inputs, which a GPU can read.
 
-        It is made at the first write only: dry runs write nothing.
+        The first write allocates it, because dry runs write nothing.
         """
         self._staging = pinned((self._all.nbytes,), np.uint8, device=self._backend.device)
         self._set_args = (self._backend.ptr, self._all.ptr, c.ffi.from_buffer(self._staging), 0, self._all.nbytes)
@@ -79,12 +79,12 @@ class DeviceInputs:
             self._arrays[name] = raw.view(dtypes.numpy_dtype(tensor.dtype)).reshape(tensor.shape)
 
     def set(self, values: dict[str, npt.NDArray[Any]]) -> None:
-        """Write those of the values that are inputs here."""
+        """Write the values of the inputs on this device."""
         if not self._arrays:
             self._make_staging()
         for name, array in self._arrays.items():
             array[...] = values[name]
-        # As Tensor.set_async, without its checks: nothing else writes these. The run follows in the same queue.
+        # Tensor.set_async without its checks: nothing else writes these inputs. The run follows in the same queue.
         with self._backend.lock:
             c.ggml_backend_tensor_set_async(*self._set_args)
 

@@ -4,8 +4,8 @@ A stage of several devices is tensor parallelism: each device has a shard of eve
 tensor parallelism alone, stages of one device each are pipeline parallelism alone, and stages of several devices
 combine the two.
 
-Each device computes graphs of its own. They begin with reading inputs from host memory, and end with writing results
-there: a token is one submission for a stage of one device, and nothing is copied from device to device.
+Each device computes graphs of its own, which read inputs from host memory and write results to host memory. A token is
+one submission for a stage of one device, and nothing is copied from device to device.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Hidden = npt.NDArray[np.float32]
 def can_pipeline(weights: Weights) -> bool:
     """Return whether stages of GPUs can compute a model whose layers each have one device.
 
-    They cannot if the CPU or a remote device takes part, if a device has layers at two places, and for encoders.
+    They cannot if the CPU or a remote device takes part, if a device has layers at two places, or for an encoder.
     """
     used = [stage.devices[0] for stage in weights.stages]
     return (
@@ -76,9 +76,9 @@ def _finish(stages: Iterable[Stage], *, if_free: bool = False) -> None:
 
 
 class PipelineRunner(Runner):
-    """A model in stages that run one after another, each on one or several devices.
+    """A model as pipeline stages, each on one or several devices.
 
-    Several batches of a prompt are in flight: while one stage computes a batch, the stage before computes the next.
+    Several batches of a prompt are in flight: while one stage computes a batch, the previous one computes the next.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ class PipelineRunner(Runner):
     n_ctx
         Tokens of the context; the KV cache has as many slots, rounded up.
     n_batch
-        Most tokens of one run.
+        Largest number of tokens in one run.
     kv_dtype
         Type of keys and values in the cache.
     progress
@@ -98,17 +98,17 @@ class PipelineRunner(Runner):
         Layers and devices of each stage. Default one stage of all GPUs, which is tensor parallelism. For 2 stages of 2
         devices pass ``even_stages(architecture.n_layers, [(0, 1), (2, 3)])``.
     whole_attention
-        True if each device of a stage of several computes all heads, and shares the feed-forward part alone: half as
-        many all-reduces, more memory.
+        True if each device of a stage computes all heads, and only the feed-forward part is sharded: half as many
+        all-reduces, more memory.
     in_flight
-        False if batches are to run through all stages one after another.
+        False to pass only one batch at a time through the stages.
     half_above, threads
         As for :class:`~ggml_cffi.parallel.TensorParallel`.
 
     Raises
     ------
     ValueError
-        If a device cannot take part, or the model is too small for so many devices.
+        If a device cannot take part, or the model is too small for this number of devices.
     OutOfMemoryError
         If a device has too little memory.
     """
@@ -153,7 +153,7 @@ class PipelineRunner(Runner):
                 sizes = self.stages[-1].reserve(n_batch, self.n_slots)
                 for i, size in zip(spec.devices, sizes, strict=True):
                     self.placement[i].compute_bytes = size
-            # With one stage of several devices, the host is busy between the steps of a batch: no time for the next.
+            # With one stage of several devices, the host works between the steps of a batch: no time for the next.
             alone = len(stages) == 1 and len(stages[0].devices) == 1
             on_gpu = not backends[stages[0].devices[0]].device.is_cpu
             if (alone and on_gpu) or (in_flight and len(stages) > 1):
@@ -184,27 +184,27 @@ class PipelineRunner(Runner):
         self.check_open()
         if len(self.stages) == 1:
             return self.stages[0].run(batch)
-        programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: making a graph takes locks
+        programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: building a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and all(program.polled_output is not None for program in programs[:-1]):
             return self._run_polling(batch)
         return self._run_waiting(batch)
 
     def _run_waiting(self, batch: Batch) -> Logits:
-        """Run each stage when the devices of the one before are done."""
+        """Run each stage when the devices of the previous stage are done."""
         x: Hidden | None = None
         for stage, after in zip_longest(self.stages, self.stages[1:]):
-            # While it computes, the next one gets its inputs.
+            # While a stage computes, this thread writes the inputs of the next one.
             x = stage.run(batch, x, meanwhile=None if after is None else partial(after.prepare, batch))
         assert x is not None
         return x
 
     def _run_polling(self, batch: Batch) -> Logits:
-        """Run each stage when the result of the one before shows in host memory, and wait for its device later."""
+        """Run each stage once the result of the previous stage is in host memory, and wait for the device later."""
         x: Hidden | None = None
         try:
             for stage, after in pairwise(self.stages):
-                # This thread then holds the next device: it must release that before it waits for this one.
+                # This thread then holds the next device, and must release it before it waits for this stage's device.
                 x = stage.run_and_poll(
                     batch, x, partial(after.prepare_and_record, batch), partial(_finish, (after, stage))
                 )
@@ -232,7 +232,7 @@ class PipelineRunner(Runner):
                 queue.clear()
 
     def _start(self, batch: Batch, slot: int) -> Future[Hidden]:
-        """Queue a batch at every stage. Each computes it when the one before has."""
+        """Queue a batch at every stage. A stage computes the batch once the previous stage has."""
         x: Future[Hidden] | None = None
         before: _StageQueue | None = None
         for queue in self._queues:
@@ -260,7 +260,7 @@ class PipelineRunner(Runner):
 
 
 def check_stages(stages: Sequence[StageSpec], n_layers: int, backends: Sequence[Backend]) -> None:
-    """Raise ValueError if stages do not have every layer once, in order, on devices that can compute together."""
+    """Raise ValueError unless the stages have every layer once, in order, on devices that can compute together."""
     layers = [layer for stage in stages for layer in stage.layers]
     if layers != [*range(n_layers)] or not all(len(stage.layers) for stage in stages):
         raise ValueError(f"stages have layers {layers}: each of the {n_layers} layers must be there once, in order")
@@ -274,10 +274,10 @@ def check_stages(stages: Sequence[StageSpec], n_layers: int, backends: Sequence[
 
 
 class _StageQueue:
-    """Batches on their way through one stage.
+    """Queue of the batches in flight at one stage.
 
-    One thread writes the inputs of a batch while another waits for the devices, which compute the batch before: so the
-    devices never wait for the first thread.
+    One thread writes the inputs of a batch while another waits for the devices, which compute the previous batch. The
+    devices therefore never wait for the first thread.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -293,26 +293,26 @@ class _StageQueue:
     def start(
         self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
     ) -> tuple[Future[ParallelProgram], Future[Hidden]]:
-        """Queue a batch: write its inputs once the stage before has given ``x``, then compute it.
+        """Queue a batch: write its inputs once ``x``, the result of the previous stage, is there, then compute it.
 
         Returns
         -------
         tuple
-            A future that is done when ``x`` has been read, and the result. The result lies in the slot, unless
-            ``copied`` is True.
+            A future that is done when ``x`` has been read, and a future of the result. The result is in the memory of
+            the slot, unless ``copied`` is True.
         """
         written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
         return written, self._runner.submit(_compute, written, copied=copied)
 
     def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> ParallelProgram:
         if read is not None:
-            read.exception()  # an exception is raised to the caller of that batch
+            read.exception()  # its exception is raised to the caller of its batch
         program = self._stage.prepare(batch, slot)
         program.input_arrays[0][...] = batch.tokens if x is None else x.result()
         return program
 
     def clear(self) -> None:
-        """Forget the results. Nothing may be in flight."""
+        """Clear the results. No batch may be in flight."""
         self.read = [None, None]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Scheduled runner: ggml's scheduler decides where each node runs. For layers on the CPU and on remote devices."""
+"""Scheduled runner: ggml's scheduler runs the graph, for layers on the CPU and on remote devices."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ggml_cffi.models.runners.weights import Weights, stages_of
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
-_GRAPHS = 4  # that are kept
-_PINNED = 16 << 20  # bytes of a result that are read through pinned memory
+_GRAPHS = 4  # largest number of kept graphs
+_PINNED = 16 << 20  # largest bytes of a result that is read through pinned memory
 
 
 class _BatchGraph(Closing):
@@ -40,7 +40,7 @@ class _BatchGraph(Closing):
         self._get: tuple[Any, ...] = ()
 
     def alloc(self) -> None:
-        """Give the graph memory. A small result gets pinned memory too, to which a GPU writes by itself."""
+        """Allocate the graph, and pinned memory for a small result, to which a GPU can write."""
         self.scheduler.alloc(self.graph)
         if self._backend is not None:
             return
@@ -57,7 +57,7 @@ class _BatchGraph(Closing):
             result: npt.NDArray[np.float32] = self.result.numpy()
             return result
         self.scheduler.compute_async(self.graph)
-        # As Tensor.get_async, without its checks: they hold since the graph was allocated.
+        # Tensor.get_async without its checks, which cannot fail for an allocated graph.
         with self._backend.lock:
             c.ggml_backend_tensor_get_async(*self._get)
         self.scheduler.synchronize()
@@ -103,7 +103,7 @@ class ScheduledRunner(Runner):
     n_ctx
         Tokens of the context; the KV cache has as many slots, rounded up.
     n_batch
-        Most tokens of one run.
+        Largest number of tokens in one run.
     kv_dtype
         Type of keys and values in the cache.
     progress
@@ -113,8 +113,8 @@ class ScheduledRunner(Runner):
     op_offload
         True if GPUs compute large batches with weights that are in host memory.
     compute_bytes
-        Bytes of intermediate tensors on each backend, where they are known. The CPU alone then allocates them when it
-        needs them. GPUs allocate them now, so that loading fails if there is too little memory.
+        Bytes of intermediates on each backend, if they are known. A CPU without GPUs then allocates them in the first
+        run. GPUs allocate them now, so that loading fails if there is too little memory.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ScheduledRunner(Runner):
         self._closed = False
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress)
         if all(backend.device.is_cpu for backend in backends):
-            # A processor gains nothing from larger batches. In one, the first tokens would read KV slots of the last.
+            # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
             self.best_prefill_batch = KV_STEP
         try:
             self._scheduler = Scheduler(backends, op_offload=op_offload)
@@ -179,7 +179,7 @@ class ScheduledRunner(Runner):
         return graph.compute()
 
     def _allocated(self, key: tuple[int, int, int]) -> _BatchGraph:
-        """Return the graph for so many tokens, KV slots and outputs, allocated. The last few are kept."""
+        """Return the graph for these numbers of tokens, KV slots and outputs, allocated. The last few are kept."""
         found = self._graphs.get(key, lambda: self._build(key))
         if self._scheduler.graph is not found.graph:
             found.alloc()

@@ -21,7 +21,7 @@ from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.trace import ParallelTrace
 
-_PROGRAMS = 32  # that are kept
+_PROGRAMS = 32  # largest number of kept programs
 
 #: Sizes of a batch, on which the graph depends: tokens, KV slots that attention reads, tokens with an output.
 Key = tuple[int, int, int]
@@ -65,7 +65,7 @@ class StageGraph:
     def of(cls, weights: Weights, stage: StageSpec) -> StageGraph:
         """Return the graph of one stage of a model."""
         own = [weights.by_device[device] for device in stage.devices]
-        # Lists are indexed by the layer's number: other stages' layers are there, and not used.
+        # Lists are indexed by the number of the layer. The entries of other stages' layers are not used.
         caches = [
             [each[rank if i in stage.layers else 0] for i, each in enumerate(weights.caches)]
             for rank in range(len(stage.devices))
@@ -84,7 +84,7 @@ class StageGraph:
         return found
 
     def input_values(self, batch: Batch) -> list[npt.NDArray[Any]]:
-        """Return the inputs for a batch, without the first: that is tokens, or the result of the stage before."""
+        """Return the inputs for a batch without the first one: tokens, or the result of the previous stage."""
         found: list[npt.NDArray[Any]] = [batch.positions, batch.kv_slots, batch.mask]
         if self.architecture.window:
             found.append(batch.mask if batch.window_mask is None else batch.window_mask)
@@ -109,7 +109,7 @@ class StageGraph:
         return rank.all_gather(logits)
 
     def measure(self, backends: Sequence[Backend], key: Key) -> ParallelTrace:
-        """Return the graph without memory, which says how much memory it needs."""
+        """Return the graph without memory, with the number of bytes that it needs."""
         n = len(backends)
         return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.input_types(*key))
 
@@ -128,7 +128,7 @@ class Stage(Closing):
     def __init__(self, graph: StageGraph, group: Group) -> None:
         self.graph, self.group = graph, group
         self._programs: LRU[tuple[Key, int], ParallelProgram] = LRU(_PROGRAMS)
-        self._prepared: tuple[Batch, ParallelProgram] | None = None  # whose inputs are written
+        self._prepared: tuple[Batch, ParallelProgram] | None = None  # inputs are written
 
     def reserve(self, n_batch: int, n_slots: int) -> list[int]:
         """Allocate memory for the largest batch now, so that loading fails if there is too little.
@@ -147,12 +147,12 @@ class Stage(Closing):
         return self.group.arena_bytes()
 
     def prepare(self, batch: Batch, slot: int = 0) -> ParallelProgram:
-        """Return the program for a batch, with all inputs that do not depend on the stage before.
+        """Return the program for a batch, after writing all inputs that do not depend on the previous stage.
 
         Parameters
         ----------
         slot
-            Number of the host memory for inputs and results: one is written while a program uses the other.
+            Number of the block of host memory for inputs and results. One is written while a program uses the other.
         """
         program = self.program(key_of(batch), slot)
         for target, value in zip(program.input_arrays[1:], self.graph.input_values(batch), strict=True):
@@ -176,7 +176,7 @@ class Stage(Closing):
         Parameters
         ----------
         x
-            Result of the stage before, if there is one.
+            Result of the previous stage, None for the first stage.
         meanwhile
             Called while the device computes. It must not wait for locks that another thread may hold.
         """
@@ -191,7 +191,7 @@ class Stage(Closing):
         meanwhile: Callable[[], object],
         finish: Callable[[], object],
     ) -> npt.NDArray[np.float32]:
-        """Compute a batch, and return the result once it shows in host memory.
+        """Compute a batch, and return the result once it is in host memory.
 
         The device may not be done by then: call :meth:`finish` afterwards, also after an exception.
 
@@ -200,16 +200,16 @@ class Stage(Closing):
         batch, x, meanwhile
             As for :meth:`run`.
         finish
-            Called after a timeout; it calls :meth:`finish` of this stage.
+            Called after a timeout. It must call :meth:`finish` of this stage.
         """
         return self._ready(batch, x).submit_and_poll(meanwhile, finish)
 
     def finish(self, *, if_free: bool = False) -> None:
-        """Wait for the device; with ``if_free`` not while another thread holds it."""
+        """Wait for the device. With ``if_free``, return at once if another thread holds it."""
         self.group.executor.finish(if_free=if_free)
 
     def _ready(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> ParallelProgram:
-        """Return the program for a batch, with all inputs."""
+        """Return the program for a batch, after writing all inputs."""
         if self._prepared is None or self._prepared[0] is not batch:
             self.prepare(batch)
         assert self._prepared is not None
@@ -218,7 +218,7 @@ class Stage(Closing):
         return program
 
     def program(self, key: Key, slot: int = 0) -> ParallelProgram:
-        """Return the program for batches of a size. The last few are kept."""
+        """Return the program for batches of one size. The last few programs are kept."""
         return self._programs.get((key, slot), lambda: self._new_program(key, slot))
 
     def _new_program(self, key: Key, slot: int) -> ParallelProgram:
@@ -229,7 +229,7 @@ class Stage(Closing):
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
-        """The programs that are kept, the last used last."""
+        """The kept programs, from the least to the most recently used."""
         return self._programs.values
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:

@@ -1,4 +1,4 @@
-"""Weights and KV caches of a model on its devices: whole tensors, and shards where several devices share a layer."""
+"""Weights and KV caches of a model on its devices: whole tensors, or shards if several devices share a layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StageSpec:
 
     layers: range
     devices: tuple[int, ...]
-    """Numbers of backends. Several devices have a shard of every layer each."""
+    """Numbers of backends. If there are several, each has a shard of every layer."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class DevicePlacement:
     cache_bytes: int = 0
     compute_bytes: int = 0
     workspace_bytes: int = 0
-    """Memory that a GPU's backend takes by itself: an estimate, only in plans."""
+    """Estimate of the memory that a GPU's backend allocates itself, only in plans."""
     mapped_bytes: int = 0
     """Part of ``weight_bytes`` that is mapped from the file: the system can drop these pages and read them again."""
     has_output: bool = False
@@ -84,7 +84,7 @@ def layer_of(name: str) -> int | None:
 
 @dataclass
 class _Source:
-    """A tensor of the file, and the tensors that get it or its shards."""
+    """A tensor of the file, and the tensors that receive its values or shards of them."""
 
     info: TensorInfo
     spec: ShardSpec
@@ -95,14 +95,14 @@ class _Source:
 class Weights(Closing):
     """Weights and KV caches of a model on their devices.
 
-    On the CPU, weights are the file's own pages. Other devices get theirs as a stream from the mapped file.
+    On the CPU, weights are mapped pages of the file. The weights of other devices are streamed from the mapped file.
 
     Parameters
     ----------
     architecture
         The model.
     backends
-        The preferred first, the CPU last if it takes part.
+        The backends, the preferred first, the CPU last if it takes part.
     n_slots
         KV slots of the caches.
     kv_dtype
@@ -112,7 +112,7 @@ class Weights(Closing):
     progress
         Called while weights are loaded.
     whole_attention
-        True if each device of a stage of several computes all heads, and shares the feed-forward part alone.
+        True if each device of a stage computes all heads, and only the feed-forward part is sharded.
     context
         Context of the tensors. With a :class:`~ggml_cffi.core.dry_run.DryRunContext` nothing is loaded.
 
@@ -139,9 +139,9 @@ class Weights(Closing):
         check_cache_dtype(kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.stages = architecture, tuple(backends), tuple(stages)
         self.layer_devices = [stage.devices[0] for stage in self.stages for _ in stage.layers]
-        """For each layer the number of its device, of the first where several share it."""
+        """For each layer the number of its device, or of the first one if several share the layer."""
         self.by_device: list[dict[str, Tensor]] = [{} for _ in backends]
-        """For each device its weights, or its shards of them, by name; ``output.weight`` also where it is tied."""
+        """For each device its weights, or its shards of them, by name; ``output.weight`` also if it is tied."""
         self.caches: list[list[LayerCache]] = []
         """For each layer the keys and values: one entry for each device of its stage."""
         self.placement = [DevicePlacement(b) for b in backends]
@@ -168,7 +168,7 @@ class Weights(Closing):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All weights by name, where :attr:`is_whole`."""
+        """All weights by name; only valid if :attr:`is_whole`."""
         return {name: t for own in self.by_device for name, t in own.items()}
 
     def tensor_parallel(self, stage: StageSpec) -> TensorParallelSpec:
@@ -185,8 +185,8 @@ class Weights(Closing):
     def _place_weights(self) -> None:
         """Make the tensors of all weights.
 
-        The embeddings go to the first layer's device, so that no token needs the CPU, and the output head to the last
-        layer's. An encoder adds other tensors to the embeddings: its head is where the embeddings are.
+        The embeddings are placed on the device of the first layer, so that no token needs the CPU, and the output head
+        on the device of the last layer. An encoder adds other tensors to the embeddings, which are placed beside them.
         """
         architecture, first = self.architecture, self.stages[0]
         last = self.stages[-1] if architecture.causal else first
@@ -224,7 +224,7 @@ class Weights(Closing):
             self.placement[device].has_embeddings = True
 
     def _can(self, stage: StageSpec, check: Callable[[Backend, TensorInfo], bool], info: TensorInfo) -> bool:
-        """Return whether the only device of a stage can use a tensor; True for several, whose tensors stay there."""
+        """Return whether the device of a stage can use a tensor. Return True for several devices without a check."""
         return len(stage.devices) > 1 or check(self.backends[stage.devices[0]], info)
 
     def _add(self, name: str, info: TensorInfo, devices: tuple[int, ...]) -> None:
@@ -242,7 +242,7 @@ class Weights(Closing):
                 self.placement[device].mapped_bytes += tensor.nbytes
 
     def _is_mapped(self, source: _Source) -> bool:
-        """Return whether a tensor is the file's own pages."""
+        """Return whether a tensor is in mapped pages of the file."""
         return (
             len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu and source.info.offset % 32 == 0
         )
@@ -274,7 +274,7 @@ class Weights(Closing):
         return LayerCache(k, v, transposed)
 
     def _alloc(self) -> None:
-        """Give the tensors memory, apart from those that are mapped from the file."""
+        """Allocate all tensors that are not mapped from the file."""
         for device, backend in enumerate(self.backends):
             caches = [t for cache in self._caches_on(device) for t in (cache.k, cache.v)]
             streamed = [
@@ -303,7 +303,7 @@ class Weights(Closing):
         mappings: dict[int, Buffer] = {}
         jobs: list[Job] = []
         mapped = 0
-        # In the file's order, so that a disk reads ahead.
+        # In the order of the file, so that a disk can read ahead.
         for source in sorted(self._sources, key=lambda source: (source.info.part, source.info.offset)):
             info = source.info
             if not self._is_mapped(source):
@@ -347,15 +347,15 @@ def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
 
 
 def is_v_transposed(backend: Backend, dtype: Type) -> bool:
-    """Return whether a device keeps values transposed in its cache, for attention as two products.
+    """Return whether a device stores the values in its cache transposed, for attention as two products.
 
-    The CPU does: its flash attention sums F16 values in F16. A quantized cache works with flash attention only.
+    The CPU does, because its flash attention sums F16 values in F16. A quantized cache needs flash attention.
     """
     return backend.device.is_cpu and block_size(dtype) == 1
 
 
 def check_cache_dtype(dtype: Type, sizes: tuple[int, int]) -> None:
-    """Raise ``ValueError`` if keys and values of so many elements cannot be kept as ``dtype``."""
+    """Raise ``ValueError`` if keys and values with these numbers of elements cannot be stored as ``dtype``."""
     if dtype in _NO_CACHE:
         raise ValueError(f"kv_dtype {dtype.name} cannot hold keys and values: use F16, F32, BF16 or a quantized type")
     block = block_size(dtype)

@@ -1,4 +1,4 @@
-"""Memory of devices, counted and pretended."""
+"""Counted memory of devices."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ggml_cffi.core.buffer import Buffer
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Bytes of every buffer that is made, by name of its device."""
+    """Return a dict that collects the bytes of every new buffer, by name of its device."""
     made = {}
     plain = Buffer.__init__
 

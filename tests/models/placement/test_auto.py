@@ -1,4 +1,4 @@
-"""The split that suits a model and its devices best."""
+"""The choice of the best split for a model and its devices."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.support.splits import PROMPT, gpu_memory
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Seconds of a layer by split: for a token, a batch, and one batch of many. Tests change them."""
+    """Return the seconds of a layer by split, for a token, a batch, and one batch of many. Tests change them."""
     found = {"one": (1e-3, 0.1, 0.1), "pipeline": (1.1e-3, 0.1, 0.06), "tensor": (2e-3, 0.2, 0.2)}
 
     def fake(self, split, n, n_batch, *, whole_attention=False):
@@ -29,7 +29,7 @@ def test_auto_takes_the_split_that_is_never_far_from_the_best(two_gpus, path, co
         assert plan.fits
         return plan.split, [share.device for share in plan.devices if share.layers]
 
-    # Batches in flight are worth more than what handing over costs a token.
+    # The gain by batches in flight is larger than the cost of the transfer between devices for a token.
     assert chosen() == ("pipeline", list(two_gpus))
     costs["tensor"] = 0.5e-3, 0.05, 0.05
     assert chosen() == ("tensor", list(two_gpus))
@@ -80,7 +80,7 @@ def test_auto_with_one_candidate(two_gpus, path, costs, monkeypatch):
     assert plan.reasons[0] == "Of the splits, layer is the only one that is possible."
     gpu_memory(monkeypatch, 900_000)
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
-    assert plan.split in ("pipeline", "tensor")  # one has no room for all
+    assert plan.split in ("pipeline", "tensor")  # no single GPU has memory for all layers
     assert " one prompt " not in plan.reasons[0]
     gpu_memory(monkeypatch, 600_000)
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
@@ -93,7 +93,7 @@ def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path / "cache"))
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
     kept = json.loads(calibration.path().read_text())
-    assert len(kept) == 3 * 3  # a token, a batch and several, on one GPU, by two in turn, and by two together
+    assert len(kept) == 3 * 3  # a token, a batch and several: on one GPU, in two stages, and on two GPUs with shards
     assert all(" tokens by " in name and all(x >= 0 for x in value) for name, value in kept.items())
     monkeypatch.setattr(auto.Timer, "_measure", None)
     assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]

@@ -16,7 +16,7 @@ def close(predicted, actual):
 
 
 def check(path, devices, counted, **options):
-    """Compare a plan with the bytes that loading and a first run take on each device. The plan itself takes none."""
+    """Compare a plan with the bytes that loading and a first run take on each device. Planning allocates nothing."""
     plan = models.plan(path, devices, **options)
     assert not counted
     assert plan.fits
@@ -93,7 +93,7 @@ def test_two_gpus_take_the_planned_bytes(two_gpus, path, counted, monkeypatch):
     ids=str,
 )
 def test_two_unequal_gpus_and_the_cpu_take_the_planned_bytes(two_gpus, path, counted, balance, layers):
-    """In batches of 64 the first GPU computes with copies of the CPU's weights: they are counted too."""
+    """In batches of 64 the first GPU computes with copies of the CPU's weights, which count as well."""
     plan = check(path, two_gpus, counted, n_batch=64, balance=balance)
     assert [share.layers for share in plan.devices] == layers
 

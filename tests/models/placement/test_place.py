@@ -1,4 +1,4 @@
-"""Which device each layer goes to."""
+"""The device of each layer."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.support.memory import GIB, memory
 
 
 class Sized:
-    """A device with so much free."""
+    """A device with this number of free bytes."""
 
     def __init__(self, free, is_cpu=False):
         self.device, self.is_cpu, self.free = self, is_cpu, free
@@ -60,7 +60,7 @@ def test_balance_by_ratios_and_by_speed(path, monkeypatch):
         for wrong in ([], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1]):
             with pytest.raises(ValueError, match="not one number of 0 or more for each of CPU, CPU"):
                 proportions(wrong)
-        with pytest.raises(ValueError, match="balance 'luck' is not known: use 'memory', 'speed'"):
+        with pytest.raises(ValueError, match="balance 'luck' does not exist: use 'memory', 'speed'"):
             proportions("luck")
         assert main_dtype(architecture) is ggml.F32
 
@@ -100,7 +100,7 @@ def test_gpus_without_any_room_take_no_part(two_gpus, path, monkeypatch):
 
 
 def test_intermediate_tensors_need_memory_too(two_gpus, path, monkeypatch):
-    """Weights and caches alone would leave 15 % of the memory: with large batches that is too little."""
+    """Weights and caches alone would leave 15 % of the memory, which is too little for large batches."""
     memory(monkeypatch, Vulkan0=1_300_000, Vulkan1=0)
     small, large = (models.plan(path, ["Vulkan0"], n_batch=n) for n in (16, 512))
     assert small.fits

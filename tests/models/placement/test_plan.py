@@ -35,7 +35,7 @@ def test_wrong_arguments_of_plan_and_load(path, tmp_path):
         ({"n_batch": 0}, "n_batch must be at least 1, not 0"),
         ({"n_ctx": 513}, "n_ctx must be 1 to 512"),
         ({"kv_dtype": "i32"}, "kv_dtype I32 cannot hold keys and values"),
-        ({"balance": "luck"}, "balance 'luck' is not known"),
+        ({"balance": "luck"}, "balance 'luck' does not exist"),
         ({"balance": [1, 2]}, "not one number of 0 or more for each of CPU"),
         ({"devices": ["CPU", "CPU"]}, "the CPU comes last"),
     ):

@@ -1,4 +1,4 @@
-"""What does not fit is refused before anything is allocated, with proposals that do fit."""
+"""Models that do not fit are refused before anything is allocated, with proposals that fit."""
 
 import pytest
 
@@ -23,12 +23,12 @@ def test_too_small_a_cpu_is_refused_before_anything_is_made(path, counted, monke
 
 
 def options_of(proposal):
-    """What to call with, for a proposal that says so."""
+    """Return the keyword arguments for a proposal."""
     return eval(f"dict({proposal})", {})
 
 
 def proposals(path, devices=("CPU",), **options):
-    """Those of a plan, by what they change; each that can be tried does fit."""
+    """Return the proposals of a plan by the option that they change, after checking that each fits."""
     plan = models.plan(path, devices, **options)
     assert not plan.fits
     found = {}
@@ -48,14 +48,14 @@ def test_each_kind_of_proposal_fits(path, monkeypatch):
     assert found["n_ctx"] == "n_ctx=256"
     assert found["n_batch"] == "n_batch=256"
     assert any("one more device with " in text and "iB free" in text for text in found)
-    # the CPU attends by other products with a quantized cache: they take less
+    # with a quantized cache the CPU computes attention with other operations, which take less memory
     assert found["kv_dtype"] == "kv_dtype='q8_0'"
-    # with a tenth one change is not enough
+    # with a tenth of the memory, one change is not enough
     memory(monkeypatch, CPU=needed // 10)
     found = proposals(path)
     assert list(found) == ["n_ctx", next(reversed(found))]
     assert found["n_ctx"] == "n_ctx=512, kv_dtype='q4_0', n_batch=32"
-    # and there may be nothing left but more devices
+    # with no memory at all, only more devices help
     memory(monkeypatch, CPU=0)
     assert len(proposals(path)) == 1
 

@@ -1,4 +1,4 @@
-"""Memory that GPU backends take by themselves."""
+"""Memory that GPU backends allocate themselves."""
 
 import ggml_cffi as ggml
 from ggml_cffi.models.placement.workspace import workspace_bytes

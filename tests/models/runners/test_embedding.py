@@ -72,7 +72,7 @@ def test_graphs_are_reused_and_others_may_use_the_scheduler_in_between(tmp_path,
     ids=["llama", "gemma3 with a window"],
 )
 def test_decoders_embed_texts_too(tmp_path, rng, architecture, changes):
-    """Compare the logits that follow from each text's embedding with the reference, for several texts in one batch."""
+    """Compare the logits of each text's embedding with the reference, for several texts in one batch."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, name=architecture.name, **changes)
     texts = random_texts(rng, (9, 1, 21, 30))
     reference = llama_float64.Reference(path)
@@ -145,7 +145,7 @@ def test_wrong_texts_and_arguments_are_refused(tmp_path, rng):
         assert model.embed([]).dtype == np.float32
         with pytest.raises(ValueError, match="text 1 has no tokens"):
             model.embed([[1], []])
-        with pytest.raises(ValueError, match="pooling 'max' is not known: use one of mean, cls, last"):
+        with pytest.raises(ValueError, match="pooling 'max' does not exist: use one of mean, cls, last"):
             model.embed([[1]], pooling="max")
         with pytest.raises(ValueError, match="50"):
             model.embed([[50]])

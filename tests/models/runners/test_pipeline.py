@@ -1,4 +1,4 @@
-"""Pipeline stages of one device: in flight, polled, interrupted."""
+"""Pipeline stages of one device each: batches in flight, polled results, interrupted runs."""
 
 import threading
 from itertools import pairwise
@@ -40,7 +40,7 @@ def test_batches_in_flight_give_what_batches_in_turn_give(two_gpus, path, monkey
 
 
 def test_polling_and_waiting_give_the_same(two_gpus, path, monkeypatch):
-    """To wait for the first GPU, and to poll its result."""
+    """Compare waiting for the first GPU with polling its result."""
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         runner = model._runners[0]
         first, second = runner.stages
@@ -54,7 +54,7 @@ def test_polling_and_waiting_give_the_same(two_gpus, path, monkeypatch):
             assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
         assert found[0][0] == found[1][0] == found[2][0]
         np.testing.assert_array_equal(found[0][1], found[1][1])
-        # The GPUs are done with their work whatever becomes of the run.
+        # The GPUs finish their work even if the run fails.
         finished = []
         for i, stage in enumerate(runner.stages):
             finish = stage.finish
@@ -96,7 +96,7 @@ def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, m
         model.clear_cache()
         assert answers(model, [PROMPT, PROMPT[:5]], 6) == want
         assert len(counts) >= 10
-        assert all(one == other + 1 for one, other in counts)  # the first was begun, and the second not
+        assert all(one == other + 1 for one, other in counts)  # the first stage had begun, the second had not
 
 
 def begun(runner):
@@ -112,7 +112,7 @@ def deferred_nodes(graph, pointer):
 
 
 def test_after_a_timeout_the_device_is_waited_for(two_gpus, path, monkeypatch):
-    """The work that the next GPU has recorded is given up then, and recorded again."""
+    """The work that was recorded for the next GPU is discarded then, and recorded again."""
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         want = answers(model, [PROMPT, PROMPT[:5]], 12), model.forward([3])
     monkeypatch.setattr(polling, "TIMEOUT", 0.0)
@@ -125,7 +125,7 @@ def test_after_a_timeout_the_device_is_waited_for(two_gpus, path, monkeypatch):
 
 
 def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatch):
-    """The next batch's have other memory."""
+    """The inputs of the next batch are in other memory."""
     ids = [i % 50 for i in range(96)]
     prepare, compute = Stage.prepare, ParallelProgram.compute
     places, started, changed = [], [], threading.Condition()
@@ -185,7 +185,7 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
 
 
 def test_leaving_early_waits_for_batches_in_flight(two_gpus, path, monkeypatch):
-    """Nothing computes any more when the cache is others'."""
+    """No device computes any more when other sequences get the KV slots."""
     ids = [i % 50 for i in range(96)]
     futures = []
     real = PipelineRunner._start
@@ -201,4 +201,4 @@ def test_leaving_early_waits_for_batches_in_flight(two_gpus, path, monkeypatch):
         assert len(futures) > 1
         assert all(future.done() for future in futures)
         assert batcher.cache.slots.n_free == len(batcher.cache.slots)
-        assert caught.traceback  # which keeps the frames, and what is in them, alive
+        assert caught.traceback  # which keeps the frames and their objects alive

@@ -6,7 +6,7 @@ from tests.support import relative_error
 
 
 def test_large_batches_of_the_cpus_layers_go_to_the_gpu(two_gpus, path):
-    """ggml copies their weights there, from 32 tokens on."""
+    """From 32 tokens on, ggml copies the weights of these layers to the GPU."""
     ids = [i % 50 for i in range(64)]
     with models.load(path, ["CPU"], n_batch=128) as model:
         want = model.forward(ids)

@@ -20,7 +20,7 @@ GEMMA = {"name": "gemma3", ".attention.sliding_window": WINDOW, ".attention.slid
 
 @contextmanager
 def opened(path, devices, kind=Llama, **options):
-    """A runner with backends of its own."""
+    """Yield a runner with backends of its own."""
     with ExitStack() as stack:
         file = stack.enter_context(ggml.GGUFFile(path))
         threads = {"n_threads": 1} if devices[0] == "CPU" else {}
@@ -31,12 +31,12 @@ def opened(path, devices, kind=Llama, **options):
 
 
 def shared(devices):
-    """One stage of all devices, for the model of 3 layers."""
+    """Return one stage of all devices, for the model of 3 layers."""
     return [StageSpec(range(3), tuple(range(len(devices))))]
 
 
 def batch(ids, at, n_out=1):
-    """A batch of tokens at positions from ``at`` on."""
+    """Return a batch of tokens at positions from ``at`` on."""
     n = len(ids)
     positions = np.arange(at, at + n)
     back = positions[:, None] - np.arange(256)
@@ -76,7 +76,7 @@ def check(path, devices, rng, kind=Llama, most=1e-2, stages=None, **options):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """As many ranks as wanted, all on the CPU."""
+    """Allow several ranks on the CPU."""
     monkeypatch.setattr(pipeline, "check_devices", lambda devices: None)
 
 
@@ -88,7 +88,7 @@ def on_the_cpu(monkeypatch):
         (2, Llama, {"biases": True, "tied": True}, [1, 1]),
         (2, Llama, {"dtype": ggml.Q8_0}, [1, 1]),
         (2, Llama, {"n_heads": 6, "n_kv": 3}, [1, 2]),
-        (3, Llama, {}, [2, 2, 2]),  # fewer KV heads than devices: each has them all
+        (3, Llama, {}, [2, 2, 2]),  # fewer KV heads than devices: each device has all heads
         (2, Qwen3, {"name": "qwen3"}, [1, 1]),
         (2, Gemma3, GEMMA, [1, 1]),
     ],
@@ -97,7 +97,7 @@ def on_the_cpu(monkeypatch):
 def test_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, n, kind, changes, heads):
     path = tmp_path / "model.gguf"
     random_model(path, rng, **changes)
-    # ggml's CPU rounds what it multiplies with Q8_0 to 8 bits.
+    # ggml's CPU backend rounds the operand of a product with Q8_0 to 8 bits.
     steps, found = check(path, ["CPU"] * n, rng, kind, most=3e-2 if "dtype" in changes else 2e-3)
     assert found == heads
     assert steps == (1 if n == 1 else 4 if n == 3 else 7)

@@ -1,4 +1,4 @@
-"""Every way to split a model over devices gives what one device gives, and takes what was planned."""
+"""Every way to split a model over devices gives the result of one device, and takes the planned bytes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -26,7 +26,7 @@ def test_two_gpus_give_what_float64_does(two_gpus, path, split, rng):
         made = [*model.generate_tokens(ids, 3, stop_at_end=False)]  # a prompt of three batches
         assert made[0] == model.forward(ids, last=True).argmax()
         used = {backend.name for _, backend in model.assignment()}
-        assert used == ({"Vulkan0"} if split == "data" else set(two_gpus))  # one text: the other replica waits
+        assert used == ({"Vulkan0"} if split == "data" else set(two_gpus))  # one sequence: the other replica is idle
         assert model.layer_backend(0).name == "Vulkan0"
         assert [len(share.layers) for share in model.placement if share.weight_bytes] == (
             [3, 3] if split in ("data", "tensor") else [1, 2]
@@ -36,7 +36,7 @@ def test_two_gpus_give_what_float64_does(two_gpus, path, split, rng):
 
 
 def test_several_models_on_the_same_gpus(two_gpus, path):
-    """Each holds the devices that it uses for a moment, and none waits for ever."""
+    """Each model locks its devices only during a call, and there is no deadlock."""
     kinds = ("layer", "tensor", "layer", "pipeline")
     with ExitStack() as stack:
         loaded = [stack.enter_context(models.load(path, two_gpus, kind, n_batch=16)) for kind in kinds]
@@ -93,10 +93,10 @@ def test_a_split_that_does_not_fit_is_refused(two_gpus, path, split, monkeypatch
 
 
 def test_unknown_splits_and_balances_are_refused(path, tmp_path, rng):
-    with pytest.raises(ValueError, match="split 'rows' is not known: use one of 'layer', 'pipeline'"):
+    with pytest.raises(ValueError, match="split 'rows' does not exist: use one of 'layer', 'pipeline'"):
         models.load(path, ["CPU"], "rows")
     for split in ("data", "tensor"):
-        with pytest.raises(ValueError, match=f"split '{split}' gives every device the same: balance is for layers"):
+        with pytest.raises(ValueError, match=f"split '{split}' gives all devices the same: balance is for layers"):
             models.plan(path, ["CPU"], split, balance="speed")
 
 
