@@ -1,4 +1,4 @@
-"""Memory for intermediate tensors: one arena, parts of which serve several tensors in turns."""
+"""Memory for intermediates: one arena, whose parts are reused by tensors with different lifetimes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def assign_offsets(sizes: Sequence[int], lifetimes: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
     """Return an offset for each tensor, and the bytes of the whole arena.
 
-    Tensors whose lifetimes have a moment in common do not overlap.
+    Tensors whose lifetimes overlap get memory that does not overlap.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Data parallelism: the same function on every device, each call on one of them."""
+"""Data parallelism: a replica of a function on each device. Each call runs on one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.parallel.replicas import Replica, Replicas, Task
 
-_IN_FLIGHT = 32  # calls of map() that an executor has at once by default
+_IN_FLIGHT = 32  # default number of calls of map() in flight on an executor
 
 
 class TaskExecutor(Protocol):
@@ -25,21 +25,21 @@ class TaskExecutor(Protocol):
 
 
 class DataParallel(Closing):
-    """A replica on each device. A call goes to one that is free.
+    """A replica of a function on each device. Each call goes to a free replica.
 
     Parameters
     ----------
     make
-        Called with the name of a device; returns a function. A context manager is entered now and left at the end, and
-        a compiled function is closed with its session. With a :class:`~ggml_cffi.isolate.Worker` a replica may crash
-        alone.
+        A function that takes the name of a device and returns a function. If it returns a context manager, this class
+        enters it now and leaves it at the end. If it returns a compiled function, this class closes the function's
+        session. If it returns a :class:`~ggml_cffi.isolate.Worker`, a crash of one replica leaves the others intact.
     devices
         Devices or names, one for each replica. Default every GPU, or the CPU if there is no GPU.
     executor
         Object with ``submit(function, *args)`` that returns futures. It runs the calls in place of threads of this
-        process, also in other processes and on other machines. ``make`` and the names of devices are sent with the
-        calls. Each process makes as many replicas as it gets calls at once, at most one for each of ``devices``, or of
-        its own devices.
+        process, for example in other processes or on other machines. ``make`` and the names of devices are sent with
+        the calls. Each process creates a replica when it gets a call and no replica is free, at most one for each of
+        ``devices``, or of its own devices by default.
 
     Raises
     ------
@@ -90,7 +90,7 @@ class DataParallel(Closing):
         self._executor = executor
 
     def _make_all(self, replicas: Replicas, pool: ThreadPoolExecutor) -> None:
-        """Make the replicas, all at the same time."""
+        """Create all replicas at the same time."""
         list(pool.map(replicas.prepare, replicas.all))
         failed = [replica.error for replica in replicas.all if replica.error is not None]
         if len(failed) == len(replicas.all):
@@ -98,7 +98,7 @@ class DataParallel(Closing):
 
     @property
     def replicas(self) -> tuple[Replica, ...]:
-        """Replicas in this process, with their devices, numbers of calls and errors; none if there is an executor."""
+        """Replicas in this process, with their devices, numbers of calls and errors; empty if there is an executor."""
         return self._local.all if self._local is not None else ()
 
     # ------------------------------------------------------------------ calls
@@ -143,13 +143,13 @@ class DataParallel(Closing):
     def map(self, *iterables: Iterable[Any], ordered: bool = True, in_flight: int | None = None) -> Iterator[Any]:
         """Yield the results for the elements of iterables, as the built-in ``map`` does, with several calls at once.
 
-        Elements are taken, and calls made, when results are asked for. An exception of a call is raised in the place of
-        its result, and ends the iteration.
+        Elements are taken and calls are made as the caller iterates. An exception of a call is raised in place of its
+        result, and ends the iteration.
 
         Parameters
         ----------
         iterables
-            One for each argument of the function. The shortest ends the iteration.
+            One iterable for each argument of the function. The shortest one ends the iteration.
         ordered
             False for results in the order in which calls end.
         in_flight

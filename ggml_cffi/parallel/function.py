@@ -48,13 +48,13 @@ class ParallelFunction:
             return self._find(given).run(given)
 
     def trace(self, *arrays: npt.ArrayLike) -> ParallelProgram:
-        """Return the program for arrays of such shapes and types, traced but not run."""
+        """Return the program for arrays of these shapes and types, traced but not run."""
         with self._lock:
             return self._find([as_array(a) for a in arrays])
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
-        """The programs that are kept, the last used last."""
+        """The kept programs, from the least to the most recently used."""
         return self._programs.values
 
     def clear(self) -> None:

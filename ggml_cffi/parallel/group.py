@@ -1,4 +1,4 @@
-"""A group of backends that compute in step, with the memory that all their programs use in turns."""
+"""A tensor-parallel group: backends that compute programs together, and the memory that the programs share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ggml_cffi.parallel.executors import Executor, choose_executor
 
 
 class Group(Closing):
-    """Backends that compute in step, one for each rank. The caller opens and closes the backends.
+    """Backends that compute programs together, one for each rank. The caller opens and closes the backends.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Group(Closing):
     ) -> None:
         self.half_above = half_above
         self.lock = threading.RLock()
-        """Lock that every run of a compiled function holds."""
+        """The lock that every run of a compiled function holds."""
         self._backends = tuple(backends)
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: list[HostBlock | None] = [None, None]
@@ -72,7 +72,7 @@ class Group(Closing):
             raise ClosedError(f"this {type(self).__name__} is closed")
         return self._executor
 
-    # ------------------------------------------------------------------ memory that programs use in turns
+    # ------------------------------------------------------------------ memory that programs share
 
     def host_block(self, size: int, slot: int = 0) -> HostBlock:
         """Return host memory of at least ``size`` bytes that all devices read and write.
@@ -80,7 +80,7 @@ class Group(Closing):
         Parameters
         ----------
         slot
-            0 or 1: one block is written for the next run while devices use the other.
+            0 or 1: the caller writes one block for the next run while devices use the other.
 
         Raises
         ------
@@ -100,7 +100,7 @@ class Group(Closing):
                 )
             self._blocks[slot] = made
             if old is not None:
-                old.close()  # programs that use it keep it
+                old.close()  # programs that use it keep its memory
             return made
         return old
 
@@ -116,7 +116,7 @@ class Group(Closing):
         if found is None or found.size < size:
             self._arenas[rank] = None
             if found is not None:
-                found.close()  # programs that use it keep it
+                found.close()  # programs that use it keep its memory
             self._arenas[rank] = found = Buffer(self._backends[rank].buffer_type, size)
         return found
 

@@ -1,9 +1,9 @@
 """ggml's own tensor parallelism: several GPUs as one meta device.
 
-:class:`~ggml_cffi.parallel.TensorParallel` is quicker, and takes any operation. The meta device is for comparison, and
-for later versions of ggml. ggml asks a function for the shards of each weight, derives those of every result, and
-all-reduces partial sums. If it cannot, it ends the process. Therefore only operations that are known to work are
-allowed here, those of feed-forward networks; others are refused before ggml gets them.
+:class:`~ggml_cffi.parallel.TensorParallel` is faster, and supports every operation. The meta device is for comparison,
+and for later versions of ggml. ggml calls a function that returns the shards of each weight, derives the shards of
+every result, and all-reduces partial sums. If it cannot, it ends the process. This module therefore allows only
+operations that are known to work, those of feed-forward networks, and refuses others before ggml gets them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class State(NamedTuple):
 
 MIRRORED, PARTIAL = State(Axis.MIRRORED), State(Axis.PARTIAL)
 
-#: Answers to ggml about the shards of weights, by C pointer. It asks once for each, while the weight gets memory.
+#: Shards of weights by C pointer, for ggml's callback. ggml calls it once for each weight, during its allocation.
 _answers: dict[Any, Any] = {}
 _whole = c.ffi.new("struct ggml_backend_meta_split_state *", {"axis": int(Axis.MIRRORED), "nr": [1], "n_segments": 1})
 _callback: list[Any] = []
@@ -67,7 +67,7 @@ class MetaDevice(Closing):
     Parameters
     ----------
     devices
-        GPUs or their names, at most 16. Use them for nothing else meanwhile.
+        GPUs or their names, at most 16. Do not use them for anything else while this object is open.
 
     Raises
     ------
@@ -122,12 +122,12 @@ class MetaDevice(Closing):
     def weight(
         self, values: npt.ArrayLike, spec: ShardSpec, *, dtype: Type | str | None = None, name: str = ""
     ) -> Tensor:
-        """Store a weight on the devices: one tensor here, a shard on each device.
+        """Store a weight as one tensor, which has a shard on each device.
 
         Raises
         ------
         TypeError, ValueError
-            If it cannot be stored or sharded so, or a shard is larger than the largest buffer of a device.
+            If the values cannot be stored or sharded in this way, or a shard exceeds the largest buffer of a device.
         OutOfMemoryError
             If a device has too little memory.
         """
@@ -154,7 +154,7 @@ class MetaDevice(Closing):
                 _answers[t.ptr] = c.ffi.new("struct ggml_backend_meta_split_state *", told)
             with ExitStack() as stack:
                 self.lock_devices(stack)
-                # All tensors of a context at once, this one: ggml keeps only such weights from run to run.
+                # ggml keeps weights from run to run only if all tensors of their context are allocated at once.
                 buffer = c.ggml_backend_alloc_ctx_tensors_from_buft(
                     context.ptr, c.ggml_backend_get_default_buffer_type(backend)
                 )
@@ -169,7 +169,7 @@ class MetaDevice(Closing):
         return t
 
     def weights(self, values: Mapping[str, npt.ArrayLike], rules: Mapping[str, ShardSpec]) -> dict[str, Tensor]:
-        """Store weights by name. Each is divided by the first of ``rules`` that its name fits, or mirrored."""
+        """Store weights by name, each divided by the first rule whose pattern matches the name, or mirrored."""
         return {name: self.weight(array, spec_for(name, rules), name=name) for name, array in values.items()}
 
     def _check_room(self, nbytes: int) -> None:
@@ -185,10 +185,10 @@ class MetaDevice(Closing):
                 raise OutOfMemoryError(f"{found.name} has {found.memory().free:,} bytes free, too few for {nbytes:,}")
 
     def compile(self, function: Callable[..., Any]) -> MetaFunction:
-        """Return a function of tensors as a function of arrays, traced once for each signature.
+        """Return a function of arrays for ``function``, which takes and returns tensors; trace it once per signature.
 
-        It may multiply with weights, add, multiply, divide and subtract, scale, normalize rows, and apply functions
-        to elements, gates included. It returns a tensor.
+        ``function`` may use products with weights, sums, differences, element-wise products and quotients, scaling,
+        norms of rows, and functions of elements, gated units included.
         """
         self.ptr  # noqa: B018 - raises when closed
         made = MetaFunction(self, function)
@@ -224,7 +224,7 @@ class _Owned(Handle):
 
 
 def spread(graph: Graph, state: Callable[[Any], State]) -> dict[Any, State]:
-    """Return the distribution of each node of ``graph`` over the devices, as ggml will derive it.
+    """Return the distribution of each node of ``graph`` over the devices, as ggml derives it.
 
     Raises
     ------
@@ -235,7 +235,7 @@ def spread(graph: Graph, state: Callable[[Any], State]) -> dict[Any, State]:
 
     def of(p: Any) -> State:
         known = found[p] if p in found else state(p)
-        return MIRRORED if known is PARTIAL else known  # ggml all-reduces them before they are used
+        return MIRRORED if known is PARTIAL else known  # ggml all-reduces partial sums before a node uses them
 
     for t in graph.nodes:
         sources = [of(p) for p in t.ptr.src if p]
@@ -274,7 +274,7 @@ class MetaFunction:
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, *arrays: npt.ArrayLike) -> npt.NDArray[Any]:
-        """Run, and wait for the result. Arrays are computed with in F32.
+        """Run in F32, and wait for the result.
 
         Raises
         ------
@@ -297,7 +297,7 @@ class MetaFunction:
         return list(self._programs[tuple(as_array(a).shape for a in arrays)].states.values())
 
     def clear(self) -> None:
-        """Free all that was traced."""
+        """Free all traced graphs."""
         for program in self._programs.values():
             program.close()
         self._programs.clear()
@@ -316,11 +316,11 @@ class _Program(Closing):
             result = function(*self.inputs)
             if not isinstance(result, Tensor) or self.context not in result.context.reachable():
                 raise TypeError(f"the function returned {result!r}: a tensor that it computed is needed")
-            # ggml all-reduces a partial sum when a node uses it: here the last one too.
+            # ggml all-reduces a partial sum when a node uses it. This node makes it all-reduce the last one.
             self.result = ops.scale(result, 1.0)
             for t in self.inputs:
                 c.ggml_set_input(t.ptr)
-                c.ggml_set_output(t.ptr)  # else ggml would reuse its memory
+                c.ggml_set_output(t.ptr)  # otherwise ggml would reuse its memory
             self.graph = Graph(self.result)
             self.states = spread(self.graph, device.state)
             self._alloc()

@@ -1,4 +1,4 @@
-"""Order of a graph's nodes in which a GPU computes independent nodes side by side."""
+"""Order of a graph's nodes in which a GPU computes independent nodes in parallel."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FUSED = frozenset(
 def by_levels(nodes: Sequence[Any]) -> list[Any]:
     """Return nodes (C pointers) in an order in which independent ones are neighbours.
 
-    A GPU computes neighbours side by side. Before a node that needs one in progress, it waits for all of them. Nodes
-    that backends fuse stay together, and views stay behind the node that they are views of.
+    A GPU computes neighbouring nodes in parallel. Before a node that depends on one of them, it waits for all of them.
+    Nodes that backends fuse stay together, and a view stays after its source.
     """
     level: dict[Any, int] = {}
     chains: dict[int, list[list[Any]]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""A function traced for several devices, with memory, ready to run."""
+"""A function that was traced for several devices, with memory, ready to run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ggml_cffi.scheduler.checks import check_ops, find_cpu_only
 
 
 class ParallelProgram(ParallelTrace):
-    """A function traced, with memory, ready to run.
+    """A traced function with memory, ready to run.
 
-    The programs of one group run in turns, since they use the same memory. Only their host memory differs, if they
-    have different slots.
+    The programs of one group run one after another, because they use the same memory. Programs with different slots use
+    different host memory.
 
     Parameters
     ----------
@@ -38,8 +38,8 @@ class ParallelProgram(ParallelTrace):
     slot
         As for ``Group.host_block``.
     ahead
-        True if the only device of the group is to record the beginning of the program ahead. Several devices record
-        each step ahead wherever their executor does.
+        True to record the beginning of the program ahead on the only device of a group. Several devices record each
+        step ahead if their executor supports it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ParallelProgram(ParallelTrace):
             raise
 
     def _alloc(self, group: Group, slot: int) -> None:
-        """Give all tensors memory."""
+        """Allocate all tensors."""
         layout = self._layout
         shared = group.host_block(self.host_bytes, slot)
         for r, (rank, graphs, backend) in enumerate(zip(self.ranks, self.step_graphs, self.backends, strict=True)):
@@ -82,15 +82,15 @@ class ParallelProgram(ParallelTrace):
             np.ndarray(t.shape, dtypes.numpy_dtype(t.dtype), memory, offset)
             for t, offset in zip(self.inputs[0], layout.offsets, strict=True)
         ]
-        """For each input the array that a run reads. Callers check what they write there."""
+        """For each input the array that a run reads. Callers must check values that they write there."""
         self.output_arrays = self._views(memory)
-        """For each result its parts, valid until the next run of a program of the group with the same slot."""
+        """For each result its parts, valid until the group runs a program with the same slot again."""
         self._joined = [
             None if axis is None else _adjoining(parts, axis)
             for parts, axis in zip(self.output_arrays, self._axes, strict=True)
         ]
         self.steps = [graphs.steps for graphs in self.step_graphs]
-        """For each device its steps."""
+        """The steps of each device."""
         self._is_new = any(step.deferred for own in self.steps for step in own)
         self.polled_sums = self._polled_sums(memory)
         """Places of the partial sums, None if they cannot be polled."""
@@ -98,7 +98,7 @@ class ParallelProgram(ParallelTrace):
         """Place of the only result of the only device, None if it cannot be polled."""
 
     def _alloc_rank(self, graphs: StepGraphs, backend: Backend, host: Buffer, arena: Buffer, r: int) -> None:
-        """Give every tensor of one rank memory, and check that its device can compute the nodes."""
+        """Allocate every tensor of one rank, and check that its device can compute the nodes."""
         layout, buffer_type = self._layout, backend.buffer_type
         self._owners.append(arena.owner)
         for p, target in graphs.in_shared_memory.items():
@@ -169,7 +169,7 @@ class ParallelProgram(ParallelTrace):
     # ------------------------------------------------------------------ running
 
     def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
-        """Write the inputs, compute, and return copies of the results. Errors as ``ParallelFunction``."""
+        """Write the inputs, compute, and return copies of the results. See ``ParallelFunction`` for the errors."""
         for i, (array, target) in enumerate(zip(arrays, self.input_arrays, strict=True)):
             if target.dtype.kind == "i":
                 raw = np.ascontiguousarray(array, target.dtype).reshape(-1).view(np.uint8)
@@ -194,8 +194,8 @@ class ParallelProgram(ParallelTrace):
         Parameters
         ----------
         meanwhile
-            Called once: while the only device computes and this thread holds its lock, before that if there are
-            several devices.
+            Called once: with one device while it computes and this thread holds its lock, with several devices before
+            the first step.
 
         Raises
         ------
@@ -218,15 +218,15 @@ class ParallelProgram(ParallelTrace):
     def submit_and_poll(
         self, meanwhile: Callable[[], object], finish: Callable[[], object] | None = None
     ) -> npt.NDArray[Any]:
-        """Compute a program with a ``polled_output``, and return the result once it shows in host memory.
+        """Compute a program with a ``polled_output``, and return the result once it is in host memory.
 
-        The device may not be done by then: call ``executor.finish`` afterwards, also after an exception. Errors as
-        :meth:`compute`.
+        The device may not be done by then: call ``executor.finish`` afterwards, also after an exception. See
+        :meth:`compute` for the errors.
 
         Parameters
         ----------
         meanwhile
-            Called while the device computes; in the first run after that.
+            Called while the device computes, in the first run after it.
         finish
             Called after a timeout; default ``executor.finish``. A caller that holds the lock of another device passes
             a function that releases it before it waits for this device.
@@ -243,7 +243,7 @@ class ParallelProgram(ParallelTrace):
         return self.result()
 
     def close(self) -> None:
-        """Free graphs, and give up the memory."""
+        """Free the graphs, and release the memory."""
         super().close()
         self._owners.clear()
 
@@ -266,7 +266,7 @@ def _put(p: Any, buffer: Buffer, offset: int) -> None:
 
 
 def _adjoining(parts: Sequence[npt.NDArray[Any]], axis: int) -> npt.NDArray[Any] | None:
-    """Return parts that lie in memory as the joined array would, such as those of one row, as one array, else None."""
+    """Return the joined array of parts that are adjacent in memory, such as parts of one row; None for other parts."""
     first, axis = parts[0], axis % parts[0].ndim
     ends = [part.ctypes.data + part.nbytes for part in parts]
     if any(part.ctypes.data != end for part, end in zip(parts[1:], ends, strict=False)) or any(

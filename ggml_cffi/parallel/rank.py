@@ -1,4 +1,4 @@
-"""A rank: one device's part of a computation that several devices share."""
+"""A rank: one device's position in a tensor-parallel group, and the operations available there."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 
-#: Largest partial sum, in bytes, that a device computes straight into shared memory; all devices read it there. Of a
-#: larger one the device keeps its own, and shares a copy.
+#: Largest partial sum, in bytes, that a device computes directly in shared memory, where all devices read it. For a
+#: larger one, the device keeps its own sum and shares a copy.
 DIRECT = 64 << 10
 
 
 @dataclass(frozen=True)
 class AllGather:
-    """A result that each device has a part of; see :meth:`Rank.all_gather`."""
+    """A result of which each device has a part; see :meth:`Rank.all_gather`."""
 
     part: Tensor
     axis: int
@@ -30,13 +30,13 @@ class AllReduce:
     slots: list[Tensor]
     """The partial sum of each device, in memory that all devices share."""
     keeps_partial: bool
-    """True if the device keeps its own partial sum, and shares a copy."""
+    """True if the device keeps its own partial sum and shares a copy."""
 
 
 class Rank:
     """One device among several that run the same function, each on its part of the weights.
 
-    It can be used as an index: ``weights[rank]``.
+    A rank can be used as an index: ``weights[rank]``.
     """
 
     def __init__(self, index: int, n: int, half_above: int | None = None) -> None:
@@ -54,7 +54,7 @@ class Rank:
         return self.index
 
     def all_reduce(self, partial: Tensor) -> Tensor:
-        """Return the sum over all devices of what each has computed. All devices have it.
+        """Return the sum of all devices' tensors, the same on every device.
 
         Parameters
         ----------
@@ -68,7 +68,7 @@ class Rank:
 
         Notes
         -----
-        The nodes behind a sum wait for all devices: a program has one step more than it has sums.
+        The nodes after a sum wait for all devices, so a program has one step more than it has sums.
         """
         if not isinstance(partial, Tensor):
             raise TypeError(f"all_reduce takes a tensor, not {type(partial).__name__}")
@@ -85,15 +85,15 @@ class Rank:
         parts = [*slots[: self.index], partial, *slots[self.index + 1 :]] if keeps else list(slots)
         if half:  # ggml adds F16 to F32, not F32 to F16
             parts.insert(0, parts.pop(self.index))
-        # Otherwise in the same order on all devices, so that their results are equal to the last bit.
+        # Without F16, all devices add in the same order, so that their results are bitwise equal.
         total = parts[0]
         for part in parts[1:]:
-            # The CPU cannot add F16 to F32, so that ops.add refuses it; GPUs can.
+            # ops.add refuses F16 and F32, because the CPU cannot add them. GPUs can.
             total = self.context.build(c.ggml_add, partial.ndim, total.ptr, part.ptr) if half else ops.add(total, part)
         return total
 
     def all_gather(self, part: Tensor, axis: int = -1) -> AllGather:
-        """Return a result of the function: the devices' parts one after another along ``axis``.
+        """Return a result of the function: the parts of all devices, joined along ``axis``.
 
         Raises
         ------

@@ -28,7 +28,7 @@ class Replica(Closing):
         self.calls = 0
         """Number of calls so far."""
         self.error: BaseException | None = None
-        """Exception that ended the replica; None while it takes calls."""
+        """The exception that ended the replica; None while it takes calls."""
         self._make = make
         self._function: Callable[..., Any] | None = None
         self._stack = ExitStack()
@@ -79,17 +79,17 @@ class Replica(Closing):
 
 
 class Replicas(Closing):
-    """Replicas that serve the calls of any number of threads: each call goes to a free replica."""
+    """Replicas for the calls of any number of threads. Each call goes to a free replica."""
 
     def __init__(self, make: Callable[[str], Any], devices: Iterable[str] | None) -> None:
         names = default_devices() if devices is None else list(devices)
         self.all = tuple(Replica(make, name) for name in names)
-        self._free = deque(self.all)  # the replica that has been free for longest first
+        self._free = deque(self.all)  # in the order in which they became free
         self._changed = threading.Condition()
         self._closed = False
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a replica as soon as one is free. Make it first if that has not happened."""
+        """Call a replica as soon as one is free, and create it first if necessary."""
         replica = self._take()
         try:
             return replica.call(args, kwargs)
@@ -97,7 +97,7 @@ class Replicas(Closing):
             self._give(replica)
 
     def prepare(self, replica: Replica) -> None:
-        """Make a replica that is not in use yet, or drop it if that fails."""
+        """Create a replica that is not in use yet, and drop it if that fails."""
         try:
             replica.open()
         except Exception as error:
@@ -142,7 +142,7 @@ class Replicas(Closing):
             self._closed = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: len(self._free) == sum(r.error is None for r in self.all))
-        with ExitStack() as stack:  # closes all, whatever one of them raises
+        with ExitStack() as stack:  # closes all, even if one of them raises
             for replica in self.all:
                 stack.callback(replica.close)
 
@@ -171,7 +171,7 @@ class Task:
 
     @property
     def replicas(self) -> Replicas:
-        """The replicas of this process, made on first use."""
+        """The replicas of this process, created on first use."""
         with self._lock:
             if self._replicas is None:
                 self._replicas = Replicas(self._make, self._devices)
@@ -183,7 +183,7 @@ class Task:
         with self._lock:
             if self._packed is None:
                 self._packed = cloudpickle.dumps((self._make, self._devices))
-                _tasks[self.key] = self  # an executor of this very process may unpickle it
+                _tasks[self.key] = self  # an executor of this process may unpickle it
         return _unpacked, (self.key, self._packed)
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ _guard = threading.Lock()
 
 
 def _unpacked(key: str, packed: bytes) -> Task:
-    """Return the task of this process: the same object each time that it is unpickled."""
+    """Return the task of this process, the same object for each unpickling."""
     import cloudpickle
 
     with _guard:
@@ -212,7 +212,7 @@ def _unpacked(key: str, packed: bytes) -> Task:
 
 
 def release() -> None:
-    """Close all replicas that the tasks of executors have made in this process.
+    """Close all replicas that executors have created in this process.
 
     The processes of an executor keep their replicas until they end. To free them earlier, run this function in each
     process; with Dask, ``client.run(release)``.

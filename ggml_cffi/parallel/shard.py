@@ -1,8 +1,9 @@
 """Shards of weights for several devices.
 
-Several devices compute a product ``x @ w.T`` in one of two ways. Each has some rows of ``w`` and computes those
-outputs, or each has some columns and those inputs, and the products are all-reduced. Rows first and columns after it
-(the two halves of a feed-forward part, or projections to heads and back) need one all-reduce together.
+Several devices compute a product ``x @ w.T`` in one of two ways. Either each device has some rows of ``w`` and computes
+some outputs. Or each device has some columns and uses some inputs, and the products are all-reduced. A product by rows
+followed by one by columns (the two halves of a feed-forward part, or projections to heads and back) needs one
+all-reduce.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class ShardSpec:
     axis
         0 for rows, -1 for columns, None if every device has the whole weight.
     shares
-        Proportions of the axis for each device, ``(2, 1)`` for two thirds and one third. Default about equal parts, in
-        whole blocks of quantized types.
+        Proportions of the axis for each device, such as ``(2, 1)`` for two thirds and one third. Default about equal
+        parts, in whole blocks of quantized types.
     """
 
     axis: int | None
@@ -71,7 +72,7 @@ class ShardSpec:
         return list(pairwise(edges))
 
     def shapes(self, dtype: Type, shape: Sequence[int], n: int) -> list[tuple[int, ...]]:
-        """Return the shape of the shard of each of ``n`` devices. Errors as :meth:`spans`."""
+        """Return the shape of the shard of each of ``n`` devices. See :meth:`spans` for the errors."""
         spans = self.spans(dtype, shape, n)
         if self.axis is None:
             return [tuple(shape)] * n
@@ -88,19 +89,19 @@ COLUMNS = ShardSpec(-1)
 
 
 def split_evenly(units: int, n: int, name: str = "", *, whole: int = 1) -> tuple[int, ...]:
-    """Return a number of units for each of ``n`` devices, as even as possible.
+    """Return the number of units for each of ``n`` devices, as equal as possible.
 
     Parameters
     ----------
     name
         Name of the whole, for the error message.
     whole
-        Units that stay together: each number but the last is a multiple of it.
+        Number of units that stay together: each result except the last is a multiple of it.
 
     Raises
     ------
     ValueError
-        If a device would get no unit.
+        If there are too few units for every device to get one.
     """
     groups = -(-units // whole)
     if groups < n:
@@ -133,5 +134,5 @@ def shard_bytes(
 
 
 def spec_for(name: str, rules: Mapping[str, ShardSpec]) -> ShardSpec:
-    """Return the rule of the first pattern (``"*.down.weight"``) that ``name`` fits; :data:`MIRROR` if none does."""
+    """Return the rule of the first pattern (``"*.down.weight"``) that matches ``name``, :data:`MIRROR` if none does."""
     return next((spec for pattern, spec in rules.items() if fnmatchcase(name, pattern)), MIRROR)

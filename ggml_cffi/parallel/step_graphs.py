@@ -1,4 +1,4 @@
-"""From the trace of one device to the graphs of its steps.
+"""Step graphs: the division of one device's trace into the graphs of its steps.
 
 A step is the part of a trace between two all-reduces. Its graph begins at weights, inputs, shared memory, and the
 results of earlier steps.
@@ -26,8 +26,8 @@ _SIZE = c.ffi.sizeof(_TENSOR)
 _OP, _SRC = c.ffi.offsetof(_TENSOR, "op"), c.ffi.offsetof(_TENSOR, "src")
 _SRC_END = _SRC + 8 * c.GGML_MAX_SRC
 
-#: Nodes after a tensor's last use until its memory is used again. A backend may fuse a node with some before it, if it
-#: does not write to what they read.
+#: Number of nodes after a tensor's last use before its memory is reused. A backend may fuse a node with some earlier
+#: nodes, provided that it does not write to memory that these nodes read.
 _LINGER = 5
 
 
@@ -39,13 +39,13 @@ class StepGraphs(Closing):
     rank
         The rank, after its function was traced.
     first
-        Tensors to compute before all else.
+        Tensors to compute first.
     results
-        Tensors to compute, each with the tensor in shared memory to which it is to be written.
+        Tensors to compute, each with the tensor in shared memory that receives its values.
     side_by_side
         True to order nodes so that independent ones are neighbours, for GPUs.
     maker
-        Makes the steps of graphs; closed with this object.
+        The maker of steps. It is closed with this object.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StepGraphs(Closing):
     ) -> None:
         self.rank = rank
         self.in_shared_memory: dict[Any, Tensor] = {}
-        """Nodes that are computed straight into shared memory, each with the tensor there whose place it takes."""
+        """Nodes that are computed directly in shared memory, each with the tensor there that it replaces."""
         self.graphs: list[Graph] = []
         """The graph of each step. The last step may be missing."""
         self._step = self._number_steps()
@@ -108,7 +108,7 @@ class StepGraphs(Closing):
         return Tensor(self.rank.context, pointer, c.ggml_n_dims(pointer))
 
     def _number_steps(self) -> dict[Any, int]:
-        """Return the step of each tensor: one that was made after an all-reduce belongs to the next step."""
+        """Return the step of each tensor: a tensor created after an all-reduce belongs to the next step."""
         starts = {s.slots[0].ptr for s in self.rank.all_reduces}
         step, found = 0, {}
         for t in self.rank.context.tensors():
@@ -131,7 +131,7 @@ class StepGraphs(Closing):
                     if p.op != Op.NONE:
                         if self._step.setdefault(p, 0 if p.op in VIEWS else -1) < 0:
                             raise ValueError(
-                                f"{self._wrap(p)!r} is computed from weights alone, so that it lies in their context: "
+                                f"{self._wrap(p)!r} is computed from weights alone, so it is in their context: "
                                 "pass ctx=rank.context to the operation"
                             )
                         stack.append((p, True))
@@ -139,7 +139,7 @@ class StepGraphs(Closing):
         return found
 
     def _share(self, t: Tensor, target: Tensor, k: int) -> Tensor:
-        """Return the node that writes ``t`` to ``target`` in step ``k``: ``t`` if nothing else reads it, or a copy."""
+        """Return the node that writes ``t`` to ``target`` in step ``k``: ``t``, or a copy if others read it."""
         p = t.ptr
         alone = self._uses[p] == 1 and self._step[p] == k and p.op not in VIEWS and not p.view_src
         if alone and t.dtype is target.dtype:
@@ -150,7 +150,7 @@ class StepGraphs(Closing):
         return copy
 
     def _read_by_later_steps(self, nodes: Sequence[Any]) -> list[Any]:
-        """Return the nodes that a later step than their own reads."""
+        """Return the nodes that are read in a later step."""
         step = self._step
         found: dict[Any, None] = {}
         for p in nodes:
@@ -184,7 +184,7 @@ class StepGraphs(Closing):
 
 @contextmanager
 def _frozen_nodes() -> Iterator[Freeze]:
-    """Yield a function that makes nodes pass for leaves, at which graphs begin. At the end they are nodes again."""
+    """Yield a function that turns nodes into leaves, at which graphs begin. They become nodes again at the end."""
     saved: list[tuple[Any, bytes, bytes]] = []
 
     def freeze(nodes: Iterable[Any]) -> None:

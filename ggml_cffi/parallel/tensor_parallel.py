@@ -1,8 +1,8 @@
 """Tensor parallelism: several devices share every layer.
 
 Each device has a shard of the weights, and computes its part of each layer. For an all-reduce, each device writes its
-partial sum to host memory, and reads the others' from there by itself: no data goes through Python or the processor. A
-program has one step more than it has all-reduces, and the devices wait for one another in between.
+partial sum to host memory and reads the sums of the others there. No data goes through Python or the processor. A
+program has one step more than it has all-reduces. Between two steps, the devices wait for one another.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class TensorParallel(Group):
     Parameters
     ----------
     devices
-        GPUs, their names, or backends, which the caller closes; default every GPU. Or the CPU alone.
+        GPUs, their names, or backends, which the caller closes; or the CPU alone. Default every GPU.
     half_above
-        Bytes beyond which partial sums are exchanged as F16, in half the time. Default never: a partial sum beyond
-        65504 would be infinite.
+        Bytes beyond which partial sums are exchanged as F16, in half the time. By default they never are, because an
+        element beyond 65504 would be infinite.
     threads
         True for a thread for each device, which submits its work; False for one thread that serves the devices in
-        turns. Default: one thread records short steps ahead while the devices compute; for other steps a thread for
-        each device, if the processor has cores enough.
+        turns. By default, one thread records short steps ahead while the devices compute. Other steps use a thread for
+        each device if the processor has enough cores.
     n_threads
-        CPU only: threads; default all that this process may use.
+        Threads of the CPU, if it computes; default all that this process may use.
 
     Raises
     ------
     ValueError
-        Without devices, with one twice, with the CPU among several, or a GPU that cannot use host memory.
+        If there are no devices, one is listed twice, the CPU is among several, or a GPU cannot use host memory.
 
     Examples
     --------
@@ -100,12 +100,12 @@ class TensorParallel(Group):
         dtype: Type | str | npt.DTypeLike | None = None,
         name: str = "",
     ) -> list[Tensor]:
-        """Store a weight on the devices. Return the shard of each, in order of ranks.
+        """Store a weight on the devices. Return the shards in order of ranks.
 
         Parameters
         ----------
         values
-            An array, anything that numpy or DLPack can read, or a tensor of a GGUF file.
+            An array, any object that numpy or DLPack can read, or a tensor of a GGUF file.
         spec
             Division of the weight among the devices.
         dtype
@@ -114,7 +114,7 @@ class TensorParallel(Group):
         Raises
         ------
         TypeError, ValueError
-            If the values cannot be stored as ``dtype``, or cannot be sharded so.
+            If the values cannot be stored as ``dtype``, or cannot be sharded by ``spec``.
         OutOfMemoryError
             If a device has too little memory.
         """
@@ -129,14 +129,14 @@ class TensorParallel(Group):
         dtype: Type | str | npt.DTypeLike | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, list[Tensor]]:
-        """Store weights by name. Each is divided by the first of ``rules`` whose pattern its name fits, or mirrored.
+        """Store weights by name, each divided by the first rule whose pattern matches the name, or mirrored.
 
         >>> rules = {"*.up": ROWS, "*.down": COLUMNS}
 
         Parameters
         ----------
         values, rules, dtype
-            As for :meth:`weight`, whose errors it raises; they name the weight.
+            As for :meth:`weight`. The errors are the same, and name the weight.
         progress
             Called with bytes done and bytes in all.
         """
@@ -160,7 +160,7 @@ class TensorParallel(Group):
             if progress:
                 progress(done + part, total)
 
-        # A conversion takes host memory: one weight at a time.
+        # A conversion takes host memory, so weights are converted one at a time.
         for together in [stored, *([s] for s in sources if not s.is_stored)]:
             jobs = [Job(t, data) for s in together for t, data in zip(made[s.name], s.pieces(n), strict=True)]
             upload([job for job in jobs if job.data.size], self.backends, report)
@@ -170,7 +170,7 @@ class TensorParallel(Group):
     def zeros(
         self, shapes: Sequence[Sequence[int]], dtype: Type | str | npt.DTypeLike = Type.F32, *, name: str = ""
     ) -> list[Tensor]:
-        """Return a tensor of zeros for each device, of its own shape: a cache or a state, to be written in place."""
+        """Return a tensor of zeros for each device, each of its own shape, such as a cache that is changed in place."""
         if len(shapes) != len(self.backends):
             raise ValueError(f"{len(shapes)} shapes for {len(self.backends)} devices: there must be one for each")
         made = []
@@ -184,10 +184,10 @@ class TensorParallel(Group):
     def compile(self, function: Callable[..., Any]) -> ParallelFunction:
         """Return ``function(rank, *tensors)`` as a function of arrays.
 
-        It is traced for each device, once for each signature (shapes and types of the arrays), with a :class:`Rank`
-        and the device's copies of the inputs. It takes the device's weights with ``w[rank]``, and sums with
-        :meth:`Rank.all_reduce` what the devices have computed in parts. It returns a tensor,
-        :meth:`Rank.all_gather`, or a tuple of them. All ranks must do the same.
+        ``function`` is traced for each device, once for each signature (shapes and types of the arrays), with a
+        :class:`Rank` and the device's copies of the inputs. It gets the device's weights with ``w[rank]``, and adds up
+        partial sums with :meth:`Rank.all_reduce`. It returns a tensor, the result of :meth:`Rank.all_gather`, or a
+        tuple of these. All ranks must do the same.
         """
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):
@@ -222,12 +222,12 @@ def check_devices(devices: Sequence[Device]) -> None:
         raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
     if len(devices) > 1 and any(d.is_cpu for d in devices):
         raise ValueError(
-            "the CPU cannot share layers with others, since GPUs would wait for it: name GPUs only, or the CPU alone"
+            "the CPU cannot share layers with others, because GPUs would wait for it: name GPUs only, or the CPU alone"
         )
 
 
 class _Source:
-    """Values of a weight, and their division among devices."""
+    """The values of a weight, and their division among devices."""
 
     def __init__(
         self, name: str, values: npt.ArrayLike | GGUFTensor, spec: ShardSpec, dtype: Type | str | npt.DTypeLike | None
@@ -238,7 +238,7 @@ class _Source:
         self._stored = self._values.dtype if isinstance(self._values, GGUFTensor) else as_type(self._values.dtype)
         self.dtype = as_type(dtype) if dtype is not None else Type.F32 if self._stored is Type.F64 else self._stored
         self.is_stored = isinstance(self._values, GGUFTensor) and self._stored is self.dtype
-        """True if a file has the bytes as they are to be stored."""
+        """True if the bytes of a file can be stored unchanged."""
 
     def shapes(self, n: int) -> list[tuple[int, ...]]:
         """Return the shape of the shard of each of ``n`` devices."""

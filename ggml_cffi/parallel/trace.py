@@ -18,21 +18,21 @@ from ggml_cffi.parallel.executors import choose_step_maker
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.step_graphs import StepGraphs
 
-_ALIGNMENT = 256  # of tensors in shared memory; no device asks for more
+_ALIGNMENT = 256  # bytes: the alignment of tensors in shared memory; no device needs more
 
 #: Shape and type of an input array.
 Signature = Sequence[tuple[tuple[int, ...], Type]]
 
 
 class ParallelTrace(Closing):
-    """One signature of a parallel function, traced: graphs without memory, and how much memory they need.
+    """The trace of a parallel function for one signature: graphs without memory, and the memory that they need.
 
     Parameters
     ----------
     backends
-        One for each rank.
+        The backends, one for each rank.
     ranks
-        As many.
+        The ranks, one for each backend.
     function
         The function to trace.
     inputs
@@ -71,7 +71,7 @@ class ParallelTrace(Closing):
     # ------------------------------------------------------------------ tracing
 
     def _trace(self, function: Callable[..., Any], ahead: bool) -> None:
-        """Trace the function on each rank, let each write its results to host memory, and make the graphs."""
+        """Trace the function on each rank, add the transfer of results to host memory, and build the graphs."""
         found = [function(rank, *own) for rank, own in zip(self.ranks, self.inputs, strict=True)]
         self._single = not isinstance(found[0], tuple)
         results = [list(r) if isinstance(r, tuple) else [r] for r in found]
@@ -79,7 +79,7 @@ class ParallelTrace(Closing):
         self._axes = [r.axis if isinstance(r, AllGather) else None for r in results[0]]
         self._outputs: list[list[tuple[Tensor, Tensor]]] = []  # of each rank, with their places in host memory
         for rank, own in zip(self.ranks, results, strict=True):
-            # A result that all ranks have is taken from the first.
+            # If all ranks have a result, the first rank writes it.
             parts = [
                 r.part if isinstance(r, AllGather) else r for r in own if rank.index == 0 or isinstance(r, AllGather)
             ]
@@ -119,8 +119,8 @@ class ParallelTrace(Closing):
     def _measure(self) -> None:
         layout, all_reduces = self._layout, self.ranks[0].all_reduces
         self._slot = max((aligned(s.slots[0].nbytes) for s in all_reduces), default=0)
-        # Each all-reduce has slots of its own, which nothing else writes or reads in a run. Large ones share two sets
-        # in turns: the devices read one and write the other.
+        # Each all-reduce has slots of its own, which nothing else reads or writes in a run. Large all-reduces alternate
+        # between two sets: the devices read one and write the other.
         self._sets = 2 if any(s.keeps_partial for s in all_reduces) else len(all_reduces)
         at = layout.size + self._sets * len(self.ranks) * self._slot
         self._result_offsets: list[int] = []  # of each rank's results

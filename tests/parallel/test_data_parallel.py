@@ -1,4 +1,4 @@
-"""Replicas: right numbers from whichever is free, and the others go on when one breaks."""
+"""Replicas: right results from every replica, and no effect on the others when one of them fails."""
 
 import asyncio
 import gc
@@ -28,12 +28,12 @@ def doubling(device):
 
 
 def plain(device):
-    """A replica of Python alone."""
+    """Return a replica that is a plain Python function."""
     return lambda x: 2 * x
 
 
 class Gate:
-    """Functions of replicas that wait until they may go on."""
+    """Maker of replicas whose calls wait until the test sets an event."""
 
     def __init__(self):
         self.began, self.go = threading.Semaphore(0), threading.Event()
@@ -100,7 +100,7 @@ def test_a_call_goes_to_whichever_is_free(gate):
         futures = [dp.submit(k) for k in range(6)]
         for _ in range(2):
             gate.began.acquire()
-        assert not gate.began.acquire(timeout=0.05)  # two at once and no more
+        assert not gate.began.acquire(timeout=0.05)  # two at once, not more
         gate.go.set()
         assert [f.result() for f in futures] == list(range(6))
 
@@ -120,7 +120,7 @@ def test_the_slow_one_gets_less():
 
 
 def test_one_map_for_all_replicas(tmp_path, rng):
-    """Each replica on the CPU computes with the very pages of the file."""
+    """Each replica on the CPU computes with the mapped pages of the file."""
     values = rng.standard_normal((8, 32)).astype(np.float32)
     path = gguf_writer.write(tmp_path / "w.gguf", {"general.architecture": "none"}, {"w": (ggml.F32, values)})
     x = rng.standard_normal((1, 32)).astype(np.float32)
@@ -159,7 +159,7 @@ def test_weights_where_they_are(tmp_path, rng):
         del mapped
         gc.collect()
         np.testing.assert_allclose(f(np.ones((1, 8))), values.sum(1)[None], rtol=1e-5)
-        # Otherwise a copy, as always.
+        # Other values are copied.
         for other in (values.astype(np.float64), values[:, ::2]):
             t = session.weight(other, copy=False)
             np.testing.assert_allclose(t.numpy(), other, rtol=1e-6)
@@ -264,7 +264,7 @@ def test_async(gate):
         assert dp.replicas[0].calls == 3
 
 
-# ---------------------------------------------------------------------- what breaks
+# ---------------------------------------------------------------------- failures
 
 
 def test_an_exception_is_one_calls_own():
@@ -383,7 +383,7 @@ def test_close_finishes_what_runs(gate):
 
 
 def test_an_executor_of_threads(rng):
-    """In this process nothing is pickled: ``make`` may hold what it likes."""
+    """In this process nothing is pickled, so ``make`` may refer to any object."""
     lock, made = threading.Lock(), Counter()
 
     def make(device):
@@ -422,7 +422,7 @@ def test_an_executor_of_processes():
 
 
 class Inline:
-    """The least that an executor can be; its futures are its own."""
+    """A minimal executor, with futures of its own class."""
 
     class Done:
         def __init__(self, value):

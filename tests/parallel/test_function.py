@@ -1,4 +1,4 @@
-"""Compiled functions keep the programs that were used last."""
+"""Compiled functions keep the most recently used programs."""
 
 import numpy as np
 

@@ -13,7 +13,7 @@ DIM, FF = 64, 96
 
 
 def blocks(device, rng):
-    """Two gated feed-forward blocks as a function of arrays, and what it computes in float64."""
+    """Return a function of arrays with two gated feed-forward blocks, and the same function in float64."""
     values = {"norm": rng.uniform(0.5, 1.5, DIM)}
     for i in range(2):
         values |= {f"{i}.{x}": rng.standard_normal((FF, DIM)) / 8 for x in ("gate", "up")}
@@ -44,7 +44,7 @@ def blocks(device, rng):
 def test_devices_compute_what_one_would(two_gpus, n, rng):
     with MetaDevice(two_gpus[:n]) as device:
         f, expected = blocks(device, rng)
-        for _ in range(3):  # ggml keeps some things from run to run
+        for _ in range(3):  # ggml keeps some state from run to run
             for rows in (1, 12):
                 x = rng.standard_normal((rows, DIM)).astype(np.float32)
                 assert relative_error(f(x), expected(x)) < 2e-3

@@ -8,7 +8,7 @@ from ggml_cffi.parallel.node_order import by_levels
 
 
 def test_independent_nodes_are_neighbours():
-    """Products side by side, fused nodes together, views behind their sources."""
+    """Independent products are neighbours, fused nodes stay together, and views follow their sources."""
     with ggml.Context() as ctx:
         x, w = ctx.new_tensor("f32", (1, 64)), ctx.new_tensor("f32", (64, 64))
         cache, rows = ctx.new_tensor("f16", (8, 64)), ctx.new_tensor("i64", (1,))

@@ -1,4 +1,4 @@
-"""Programs: joined results, and work that the caller does meanwhile."""
+"""Programs: joined results, and work of the caller during a run."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_the_caller_can_work_while_devices_compute(rng, n):
         assert called == [1]
         with pytest.raises(KeyboardInterrupt):
             program.compute(_interrupt)
-        program.compute()  # and it goes on
+        program.compute()  # the program stays usable
         np.testing.assert_allclose(program.result(), 2 * w.T, rtol=1e-5)
 
 

@@ -11,8 +11,8 @@ from tests.support.ranks import DIM, Ranks
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_fused_nodes_that_a_later_step_reads_are_kept(two_gpus, rows, rng):
-    """ggml's Vulkan computes a norm and the product with its weight as one, and a product and what is added to it; the
-    first of them is left out where nothing else in the graph uses it.
+    """ggml's Vulkan backend fuses a norm with the product by its weight, and a product with an addition. It omits the
+    result of the first node if nothing else in the graph uses it.
     """
     values = {name: rng.standard_normal((DIM, DIM)).astype(np.float32) / 8 for name in "abc"}
     values |= {"scale": rng.uniform(0.5, 1.5, DIM).astype(np.float32)}
@@ -23,7 +23,7 @@ def test_fused_nodes_that_a_later_step_reads_are_kept(two_gpus, rows, rng):
             norm = ops.rms_norm(x, 1e-5)
             scaled = ops.mul(norm, w["scale"][rank])
             both = ops.linear(scaled, w["c"][rank])
-            added = ops.add(both, norm)  # a product that the next step needs too
+            added = ops.add(both, norm)  # a product that the next step needs as well
             y = rank.all_reduce(ops.linear(ops.linear(added, w["a"][rank]), w["b"][rank]))
             return ops.add(ops.add(y, both), ops.add(scaled, norm))
 
@@ -38,7 +38,7 @@ def test_fused_nodes_that_a_later_step_reads_are_kept(two_gpus, rows, rng):
 
 
 def test_results_of_earlier_steps_stay(rng):
-    """A result of the first step that the last one uses, views of it too; one partial sum that is used again."""
+    """The last step uses a result of the first one and views of it. A partial sum is used twice."""
     a = rng.standard_normal((8, DIM)).astype(np.float32)
     with Ranks() as group:
         w = group.weight(np.eye(DIM, dtype=np.float32), COLUMNS)

@@ -1,7 +1,7 @@
 """Several devices that share every layer.
 
-Most tests give two or three ranks to the CPU, which :class:`TensorParallel` refuses, since it gains nothing: all but
-the devices is the same. Tests that take GPUs show that these compute it.
+Most tests run two or three ranks on the CPU. :class:`TensorParallel` refuses that, because it is not faster, but all
+code except the devices is the same. Some tests use GPUs.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def test_ranks_compute_what_one_would(n, threads, rng):
     blocks = Blocks(rng)
     with Ranks(n, threads=threads) as group:
         f = blocks.network(group)
-        for rows in (1, 7, 300):  # 300 rows are more than what is computed straight into shared memory
+        for rows in (1, 7, 300):  # 300 rows are too many for a sum that is computed directly in shared memory
             x = rng.standard_normal((rows, DIM)).astype(np.float32)
             for got, want in zip(f(x), blocks.expected(x), strict=True):
                 assert got.shape == want.shape

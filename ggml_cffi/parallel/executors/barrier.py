@@ -1,4 +1,4 @@
-"""A barrier for the threads of devices, quicker than ``threading.Barrier``."""
+"""A barrier for the threads of devices, faster than ``threading.Barrier``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Barrier:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        # One lock for each pair of threads: the one that arrives releases it, the other acquires it. Two sets in turns,
-        # since a thread may arrive at the next barrier before another has left this one.
+        # One lock for each ordered pair of threads: the first releases it on arrival, the second acquires it. Two sets
+        # in turns, because a thread may arrive at the next barrier before another has left this one.
         made = [[[_locked() for _ in range(n)] for _ in range(n)] for _ in range(2)]
         self._releases = [[[made[s][i][j].release for j in range(n) if j != i] for i in range(n)] for s in range(2)]
         self._acquires = [[[made[s][j][i].acquire for j in range(n) if j != i] for i in range(n)] for s in range(2)]

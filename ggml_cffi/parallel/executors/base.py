@@ -1,7 +1,7 @@
 """Interface of an executor, and of the steps that it submits.
 
-A program of several devices has steps: the devices compute a step side by side, then exchange partial sums, then
-compute the next. A step of one device is one or more C graphs.
+A program of several devices has steps. The devices compute a step in parallel, exchange partial sums, and then compute
+the next step. A step of one device is one or more C graphs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ggml_cffi.core.locks import Locks
 from ggml_cffi.parallel.executors.polling import PolledResults
 from ggml_cffi.scheduler.graph import Graph
 
-#: Makes nodes (C pointers) pass for leaves, so that a graph begins at them.
+#: Marks nodes (C pointers) as leaves, so that a graph begins at them.
 Freeze = Callable[[Iterable[Any]], None]
 
 
@@ -30,7 +30,7 @@ class Step:
     deferred: tuple[Any, ...] = ()
     """Graphs that a backend records and keeps until an event is recorded or the backend is synchronized."""
     immediate: tuple[Any, ...] = ()
-    """Graphs that a backend submits to its device when it gets them."""
+    """Graphs that a backend submits to its device at once."""
 
     @property
     def graphs(self) -> tuple[Any, ...]:
@@ -45,9 +45,10 @@ EMPTY = Step()
 
 
 class StepMaker(Closing):
-    """Makes a step of each graph of one device: here a step of that one graph.
+    """Maker of the step for each graph of one device. This class makes a step of the one graph.
 
-    A subclass may divide a graph so that a certain backend computes it sooner. Its C graphs live until it is closed.
+    A subclass may divide a graph so that a certain backend computes it faster. Its C graphs are valid until it is
+    closed.
     """
 
     def make(self, graph: Graph, freeze: Freeze) -> Step:
@@ -56,7 +57,7 @@ class StepMaker(Closing):
         Parameters
         ----------
         freeze
-            Makes nodes pass for leaves. The caller does so with all nodes of ``graph`` afterwards.
+            Marks nodes as leaves. The caller marks all nodes of ``graph`` afterwards.
         """
         return Step(immediate=(graph.ptr,))
 
@@ -65,7 +66,7 @@ class StepMaker(Closing):
 
 
 class Executor(Closing, ABC):
-    """Submits the steps of programs to one or several devices: step ``k`` to all of them, then step ``k + 1``.
+    """Base class of executors, which submit step ``k`` of a program to all of its devices, then step ``k + 1``.
 
     Parameters
     ----------
@@ -74,14 +75,14 @@ class Executor(Closing, ABC):
     """
 
     records_ahead: ClassVar[bool] = False
-    """True if deferred graphs are recorded while devices compute; other executors should not get any."""
+    """True if the executor records deferred graphs while devices compute. Other executors should get none."""
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.backends = tuple(backends)
         self.steps_computed = [0] * len(self.backends)
         """Number of steps that each device has computed."""
         self.locks = Locks(b.lock for b in self.backends)
-        """Locks of the devices. Every call holds them."""
+        """Locks of the devices, which every call holds."""
 
     def run(
         self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
@@ -93,9 +94,9 @@ class Executor(Closing, ABC):
         steps
             ``steps[r][k]`` is step ``k`` of device ``r``. Step ``k`` begins when step ``k - 1`` of all devices is done.
         meanwhile
-            Called once: while the device computes if there is one, before the first step if there are several.
+            Called once: with one device while it computes, with several devices before the first step.
         sums
-            The partial sums at the end of each step but the last, if they can be polled.
+            The partial sums at the end of each step except the last, if they can be polled.
         """
         if meanwhile is not None:
             meanwhile()
@@ -111,8 +112,8 @@ class Executor(Closing, ABC):
     def run_first(self, steps: Steps) -> int:
         """Compute a program as :meth:`run` does, and wait after each graph.
 
-        The first run of a program with deferred graphs must go this way: ggml may find that a device needs more memory,
-        and then submits what it has recorded.
+        The first run of a program with deferred graphs must use this method, because ggml submits recorded work if it
+        finds that a device needs more memory.
 
         C: ``ggml_backend_graph_compute``.
         """
@@ -128,12 +129,12 @@ class Executor(Closing, ABC):
     # ------------------------------------------------------------------ parts of a run
 
     def record(self, steps: Steps) -> None:
-        """Record the beginning of a program before its inputs are known, if the executor can do so."""
+        """Record the beginning of a program before its inputs are known, if the executor supports it."""
 
     def submit(self, steps: Steps) -> int:
         """Begin to compute a program. Return 0, or the status that ggml reports. Call :meth:`finish` afterwards.
 
-        Where the host has to act between steps, the program is complete when this returns.
+        If the host has work between steps, the program is complete when this method returns.
         """
         return self.run(steps)
 
@@ -151,4 +152,4 @@ class Executor(Closing, ABC):
             self.steps_computed[r] += len(own)
 
     def close(self) -> None:
-        """Free what the executor keeps. The backends stay open."""
+        """Free threads and events. The backends stay open."""

@@ -1,4 +1,4 @@
-"""Choice of the executor, and of the steps that it gets: the one place where it depends on devices and processors."""
+"""Choice of the executor and of its steps, the only code here that depends on the kind of device or processor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ggml_cffi.parallel.executors.record_ahead import RecordAhead, VulkanStepMak
 from ggml_cffi.parallel.executors.threads import Threads
 from ggml_cffi.parallel.executors.turns import Turns
 
-_PROCESSORS_PER_THREAD = 2  # for each device, from which on a thread for each is quicker
+_PROCESSORS_PER_THREAD = 2  # for each device; from this number on, a thread for each device is faster
 
 
 def choose_executor(backends: Sequence[Backend], *, threads: bool | None = None) -> Executor:
@@ -21,8 +21,8 @@ def choose_executor(backends: Sequence[Backend], *, threads: bool | None = None)
     Parameters
     ----------
     threads
-        True for a thread for each of several devices, False for one thread that serves them in turns. Default
-        recording ahead where the devices can; for all else threads if the processor has cores enough.
+        True for a thread for each of several devices, False for one thread that serves them in turns. By default the
+        executor records ahead if the devices support it, else it uses threads if the processor has enough cores.
     """
     n = len(backends)
     ahead = (threads is None or n == 1) and all(can_record_ahead(b.device) for b in backends)
@@ -35,7 +35,7 @@ def choose_executor(backends: Sequence[Backend], *, threads: bool | None = None)
 
 
 def choose_step_maker(devices: Sequence[Device], *, ahead: bool) -> StepMaker:
-    """Return what makes the steps of one of ``devices``, which compute a program together.
+    """Return the maker of steps for one of ``devices``, which compute a program together.
 
     Parameters
     ----------

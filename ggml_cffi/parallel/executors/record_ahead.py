@@ -1,14 +1,13 @@
-"""Executor that records the next step while devices compute this one; the only place that knows ggml's Vulkan inside.
+"""Executor that records the next step while devices compute this one. Only this file relies on internals of Vulkan.
 
-ggml's Vulkan backend records commands while it goes through a graph. It submits them to the device with the last node,
-or earlier if the graph is long. To record the few operations of one token takes about as long as to compute them. The
-executor therefore records a step before its inputs are there, while the device is still busy: the step's graph ends
-with a node without memory, which ggml passes over, and with it the submission. An event that is recorded next submits
-everything.
+ggml's Vulkan backend records commands while it traverses a graph. It submits them to the device at the last node, or
+earlier if the graph is long. Recording the few operations of one token takes about as long as computing them. The
+executor therefore records a step before its inputs are there, while the device is still busy. To prevent the
+submission, the step's graph ends with a node without memory: ggml skips the node, and the submission with it. Recording
+an event then submits all recorded commands.
 
-Other constants and graph shapes in this file follow from how that backend decides when to submit, and how it waits.
-They cost no correctness elsewhere: :func:`~ggml_cffi.parallel.executors.choose.choose_step_maker` uses them for
-Vulkan devices only.
+Other constants and graph shapes in this file follow from the backend's rules for submitting and waiting. They do not
+affect other backends: :func:`~ggml_cffi.parallel.executors.choose.choose_step_maker` uses them only for Vulkan devices.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ from ggml_cffi.parallel.executors.polling import PolledResults
 from ggml_cffi.parallel.executors.turns import Turns
 from ggml_cffi.scheduler.graph import Graph
 
-#: Most columns of a product in a graph that a device computes in a short time.
+#: Largest number of columns of a product in a short graph.
 _SHORT_COLUMNS = 16
 
-#: Operations whose sizes the backend sums up to decide when to submit.
+#: Operations whose sizes the backend adds up to decide about a submission.
 _COUNTED = frozenset({Op.MUL_MAT, Op.MUL_MAT_ID, Op.CONV_2D, Op.CONV_TRANSPOSE_2D, Op.CONV_3D, Op.FLASH_ATTN_EXT})
 
-#: Most operations that the backend records before it submits them unasked.
+#: Largest number of operations that the backend records before it submits them by itself.
 _NODES_PER_SUBMIT = 100
 
-#: Settings with which the backend waits for each operation, submission or graph: nothing stays recorded.
+#: Settings with which the backend waits for each operation, submission or graph, so that no work stays recorded.
 _WAITING_SETTINGS = ("GGML_VK_PERF_LOGGER", "GGML_VK_SERIALIZE_SUBMISSIONS", "GGML_VK_DISABLE_ASYNC")
 
 #: Part of the name of devices for which the backend waits after each graph.
 _WAITING_DEVICE = "(DG1)"
 
-#: Operations after which a part must not end: the backend clears the sums of squares that they hand on with the next
-#: graph, and does not wait for them.
+#: Operations after which a part must not end. They pass on sums of squares, which the backend clears with the next
+#: graph without waiting for them.
 _NORM = (Op.RMS_NORM, Op.MUL)
 
-#: Operations of the first part of a long graph. Recording takes half as long as computing, so a short first part
-#: lets the device begin early.
+#: Number of operations in the first part of a long graph. Recording takes half as long as computing, so the device
+#: begins early with a short first part.
 FIRST_PART = 64
 
 
@@ -62,9 +61,9 @@ def is_vulkan(device: Device) -> bool:
 
 
 def can_record_ahead(device: Device) -> bool:
-    """Return whether a device's backend keeps what it has recorded until it is told to submit it.
+    """Return whether the backend of a device holds recorded work until it is submitted explicitly.
 
-    False for a GPU that shares its memory with the processor: there the processor does part of the work.
+    It is False for a GPU that shares its memory with the processor, because the processor does part of the work.
     """
     if device.type is not DeviceType.GPU or not is_vulkan(device) or _WAITING_DEVICE in device.description:
         return False
@@ -72,16 +71,16 @@ def can_record_ahead(device: Device) -> bool:
 
 
 class RecordAhead(Turns):
-    """Records step ``k + 1`` while the devices compute step ``k``, and submits it when the partial sums are there.
+    """Executor that records step ``k + 1`` while the devices compute step ``k``, and submits it after the partial sums.
 
     With one device, the caller can :meth:`record` the beginning of a program before its inputs are known.
 
     Parameters
     ----------
     backends
-        Of devices that can record ahead.
+        The backends of devices that can record ahead.
     fallback
-        Runs programs of several devices whose sums cannot be polled. Default this executor, in turns.
+        Executor for programs of several devices whose sums cannot be polled. Default this executor, in turns.
     """
 
     records_ahead = True
@@ -90,7 +89,7 @@ class RecordAhead(Turns):
         super().__init__(backends)
         self._fallback = fallback
         self._events: list[Any] = [None] * len(self.backends)
-        self._recorded: Step | None = None  # of the only device, which this thread holds meanwhile
+        self._recorded: Step | None = None  # for the only device, which this thread then holds
 
     def run(
         self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
@@ -125,7 +124,7 @@ class RecordAhead(Turns):
                         status = self._record(r, own) or status
                     sums.wait(k, self._wait_for_events)
         except BaseException:
-            # Recorded steps are computed by the wait below: with the mark of unwritten sums they would give NaN.
+            # The wait below also computes recorded steps, which would give NaN from sums that are marked as unwritten.
             self._wait_for_events()
             raise
         finally:
@@ -135,24 +134,24 @@ class RecordAhead(Turns):
     # ------------------------------------------------------------------ one device
 
     def record(self, steps: Steps) -> None:
-        """Record the beginning of the next program to be submitted, if its step has a deferred part.
+        """Record the beginning of the next program to submit, if its step has a deferred part.
 
         This thread holds the device until :meth:`submit` or :meth:`finish`, one of which must follow. Nothing is
         recorded while another thread holds the device.
         """
         ((step,),) = steps
-        if self._recorded is not None:  # of a run that was interrupted twice
+        if self._recorded is not None:  # left by a run that was interrupted twice
             self.finish()
         if step.deferred and self.backends[0].lock.acquire(blocking=False):
             self._recorded = step
-            # The empty graph is submitted at once: with each graph, ggml makes the device clear some memory.
+            # The empty graph is submitted at once, because with each graph ggml makes the device clear some memory.
             empty, graph = (Step((deferred,)) for deferred in step.deferred)
             self._record(0, empty)
             self._submit(0, empty)
             self._record(0, graph)
 
     def submit(self, steps: Steps) -> int:
-        """Begin to compute a program, with what :meth:`record` has recorded of it."""
+        """Begin to compute a program, including the part that :meth:`record` has recorded."""
         if len(self.backends) > 1:
             return super().submit(steps)
         status = 0
@@ -168,7 +167,7 @@ class RecordAhead(Turns):
         return status
 
     def finish(self, *, if_free: bool = False) -> None:
-        """Wait for what was submitted or recorded; with ``if_free`` not while another thread holds the device."""
+        """Wait for submitted and recorded work. With ``if_free``, return at once if another thread holds the device."""
         lock = self.backends[0].lock
         if lock.acquire(blocking=not if_free):
             try:
@@ -197,7 +196,7 @@ class RecordAhead(Turns):
         return status
 
     def _submit(self, r: int, step: Step) -> int:
-        """Submit what was recorded for device ``r``, then the rest of the step. C: ``ggml_backend_event_record``."""
+        """Submit the recorded work of device ``r``, then the rest of the step. C: ``ggml_backend_event_record``."""
         pointer, status = self.backends[r].ptr, 0
         if step.deferred:
             if self._events[r] is None:
@@ -208,7 +207,7 @@ class RecordAhead(Turns):
         return status
 
     def _wait_for_events(self) -> None:
-        """Wait until devices have computed everything before their last events, but nothing that is only recorded."""
+        """Wait for all work before the devices' last events, but not for work that is only recorded."""
         for event in self._events:
             if event is not None:
                 c.ggml_backend_event_synchronize(event)
@@ -216,7 +215,7 @@ class RecordAhead(Turns):
     def _wait(self) -> None:
         """Wait for all work, recorded work included."""
         super()._wait()
-        self._wait_for_events()  # ggml reuses an event only after it was waited for
+        self._wait_for_events()  # ggml reuses an event only after a wait for it
 
     def close(self) -> None:
         """Free the events, and close the fallback."""
@@ -229,7 +228,7 @@ class RecordAhead(Turns):
 
 
 class VulkanStepMaker(StepMaker):
-    """Makes steps whose graphs ggml's Vulkan submits at the right moments.
+    """Maker of steps whose graphs ggml's Vulkan backend submits at the right moments.
 
     Parameters
     ----------
@@ -259,8 +258,9 @@ class VulkanStepMaker(StepMaker):
     def _in_two(self, first: Sequence[Any], rest: Sequence[Any], freeze: Freeze) -> Step:
         """Make one graph of the nodes before the first product, and one of the rest.
 
-        The backend submits work whenever it has recorded a 40th of the operations of the graph before. In a graph of
-        few nodes that is before and after each product. After a graph without products it submits the next one whole.
+        The backend submits work whenever it has recorded a 40th of the operations of the previous graph. In a graph of
+        few nodes this happens before and after each product. After a graph without products, the backend submits the
+        next graph in one piece.
         """
         _mark_later_sources([first, rest])
         made = self._graph_of(first, 0)
@@ -268,10 +268,10 @@ class VulkanStepMaker(StepMaker):
         return Step(immediate=(made, self._graph_of(rest, 0)))
 
     def _in_parts(self, nodes: Sequence[Any], freeze: Freeze) -> Step:
-        """Make a first part that is deferred, and the rest as one or more parts that are each submitted whole.
+        """Make a first part that is deferred, and one or more further parts that are each submitted in one piece.
 
-        The backend would submit the rest a few operations at a time, so that the device begins early. It has begun
-        already, and each submission takes as long as two operations of a token.
+        By itself, the backend would submit the rest in pieces of a few operations, so that the device begins early. The
+        device has begun already, and each submission takes as long as two operations of a token.
         """
         most = _most_nodes()
         size = min(FIRST_PART, most)
@@ -337,10 +337,10 @@ def _n_operations(nodes: Iterable[Any]) -> int:
 
 
 def _end_of_part(nodes: Sequence[Any], most: int) -> int:
-    """Return the number of nodes of a first part of at most so many operations, if the part can end there.
+    """Return the number of nodes of a first part: up to ``most`` operations, or more if it cannot end earlier.
 
-    A part ends before a product, which the backend fuses with nothing before it. But it does not end between products
-    that the backend computes side by side, nor between a norm and the product that reads it.
+    A part ends before a product, because the backend fuses a product with no earlier node. It does not end between
+    products that the backend computes in parallel, nor between a norm and the product that reads it.
     """
     end = count = 0
     before = None
@@ -357,7 +357,7 @@ def _end_of_part(nodes: Sequence[Any], most: int) -> int:
 
 
 def _mark_later_sources(parts: Sequence[Sequence[Any]]) -> None:
-    """Mark nodes that a later part reads as outputs: fusion would leave them out otherwise."""
+    """Mark nodes that a later part reads as outputs. Otherwise fusion would omit their results."""
     needed: set[Any] = set()
     for part in reversed(parts):
         for p in part:
@@ -367,7 +367,7 @@ def _mark_later_sources(parts: Sequence[Sequence[Any]]) -> None:
 
 
 def _new_graph(size: int) -> tuple[Any, Any]:
-    """Return a C graph for so many tensors, and its context."""
+    """Return a C graph for ``size`` tensors, and its context."""
     need = c.ggml_graph_overhead_custom(size, False) + c.ggml_tensor_overhead() + 64
     context = c.ggml_init({"mem_size": need, "mem_buffer": c.NULL, "no_alloc": True})  # type: ignore[arg-type]
     return c.ggml_new_graph_custom(context, size, False), context
@@ -375,7 +375,7 @@ def _new_graph(size: int) -> tuple[Any, Any]:
 
 @cache
 def _node_without_memory() -> Any:
-    """Return a node that the backend counts as an operation and passes over, since it has no memory."""
+    """Return a node that the backend counts as an operation but skips, because it has no memory."""
     _, context = _new_graph(1)  # never freed: all graphs share it
     made = c.ggml_new_tensor_1d(context, Type.F32, 1)
     made.op, made.flags = Op.SUM, c.GGML_TENSOR_FLAG_COMPUTE
@@ -384,17 +384,17 @@ def _node_without_memory() -> Any:
 
 @cache
 def empty_graph() -> Any:
-    """Return a C graph that computes nothing. After it the backend submits the next graph whole."""
+    """Return a C graph that computes nothing. After it the backend submits the next graph in one piece."""
     made, _ = _new_graph(2)  # never freed: all steps share it
     c.ggml_graph_add_node(made, _node_without_memory())
     return made
 
 
 def _append_views(graph: Any, nodes: Sequence[Any]) -> None:
-    """Append views, which compute nothing, to a C graph that a device computes in a short time.
+    """Append views, which compute nothing, to a short C graph.
 
-    The device signals the backend before it begins the last fifth of a graph's nodes. The backend sleeps until then,
-    and polls from there on. Waking up takes longer than a fifth of a short graph: so the last fifth is to be views.
+    The device signals the backend before it begins the last fifth of a graph's nodes. The backend sleeps until that
+    signal, and then polls. Waking up takes longer than the last fifth of a short graph, which therefore is views.
     """
     view = next((p for p in nodes if p.op in VIEWS), None)
     n, size = c.ggml_graph_n_nodes(graph), c.ggml_graph_size(graph)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Threads(Executor):
-    """Submits the steps of each device from a thread of its own, so that devices get their graphs at the same time."""
+    """Executor with a thread for each device, so that all devices get their graphs at the same time."""
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         super().__init__(backends)
@@ -28,7 +28,7 @@ class Threads(Executor):
             from concurrent.futures import ThreadPoolExecutor  # slow to import
 
             self._pool = ThreadPoolExecutor(len(self.backends), thread_name_prefix="ggml_cffi device")
-        # The calling thread takes no part: an exception of a signal there would leave the others at the barrier.
+        # The calling thread does not take part: a signal's exception there would leave the others at the barrier.
         n = max(map(len, steps))
         futures = [self._pool.submit(self._run_device, r, b.ptr, steps[r], n) for r, b in enumerate(self.backends)]
         try:
@@ -41,8 +41,8 @@ class Threads(Executor):
 
     def _run_device(self, r: int, pointer: Any, own: Sequence[Step], n: int) -> int:
         """Compute the steps of device ``r``; ``n`` is the number of steps of the whole program."""
-        # Each C call may wait for the interpreter lock afterwards: so the last call of a step also waits for the
-        # device.
+        # A thread may wait for the GIL after each C call. The last call of a step therefore also waits for the device,
+        # which saves a call.
         submit, compute, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_graph_compute, self._barrier.wait
         status, last = 0, n - 1
         for k, step in enumerate(own):

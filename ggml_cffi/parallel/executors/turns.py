@@ -11,7 +11,7 @@ from ggml_cffi.parallel.executors.polling import PolledResults
 
 
 class Turns(Executor):
-    """Submits each step to the devices in turns, then waits for all of them.
+    """Executor that submits each step to one device after the other, then waits for all of them.
 
     With one device, the caller may do other work between :meth:`submit` and :meth:`finish`.
     """
@@ -19,7 +19,7 @@ class Turns(Executor):
     def run(
         self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
     ) -> int:
-        """Compute a program and wait for it; ``sums`` are not polled. See :meth:`Executor.run`."""
+        """Compute a program and wait for it, without polling ``sums``. See :meth:`Executor.run`."""
         if len(self.backends) > 1:
             return super().run(steps, meanwhile)
         with self.locks:
@@ -54,7 +54,7 @@ class Turns(Executor):
         return status
 
     def finish(self, *, if_free: bool = False) -> None:
-        """Wait for a program that was submitted; with ``if_free`` not while another thread holds the device."""
+        """Wait for a submitted program. With ``if_free``, return at once if another thread holds the device."""
         lock = self.backends[0].lock
         if lock.acquire(blocking=not if_free):
             try:

@@ -1,4 +1,4 @@
-"""Choice of the executor: all of them compute the same."""
+"""Choice of the executor. All executors give the same results."""
 
 import numpy as np
 import pytest

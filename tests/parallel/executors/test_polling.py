@@ -14,7 +14,7 @@ def test_polling_returns_when_all_numbers_are_written():
     places = [np.zeros(5, np.uint32) for _ in range(2)]
     polled = polling.PolledResults([places, places])
     polled.clear(1)
-    polled.clear(2)  # there is none
+    polled.clear(2)  # there is no result 2
     assert all((place == polling.UNWRITTEN).all() for place in places)
     waited = []
 
@@ -45,7 +45,7 @@ def test_polling_returns_when_all_numbers_are_written():
 
 
 def test_a_sum_may_be_read_after_the_next_one_has_arrived(two_gpus, rng):
-    """The second sum does not depend on the first: it may be there before all that reads the first is computed."""
+    """The second sum does not depend on the first: it may be complete before all nodes that read the first one are."""
     w = (rng.standard_normal((DIM, DIM)) / 8).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         whole = group.weight(w)
@@ -73,7 +73,7 @@ def test_a_sum_may_be_read_after_the_next_one_has_arrived(two_gpus, rng):
 
 
 def test_sums_that_cannot_be_polled(two_gpus, rng):
-    """Operations that may write a number twice, and sums whose partial sum each device keeps."""
+    """They are sums of operations that may write a number twice, and sums whose partial sum each device keeps."""
     w = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
     with parallel.TensorParallel(two_gpus) as group:
         whole = group.weight(w)

@@ -1,6 +1,6 @@
-"""Work that ggml's Vulkan records, and submits when it is told to.
+"""Work that ggml's Vulkan backend records, and submits on request.
 
-All of it rests on how ggml does that. Another version of ggml may do otherwise: then these tests fail.
+These tests depend on internals of the backend. They fail if another version of ggml changes these.
 """
 
 import json
@@ -40,7 +40,7 @@ def test_recorded_work_waits_until_it_is_submitted(gpu, weight, n, rng):
             executor, ((step,),) = group.executor, program.steps
             assert step.deferred
             assert bool(step.immediate) == (1 + 3 * n > record_ahead.FIRST_PART)  # with the copy of the inputs
-            program.record()  # nothing, before it has run once
+            program.record()  # does nothing before the first run
             for k in (1.0, 2.0, 3.0):
                 program.input_arrays[0][...] = x
                 program.output_arrays[0][0][...] = k
@@ -51,7 +51,7 @@ def test_recorded_work_waits_until_it_is_submitted(gpu, weight, n, rng):
                     program.record()
                     time.sleep(0.02)
                     assert (program.output_arrays[0][0] == k).all()
-                    program.input_arrays[0][...] = x  # what it is to be computed with
+                    program.input_arrays[0][...] = x  # the input for this run
                     if k == 2.0:
                         program.compute()
                     else:
@@ -62,7 +62,7 @@ def test_recorded_work_waits_until_it_is_submitted(gpu, weight, n, rng):
 
 
 def test_recorded_work_that_is_given_up(gpu, weight, rng):
-    """It is computed when the device is waited for, and the next run records its own."""
+    """A wait for the device computes it, and the next run records its own work."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 3)
@@ -96,7 +96,7 @@ def test_a_thread_holds_the_device_while_work_is_recorded(gpu, weight, rng):
                 program.compute()
                 program.record()
                 assert not is_free()
-                in_a_thread(lambda: executor.finish(if_free=True))  # it is not
+                in_a_thread(lambda: executor.finish(if_free=True))  # the device is not free
                 assert not is_free()
                 program.compute()
                 assert is_free()
@@ -105,7 +105,7 @@ def test_a_thread_holds_the_device_while_work_is_recorded(gpu, weight, rng):
                 assert is_free()
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(lock.acquire).result()
-                program.record()  # nothing: another thread uses the device
+                program.record()  # does nothing: another thread uses the device
                 pool.submit(lock.release).result()
             assert is_free()
             program.compute()
@@ -113,7 +113,7 @@ def test_a_thread_holds_the_device_while_work_is_recorded(gpu, weight, rng):
 
 
 def test_a_long_graph_is_divided_before_products(gpu, weight):
-    """The first part is deferred, and the others are submitted whole."""
+    """The first part is deferred, and each other part is submitted in one piece."""
     with parallel.TensorParallel([gpu]) as group:
         function = chain(group.weight(weight), 100)
         with ParallelProgram(group, [Rank(0, 1)], function, [((1, DIM), ggml.Type.F32)], ahead=True) as program:
@@ -131,12 +131,12 @@ def test_a_long_graph_is_divided_before_products(gpu, weight):
             assert sum(counts) == 301
             assert all(most - 3 < n <= most for n, most in zip(counts[:-1], (64, 100, 100), strict=True))
             assert [part[0] for part in parts[1:]] == 3 * [ggml.Op.MUL_MAT]
-            assert parts[0][-1] == ggml.Op.SUM  # without memory
+            assert parts[0][-1] == ggml.Op.SUM  # the node without memory
 
 
 @pytest.mark.parametrize("n", [2, 60])
 def test_long_steps_of_several_devices_are_not_deferred(two_gpus, weight, n, rng):
-    """Steps with more operations than ggml records at a time are not deferred, and their sums not polled."""
+    """Steps with more operations than ggml records at a time are not deferred, and their sums are not polled."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), n)
@@ -161,7 +161,7 @@ def test_only_short_steps_are_deferred(two_gpus, weight, rows, rng):
 
 
 def test_late_sums_do_not_submit_the_next_step(two_gpus, weight, rng, monkeypatch):
-    """The wait leaves out recorded steps: they would be computed with sums of the run before."""
+    """The wait must not compute recorded steps: they would use sums of the previous run."""
     monkeypatch.setattr(polling, "TIMEOUT", 0.0)
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
@@ -185,7 +185,7 @@ def test_late_sums_do_not_submit_the_next_step(two_gpus, weight, rng, monkeypatc
 
 
 def test_an_interrupted_run_computes_with_complete_sums(two_gpus, weight, rng, monkeypatch):
-    """Recorded steps are computed then, but not with the mark of unwritten numbers, which is a NaN."""
+    """The interruption computes recorded steps, but not from the mark of unwritten numbers, which is a NaN."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     with parallel.TensorParallel(two_gpus) as group:
         function = chain(group.weight(weight), 20)
@@ -257,7 +257,7 @@ def test_the_first_run_waits_after_each_graph(two_gpus, weight, monkeypatch):
 
 
 def test_the_empty_graph_computes_nothing(gpu):
-    """Alone, before any other graph."""
+    """The test runs it alone, before any other graph."""
     with ggml.Backend(gpu) as backend, ggml.Context() as ctx:
         x = ctx.new_tensor("f32", (4,))
         ctx.alloc(backend.buffer_type)
@@ -306,7 +306,7 @@ def test_settings_of_ggml_under_which_nothing_is_deferred(env, want):
 
 
 def test_polling_beside_other_work(two_gpus, weight, rng):
-    """Backends of the same devices, and transfers, while steps are recorded."""
+    """Other backends of the same devices compute and transfer while steps are recorded."""
     x = rng.standard_normal((1, DIM)).astype(np.float32)
     big = rng.standard_normal((64, 64)).astype(np.float32)
     stopped = False
@@ -361,5 +361,5 @@ def test_a_short_graph_ends_with_views(two_gpus, rng):
             nodes[rows] = len(plan.node_pointers()), ggml.c.ggml_graph_n_nodes(graph)
     (n, short), (m, long) = nodes[1], nodes[17]
     assert n == m == long
-    assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes something
+    assert (short - n) + 1 >= short // 5  # ggml's rule for the last node that computes
     assert short - n < n / 3
