@@ -63,7 +63,7 @@ def _as_dict(file: GGUFFile, metadata: bool, tensors: bool) -> dict[str, Any]:
 
 
 def _without_arrays(value: Any) -> Any:
-    """Return a value with lists in the place of arrays."""
+    """Return a value with lists in place of arrays."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     return [_without_arrays(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi perplexity``: how well a model predicts a text."""
+"""The command ``ggml-cffi perplexity``: the perplexity of a text."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def main(calls: int, logs: int) -> None:
 
 
 def _die_with_parent(connection: socket.socket) -> None:
-    """Kill this process once the parent's end of the connection closes, whatever this process is doing then."""
+    """Kill this process once the parent's end of the connection closes, even during a call."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     poll.poll()

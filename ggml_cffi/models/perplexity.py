@@ -1,4 +1,4 @@
-"""Perplexity: how well a model predicts a text."""
+"""Perplexity of a text, a measure of a model's predictions."""
 
 from __future__ import annotations
 

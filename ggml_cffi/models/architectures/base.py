@@ -213,7 +213,7 @@ class Architecture(ABC):
         n
             Number of devices.
         whole_attention
-            True if each device computes all heads. That takes more memory and half as many all-reduces.
+            True if each device computes all heads, which needs more memory and half as many all-reduces.
 
         Raises
         ------

@@ -94,7 +94,7 @@ class ModelFamily:
     prefix: str = ""
     """Prefix that tensor names have in some models of the family."""
     always_f32: frozenset[str] = frozenset()
-    """GGUF names of tables that stay F32 whatever the chosen type."""
+    """GGUF names of tables that stay F32 for every chosen type."""
 
     def rename(self, name: str) -> str | None:
         """Return the name of a tensor in GGUF; None if the tensor is ignored.

@@ -188,7 +188,7 @@ class Planner:
         # Devices that cannot be stages cannot share layers either, because they do not read host memory.
         found = {name: placement for name, placement in found.items() if placement.fits and placement.stages}
         if layer.stages or found:
-            with suppress(ValueError):  # a model that is too small for so many devices
+            with suppress(ValueError):  # the model is too small for this number of devices
                 shards = place_shards(architecture, backends, options)
                 found |= {"tensor": shards} if shards.fits else {}
         return found or {"layer": layer}

@@ -67,7 +67,7 @@ def reasons(
 def _reason(plan: DevicePlan, part: float, given: bool, is_cpu: bool) -> str:
     """Return the reason for the layers of a device. ``part`` is its proportion, 0 without one."""
     if given:
-        return f"its part is {part:.0%}, as was asked"
+        return f"its part is {part:.0%}, as requested"
     if part:
         return f"its part is {part:.0%} by measured speed, within what fits"
     if is_cpu:

@@ -8,7 +8,7 @@ from ggml_cffi.models.tokenizers.base import Encoder
 from ggml_cffi.models.tokenizers.bpe import merge
 from ggml_cffi.models.tokenizers.vocabulary import Vocabulary
 
-_SPACE = "\u2581"  # how the vocabulary spells a space
+_SPACE = "\u2581"  # the vocabulary's character for a space
 
 
 class SentencePieceBPE(Encoder):

@@ -41,8 +41,8 @@ class Threads(Executor):
 
     def _run_device(self, r: int, pointer: Any, own: Sequence[Step], n: int) -> int:
         """Compute the steps of device ``r``; ``n`` is the number of steps of the whole program."""
-        # A thread may wait for the GIL after each C call. The last call of a step therefore also waits for the device,
-        # which saves a call.
+        # A thread may wait for the GIL after each C call. To save a call, the last call of a step also waits for the
+        # device.
         submit, compute, wait = c.ggml_backend_graph_compute_async, c.ggml_backend_graph_compute, self._barrier.wait
         status, last = 0, n - 1
         for k, step in enumerate(own):

@@ -201,4 +201,4 @@ def test_leaving_early_waits_for_batches_in_flight(two_gpus, path, monkeypatch):
         assert len(futures) > 1
         assert all(future.done() for future in futures)
         assert batcher.cache.slots.n_free == len(batcher.cache.slots)
-        assert caught.traceback  # which keeps the frames and their objects alive
+        assert caught.traceback  # it keeps the frames and their objects alive
