@@ -60,7 +60,7 @@ def ggml_backend_sched_get_backend(sched: Scheduler, i: int = 0) -> Backend:
 
 
 def ggml_backend_sched_get_n_splits(sched: Scheduler) -> int:
-    """Return the number of splits of the graph held, 0 if none is held."""
+    """Return the number of splits of the held graph, 0 if none is held."""
     return require(sched, Scheduler).n_splits if sched.graph is not None else 0
 
 
@@ -141,5 +141,5 @@ def ggml_backend_sched_synchronize(sched: Scheduler) -> None:
 
 
 def ggml_backend_sched_reset(sched: Scheduler) -> None:
-    """Release the graph held. Inputs keep their values, and placements stay."""
+    """Release the held graph. Inputs keep their values, and placements stay."""
     require(sched, Scheduler).reset()

@@ -127,7 +127,7 @@ class ParallelProgram(ParallelTrace):
                 p = next(iter(unable), graph.node_pointers()[-1])
                 raise UnsupportedOpError(
                     f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: operations "
-                    "written in Python, and views that start where GPUs cannot, are for the CPU (use cont)"
+                    "written in Python, and views at offsets that GPUs do not support, are for the CPU (use cont)"
                 )
 
     def _views(self, memory: Any) -> list[list[npt.NDArray[Any]]]:

@@ -92,7 +92,7 @@ def summary(n_nodes: int, n_leaves: int, n_splits: int, copies: list[Copy]) -> s
     if n_splits:
         parts.append(count(n_splits, "split"))
     if copies:
-        parts.append(f"{sum(copy.nbytes for copy in copies):,} bytes copied a run")
+        parts.append(f"{sum(copy.nbytes for copy in copies):,} bytes copied per run")
     return ", ".join(parts)
 
 

@@ -113,7 +113,7 @@ def test_messages_of_the_library_reach_logging():
         (["--source-only"], {"GGML_SOURCE_DIR": "."}, "holds no CMakeLists.txt"),
     ],
 )
-def test_build_script_says_what_is_wrong(arguments, env, message):
+def test_the_build_script_names_the_error(arguments, env, message):
     done = subprocess.run(
         [ROOT / "build_lib.sh", *arguments],
         capture_output=True,

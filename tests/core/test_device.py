@@ -40,7 +40,7 @@ def test_an_unknown_device_name_raises_with_the_list_of_devices(which):
         ggml.device(which)
 
 
-def test_a_backend_knows_its_device_and_buffer_type(devices):
+def test_a_backend_has_its_device_and_buffer_type(devices):
     with ggml.Backend(devices[0]) as backend:
         assert backend.name == devices[0]
         assert backend.device == ggml.device(devices[0])

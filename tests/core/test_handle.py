@@ -69,7 +69,7 @@ def test_tensors_die_with_their_context():
     assert repr(t) == "<Tensor of a closed context>"
 
 
-def test_the_scheduler_keeps_what_it_computes_with():
+def test_the_scheduler_keeps_its_tensors_alive():
     """A closed buffer is freed only once the scheduler releases it, and later use raises instead of crashing."""
     with ggml.Context() as weights, ggml.Context() as work, ggml.Scheduler(["CPU"]) as scheduler:
         w = weights.new_tensor(ggml.F32, (4, 8))

@@ -39,7 +39,7 @@ def gpus(name):
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if code(name)])
-def test_the_code_of_a_page_prints_what_the_page_shows(name):
+def test_the_code_of_a_page_prints_the_output_on_the_page(name):
     # In one process and in order, as a reader runs it. On the CPU, where it takes seconds, unless the page needs a GPU.
     n = gpus(name)
     visible = "99"

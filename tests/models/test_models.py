@@ -99,7 +99,7 @@ def test_both_gpus_compute_the_layers_that_they_hold(on_two_gpus):
     assert all(placed.cache_bytes > 0 and placed.compute_bytes > 0 for placed in (first, second))
 
 
-def test_two_gpus_compute_what_one_does(smollm2, on_two_gpus):
+def test_two_gpus_agree_with_one(smollm2, on_two_gpus):
     tokens = GOLDEN[1]["tokens"]
     with models.load(smollm2, ["Vulkan0"], n_ctx=512) as one:
         assert relative_error(one.forward(tokens), on_two_gpus.forward(tokens)) < 1e-3

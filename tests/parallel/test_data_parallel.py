@@ -95,7 +95,7 @@ def test_two_gpus_are_both_used(two_gpus, rng):
         assert all(r.calls > 0 for r in linear.replicas)
 
 
-def test_a_call_goes_to_whichever_is_free(gate):
+def test_a_call_goes_to_a_free_replica(gate):
     with DataParallel(gate.make, TWO) as dp:
         futures = [dp.submit(k) for k in range(6)]
         for _ in range(2):
@@ -105,7 +105,7 @@ def test_a_call_goes_to_whichever_is_free(gate):
         assert [f.result() for f in futures] == list(range(6))
 
 
-def test_the_slow_one_gets_less():
+def test_a_slow_replica_gets_fewer_calls():
     slow = threading.Event()
 
     def make(device):
@@ -201,7 +201,7 @@ def test_map_is_lazy_and_bounded():
         assert list(add.map([1, 2, 3], [10, 20])) == [11, 22]
 
 
-def test_map_unordered_gives_what_is_there():
+def test_unordered_map_yields_results_as_they_finish():
     late = threading.Event()
 
     def make(device):
@@ -238,7 +238,7 @@ def test_map_ends_with_an_exception(gate):
 # ---------------------------------------------------------------------- futures, tasks
 
 
-def test_what_waits_can_be_cancelled(gate):
+def test_waiting_calls_can_be_cancelled(gate):
     with DataParallel(gate.make, ["CPU"]) as dp:
         running, waiting = dp.submit(1), dp.submit(2)
         gate.began.acquire()
@@ -331,7 +331,7 @@ def test_workers_with_restarts_go_on():
             dp(3)
 
 
-def test_what_cannot_be():
+def test_impossible_arguments_are_refused():
     with pytest.raises(TypeError, match="make returned a Session, which cannot be called: return a function that uses"):
         DataParallel(lambda device: ggml.Session([device]), ["CPU"])
     with pytest.raises(TypeError, match="make must be a function of a device's name, not int"):
@@ -345,7 +345,7 @@ def test_what_cannot_be():
 # ---------------------------------------------------------------------- the end
 
 
-def test_close_finishes_what_runs(gate):
+def test_close_waits_for_running_calls(gate):
     closed = []
 
     @contextmanager

@@ -41,7 +41,7 @@ def blocks(device, rng):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_devices_compute_what_one_would(two_gpus, n, rng):
+def test_devices_agree_with_one_device(two_gpus, n, rng):
     with MetaDevice(two_gpus[:n]) as device:
         f, expected = blocks(device, rng)
         for _ in range(3):  # ggml keeps some state from run to run
@@ -65,7 +65,7 @@ def test_results_in_parts_and_in_pieces(two_gpus, rng):
         np.testing.assert_allclose(both(x), x @ w.T @ w, atol=5e-2)
 
 
-def test_what_would_end_the_process(two_gpus):
+def test_calls_that_would_end_the_process_raise(two_gpus):
     with MetaDevice(two_gpus) as device:
         ff = device.weight(np.ones((8, 4), np.float32), ROWS)
         other = device.weight(np.ones((8, 4), np.float32), ROWS.of(1, 3))
@@ -93,14 +93,14 @@ def test_what_would_end_the_process(two_gpus):
         device.weight(x, MIRROR)
 
 
-def test_weights_without_room(two_gpus, monkeypatch):
+def test_weights_that_do_not_fit_raise(two_gpus, monkeypatch):
     with MetaDevice(two_gpus) as device:
         monkeypatch.setattr(ggml.Device, "memory", lambda self: ggml.Memory(1000, 1000))
         with pytest.raises(ggml.OutOfMemoryError, match="Vulkan0 has 1,000 bytes free, too few for 32"):
             device.weight(np.ones((4, 4), np.float16), COLUMNS.of(1, 1), dtype="f32")
 
 
-def test_devices_that_cannot_be_one():
+def test_impossible_groups_of_devices_are_refused():
     for devices, message in (
         (["CPU", "CPU"], "a device is listed twice: CPU, CPU"),
         (["CPU"], "ends the process with the CPU as one of its devices"),

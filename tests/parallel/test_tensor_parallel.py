@@ -16,7 +16,7 @@ from tests.support.ranks import DIM, FF, LAYERS, Blocks, Ranks
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("threads", [False, True])
-def test_ranks_compute_what_one_would(n, threads, rng):
+def test_ranks_agree_with_one_device(n, threads, rng):
     blocks = Blocks(rng)
     with Ranks(n, threads=threads) as group:
         f = blocks.network(group)
@@ -31,7 +31,7 @@ def test_ranks_compute_what_one_would(n, threads, rng):
 
 
 @pytest.mark.parametrize("threads", [False, True])
-def test_gpus_compute_what_one_would(devices, threads, rng):
+def test_gpus_agree_with_one_device(devices, threads, rng):
     blocks = Blocks(rng)
     with parallel.TensorParallel(devices, threads=threads, n_threads=1 if devices == ("CPU",) else None) as group:
         f = blocks.network(group)

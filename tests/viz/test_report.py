@@ -31,7 +31,7 @@ def test_a_report_has_splits_copies_and_memory(net, devices):
             assert row.backend in text
             assert row.first in text
             assert row.last in text
-        assert (f"{r.copied:,} bytes copied a run" in text) == (r.copied > 0)
+        assert (f"{r.copied:,} bytes copied per run" in text) == (r.copied > 0)
         assert f"{r.total:,}" in text.splitlines()[-1]
         assert "\x1b" not in text
     assert str(r) == text  # even if everything is closed

@@ -33,7 +33,7 @@ def test_two_iterators_can_be_read_in_turns(path):
         model.forward([3])
 
 
-def test_threads_that_share_runs_get_what_they_get_alone(path, rng):
+def test_threads_that_share_runs_get_their_own_results(path, rng):
     ids = random_prompts(rng, [5, 9, 14, 30])
     with models.load(path, ["CPU"], n_ctx=256, n_batch=16) as model:
         want = [generate_alone(model, one, 20) for one in ids]

@@ -24,7 +24,7 @@ def test_plans_as_text_and_json(path, capsys):
     assert share["total"] == sum(share[f"{kind}_bytes"] for kind in ("weight", "cache", "compute", "input"))
 
 
-def test_the_plan_command_reports_what_does_not_fit(path, capsys, monkeypatch):
+def test_the_plan_command_reports_missing_memory(path, capsys, monkeypatch):
     memory(monkeypatch, CPU=500_000)
     assert cli.main(["plan", str(path), "--devices", "CPU"]) == 1
     assert "These would fit:" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from ggml_cffi.parallel.program import ParallelProgram
 from tests.support.splits import PROMPT, answers
 
 
-def test_batches_in_flight_give_what_batches_in_turn_give(two_gpus, path, monkeypatch):
+def test_batches_in_flight_agree_with_batches_in_turn(two_gpus, path, monkeypatch):
     ids = [i % 50 for i in range(200)]
     real = PipelineRunner._start
     seen = []

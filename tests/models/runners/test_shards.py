@@ -94,7 +94,7 @@ def on_the_cpu(monkeypatch):
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, n, kind, changes, heads):
+def test_ranks_agree_with_float64(on_the_cpu, tmp_path, rng, n, kind, changes, heads):
     path = tmp_path / "model.gguf"
     random_model(path, rng, **changes)
     # ggml's CPU backend rounds the operand of a product with Q8_0 to 8 bits.
@@ -103,14 +103,14 @@ def test_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, n, kind, cha
     assert steps == (1 if n == 1 else 4 if n == 3 else 7)
 
 
-def test_gpus_compute_what_float64_does(two_gpus, tmp_path, rng):
+def test_gpus_agree_with_float64(two_gpus, tmp_path, rng):
     path = tmp_path / "model.gguf"
     random_model(path, rng)
     assert check(path, two_gpus, rng) == (7, [1, 1])
 
 
 @pytest.mark.parametrize("changes", [{}, {"more": {"rope_freqs.weight": np.linspace(1.0, 8.0, 16)}}], ids=["", "rope"])
-def test_two_stages_of_two_ranks_compute_what_float64_does(on_the_cpu, tmp_path, rng, changes):
+def test_two_stages_of_two_ranks_agree_with_float64(on_the_cpu, tmp_path, rng, changes):
     path = tmp_path / "model.gguf"
     random_model(path, rng, **changes)
     stages = even_stages(3, [(0, 1), (2, 3)])

@@ -18,7 +18,7 @@ def split(request):
     return request.param
 
 
-def test_two_gpus_give_what_float64_does(two_gpus, path, split, rng):
+def test_two_gpus_agree_with_float64(two_gpus, path, split, rng):
     ids = [int(t) for t in rng.integers(0, 50, 41)]
     want = llama_float64.Reference(path).forward(ids)
     with models.load(path, two_gpus, split, n_batch=16) as model:
