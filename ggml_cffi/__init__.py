@@ -5,11 +5,14 @@ objects (:class:`Device`, :class:`Backend`, :class:`Buffer`, :class:`Context`, :
 :class:`Scheduler`), operations (:mod:`ggml_cffi.ops`) and models (:mod:`ggml_cffi.models`).
 """
 
+from typing import TYPE_CHECKING
+
 from ggml_cffi.c._decl import GGML_VERSION
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Capabilities, Device, DeviceType, Memory, device, devices, find_remote_with
+from ggml_cffi.core.lazy_names import lazy_names
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import HostBlock, pinned, transfer
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -27,23 +30,43 @@ from ggml_cffi.errors import (
     RemoteError,
     UnsupportedOpError,
 )
-from ggml_cffi.files.gguf import GGUFFile, GGUFTensor, GGUFValue
-from ggml_cffi.files.gguf.writer import write_gguf
-from ggml_cffi.files.imatrix import read_imatrix
-from ggml_cffi.files.quantization import dequantize, quantize
-from ggml_cffi.files.requantize import choose_types, quantize_file
-from ggml_cffi.files.safetensors import SafetensorsFile, from_safetensors
-from ggml_cffi.files.sources import LazyTensor, RawTensor, StoredTensor
 from ggml_cffi.ops import *  # noqa: F403
 from ggml_cffi.ops import __all__ as _ops
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 from ggml_cffi.scheduler.splits import Split
 from ggml_cffi.session import CompiledFunction, Session, SessionDevicePlan, SessionPlan, TracedProgram, plan
-from ggml_cffi.train.gradients import gradients
-from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from ggml_cffi.files import (
+        GGUFFile,
+        GGUFTensor,
+        GGUFValue,
+        LazyTensor,
+        RawTensor,
+        SafetensorsFile,
+        StoredTensor,
+        choose_types,
+        dequantize,
+        from_safetensors,
+        quantize,
+        quantize_file,
+        read_imatrix,
+        write_gguf,
+    )
+    from ggml_cffi.train.gradients import gradients
+    from ggml_cffi.train.optimizers import SGD, AdamW, Optimizer
 
 __version__ = "0.1.0"
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ggml_cffi.files": """GGUFFile GGUFTensor GGUFValue LazyTensor RawTensor SafetensorsFile StoredTensor
+            choose_types dequantize from_safetensors quantize quantize_file read_imatrix write_gguf""",
+        "ggml_cffi.train": "SGD AdamW Optimizer gradients",
+    },
+)
 
 
 def _find_remote(name: str) -> Device:

@@ -219,25 +219,29 @@ def one_task():
 
 #: Function above; outcome in plain ggml (its result, or the signals that may end it); test of the right behaviour.
 TRAPS = [
-    (reserve_then_alloc, "wrong", "test_scheduler.test_a_graph_can_be_reserved_allocated_released_and_allocated_again"),
-    (compute_twice, "right, wrong", "test_scheduler.test_inputs_keep_their_values"),
-    (flagged_input, "CPU", "test_scheduler.test_an_input_mark_moves_no_work_to_the_cpu"),
-    (placement, "Vulkan1, Vulkan0, Vulkan0", "test_scheduler.test_placement_is_kept"),
-    (second_graph, "first right, second untouched", "test_scheduler.test_another_graph_is_refused"),
-    (reset_with_weights, "right, wrong", "test_traps.test_weights_may_change_between_resets"),
-    (out_of_memory, {"SIGSEGV"}, "test_scheduler.test_out_of_memory_raises_and_leaves_the_scheduler_usable"),
-    (closing_order, {"SIGSEGV", "SIGBUS"}, "test_handle.test_objects_can_be_closed_in_any_order"),
-    (seventeen_backends, {"SIGABRT"}, "test_traps.test_sixteen_backends_with_the_cpu"),
-    (large_graph, {"SIGABRT"}, "test_scheduler.test_the_scheduler_grows_with_the_graph"),
-    (one_task, "4 calls", "test_custom.test_the_number_of_tasks_is_kept"),
+    (
+        reserve_then_alloc,
+        "wrong",
+        "scheduler.test_scheduler.test_a_graph_can_be_reserved_allocated_released_and_allocated_again",
+    ),
+    (compute_twice, "right, wrong", "scheduler.test_scheduler.test_inputs_keep_their_values"),
+    (flagged_input, "CPU", "scheduler.test_scheduler.test_an_input_mark_moves_no_work_to_the_cpu"),
+    (placement, "Vulkan1, Vulkan0, Vulkan0", "scheduler.test_scheduler.test_placement_is_kept"),
+    (second_graph, "first right, second untouched", "scheduler.test_scheduler.test_another_graph_is_refused"),
+    (reset_with_weights, "right, wrong", "scheduler.test_traps.test_weights_may_change_between_resets"),
+    (out_of_memory, {"SIGSEGV"}, "scheduler.test_scheduler.test_out_of_memory_raises_and_leaves_the_scheduler_usable"),
+    (closing_order, {"SIGSEGV", "SIGBUS"}, "core.test_handle.test_objects_can_be_closed_in_any_order"),
+    (seventeen_backends, {"SIGABRT"}, "scheduler.test_traps.test_sixteen_backends_with_the_cpu"),
+    (large_graph, {"SIGABRT"}, "scheduler.test_scheduler.test_the_scheduler_grows_with_the_graph"),
+    (one_task, "4 calls", "ops.test_custom.test_a_function_is_called_once_per_task"),
 ]
 NEED_GPUS = {reserve_then_alloc, flagged_input, placement, second_graph, reset_with_weights}
 
 
 @pytest.mark.parametrize(("trap", "outcome", "ours"), TRAPS, ids=[trap.__name__ for trap, *_ in TRAPS])
 def test_the_trap_catches_plain_ggml(trap, outcome, ours):
-    module, name = ours.split(".")
-    assert callable(getattr(importlib.import_module(module), name))
+    module, _, name = ours.rpartition(".")
+    assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
     if trap in NEED_GPUS:
         need(("Vulkan0", "Vulkan1"))
     done = subprocess.run(

@@ -315,7 +315,7 @@ def test_without_safetensors_the_error_names_the_package_to_install(folder, monk
 def test_the_command_prints_a_summary(folder, capsys):
     target = folder / "out.gguf"
     assert cli.main(["convert", str(folder), str(target), "--type", "f32"]) == 0
-    assert capsys.readouterr().out == f"{target}: bert, 37 tensors, 0.1 MiB\n"
+    assert capsys.readouterr().out == f"{target}: bert, 37 tensors, 74.7 KiB\n"
 
 
 def test_the_command_reports_an_error_in_one_line(tmp_path):
