@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # make smoke: the tests that take under a minute, on the CPU alone.
-.PHONY: demo test smoke check docs fuzz bench setup clean
+.PHONY: demo test test-all smoke check docs fuzz bench setup clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
 # Two tests at a time: compiling shaders and most of the tests take one processor each.
 test: setup check
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly"
+
+# With the tests marked nightly.
+test-all: setup check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Under a minute: the CPU alone, no models, no processes.

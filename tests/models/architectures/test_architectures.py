@@ -127,6 +127,7 @@ def test_gemma3_on_the_cpu_generates_the_tokens_of_llama_cpp(gemma3):
             assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
 
 
+@pytest.mark.nightly  # small random models of it are compared with float64 on two GPUs in every run
 def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3):
     with models.load(gemma3, need(("Vulkan0", "Vulkan1")), n_ctx=256, n_batch=1) as model:
         for case in EXACT:
