@@ -16,7 +16,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     package
         ``__name__`` of the package.
     modules
-        For each module, its names, separated by spaces. A module without names is a name itself.
+        For each module, its names, separated by spaces. A module inside the package is a name too.
     """
     places = {name: module for module, names in modules.items() for name in names.split()}
 
