@@ -78,7 +78,8 @@ class Model(Closing):
         """Counts and times of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
         software = any("llvmpipe" in b.device.description for b in backends)
-        self._batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
+        # One for each replica. Not documented: :meth:`generate` and its relatives are the interface for users.
+        self.batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
         self._embedders: list[Embedder] = []
         for runner in runners:
             scheduler = runner.scheduler
@@ -158,7 +159,7 @@ class Model(Closing):
             If the model is closed.
         """
         ids = self._check_prompt(tokens)
-        logits: npt.NDArray[np.float32] = choose_batcher(self._batchers).logits(ids, 1 if last else len(ids))
+        logits: npt.NDArray[np.float32] = choose_batcher(self.batchers).logits(ids, 1 if last else len(ids))
         return logits[0] if last else logits
 
     def perplexity(
@@ -187,7 +188,7 @@ class Model(Closing):
         ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
         has_vocabulary = self._file.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
         bos = self.tokenizer.bos if has_vocabulary and self.tokenizer.add_bos else None
-        return measure_perplexity(choose_batcher(self._batchers), ids, min(n_ctx, self.n_ctx), bos, progress)
+        return measure_perplexity(choose_batcher(self.batchers), ids, min(n_ctx, self.n_ctx), bos, progress)
 
     # ------------------------------------------------------------------ generation
 
@@ -282,11 +283,11 @@ class Model(Closing):
 
     def _stream(self, request: Request) -> TokenStream:
         self.timings = timings = Timings()
-        yield from generate_one(choose_batcher(self._batchers, request.ids), request, timings)
+        yield from generate_one(choose_batcher(self.batchers, request.ids), request, timings)
 
     def _stream_all(self, requests: list[Request], max_sequences: int) -> NumberedTokenStream:
         self.timings = timings = Timings()
-        yield from generate_on_replicas(self._batchers, requests, max_sequences, timings)
+        yield from generate_on_replicas(self.batchers, requests, max_sequences, timings)
 
     def _check_prompt(self, tokens: Iterable[int]) -> list[int]:
         """Return a prompt as a list; raise ValueError if it is empty, too long, or has ids out of range."""
@@ -314,7 +315,7 @@ class Model(Closing):
         A later prompt that begins with the same tokens reuses their keys and values.
         """
         found = []
-        for batcher in self._batchers:
+        for batcher in self.batchers:
             with batcher.exclusive() as cache:
                 found += [list(ids) for ids in cache.kept.values()]
         return found
@@ -329,7 +330,7 @@ class Model(Closing):
         OSError
             If the file cannot be written.
         """
-        return kv_snapshot.save(self._batchers, path)
+        return kv_snapshot.save(self.batchers, path)
 
     def load_cache(self, path: str | os.PathLike[str]) -> int:
         """Read a file of :meth:`save_cache` into the KV cache, and return the number of its tokens.
@@ -341,11 +342,11 @@ class Model(Closing):
         ValueError
             If the cache has too few slots.
         """
-        return kv_snapshot.load(choose_batcher(self._batchers), path)
+        return kv_snapshot.load(choose_batcher(self.batchers), path)
 
     def clear_cache(self) -> None:
         """Free the KV slots of the sequences of :attr:`cached`."""
-        for batcher in self._batchers:
+        for batcher in self.batchers:
             with batcher.exclusive() as cache:
                 cache.clear_kept()
 
@@ -442,7 +443,7 @@ class Model(Closing):
 
     def close(self) -> None:
         """Free all memory, and close devices and file. Closing twice is allowed."""
-        for part in (*self._embedders, *self._batchers, *self._backends, self._file):
+        for part in (*self._embedders, *self.batchers, *self._backends, self._file):
             part.close()
 
     def __repr__(self) -> str:

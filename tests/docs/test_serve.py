@@ -88,8 +88,8 @@ def ask(client, **request):
 
 def in_flight(model):
     """Return the sequences that are not done."""
-    with model._batchers[0].exclusive():
-        return list(model._batchers[0].active)
+    with model.batchers[0].exclusive():
+        return list(model.batchers[0].active)
 
 
 def test_the_answer_to_a_client_does_not_depend_on_other_clients(client, model):

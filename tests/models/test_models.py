@@ -161,7 +161,7 @@ def test_a_prompt_longer_than_a_batch_is_computed_in_chunks(smollm2, on_cpu):
 
 def test_the_cpu_computes_a_long_batch_in_parts(on_cpu, monkeypatch):
     """The mask of the first part does not cover the KV slots of the second part."""
-    runner = on_cpu._runners[0]
+    runner = on_cpu.batchers[0].runner
     assert runner.batch_ranges(0, 512) == [(0, 256), (256, 512)]
     tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]
     mask_shapes = []

@@ -28,7 +28,7 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
         # Keys are in other rows than before, which changes the rounding of sums: later tokens may differ.
         assert [found[i][0] for i in range(6)] == [ids[0] for ids in want]
         assert [len(found[i]) for i in range(6)] == [3] * 6
-        each = [len(batcher.cache.kept) for batcher in model._batchers]
+        each = [len(batcher.cache.kept) for batcher in model.batchers]
         assert sum(each) == 6
         assert all(each)
         assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
@@ -43,7 +43,7 @@ def deal(model, prompts, n):
 
     requests = [Request(list(ids), Sampler(), n, frozenset()) for ids in prompts]
     timings = Timings()
-    for number, token in generate_on_replicas(model._batchers, requests, 2, timings):  # one at each
+    for number, token in generate_on_replicas(model.batchers, requests, 2, timings):  # one at each
         if token is not None:
             yield number, token
     assert timings.prompt_tokens == sum(map(len, prompts))
@@ -51,7 +51,7 @@ def deal(model, prompts, n):
 
 def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
     with models.load(path, two_gpus, "data") as model:
-        second = model._batchers[1]
+        second = model.batchers[1]
 
         def fail(batch):
             raise ggml.GgmlError("the computation failed: failed")
@@ -59,13 +59,13 @@ def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
         monkeypatch.setattr(second.runner, "run", fail)
         with pytest.raises(ggml.GgmlError, match="the computation failed"):
             list(deal(model, [PROMPT] * 6, 3))
-        assert not any(batcher.active for batcher in model._batchers)
+        assert not any(batcher.active for batcher in model.batchers)
         # and one that is left early
         monkeypatch.undo()
         stream = deal(model, [PROMPT] * 6, 30)
         next(stream)
         stream.close()
-        for batcher in model._batchers:
+        for batcher in model.batchers:
             with batcher.exclusive():
                 assert not batcher.active
     assert not any(t.name == "ggml_cffi replica" for t in threading.enumerate())
@@ -73,7 +73,7 @@ def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
 
 def test_a_request_goes_to_the_replica_that_keeps_its_prefix(two_gpus, path):
     with models.load(path, two_gpus, "data") as model:
-        first, second = model._batchers
+        first, second = model.batchers
         text = model.generate_tokens(PROMPT, 3, stop_at_end=False)
         next(text)  # the first replica is busy: the next request goes to the second
         other = [9] * 11
@@ -82,4 +82,4 @@ def test_a_request_goes_to_the_replica_that_keeps_its_prefix(two_gpus, path):
         text.close()
         answers(model, [other])
         assert model.timings.reused_tokens == 10
-        assert choose_batcher(model._batchers) is first
+        assert choose_batcher(model.batchers) is first

@@ -31,7 +31,7 @@ def generate_together(model: Model, prompts: list[list[int]], n: int, max_sequen
 
 def batcher_of(model: Model) -> Batcher:
     """Return the batcher of a model without replicas."""
-    (batcher,) = model._batchers
+    (batcher,) = model.batchers
     return batcher
 
 

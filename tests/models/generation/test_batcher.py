@@ -75,16 +75,16 @@ def test_a_failed_run_does_not_damage_the_cache(path, monkeypatch):
         want = generate_alone(model, [1, 2, 3], 6)
         tokens = model.generate_tokens([1, 2, 3], 6, stop_at_end=False, reuse=False)
         got = [next(tokens), next(tokens)]
-        run = model._runners[0].run
+        run = batcher_of(model).runner.run
 
         def fail(batch):
             raise ggml.AbortedError("the run was stopped")
 
-        monkeypatch.setattr(model._runners[0], "run", fail)
+        monkeypatch.setattr(batcher_of(model).runner, "run", fail)
         other = model.generate_tokens([4], 1, stop_at_end=False)
         with pytest.raises(ggml.AbortedError):
             next(other)
-        monkeypatch.setattr(model._runners[0], "run", run)
+        monkeypatch.setattr(batcher_of(model).runner, "run", run)
         assert got + list(tokens) == want
 
 
