@@ -71,7 +71,8 @@ def location() -> str | None:
     return _place
 
 
-def _places() -> Iterator[tuple[str, str | None]]:
+def places() -> Iterator[tuple[str, str | None]]:
+    """Yield each place in the order of the search: its name, and its folder, None for the system's libraries."""
     for entry in filter(None, os.environ.get("GGML_CFFI_LIBRARY_PATH", "").split(os.pathsep)):
         yield "$GGML_CFFI_LIBRARY_PATH", entry
     yield (
@@ -99,7 +100,7 @@ def _load_core() -> None:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     reasons = []
     mismatch = False
-    for label, folder in _places():
+    for label, folder in places():
         where = f"{label}: {folder}" if folder else label
         try:
             _loaded.update(_open_core(folder))

@@ -13,8 +13,8 @@ from tests.support import ROOT, run_python
 
 _NO_OTHER_PLACE = """
 import ggml_cffi.c.library as lib, pathlib, os
-real = lib._places
-lib._places = lambda: (p for p in real() if p[0].startswith("$"))
+real = lib.places
+lib.places = lambda: (p for p in real() if p[0].startswith("$"))
 """
 
 
@@ -76,8 +76,8 @@ def test_the_environment_variable_comes_first(tmp_path):
 
 def test_the_prebuilt_wheel_is_enough():
     done = run_python(
-        "import ggml_cffi.c.library as lib\nreal = lib._places\n"
-        "lib._places = lambda: (p for p in real() if 'wheel' in p[0])\n"
+        "import ggml_cffi.c.library as lib\nreal = lib.places\n"
+        "lib.places = lambda: (p for p in real() if 'wheel' in p[0])\n"
         "import ggml_cffi\nprint([d.name for d in ggml_cffi.devices()])\n"
     )
     assert done.stdout.strip() == "['CPU']"
