@@ -24,8 +24,8 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.transfer import DeviceBytes, HostBlock, copy_bytes
 
-_CHUNK = 8 << 20
-_THREADS_PAY = 32 * _CHUNK  # bytes from which threads and imported memory save more than the 30 ms of their setup
+CHUNK = 8 << 20  # bytes that a thread uploads at a time
+THREADS_PAY = 32 * CHUNK  # bytes from which threads and imported memory save more than the 30 ms of their setup
 _THREADS = 8  # for each device, if there are enough processors: each copies about 3 GB/s out of a file mapping
 
 
@@ -42,7 +42,7 @@ class Job:
         """Yield the offset of each chunk in the tensor, in bytes, and its bytes."""
         data = self.data
         each = data.shape[1] if data.ndim == 2 else 1
-        step = max(_CHUNK // max(each, 1), 1)
+        step = max(CHUNK // max(each, 1), 1)
         for start in range(0, len(data), step):
             yield start * each, data[start : start + step]
 
@@ -106,11 +106,11 @@ class _Uploader:
     def to(cls, backend: Backend, jobs: Sequence[Job], n_devices: int) -> _Uploader | None:
         """Return the uploader of one device of ``n_devices``; None where threads save no time or are not possible."""
         has_integers = any(job.tensor.dtype in INTEGERS for job in jobs)  # may be row numbers, which set_bytes checks
-        wide = any(job.data.ndim == 2 and job.data.shape[1] > _CHUNK for job in jobs)
-        if has_integers or wide or backend.device.is_cpu or sum(job.data.size for job in jobs) < _THREADS_PAY:
+        wide = any(job.data.ndim == 2 and job.data.shape[1] > CHUNK for job in jobs)
+        if has_integers or wide or backend.device.is_cpu or sum(job.data.size for job in jobs) < THREADS_PAY:
             return None
         n_threads = max(min(default_threads() // n_devices, _THREADS), 1)
-        block = HostBlock(n_threads * _CHUNK, [backend.device])
+        block = HostBlock(n_threads * CHUNK, [backend.device])
         if backend.device not in block.buffers:
             block.close()
             return None
@@ -124,7 +124,7 @@ class _Uploader:
     def _work(self, i: int) -> None:
         end: BaseException | None = None
         try:
-            memory = np.frombuffer(self._block.memory, np.uint8, _CHUNK, i * _CHUNK)
+            memory = np.frombuffer(self._block.memory, np.uint8, CHUNK, i * CHUNK)
             buffer = self._block.buffers[self.backend.device]
             while not self._stopped.is_set():
                 with self._lock:
@@ -134,7 +134,7 @@ class _Uploader:
                 np.copyto(memory[: data.size].reshape(data.shape), data)
                 with self.backend.lock:
                     source, target = DeviceBytes.of_buffer(buffer), DeviceBytes.of_tensor(tensor)
-                    copy_bytes(self.backend, source.part(i * _CHUNK, data.size), target.part(start, data.size))
+                    copy_bytes(self.backend, source.part(i * CHUNK, data.size), target.part(start, data.size))
                 self._found.put(data.size)
         except BaseException as error:
             end = error

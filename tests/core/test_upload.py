@@ -13,8 +13,8 @@ from ggml_cffi.core.upload import Job, upload
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Make chunks so small that the small tensors of these tests have several."""
-    monkeypatch.setattr(uploads, "_CHUNK", 1 << 16)
-    monkeypatch.setattr(uploads, "_THREADS_PAY", 1)
+    monkeypatch.setattr(uploads, "CHUNK", 1 << 16)
+    monkeypatch.setattr(uploads, "THREADS_PAY", 1)
 
 
 @pytest.fixture
