@@ -173,12 +173,12 @@ class ScheduledRunner(Runner):
             return self._compute(batch)
 
     def _compute(self, batch: Batch) -> Logits:
-        graph = self._allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)))
+        graph = self.allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)))
         values = vars(batch)
         graph.inputs.set(values if batch.window_mask is not None else values | {"window_mask": batch.mask})
         return graph.compute()
 
-    def _allocated(self, key: tuple[int, int, int]) -> _BatchGraph:
+    def allocated(self, key: tuple[int, int, int]) -> _BatchGraph:
         """Return the graph for these numbers of tokens, KV slots and outputs, allocated. The last few are kept."""
         found = self._graphs.get(key, lambda: self._build(key))
         if self._scheduler.graph is not found.graph:

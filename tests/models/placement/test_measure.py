@@ -22,12 +22,12 @@ def check(path, devices, counted, **options):
     assert plan.fits
     with models.load(path, devices, **options) as model:
         loaded = dict(counted)
-        runner = model._runners[0]
+        runner = model.batchers[0].runner
         in_stages = isinstance(runner, PipelineRunner)
         if in_stages:
             model.forward([1] * plan.n_batch, last=True)
         else:
-            runner._allocated((plan.n_batch, runner.n_slots, 1))
+            runner.allocated((plan.n_batch, runner.n_slots, 1))
             assert model.scheduler.buffer_sizes() == {s.backend: s.compute_bytes for s in model.placement}
         for planned, share in zip(plan.devices, model.placement, strict=True):
             assert planned.layers == tuple(share.layers)
