@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
-from ggml_cffi.cli._model_args import parse_balance, parse_devices, parse_expect
+from types import SimpleNamespace
+
+import pytest
+
+from ggml_cffi import cli, models
 
 
-def test_a_balance_is_a_name_or_numbers():
-    assert parse_balance("3,1") == [3, 1]
-    assert parse_balance("speed") == "speed"
+@pytest.fixture
+def planned(monkeypatch):
+    """Return a function that runs ``ggml-cffi plan`` with arguments, and returns the options of the plan."""
+
+    def plan(path, devices, *rest, **options):
+        found.update(options, devices=devices)
+        return SimpleNamespace(fits=True)
+
+    def run(*arguments):
+        found.clear()
+        assert cli.main(["plan", "m.gguf", *arguments]) == 0
+        return found
+
+    found = {}
+    monkeypatch.setattr(models, "plan", plan)
+    return run
 
 
-def test_expected_tokens_are_two_numbers():
-    assert parse_expect("4096,128") == (4096, 128)
+def test_a_balance_is_a_name_or_numbers(planned):
+    assert planned("--balance", "3,1")["balance"] == [3, 1]
+    assert planned("--balance", "speed")["balance"] == "speed"
 
 
-def test_devices_are_names_separated_by_commas():
-    assert parse_devices("Vulkan0, CPU") == ["Vulkan0", "CPU"]
-    assert parse_devices(None) is None
+def test_expected_tokens_are_two_numbers(planned):
+    assert planned("--expect", "4096,128")["expected_tokens"] == (4096, 128)
+
+
+def test_devices_are_names_separated_by_commas(planned):
+    assert planned("--devices", "Vulkan0, CPU")["devices"] == ["Vulkan0", "CPU"]
+    assert planned()["devices"] is None
