@@ -63,7 +63,7 @@ def test_auto_takes_the_best_split_for_the_expected_tokens(two_gpus, path, costs
 
 def test_auto_takes_one_gpu_if_more_are_not_quicker(two_gpus, path, costs, monkeypatch):
     gpu_memory(monkeypatch, 1 << 30)
-    monkeypatch.setattr(auto, "_rates", lambda a, found, *rest: {"decode": 1 if found.members == (0, 2) else 0.5})
+    costs["pipeline"] = costs["tensor"] = 2e-3, 0.2, 0.2
     plan = models.plan(path, two_gpus, "auto", n_batch=16)
     with models.load(path, two_gpus, "auto", n_batch=16) as model:
         assert model.plan.reasons == plan.reasons
@@ -95,5 +95,5 @@ def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
     kept = json.loads(calibration.path().read_text())
     assert len(kept) == 3 * 3  # a token, a batch and several: on one GPU, in two stages, and on two GPUs with shards
     assert all(" tokens by " in name and all(x >= 0 for x in value) for name, value in kept.items())
-    monkeypatch.setattr(auto.Timer, "_measure", None)
+    monkeypatch.setattr(auto, "PipelineRunner", None)  # nothing is computed again
     assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]

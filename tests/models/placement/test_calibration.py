@@ -10,7 +10,6 @@ from ggml_cffi.models.placement import calibration
 
 def test_calibration_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibration, "_SIZE", 256)
     with ggml.Backend("CPU", n_threads=1) as cpu:
         first = calibration.seconds(cpu, ggml.Q8_0)
         assert 0 < first < 1
