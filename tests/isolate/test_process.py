@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import signal
 import threading
 import time
 
@@ -106,7 +107,11 @@ def test_records_below_the_parents_level_are_not_sent(caplog):
     caplog.set_level(logging.ERROR, "isolated")
     with Worker(isolated.things) as worker:
         worker.log()
-        lines = list(worker._processes[0].child.lines)
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(ggml.BackendCrashedError) as caught:
+            worker.log()
+    lines = caught.value.log
+    assert "from C" in lines
     assert not any("details" in line or "of mine" in line for line in lines)
 
 

@@ -79,7 +79,10 @@ class Things:
     def env(self, name):
         return os.environ.get(name)
 
-    def sleep(self, seconds):
+    def sleep(self, seconds, flag=None):
+        """Sleep, after making the file ``flag``."""
+        if flag is not None:
+            flag.touch()
         time.sleep(seconds)
         return seconds
 
@@ -147,7 +150,10 @@ class Crashes:
             os._exit(0)
         os.abort()
 
-    def hang(self):
+    def hang(self, flag=None):
+        """Hang, after making the file ``flag``."""
+        if flag is not None:
+            flag.touch()
         time.sleep(1000)
 
     def hang_in_c(self):
