@@ -24,9 +24,7 @@ def test_threads_may_share_a_server(servers, rng):
             np.testing.assert_allclose(future.result(), X @ W.T, rtol=1e-4, atol=1e-5)
 
 
-def test_closing_while_another_thread_holds_the_lock_frees_later(servers):
-    rpc.connect(servers[0])
-    (connection,) = rpc.connections()
+def test_closing_while_another_thread_holds_the_lock_frees_later():
     inside, over = threading.Event(), threading.Event()
 
     def talk():
@@ -34,18 +32,20 @@ def test_closing_while_another_thread_holds_the_lock_frees_later(servers):
             inside.set()
             over.wait()
 
-    ctx = ggml.Context()
-    ctx.new_tensor(ggml.F32, (4,))
-    ctx.alloc(servers[0])
-    thread = threading.Thread(target=talk)
-    thread.start()
-    inside.wait()
-    ctx.close()  # returns at once
-    # Only the thread that holds the lock may free the memory: only this private list shows that it waits.
-    assert len(connection._deferred) == 1
-    over.set()
-    thread.join()
-    assert not connection._deferred
+    with Pretender() as peer:
+        ctx = ggml.Context()
+        ctx.new_tensor(ggml.F32, (4,))
+        ctx.alloc(peer.endpoint)
+        (connection,) = rpc.connections()
+        thread = threading.Thread(target=talk)
+        thread.start()
+        inside.wait()
+        ctx.close()  # returns at once
+        assert Command.FREE_BUFFER not in peer.asked  # only the thread that holds the lock may free the memory
+        over.set()
+        thread.join()
+        assert peer.asked.count(Command.FREE_BUFFER) == 1
+        rpc.disconnect(peer.endpoint)
 
 
 def test_signals_do_not_interrupt_a_call_to_the_server(servers):
