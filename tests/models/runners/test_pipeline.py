@@ -1,156 +1,11 @@
-"""Pipeline stages of one device each: batches in flight, polled results, interrupted runs."""
+"""Pipeline stages of one device each: failures. ``tests/internals/test_models_pipeline.py`` has the order of work."""
 
-import threading
-from itertools import pairwise
-
-import numpy as np
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.core.op_sets import VIEWS
-from ggml_cffi.models.runners.pipeline import PipelineRunner
-from ggml_cffi.models.runners.stage import Stage
-from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
 from tests.support.splits import PROMPT, answers
-
-
-def test_batches_in_flight_agree_with_batches_in_turn(two_gpus, path, monkeypatch):
-    ids = [i % 50 for i in range(200)]
-    real = PipelineRunner._start
-    seen = []
-
-    def start(self, batch, slot):
-        seen.append(len(batch.tokens))
-        return real(self, batch, slot)
-
-    monkeypatch.setattr(PipelineRunner, "_start", start)
-    with models.load(path, two_gpus, "layer", n_batch=16) as model:
-        want = model.forward(ids)
-        assert not seen
-    with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
-        np.testing.assert_array_equal(model.forward(ids), want)
-        assert sum(seen) == 200
-        assert len(seen) == 13
-        assert next(model.generate_tokens(ids, 1, stop_at_end=False)) == want[-1].argmax()
-        assert len(seen) == 26
-    names = ("ggml_cffi stage", "ggml_cffi inputs")
-    assert not any(t.name.startswith(names) for t in threading.enumerate())
-
-
-def test_polling_and_waiting_give_the_same(two_gpus, path, monkeypatch):
-    """Compare waiting for the first GPU with polling its result."""
-    with models.load(path, two_gpus, "layer", n_batch=16) as model:
-        runner = model._runners[0]
-        first, second = runner.stages
-        found = []
-        for polling_it in (True, False, True):
-            with monkeypatch.context() as patch:
-                if not polling_it:
-                    patch.setattr(runner, "_run_polling", runner._run_waiting)
-                model.clear_cache()
-                found.append((answers(model, [PROMPT, PROMPT[:5]], 6), model.forward([3])))
-            assert {backend.name for _, backend in model.assignment()} == set(two_gpus)
-        assert found[0][0] == found[1][0] == found[2][0]
-        np.testing.assert_array_equal(found[0][1], found[1][1])
-        # The GPUs finish their work even if the run fails.
-        finished = []
-        for i, stage in enumerate(runner.stages):
-            finish = stage.finish
-            monkeypatch.setattr(stage, "finish", lambda i=i, finish=finish, **o: (finished.append((i, o)), finish(**o)))
-        for failing in (first, second):
-            for method in ("prepare", "run"):
-                monkeypatch.setattr(failing, method, raise_interrupt)
-                if failing is first and method == "run":
-                    model.forward([3])  # it is polled
-                else:
-                    with pytest.raises(KeyboardInterrupt):
-                        model.forward([3])
-                assert finished[-2:] == [(1, {"if_free": False}), (0, {"if_free": False})]
-                monkeypatch.delattr(failing, method)
-        finished.clear()
-        np.testing.assert_array_equal(model.forward([3]), found[1][1])
-        assert finished == [(i, {"if_free": free}) for i, free in ((0, True), (1, False), (0, False))]
-
-
-def raise_interrupt(*_args, **_options):
-    raise KeyboardInterrupt
-
-
-def test_a_later_stage_is_recorded_while_the_first_is_computed(two_gpus, path, monkeypatch):
-    monkeypatch.setattr(record_ahead, "FIRST_PART", 12)
-    with models.load(path, two_gpus, "layer", n_batch=16) as model:
-        runner = model._runners[0]
-        want = answers(model, [PROMPT, PROMPT[:5]], 6)
-        first, second = runner.stages
-        assert not any(step.deferred for p in first.programs for own in p.steps for step in own)
-        ((step,),) = second.programs[-1].steps
-        (_, deferred), rest = step.deferred, step.immediate[1::2]
-        (graph,) = second.programs[-1].step_graphs[0].graphs
-        assert len(graph) > 12 >= sum(t.op not in VIEWS for t in deferred_nodes(graph, deferred)) > 6
-        assert sum(len(deferred_nodes(graph, part)) for part in (deferred, *rest)) == len(graph)
-        counts, record = [], second.group.executor.record
-        note = lambda steps: (counts.append(begun(runner)), record(steps))  # noqa: E731
-        monkeypatch.setattr(second.group.executor, "record", note)
-        model.clear_cache()
-        assert answers(model, [PROMPT, PROMPT[:5]], 6) == want
-        assert len(counts) >= 10
-        assert all(one == other + 1 for one, other in counts)  # the first stage had begun, the second had not
-
-
-def begun(runner):
-    """Return the number of runs of each stage that have begun."""
-    return [stage.group.executor.steps_computed[0] for stage in runner.stages]
-
-
-def deferred_nodes(graph, pointer):
-    """Return the nodes of ``graph`` that a C graph has, without its fillers."""
-    own = {t.ptr: t for t in graph.nodes}
-    found = [ggml.c.ggml_graph_node(pointer, i) for i in range(ggml.c.ggml_graph_n_nodes(pointer))]
-    return [*dict.fromkeys(own[p] for p in found if p in own)]
-
-
-def test_after_a_timeout_the_device_is_waited_for(two_gpus, path, monkeypatch):
-    """The work that was recorded for the next GPU is discarded then, and recorded again."""
-    with models.load(path, two_gpus, "layer", n_batch=16) as model:
-        want = answers(model, [PROMPT, PROMPT[:5]], 12), model.forward([3])
-    monkeypatch.setattr(polling, "TIMEOUT", 0.0)
-    with models.load(path, two_gpus, "layer", n_batch=16) as model:
-        assert answers(model, [PROMPT, PROMPT[:5]], 12) == want[0]
-        np.testing.assert_array_equal(model.forward([3]), want[1])
-        first, second = model._runners[0].stages
-        assert sum(p.polled_output.n_timeouts for p in first.programs) > 10
-        assert any(step.deferred for p in second.programs for own in p.steps for step in own)
-
-
-def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatch):
-    """The inputs of the next batch are in other memory."""
-    ids = [i % 50 for i in range(96)]
-    prepare, compute = Stage.prepare, ParallelProgram.compute
-    places, started, changed = [], [], threading.Condition()
-
-    def note_prepare(self, *args):
-        program = prepare(self, *args)
-        with changed:
-            places.append(program.input_arrays[0].ctypes.data)
-            changed.notify_all()
-        return program
-
-    def compute_late(self, *args):
-        with changed:
-            started.append(self)
-            wanted = min(len(started) + 1, 6)  # of 6 batches
-            assert changed.wait_for(lambda: len(places) >= wanted, timeout=20), "the next inputs were not written"
-        compute(self, *args)
-
-    with models.load(path, two_gpus[:1], n_batch=16) as model:
-        want = model.forward(ids)
-        monkeypatch.setattr(Stage, "prepare", note_prepare)
-        monkeypatch.setattr(ParallelProgram, "compute", compute_late)
-        np.testing.assert_array_equal(model.forward(ids), want)
-    assert len(set(places)) == 2
-    assert all(a != b for a, b in pairwise(places))
 
 
 @pytest.mark.parametrize("what", ["writing", "computing"])
@@ -158,7 +13,7 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
     with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
         want = answers(model, [PROMPT * 4])
         model.clear_cache()
-        stage = model._runners[0].stages[1]
+        stage = model.batchers[0].runner.stages[1]
         calls = []
 
         def fail_at_second(real, concerned, *args):
@@ -180,25 +35,5 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
         with pytest.raises(ggml.GgmlError, match="the computation failed"):
             answers(model, [PROMPT * 4])
         monkeypatch.undo()
-        assert model._batchers[0].cache.slots.n_free == model._batchers[0].cache.slots.sequence.size
+        assert model.batchers[0].cache.slots.n_free == model.batchers[0].cache.slots.sequence.size
         assert answers(model, [PROMPT * 4]) == want
-
-
-def test_leaving_early_waits_for_batches_in_flight(two_gpus, path, monkeypatch):
-    """No device computes any more when other sequences get the KV slots."""
-    ids = [i % 50 for i in range(96)]
-    futures = []
-    real = PipelineRunner._start
-    monkeypatch.setattr(PipelineRunner, "_start", lambda *args: futures.append(real(*args)) or futures[-1])
-
-    def leave(_done):
-        raise KeyboardInterrupt
-
-    with models.load(path, two_gpus, "pipeline", n_batch=16) as model:
-        batcher = model._batchers[0]
-        with pytest.raises(KeyboardInterrupt) as caught:
-            batcher.logits(ids, 96, leave)
-        assert len(futures) > 1
-        assert all(future.done() for future in futures)
-        assert batcher.cache.slots.n_free == len(batcher.cache.slots)
-        assert caught.traceback  # it keeps the frames and their objects alive
