@@ -11,7 +11,7 @@ from ggml_cffi import c, flat
 from tests import cases
 from tests.support.flat_guide import CPU, F32
 
-NAMES = {getattr(c, name): name for name in c._LIBRARY if name in flat.__all__}
+NAMES = {getattr(c, name): name for name in dir(c) if name in flat.__all__ and name.startswith("ggml_")}
 
 BY_OP = {case.op: [same for same in cases.CASES if same.op == case.op] for case in cases.CASES}
 
