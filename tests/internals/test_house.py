@@ -216,3 +216,47 @@ def test_every_package_has_a_place_in_the_order_of_imports():
     """Every package of the house has a place in the order of imports."""
     rooms = {path.name for path in Path(PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert rooms <= set(LEVEL)
+
+
+#: Underscore names of others that tests outside this folder may use, each with its owner.
+FOREIGN = {
+    "_exit": "os",
+    "_fixtureinfo": "pytest",
+    "_ipython_display_": "IPython, which asks every object for it",
+    "_src_transpose": "a parameter of ggml's own test cases",
+}
+PRIVATE = re.compile(r"_[a-z]\w*", re.IGNORECASE)
+#: A private name of another object in a string, such as code for a process.
+PRIVATE_IN_TEXT = re.compile(r"\b(?!(?:self|cls)\.)\w+\.(_[a-z]\w*)", re.IGNORECASE)
+#: Functions whose second argument names an attribute of the first; the last one is mock's.
+BY_NAME = {"setattr", "getattr", "delattr", "hasattr", "object"}
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each use of a private name of another object, in strings with code as well."""
+    for node in ast.walk(tree):
+        owner: ast.expr | None = None
+        names: list[str] = []
+        match node:
+            case ast.Attribute(owner, name):
+                names = [name]
+            case ast.Call(function, [owner, ast.Constant(str(name)), *_]):
+                names = [name] if ast.unparse(function).rpartition(".")[2] in BY_NAME else []
+            case ast.ImportFrom(str(module), aliases) if module.partition(".")[0] == "ggml_cffi":
+                names = [*module.split("."), *(alias.name for alias in aliases)]
+            case ast.Constant(str(text)):
+                names = PRIVATE_IN_TEXT.findall(text)
+        if owner is None or ast.unparse(owner) not in ("self", "cls", "super()"):
+            yield from ((node.lineno, name) for name in names if PRIVATE.fullmatch(name))
+
+
+def test_tests_outside_this_folder_use_no_private_names():
+    """Tests of behaviour survive a change of the code inside; those that look inside belong to this folder."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line} {name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if "internals" not in path.parts
+        for line, name in private_names(ast.parse(path.read_text(encoding="utf-8")))
+        if name not in FOREIGN
+    ]
+    assert not found
