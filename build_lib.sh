@@ -3,8 +3,9 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=vendor/pins.env
-. "$root/vendor/pins.env"
+versions=$root/vendor/versions.txt
+default_version=$(awk '$2 ~ /^pypi:/ { v = $1 } END { print v }' "$versions")
+GGML_VERSION=$default_version
 out=$root/ggml_cffi/lib
 cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
 python=${PYTHON:-python3}
@@ -14,20 +15,21 @@ step="start"
 
 usage() {
     cat <<USAGE
-usage: ./build_lib.sh [--native | --portable] [--no-vulkan] [--no-cache] [--jobs N] [--source-only]
+usage: ./build_lib.sh [--version V] [--native | --portable] [--no-vulkan] [--no-cache] [--jobs N] [--source-only]
 
-Builds ggml $GGML_VERSION into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
+Builds ggml into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
 backends as plug-ins that are loaded on first use. It is safe to run again.
 
+  --version V    one of the versions in vendor/versions.txt (default: $default_version)
   --native       this machine's instructions (default)
   --portable     all CPU variants; ggml chooses one when it loads. For wheels
   --no-vulkan    build without the Vulkan plug-in
   --no-cache     build even if the cache has a build with the same content key
   --jobs N       parallel compiler jobs (default: $jobs)
-  --source-only  fetch and verify the source into vendor/ggml/, build nothing
+  --source-only  fetch and verify the source into vendor/ggml/VERSION, build nothing
 
 environment:
-  GGML_SOURCE_DIR   a ggml $GGML_VERSION tree to use instead of the download (verified like it)
+  GGML_SOURCE_DIR   a tree of that version of ggml to use instead of the download (verified like it)
   VULKAN_SDK        a Vulkan SDK to compile the shaders with
   CC, CXX           compilers
   PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
@@ -37,6 +39,7 @@ USAGE
 
 while [ $# -gt 0 ]; do
     case $1 in
+        --version) GGML_VERSION=${2:?--version needs a version}; shift ;;
         --native | --portable) mode=${1#--} ;;
         --no-vulkan) vulkan=no ;;
         --no-cache) use_cache=no ;;
@@ -64,40 +67,93 @@ quietly() {
 
 # ---------------------------------------------------------------- source
 tree_digest() { # digest of names and contents of the compiled files
-    (cd "$1" && find CMakeLists.txt ggml.pc.in cmake include src -type f | LC_ALL=C sort | tr '\n' '\0' |
+    (cd "$1" && find CMakeLists.txt ggml.pc.in cmake include src -type f 2>/dev/null | LC_ALL=C sort | tr '\n' '\0' |
         xargs -0 sha256sum | digest)
+}
+
+read_pin() { # sets origin, archive_sha256, folder and tree_sha256 of $GGML_VERSION
+    step="version"
+    local version
+    while read -r version origin archive_sha256 folder tree_sha256; do
+        [ "$version" != "$GGML_VERSION" ] || return 0
+    done <"$versions"
+    fail "ggml $GGML_VERSION is not in vendor/versions.txt, which has: $(grep -v '^#' "$versions" | cut -d' ' -f1 | tr '\n' ' ')"
 }
 
 get_source() {
     step="source"
+    source_dir=$root/vendor/ggml/$GGML_VERSION
+    if [[ $origin == deb:* ]]; then get_headers; return; fi
     if [ -n "${GGML_SOURCE_DIR:-}" ]; then
         source_dir=$GGML_SOURCE_DIR
         [ -f "$source_dir/CMakeLists.txt" ] || fail "GGML_SOURCE_DIR=$source_dir holds no CMakeLists.txt"
-        [ "$(tree_digest "$source_dir")" = "$GGML_TREE_SHA256" ] ||
-            fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/pins.env: its tree digest is $(tree_digest "$source_dir")"
+        [ "$(tree_digest "$source_dir")" = "$tree_sha256" ] ||
+            fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/versions.txt: its tree digest is $(tree_digest "$source_dir")"
         return
     fi
-    source_dir=$root/vendor/ggml
-    if [ -d "$source_dir" ] && [ "$(tree_digest "$source_dir")" = "$GGML_TREE_SHA256" ]; then return; fi
-    local name archive tmp
-    name=${GGML_SDIST%%==*}; name=${name//-/_}-${GGML_SDIST##*==}
+    if [ -d "$source_dir" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
+    local requirement=${origin#pypi:} name archive tmp depth
+    name=${requirement%%==*}; name=${name//-/_}-${requirement##*==}
     archive=$cache/source/$name.tar.gz
     mkdir -p "$cache/source"
     tmp=$(mktemp -d "$cache/source/tmp.XXXXXX")
-    if ! { [ -f "$archive" ] && echo "$GGML_SDIST_SHA256  $archive" | sha256 -c - >/dev/null 2>&1; }; then
-        say "downloading $GGML_SDIST"
+    if ! is_archive "$archive"; then
+        say "downloading $requirement"
         "$python" -m pip --version >/dev/null 2>&1 || fail "$python has no pip; install python3-pip or set PYTHON to a venv's python"
-        quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary "${GGML_SDIST%%==*}" -d "$tmp" "$GGML_SDIST"
-        echo "$GGML_SDIST_SHA256  $tmp/$name.tar.gz" | sha256 -c - >/dev/null 2>&1 ||
-            fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/pins.env: it is $(digest <"$tmp/$name.tar.gz")"
+        quietly "$tmp/pip.log" "$python" -m pip download -q --no-deps --no-binary "${requirement%%==*}" -d "$tmp" "$requirement"
+        is_archive "$tmp/$name.tar.gz" ||
+            fail "SHA-256 of $name.tar.gz is not the one pinned in vendor/versions.txt: it is $(digest <"$tmp/$name.tar.gz")"
         mv "$tmp/$name.tar.gz" "$archive"
     fi
-    tar -xzf "$archive" -C "$tmp"
-    [ "$(tree_digest "$tmp/$name/ggml")" = "$GGML_TREE_SHA256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/$name/ggml")"
-    rm -rf "$source_dir"
-    mv "$tmp/$name/ggml" "$source_dir"
+    mkdir "$tmp/tree"
+    depth=$(tr -dc / <<<"$name/$folder" | wc -c)
+    tar -xzf "$archive" -C "$tmp/tree" --strip-components=$((depth + 1)) "$name/$folder"
+    [ "$(tree_digest "$tmp/tree")" = "$tree_sha256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/tree")"
+    rm -rf "$source_dir"; mkdir -p "$(dirname "$source_dir")"
+    mv "$tmp/tree" "$source_dir"
     rm -rf "$tmp"
-    say "source verified: vendor/ggml ($GGML_VERSION)"
+    say "source verified: vendor/ggml/$GGML_VERSION"
+}
+
+is_archive() { [ -f "$1" ] && echo "$archive_sha256  $1" | sha256 -c - >/dev/null 2>&1; }
+
+# A Debian package with the headers alone. Its suite may have moved on to a newer version; then there is no file to check.
+get_headers() {
+    [ $only_source = yes ] || fail "of ggml $GGML_VERSION there are only headers (${origin#deb:}); build $default_version"
+    local suite=${origin#deb:} package archive tmp
+    package=${suite#*:}; suite=${suite%%:*}
+    archive=$cache/source/${package/=/_}.deb
+    if is_archive "$archive" && [ -d "$source_dir/include" ]; then return; fi
+    tmp=$(mktemp -d "$cache/apt.XXXXXX")
+    if ! is_archive "$archive"; then
+        say "downloading $package of Debian's suite $suite"
+        apt_download "$suite" "$tmp" "$package" || fail "Debian's suite $suite could not be asked for $package, or has a newer version"
+        mkdir -p "$cache/source"; mv "$tmp"/debs/*.deb "$archive"
+        is_archive "$archive" || fail "SHA-256 of $package is not the one pinned in vendor/versions.txt: it is $(digest <"$archive")"
+    fi
+    dpkg -x "$archive" "$tmp/files"
+    rm -rf "$source_dir"; mkdir -p "$source_dir"
+    mv "$tmp/files/$folder" "$source_dir/include"
+    rm -rf "$tmp"
+    say "headers verified: vendor/ggml/$GGML_VERSION"
+}
+
+# Download Debian or Ubuntu packages of any suite with the machine's own apt and keys; the system does not change.
+apt_download() { # suite, working folder, packages: the files are in its subfolder debs
+    local suite=$1 tmp=$2 label site keyring component apt; shift 2
+    command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+    # The mirror is that of the machine's own sources.
+    read -r label site < <(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' 2>/dev/null |
+        grep -m1 -E '^(Debian|Ubuntu) ') || { warn "apt knows no mirror yet; run apt-get update"; return 1; }
+    keyring=/usr/share/keyrings/${label,,}-archive-keyring.gpg
+    [ -f "$keyring" ] || keyring=""
+    mkdir -p "$tmp/lists/partial" "$tmp/cache/archives/partial" "$tmp/debs"
+    component="main"; [ "$suite" = devel ] && component="main universe"
+    echo "deb ${keyring:+[signed-by=$keyring]} $site $suite $component" >"$tmp/sources.list"
+    apt=(-qq -o "Dir::Etc::SourceList=$tmp/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$tmp/lists"
+        -o "Dir::Cache=$tmp/cache" -o APT::Sandbox::User= -o Acquire::Languages=none)
+    (apt-get "${apt[@]}" update && cd "$tmp/debs" && apt-get "${apt[@]}" download "$@") >"$tmp/apt.log" 2>&1 ||
+        { warn "apt could not fetch them: $(grep -m1 '^[EW]:' "$tmp/apt.log")"; return 1; }
 }
 
 # ---------------------------------------------------------------- tools
@@ -145,24 +201,13 @@ use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true
 # Newer suites of Debian and Ubuntu have newer tools. They are unpacked into a private prefix and run through the dynamic
 # loader of that prefix, so the system does not change.
 suite_tools() { # suite
-    local prefix=$cache/vulkan-tools-$1 tmp site label keyring component apt loader deb
+    local prefix=$cache/vulkan-tools-$1 tmp loader deb
     if [ ! -x "$prefix/glslc" ]; then
-        command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
-        # The mirror is that of the machine's own sources.
-        read -r label site < <(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' 2>/dev/null |
-            grep -m1 -E '^(Debian|Ubuntu) ') || { warn "apt knows no mirror yet; run apt-get update"; return 1; }
-        keyring=/usr/share/keyrings/${label,,}-archive-keyring.gpg
-        [ -f "$keyring" ] || keyring=""
         say "fetching shader tools of suite $1 with apt (private prefix; the system does not change)"
         mkdir -p "$cache"; tmp=$(mktemp -d "$cache/apt.XXXXXX")
-        mkdir -p "$tmp/lists/partial" "$tmp/cache/archives/partial" "$tmp/debs" "$tmp/prefix"
-        component="main"; [ "$1" = devel ] && component="main universe"
-        echo "deb ${keyring:+[signed-by=$keyring]} $site $1 $component" >"$tmp/sources.list"
-        apt=(-qq -o "Dir::Etc::SourceList=$tmp/sources.list" -o Dir::Etc::SourceParts=/dev/null -o "Dir::State::Lists=$tmp/lists"
-            -o "Dir::Cache=$tmp/cache" -o APT::Sandbox::User= -o Acquire::Languages=none)
-        (apt-get "${apt[@]}" update && cd "$tmp/debs" &&
-            apt-get "${apt[@]}" download glslc libshaderc1 libstdc++6 libgcc-s1 libc6 libvulkan-dev libvulkan1 spirv-headers) \
-            >"$tmp/apt.log" 2>&1 || { warn "apt could not fetch them: $(grep -m1 '^[EW]:' "$tmp/apt.log")"; rm -rf "$tmp"; return 1; }
+        apt_download "$1" "$tmp" glslc libshaderc1 libstdc++6 libgcc-s1 libc6 libvulkan-dev libvulkan1 spirv-headers ||
+            { rm -rf "$tmp"; return 1; }
+        mkdir "$tmp/prefix"
         for deb in "$tmp"/debs/*.deb; do dpkg -x "$deb" "$tmp/prefix"; done
         loader=$(cd "$tmp/prefix" && find . -name 'ld-linux*.so.*' | head -n 1)
         [ -n "$loader" ] || { rm -rf "$tmp"; return 1; }
@@ -204,13 +249,14 @@ build_part() {
     local name=$1 id=$2 key dir built targets=(); shift 2
     while [ "$1" != -- ]; do targets+=("$1"); shift; done; shift
     # Versions and flags determine a build; paths differ between machines, so the key excludes them.
-    key=$(printf '%s\n' "$GGML_TREE_SHA256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" | digest)
+    key=$(printf '%s\n' "$tree_sha256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" | digest)
     built=$cache/build/$name-${key:0:16}
     if [ $use_cache = no ] || [ ! -d "$built" ]; then
         step="configure $name"
         dir=$cache/build-tree/$name-${key:0:16}
         rm -rf "$dir"; mkdir -p "$dir" "$cache/build"
-        quietly "$dir/configure.log" cmake -S "$source_dir" -B "$dir" "${common[@]}" "$@"
+        # Without a git folder, ggml does not take the commit of this project for its own.
+        GIT_DIR=/nonexistent quietly "$dir/configure.log" cmake -S "$root/vendor" -B "$dir" "-DGGML_TREE=$source_dir" "${common[@]}" "$@"
         step="build $name"
         say "building $name: ${targets[*]} ($jobs jobs)"
         quietly "$dir/build.log" cmake --build "$dir" -j "$jobs" --target "${targets[@]}"
@@ -242,6 +288,7 @@ collect() { # build tree, destination
     done
 }
 
+read_pin
 get_source
 [ $only_source = no ] || exit 0
 get_build_tools
@@ -249,7 +296,11 @@ step="prepare"
 rm -rf "$out.tmp"; mkdir -p "$out.tmp"
 if [ $mode = native ]; then
     cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
-    build_part core "native $cpu_id" ggml ggml-base ggml-cpu -- -DGGML_NATIVE=ON
+    native=(-DGGML_NATIVE=ON)
+    # ggml 0.25.3's code for AMX ends the process with a general protection fault.
+    no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
+    build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
 else
     build_part core portable all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON
 fi

@@ -6,7 +6,8 @@ import argparse
 import difflib
 import sys
 
-from codegen import emit, flat, headers, operations
+from codegen import declarations, emit, flat, operations
+from codegen.versions import ROOT
 
 TARGETS = {
     "ggml_cffi/c/_decl.py": emit.decl,
@@ -21,34 +22,52 @@ TARGETS = {
 
 
 def stale() -> dict[str, str]:
-    """Return the generated files whose text differs from what the headers give, each with its diff."""
-    parsed = headers.read()
+    """Return the generated files whose text differs from what the headers give, each with its diff.
+
+    A version whose headers cannot be fetched is taken as its file in the repository declares it.
+    """
+    wanted, _ = declarations.files()
+    merged = declarations.merged()
+    wanted |= {name: render(merged) for name, render in TARGETS.items()}
     found = {}
-    for name, render in TARGETS.items():
-        path = headers.ROOT / name
+    for name, want in wanted.items():
+        path = ROOT / name
         have = path.read_text() if path.exists() else ""
-        want = render(parsed)
         if have != want:
             lines = difflib.unified_diff(have.splitlines(), want.splitlines(), name, "regenerated", lineterm="", n=1)
             found[name] = "\n".join(line[:200] for line in lines)
     return found
 
 
+def write() -> None:
+    """Write the generated files."""
+    versions, missing = declarations.files()
+    for version, reason in missing.items():
+        print(f"codegen: kept the declarations of ggml {version}, whose headers are missing: {reason}", file=sys.stderr)
+    _write(versions)
+    merged = declarations.merged()
+    _write({name: render(merged) for name, render in TARGETS.items()})
+
+
+def _write(files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(text)
+        print(f"wrote {name}", file=sys.stderr)
+
+
 def main() -> int:
     """Write the generated files, or list those that are stale."""
-    description = "Generate Python files and docs from the headers of the pinned ggml."
+    description = "Generate Python files and docs from the headers of the supported versions of ggml."
     parser = argparse.ArgumentParser(prog="python -m codegen", description=description)
     parser.add_argument("--check", action="store_true", help="write nothing; fail with a diff of each stale file")
     if parser.parse_args().check:
         found = stale()
         for diff in found.values():
             print(diff)
-        print(f"codegen: {len(found)} of {len(TARGETS)} files are stale" if found else "codegen: up to date")
+        print(f"codegen: {len(found)} files are stale" if found else "codegen: up to date")
         return 1 if found else 0
-    parsed = headers.read()
-    for name, render in TARGETS.items():
-        (headers.ROOT / name).write_text(render(parsed))
-        print(f"wrote {name}", file=sys.stderr)
+    write()
     return 0
 
 

@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pycparser import c_ast, c_generator, c_parser
 
-ROOT = Path(__file__).resolve().parent.parent
+from codegen.versions import Version
 
 #: Public headers in the order of their includes, with the library that exports their functions.
 HEADERS = {
@@ -73,43 +74,38 @@ class Function:
 
 @dataclass
 class Headers:
-    """Declarations of the public headers."""
+    """Declarations of the public headers of one version."""
 
     version: str
+    from_source: bool
     functions: list[Function] = field(default_factory=list)
     enums: dict[str, dict[str, int]] = field(default_factory=dict)
-    structs: dict[str, list[str]] = field(default_factory=dict)  # C type -> names of its fields
+    structs: dict[str, dict[str, int]] = field(default_factory=dict)
+    """For each C type its size in bytes, under the empty name, and the offsets of its fields."""
     macros: dict[str, int | str] = field(default_factory=dict)
-    cdef: str = ""
+    cdef: dict[str, str] = field(default_factory=dict)
+    """Text of each declaration by its name."""
+
+    def constants(self) -> dict[str, int | str]:
+        """Return the macros and the constants of all enums."""
+        return self.macros | {name: value for members in self.enums.values() for name, value in members.items()}
 
 
-def source_dir() -> Path:
-    """Return the pinned ggml tree; fetch it with ``build_lib.sh --source-only`` if it is missing."""
-    given = os.environ.get("GGML_SOURCE_DIR")
-    if given:
-        return Path(given)
-    tree = ROOT / "vendor" / "ggml"
-    if not (tree / "include" / "ggml.h").exists():
-        subprocess.run([str(ROOT / "build_lib.sh"), "--source-only"], check=True)
-    return tree
+def read(version: Version) -> Headers:
+    """Parse the public headers of a version.
 
-
-def pins() -> dict[str, str]:
-    """Return the NAME=value pairs of ``vendor/pins.env``."""
-    lines = (ROOT / "vendor" / "pins.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-
-
-def read() -> Headers:
-    """Parse the public headers of the pinned source."""
-    source = source_dir()
-    include = source / "include"
-    out = Headers(version=pins()["GGML_VERSION"])
-    registry = _defined_in(source / "src" / name for name in REGISTRY_SOURCES)
+    Raises
+    ------
+    MissingHeadersError
+        If the headers cannot be fetched.
+    """
+    folder = version.folder()
+    include = folder / "include"
+    out = Headers(version.name, version.has_source)
+    registry = _defined_in(folder / "src" / name for name in REGISTRY_SOURCES) if version.has_source else set()
     deprecated = set(_deprecated(include))
     generator = c_generator.CGenerator()
-    cdef: list[str] = []
-    seen: set[str] = set()
+    fields: dict[str, list[str]] = {}
 
     for node in c_parser.CParser().parse(_preprocessed(include)).ext:
         header = Path(node.coord.file).name if node.coord and node.coord.file else ""
@@ -129,17 +125,42 @@ def read() -> Headers:
             if isinstance(found, c_ast.Enum):
                 out.enums[found.name] = {e.name: int(e.value.value) for e in found.values.enumerators}
             elif found.name:
-                out.structs[f"struct {found.name}"] = [d.name for d in found.decls]
+                fields[f"struct {found.name}"] = [d.name for d in found.decls]
             elif isinstance(node, c_ast.Typedef):
-                out.structs[node.name] = [d.name for d in found.decls]
-        node_text = generator.visit(node).removeprefix("extern ") + ";\n"
-        if node_text not in seen:  # some typedefs stand in two headers
-            seen.add(node_text)
-            cdef.append(node_text)
+                fields[node.name] = [d.name for d in found.decls]
+        # Some typedefs stand in two headers.
+        out.cdef.setdefault(_declared_name(node), generator.visit(node).removeprefix("extern ") + ";\n")
 
+    out.structs = _layouts(include, fields)
     out.macros = _macros(include)
-    out.cdef = "".join(cdef)
     return out
+
+
+def _declared_name(node: c_ast.Node) -> str:
+    """Return the name of a declaration; that of a struct or an enum is its tag."""
+    if node.name is not None:
+        return f"typedef {node.name}" if isinstance(node, c_ast.Typedef) else str(node.name)
+    kind = type(node.type).__name__.lower()
+    return f"{kind} {node.type.name}" + ("" if getattr(node.type, "decls", True) else " forward")
+
+
+def _layouts(include: Path, structs: dict[str, list[str]]) -> dict[str, dict[str, int]]:
+    """Return the size of each struct and the offsets of its fields; a small C program tells them."""
+    queries = [(s, "", f"sizeof({s})") for s in structs]
+    queries += [(s, name, f"offsetof({s}, {name})") for s, names in structs.items() for name in names]
+    lines = [f'#include "{name}"\n' for name in HEADERS] + [
+        "#include <stddef.h>\n#include <stdio.h>\nint main(void) {\n"
+    ]
+    lines += [f'printf("%zu\\n", {expression});\n' for _, _, expression in queries]
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "layouts")
+        command = [_compiler(), f"-I{include}", "-x", "c", "-o", str(program), "-"]
+        subprocess.run(command, input="".join([*lines, "}\n"]), text=True, check=True)
+        numbers = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    found: dict[str, dict[str, int]] = {s: {} for s in structs}
+    for (struct, name, _), number in zip(queries, numbers, strict=True):
+        found[struct][name] = int(number)
+    return found
 
 
 def _function(

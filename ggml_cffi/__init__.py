@@ -7,7 +7,6 @@ objects (:class:`Device`, :class:`Backend`, :class:`Buffer`, :class:`Context`, :
 
 from typing import TYPE_CHECKING
 
-from ggml_cffi.c._decl import GGML_VERSION
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
@@ -38,6 +37,7 @@ from ggml_cffi.scheduler.splits import Split
 from ggml_cffi.session import CompiledFunction, Session, SessionDevicePlan, SessionPlan, TracedProgram, plan
 
 if TYPE_CHECKING:
+    from ggml_cffi.c import GGML_VERSION as GGML_VERSION  # not in __all__, since it loads the library
     from ggml_cffi.files import (
         GGUFFile,
         GGUFTensor,
@@ -65,6 +65,7 @@ __getattr__ = lazy_names(
         "ggml_cffi.files": """GGUFFile GGUFTensor GGUFValue LazyTensor RawTensor SafetensorsFile StoredTensor
             choose_types dequantize from_safetensors quantize quantize_file read_imatrix write_gguf""",
         "ggml_cffi.train": "SGD AdamW Optimizer gradients",
+        "ggml_cffi.c": "GGML_VERSION",
     },
 )
 
@@ -87,7 +88,6 @@ __all__ = [
     "F16",
     "F32",
     "F64",
-    "GGML_VERSION",
     "I8",
     "I16",
     "I32",

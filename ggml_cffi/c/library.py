@@ -1,31 +1,30 @@
 """Search for the C libraries, and their loading.
 
 The core (``base``, ``cpu``, ``ggml``) is looked for in ``$GGML_CFFI_LIBRARY_PATH``, in the package's own ``lib/``
-(filled by ``build_lib.sh``), in the ``libggml-python`` wheel and among the system's libraries, in that order. The
-first place with the right version is used. Plug-ins (``vulkan``, ``rpc``) come from the same place, and are
-loaded on first use only: until then, no GPU driver is loaded.
+(filled by ``build_lib.sh``), in the ``libggml-python`` wheel, in the environment's ``lib/`` (conda, Homebrew) and among
+the system's libraries, in that order. The first place with a supported version is used. Plug-ins (``vulkan``, ``rpc``)
+come from the same place or its folder of backends, else from ``$GGML_BACKEND_PATH``. They are loaded on first use only:
+until then, no GPU driver is loaded.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
-from ggml_cffi.c import log
-from ggml_cffi.c._decl import GGML_VERSION, ffi
+from ggml_cffi.c import log, versions
+from ggml_cffi.c._decl import VERSIONS, ffi
+from ggml_cffi.c.places import PREFIX, backend_folders, path, places, plugin_path, wheel
 from ggml_cffi.errors import LibraryMismatchError, LibraryNotFoundError
 
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
-_PREFIX = "" if sys.platform == "win32" else "lib"
 PLUGINS = ("vulkan", "rpc")
 
 _lock = threading.RLock()
 _loaded: dict[str, Any] = {}
 _missing: dict[str, LibraryNotFoundError] = {}
 _place: str | None = None
+_version = ""
 _pids: dict[str, int] = {}  # the process in which a plug-in was loaded
 
 
@@ -47,6 +46,51 @@ def load(name: str) -> Any:
         if name not in _loaded:
             _load_plugin(name)
         return _loaded[name]
+
+
+def function(place: str, name: str) -> Any:
+    """Return the C function ``name`` of a library.
+
+    Raises
+    ------
+    LibraryMismatchError
+        If the loaded version does not have it; the message says which version does.
+    """
+    library = load(place)
+    try:
+        return getattr(library, name)
+    except (AttributeError, ffi.error):
+        raise _lacking(name, name) from None
+
+
+def version() -> str:
+    """Load the core, and return its version."""
+    load("base")
+    return _version
+
+
+def declarations() -> str:
+    """Load the core, and return the newest supported version that is not newer than it."""
+    return versions.nearest(version())
+
+
+def provides(name: str) -> bool:
+    """Load the core, and return whether its version has the C function ``name``."""
+    return versions.provides(version(), name)
+
+
+def require(name: str, feature: str) -> None:
+    """Raise :class:`LibraryMismatchError` if the version lacks ``feature``, which came with the C function ``name``."""
+    if not provides(name):
+        raise _lacking(name, feature)
+
+
+def _lacking(name: str, feature: str) -> LibraryMismatchError:
+    return LibraryMismatchError(
+        f"{feature} needs ggml {versions.since(name)} or newer, but {_version} was loaded, from "
+        f"{_place or 'the system'}: build the newest with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder "
+        "that holds it"
+    )
 
 
 def available(plugin: str) -> bool:
@@ -71,31 +115,8 @@ def location() -> str | None:
     return _place
 
 
-def places() -> Iterator[tuple[str, str | None]]:
-    """Yield each place in the order of the search: its name, and its folder, None for the system's libraries."""
-    for entry in filter(None, os.environ.get("GGML_CFFI_LIBRARY_PATH", "").split(os.pathsep)):
-        yield "$GGML_CFFI_LIBRARY_PATH", entry
-    yield (
-        "the package's own libraries (build_lib.sh)",
-        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib"),
-    )
-    for root in _wheel():
-        for name in ("lib64", "lib", "bin"):
-            if os.path.isdir(folder := os.path.join(root, name)):
-                yield "the libggml-python wheel", folder
-    yield "the system's libraries", None
-
-
-def _wheel() -> list[str]:
-    """Return the folders of the installed libggml-python wheel."""
-    import importlib.util
-
-    found = importlib.util.find_spec("libggml")
-    return list(found.submodule_search_locations or ()) if found else []
-
-
 def _load_core() -> None:
-    global _place
+    global _place, _version
     # ggml would start a debugger for its backtrace when it aborts.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     reasons = []
@@ -103,46 +124,56 @@ def _load_core() -> None:
     for label, folder in places():
         where = f"{label}: {folder}" if folder else label
         try:
-            _loaded.update(_open_core(folder))
+            found, loaded = _open_core(folder)
         except (OSError, LibraryMismatchError) as error:
             mismatch = mismatch or isinstance(error, LibraryMismatchError)
             reasons.append(f"  {where}\n    {error}")
             continue
-        _place = folder
+        _loaded.update(found)
+        _place, _version = folder, loaded
         return
-    if not _wheel():
+    if not wheel():
         reasons.insert(-1, "  the libggml-python wheel\n    not installed")
     kind = LibraryMismatchError if mismatch else LibraryNotFoundError
     raise kind(
-        f"no usable libggml {GGML_VERSION} was found. Tried, in this order:\n" + "\n".join(reasons) + "\n"
-        "Install the prebuilt CPU library with `pip install libggml-python==0.20.2.post1`, or run ./build_lib.sh in a "
-        "source checkout, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml."
+        f"no usable libggml was found; supported are {versions.supported()}. Tried, in this order:\n"
+        + "\n".join(reasons)
+        + "\nInstall the prebuilt CPU library with `pip install libggml-python`, or run ./build_lib.sh in a source "
+        "checkout, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml."
     )
 
 
-def _open_core(folder: str | None) -> dict[str, Any]:
-    """Open base, cpu and ggml from ``folder``, and check that they match the declarations."""
-    base = ffi.dlopen(_path(folder, "ggml-base"))
-    version = ffi.string(base.ggml_version()).decode()
-    if version != GGML_VERSION:
-        raise LibraryMismatchError(f"it is version {version}, not {GGML_VERSION}")
-    size = base.ggml_tensor_overhead() - 32  # the pool's own header of an object
-    if size != ffi.sizeof("struct ggml_tensor"):
-        raise LibraryMismatchError(f"its ggml_tensor takes {size} bytes, not {ffi.sizeof('struct ggml_tensor')}")
+def _open_core(folder: str | None) -> tuple[dict[str, Any], str]:
+    """Open base, cpu and ggml from ``folder``, check them against the declarations, and return them and the version."""
+    base = ffi.dlopen(path(folder, "ggml-base"))
+    loaded = ffi.string(base.ggml_version()).decode()
+    versions.check_range(loaded)
+    versions.check_sizes(base)
     log.install(base)
+    core = ffi.dlopen(path(folder, "ggml"))
+    found = {"base": base, "cpu": _open_cpu(folder, core), "ggml": core}
+    if loaded not in VERSIONS:
+        versions.check_unknown(loaded, found)
+    return found, loaded
+
+
+def _open_cpu(folder: str | None, core: Any) -> Any:
+    """Open the CPU backend: the only one, or of several variants the best that runs on this machine."""
     try:
-        cpu = ffi.dlopen(_path(folder, "ggml-cpu"))
-        return {"base": base, "cpu": cpu, "ggml": ffi.dlopen(_path(folder, "ggml"))}
+        return ffi.dlopen(path(folder, "ggml-cpu"))
     except OSError:
-        names = sorted(os.listdir(folder)) if folder else []
-        variants = [os.path.join(folder or "", n) for n in names if n.startswith(f"{_PREFIX}ggml-cpu-")]
+        variants = [
+            os.path.join(place, name)
+            for place in backend_folders(folder)
+            for name in sorted(os.listdir(place))
+            if name.startswith(f"{PREFIX}ggml-cpu-")
+        ]
         if not variants:
             raise
-    core = ffi.dlopen(_path(folder, "ggml"))
     best = max(variants, key=_score)
     if _score(best) == 0 or core.ggml_backend_load(os.fsencode(best)) == ffi.NULL:
         raise OSError(f"none of its {len(variants)} CPU variants runs on this machine")
-    return {"base": base, "cpu": ffi.dlopen(best), "ggml": core}
+    return ffi.dlopen(best)
 
 
 def _score(variant: str) -> int:
@@ -155,25 +186,12 @@ def _score(variant: str) -> int:
         return 0
 
 
-def _path(folder: str | None, name: str) -> str:
-    file = f"{_PREFIX}{name}{_SUFFIX}"
-    versioned = {"darwin": f"lib{name}.0.dylib", "win32": file}.get(sys.platform, f"{file}.0")
-    if folder is None:
-        return versioned
-    if not os.path.isdir(folder):
-        raise OSError("no such folder")
-    for candidate in (os.path.join(folder, versioned), os.path.join(folder, file)):
-        if os.path.exists(candidate):
-            return os.path.realpath(candidate)
-    raise OSError(f"no {versioned} in it")
-
-
 def _load_plugin(name: str) -> None:
     if name in _missing:
         raise _missing[name]
     try:
-        path = _path(_place, f"ggml-{name}")
-        library = ffi.dlopen(path)  # raises with the reason, which ggml's own loader would only log
+        file = plugin_path(_place, name)
+        library = ffi.dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except OSError as error:
         _missing[name] = LibraryNotFoundError(
             f"the {name} plug-in of ggml cannot be loaded: {error}. "
@@ -181,8 +199,8 @@ def _load_plugin(name: str) -> None:
             + f"Build it with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml-{name}."
         )
         raise _missing[name] from None
-    if _loaded["ggml"].ggml_backend_load(os.fsencode(path)) == ffi.NULL:
-        _missing[name] = LibraryNotFoundError(f"the {name} plug-in was found at {path}, but it has no usable device")
+    if _loaded["ggml"].ggml_backend_load(os.fsencode(file)) == ffi.NULL:
+        _missing[name] = LibraryNotFoundError(f"the {name} plug-in was found at {file}, but it has no usable device")
         raise _missing[name]
     _pids[name] = os.getpid()
     _loaded[name] = library

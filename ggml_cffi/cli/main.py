@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import ggml_cffi
+from ggml_cffi.c import library
 from ggml_cffi.cli import bench, convert, devices, embed, fetch, gguf, perplexity, plan, quantize, rpc_server, run
 
 _COMMANDS = (devices, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
@@ -41,10 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Version(argparse.Action):
+    """Option that prints the versions; only then is the library loaded."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        try:
+            found = f"ggml {library.version()}, from {library.location() or 'the system'}"
+        except ggml_cffi.GgmlError as error:
+            found = f"no usable ggml: {error}"
+        print(f"ggml-cffi {ggml_cffi.__version__} ({found})")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ggml-cffi", description="ggml on every GPU of the machine.")
-    version = f"ggml-cffi {ggml_cffi.__version__} (ggml {ggml_cffi.GGML_VERSION})"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action=_Version, help="print the versions of this package and of ggml, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in _COMMANDS:
         module.register(commands)

@@ -53,7 +53,7 @@ from ggml_cffi.ops.custom import (
     map_custom3,
     map_custom3_inplace,
 )
-from ggml_cffi.ops.deepseek import dsv4_hc_comb, dsv4_hc_post, dsv4_hc_pre, lightning_indexer
+from ggml_cffi.ops.deepseek import dsv4_hc_comb, dsv4_hc_post, dsv4_hc_pre, dsv4_hc_pre_gated, lightning_indexer
 from ggml_cffi.ops.elementwise import (
     add,
     add_cast,
@@ -83,6 +83,7 @@ from ggml_cffi.ops.glu import (
     reglu_split,
     reglu_swapped,
     swiglu,
+    swiglu_clamp,
     swiglu_oai,
     swiglu_split,
     swiglu_swapped,
@@ -140,6 +141,7 @@ from ggml_cffi.ops.unary import (
     ceil,
     ceil_inplace,
     clamp,
+    clamp_inplace,
     cos,
     cos_inplace,
     elu,
@@ -212,6 +214,7 @@ __all__ = [
     "ceil",
     "ceil_inplace",
     "clamp",
+    "clamp_inplace",
     "col2im_1d",
     "concat",
     "cont",
@@ -248,6 +251,7 @@ __all__ = [
     "dsv4_hc_comb",
     "dsv4_hc_post",
     "dsv4_hc_pre",
+    "dsv4_hc_pre_gated",
     "dup",
     "dup_inplace",
     "elu",
@@ -383,6 +387,7 @@ __all__ = [
     "sum",
     "sum_rows",
     "swiglu",
+    "swiglu_clamp",
     "swiglu_oai",
     "swiglu_split",
     "swiglu_swapped",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized, type_size
 from ggml_cffi.core.tensor import Tensor
@@ -222,7 +223,8 @@ def flash_attn_ext(
     ValueError
         If shapes or types do not fit.
 
-    C: ``ggml_flash_attn_ext``, ``ggml_flash_attn_ext_set_prec`` (F32), ``ggml_flash_attn_ext_add_sinks``.
+    C: ``ggml_flash_attn_ext``, ``ggml_prec_set_acc`` (F32; ``ggml_flash_attn_ext_set_prec`` before ggml 0.25.3),
+    ``ggml_flash_attn_ext_add_sinks``.
     Source: Dao et al., FlashAttention, 2022; Xiao et al., Attention Sinks, 2023.
     """
     ctx = result_context("flash_attn_ext", q, k, v, optional=(mask, sinks), ctx=ctx)
@@ -268,7 +270,8 @@ def flash_attn_ext(
         max_bias,
         logit_softcap,
     )
-    c.ggml_flash_attn_ext_set_prec(out.ptr, Prec.F32)
+    set_prec = c.ggml_prec_set_acc if library.provides("ggml_prec_set_acc") else c.ggml_flash_attn_ext_set_prec
+    set_prec(out.ptr, Prec.F32)
     if sinks is not None:
         c.ggml_flash_attn_ext_add_sinks(out.ptr, sinks.ptr)
     return out

@@ -227,6 +227,7 @@ def rope_ext_back(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     mode: RopeMode = RopeMode.NORMAL,
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
@@ -243,7 +244,7 @@ def rope_ext_back(
     ----------
     a
         Gradient of the result, ``(..., n_tokens, n_heads, head_size)``, F32 or F16, contiguous rows of even size.
-    positions, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    positions, n_dims, offset, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
         As for ``rope_ext``.
     freq_factors
         ``(head_size / 2,)`` or longer, F32.
@@ -253,11 +254,11 @@ def rope_ext_back(
     ValueError
         If shapes, types or parameters do not fit.
 
-    C: ``ggml_rope_ext_back``.
+    C: ``ggml_rope_ext_back``, ``ggml_rope_set_offset``.
     """
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
     op, function = "rope_ext_back", c.ggml_rope_ext_back
-    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx)
+    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, offset=offset)
 
 
 def rope_multi_back(
@@ -266,6 +267,7 @@ def rope_multi_back(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     sections: Sequence[int],
     mode: RopeMode = RopeMode.MROPE,
     n_ctx_orig: int = 0,
@@ -289,7 +291,7 @@ def rope_multi_back(
         ``(head_size / 2,)`` or longer, F32.
     n_dims
         Number of rotated elements of a head; even. Half of the head for ``RopeMode.VISION``.
-    sections, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    offset, sections, mode, n_ctx_orig, freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
         As for ``rope_multi``.
 
     Raises
@@ -297,8 +299,10 @@ def rope_multi_back(
     ValueError
         If shapes, types or parameters do not fit.
 
-    C: ``ggml_rope_multi_back``.
+    C: ``ggml_rope_multi_back``, ``ggml_rope_set_offset``.
     """
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
     op, function = "rope_multi_back", c.ggml_rope_multi_back
-    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections)
+    return build_rope(
+        op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections, offset=offset
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
@@ -13,6 +14,7 @@ __all__ = [
     "dsv4_hc_comb",
     "dsv4_hc_post",
     "dsv4_hc_pre",
+    "dsv4_hc_pre_gated",
     "lightning_indexer",
 ]
 
@@ -149,7 +151,39 @@ def dsv4_hc_pre(x: Tensor, weights: Tensor, *, ctx: Context | None = None) -> Te
     return ctx.build(c.ggml_dsv4_hc_pre, 2, x.ptr, weights.ptr)
 
 
-def dsv4_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, ctx: Context | None = None) -> Tensor:
+def dsv4_hc_pre_gated(x: Tensor, gate: Tensor, scale: float = 1.0, *, ctx: Context | None = None) -> Tensor:
+    """Compute the input of a layer with gated hyper-connections: ``scale * sum_s(x[t, s] * sigmoid(gate[t, s]))``.
+
+    Parameters
+    ----------
+    x
+        ``(n_tokens, n_streams, n_embd)``, F32.
+    gate
+        The shape and type of ``x``.
+
+    Returns
+    -------
+    Tensor
+        ``(n_tokens, n_embd)``, F32.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit.
+
+    It needs ggml 0.25.3. C: ``ggml_dsv4_hc_pre_gated``.
+    """
+    op = "dsv4_hc_pre_gated"
+    ctx = result_context(op, x, gate, ctx=ctx)
+    _need_f32(op, x=x, gate=gate)
+    if x.ndim != 3 or not x.ne[1] or gate.shape != x.shape:
+        raise op_error(op, "x and gate must both be (n_tokens, n_streams, n_embd)", x=x, gate=gate)
+    return ctx.build(c.ggml_dsv4_hc_pre_gated, 2, x.ptr, gate.ptr, check_real(op, "scale", scale))
+
+
+def dsv4_hc_post(
+    x: Tensor, residual: Tensor, post: Tensor, comb: Tensor | None = None, *, ctx: Context | None = None
+) -> Tensor:
     """Compute the streams after a layer with hyper-connections: ``out[t] = outer(post[t], x[t]) + comb[t].T @
     residual[t]``.
 
@@ -162,7 +196,8 @@ def dsv4_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, ctx
     post
         ``(n_tokens, n_streams)``, F32.
     comb
-        ``(n_tokens, n_streams, n_streams)``, F32: axes of the streams before and after the layer.
+        ``(n_tokens, n_streams, n_streams)``, F32: axes of the streams before and after the layer. Without it
+        the streams are not mixed, which needs ggml 0.25.3.
 
     Returns
     -------
@@ -177,15 +212,21 @@ def dsv4_hc_post(x: Tensor, residual: Tensor, post: Tensor, comb: Tensor, *, ctx
     C: ``ggml_dsv4_hc_post``. Source: Xie et al., mHC: Manifold-Constrained Hyper-Connections, 2025.
     """
     op = "dsv4_hc_post"
-    ctx = result_context(op, x, residual, post, comb, ctx=ctx)
-    _need_f32(op, x=x, residual=residual, post=post, comb=comb)
+    ctx = result_context(op, x, residual, post, optional=(comb,), ctx=ctx)
+    _need_f32(op, x=x, residual=residual, post=post)
     n_embd, streams, tokens, _ = residual.ne
     if residual.ndim != 3 or not streams or x.shape != (tokens, n_embd):
         rule = "x must be (n_tokens, n_embd), and residual (n_tokens, n_streams, n_embd)"
         raise op_error(op, rule, x=x, residual=residual)
-    if post.shape != (tokens, streams) or comb.shape != (tokens, streams, streams):
+    if post.shape != (tokens, streams) or (comb is not None and comb.shape != (tokens, streams, streams)):
         raise op_error(op, "post and comb do not fit residual", residual=residual, post=post, comb=comb)
-    return ctx.build(c.ggml_dsv4_hc_post, 3, x.ptr, residual.ptr, post.ptr, comb.ptr)
+    if comb is None:
+        library.require("ggml_dsv4_hc_pre_gated", "dsv4_hc_post without comb")
+        mixing = c.NULL
+    else:
+        _need_f32(op, comb=comb)
+        mixing = comb.ptr
+    return ctx.build(c.ggml_dsv4_hc_post, 3, x.ptr, residual.ptr, post.ptr, mixing)
 
 
 def _need_f32(op: str, **operands: Tensor) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "reglu_split",
     "reglu_swapped",
     "swiglu",
+    "swiglu_clamp",
     "swiglu_oai",
     "swiglu_split",
     "swiglu_swapped",
@@ -175,6 +176,16 @@ def geglu_quick_split(x: Tensor, y: Tensor, *, ctx: Context | None = None) -> Te
     C: ``ggml_geglu_quick_split``.
     """
     return _split("geglu_quick_split", c.ggml_geglu_quick_split, x, y, ctx)
+
+
+def swiglu_clamp(x: Tensor, y: Tensor, limit: float, *, ctx: Context | None = None) -> Tensor:
+    """Compute SwiGLU with limits: ``silu(min(x, limit)) * clip(y, -limit, limit)``. F32 or F16; ``limit`` is 0 or more.
+
+    It needs ggml 0.25.3. C: ``ggml_swiglu_clamp``.
+    """
+    return _split(
+        "swiglu_clamp", c.ggml_swiglu_clamp, x, y, ctx, check_real("swiglu_clamp", "limit", limit, lowest=0.0)
+    )
 
 
 def swiglu_oai(x: Tensor, y: Tensor, alpha: float, limit: float, *, ctx: Context | None = None) -> Tensor:

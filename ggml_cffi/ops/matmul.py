@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
@@ -54,7 +55,14 @@ def _check_product(a: Tensor, b: Tensor) -> tuple[Head, Head, Head]:
     return heads
 
 
-def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
+def mul_mat(
+    a: Tensor,
+    b: Tensor,
+    *,
+    prec: Prec = Prec.DEFAULT,
+    b_prec: Prec = Prec.DEFAULT,
+    ctx: Context | None = None,
+) -> Tensor:
     """Multiply ``b @ a.T``: every row of ``b`` by every row of ``a``.
 
     Parameters
@@ -68,6 +76,9 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
         ``Prec.F32`` requests sums in F32. By default GPUs may sum in F16, which is faster, with errors of about 1e-3 to
         1e-2. For products of more than 8 rows, ggml's Vulkan backend rounds operands to F16 in any case, also F32 ones:
         values beyond 65504 become infinite. ``GGML_VK_DISABLE_F16=1`` in the environment keeps them F32.
+    b_prec
+        Least precision that the backend may convert ``b`` to: ``Prec.F32``, ``BF16``, ``F16``, ``Q8`` or ``Q4``. A
+        backend may convert to less than its default only if this allows it. It needs ggml 0.25.3.
     ctx
         Context of the result. Default: the youngest context of the operands.
 
@@ -81,7 +92,7 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
     ValueError
         If the sizes or types do not fit.
 
-    C: ``ggml_mul_mat``, ``ggml_mul_mat_set_prec``.
+    C: ``ggml_mul_mat``, ``ggml_prec_set_acc`` (``ggml_mul_mat_set_prec`` before ggml 0.25.3), ``ggml_prec_set_src``.
     """
     if not (ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context):
         ctx = result_context("mul_mat", a, b, ctx=ctx)
@@ -91,9 +102,22 @@ def mul_mat(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | N
     # If b is a vector, so is the result: (k,) -> (n,).
     ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
     out = (ctx or a.context).emit(c.ggml_mul_mat, ndim, known[2], a.ptr, b.ptr)
-    if prec is not Prec.DEFAULT:
-        c.ggml_mul_mat_set_prec(out.ptr, Prec(prec))
+    if prec is not Prec.DEFAULT or b_prec is not Prec.DEFAULT:
+        _set_precision("mul_mat", out, prec, b_prec)
     return out
+
+
+def _set_precision(op: str, out: Tensor, prec: Prec, b_prec: Prec) -> None:
+    """Request a precision of the sums of a product, and of its second operand."""
+    prec, b_prec = Prec(prec), Prec(b_prec)
+    if prec in (Prec.Q8, Prec.Q4):
+        raise ValueError(f"{op}: prec must be F32, BF16 or F16, not {prec.name}: sums are not quantized")
+    if prec not in (Prec.DEFAULT, Prec.F32):
+        library.require("ggml_prec_set_acc", f"{op} with prec {prec.name}")
+    set_prec = c.ggml_prec_set_acc if library.provides("ggml_prec_set_acc") else c.ggml_mul_mat_set_prec
+    set_prec(out.ptr, prec)
+    if b_prec is not Prec.DEFAULT:
+        c.ggml_prec_set_src(out.ptr, b_prec, 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Context | None = None) -> Tensor:
@@ -125,7 +149,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
     return add(y, bias, ctx=ctx)
 
 
-def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None) -> Tensor:
+def mul_mat_id(
+    a: Tensor,
+    b: Tensor,
+    ids: Tensor,
+    *,
+    prec: Prec = Prec.DEFAULT,
+    b_prec: Prec = Prec.DEFAULT,
+    ctx: Context | None = None,
+) -> Tensor:
     """Multiply each row of ``b`` by the matrix of its expert: ``b[t, e] @ a[ids[t, e]].T``.
 
     Parameters
@@ -137,7 +169,10 @@ def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None)
         experts of a token share.
     ids
         ``(n_tokens, n_used)``, I32 with contiguous rows: an input, or a result of argsort, such as that of the router's
-        scores. Values must be 0 to ``n_experts - 1``; an input is checked when its values are set.
+        scores. Values must be 0 to ``n_experts - 1``; an input is checked when its values are set. No token may have
+        the same expert twice: backends differ then.
+    prec, b_prec
+        As for :func:`mul_mat`; both need ggml 0.25.3.
 
     Returns
     -------
@@ -149,7 +184,8 @@ def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None)
     ValueError
         If the shapes or types do not fit, or ``ids`` already holds values out of range.
 
-    C: ``ggml_mul_mat_id``. Source: Shazeer et al., Outrageously Large Neural Networks, 2017.
+    C: ``ggml_mul_mat_id``, ``ggml_prec_set_acc``, ``ggml_prec_set_src``.
+    Source: Shazeer et al., Outrageously Large Neural Networks, 2017.
     """
     ctx = result_context("mul_mat_id", a, b, ids, ctx=ctx)
     an, bn, rn = a.ne, b.ne, ids.ne
@@ -166,7 +202,12 @@ def mul_mat_id(a: Tensor, b: Tensor, ids: Tensor, *, ctx: Context | None = None)
         raise op_error("mul_mat_id", f"more than {MAX_GROUPS} experts, or experts per token", a=a, b=b, ids=ids)
     limit_row_numbers("mul_mat_id", ids, an[2], "experts")
     check_result("mul_mat_id", (an[1], rn[0], bn[2], 1))
-    return ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
+    if prec is not Prec.DEFAULT:
+        library.require("ggml_prec_set_acc", "mul_mat_id with prec")
+    out = ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
+    if prec is not Prec.DEFAULT or b_prec is not Prec.DEFAULT:
+        _set_precision("mul_mat_id", out, prec, b_prec)
+    return out
 
 
 def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:

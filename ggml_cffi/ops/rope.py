@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
@@ -73,6 +74,8 @@ def build_rope(
     numbers: tuple[float, ...],
     ctx: Context | None,
     sections: Sequence[int] | None = None,
+    *,
+    offset: int = 0,
 ) -> Tensor:
     """Check the operands and parameters of a rotation, and build its node with ``function``."""
     ctx = result_context(op, a, positions, optional=(freq_factors,), ctx=ctx)
@@ -83,13 +86,28 @@ def build_rope(
     n_dims = check_integer(op, "n_dims", n_dims, -(2**31))
     if n_dims < 2 or n_dims % 2 or n_dims > a.ne[0]:
         raise op_error(op, f"n_dims must be even and 2 to the size of a head, not {n_dims}", a=a)
+    offset = _check_offset(op, a, n_dims, mode, offset)
     if freq_factors is not None:
         _check_factors(op, a, freq_factors)
     n_ctx_orig = check_integer(op, "n_ctx_orig", n_ctx_orig, 0)
     checked = _check_numbers(op, n_ctx_orig, numbers)
     factors = freq_factors.ptr if freq_factors is not None else c.NULL
     sizes = () if sections is None else (_check_sections(op, a, mode, n_dims, sections),)
-    return ctx.build(function, a.ndim, a.ptr, positions.ptr, factors, n_dims, *sizes, mode, n_ctx_orig, *checked)
+    out = ctx.build(function, a.ndim, a.ptr, positions.ptr, factors, n_dims, *sizes, mode, n_ctx_orig, *checked)
+    if offset:
+        c.ggml_rope_set_offset(out.ptr, offset)
+    return out
+
+
+def _check_offset(op: str, a: Tensor, n_dims: int, mode: RopeMode, offset: int) -> int:
+    offset = check_integer(op, "offset", offset, 0)
+    if offset:
+        library.require("ggml_rope_set_offset", f"{op} with an offset")
+        if mode is RopeMode.VISION:
+            raise ValueError(f"{op}: the mode VISION rotates the whole head, so it has no offset")
+        if offset % 2 or offset + n_dims > a.ne[0]:
+            raise op_error(op, f"offset must be even and at most the head's size less n_dims, not {offset}", a=a)
+    return offset
 
 
 def _check_positions(op: str, a: Tensor, positions: Tensor, freq_factors: Tensor | None, per_token: int) -> None:
@@ -158,6 +176,7 @@ def rope_ext(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     mode: RopeMode = RopeMode.NORMAL,
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
@@ -182,6 +201,8 @@ def rope_ext(
         ``(head_size / 2,)`` or longer, F32; values from ``n_dims / 2`` on have no effect.
     n_dims
         Number of rotated elements of a head; even.
+    offset
+        First rotated element of a head; even. An offset needs ggml 0.25.3.
     mode
         Elements that form a pair: ``RopeMode.NORMAL`` or ``NEOX``.
     n_ctx_orig, ext_factor, attn_factor, beta_fast, beta_slow
@@ -197,10 +218,12 @@ def rope_ext(
     ValueError
         If the shapes, types or numbers do not fit.
 
-    C: ``ggml_rope_ext``. Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023.
+    C: ``ggml_rope_ext``, ``ggml_rope_set_offset``. Source: Su et al., RoFormer, 2021; Peng et al., YaRN, 2023.
     """
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
-    return build_rope("rope_ext", c.ggml_rope_ext, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx)
+    return build_rope(
+        "rope_ext", c.ggml_rope_ext, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, offset=offset
+    )
 
 
 def rope_ext_inplace(
@@ -209,6 +232,7 @@ def rope_ext_inplace(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     mode: RopeMode = RopeMode.NORMAL,
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
@@ -222,7 +246,7 @@ def rope_ext_inplace(
     """Compute :func:`rope_ext` in place: write the result over ``a``. C: ``ggml_rope_ext_inplace``."""
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
     op, function = "rope_ext_inplace", c.ggml_rope_ext_inplace
-    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx)
+    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, offset=offset)
 
 
 def rope_multi(
@@ -231,6 +255,7 @@ def rope_multi(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     sections: Sequence[int],
     mode: RopeMode = RopeMode.MROPE,
     n_ctx_orig: int = 0,
@@ -254,6 +279,8 @@ def rope_multi(
         ``(4 * n_tokens,)``, I32: the first positions of all tokens, then the second, and so on.
     n_dims
         Number of rotated elements of a head; even. Half of the head for ``VISION``, which rotates the whole head.
+    offset
+        First rotated element of a head; even. An offset needs ggml 0.25.3.
     sections
         Four sizes, in pairs. ``VISION`` uses two: they sum to ``head_size / 2``, or the other two are 0.
     mode
@@ -264,11 +291,13 @@ def rope_multi(
     ValueError
         If the shapes, types or numbers do not fit.
 
-    C: ``ggml_rope_multi``. Source: Wang et al., Qwen2-VL, 2024.
+    C: ``ggml_rope_multi``, ``ggml_rope_set_offset``. Source: Wang et al., Qwen2-VL, 2024.
     """
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
     op, function = "rope_multi", c.ggml_rope_multi
-    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections)
+    return build_rope(
+        op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections, offset=offset
+    )
 
 
 def rope_multi_inplace(
@@ -277,6 +306,7 @@ def rope_multi_inplace(
     freq_factors: Tensor | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     sections: Sequence[int],
     mode: RopeMode = RopeMode.MROPE,
     n_ctx_orig: int = 0,
@@ -291,4 +321,6 @@ def rope_multi_inplace(
     """Compute :func:`rope_multi` in place: write the result over ``a``. C: ``ggml_rope_multi_inplace``."""
     numbers = (freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow)
     op, function = "rope_multi_inplace", c.ggml_rope_multi_inplace
-    return build_rope(op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections)
+    return build_rope(
+        op, function, a, positions, freq_factors, n_dims, mode, n_ctx_orig, numbers, ctx, sections, offset=offset
+    )

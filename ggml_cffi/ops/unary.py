@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._operands import FLOATS, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import check_real
+from ggml_cffi.ops.update import dup
 
 __all__ = [
     "abs",
@@ -23,6 +25,7 @@ __all__ = [
     "ceil",
     "ceil_inplace",
     "clamp",
+    "clamp_inplace",
     "cos",
     "cos_inplace",
     "elu",
@@ -366,7 +369,7 @@ def leaky_relu(a: Tensor, negative_slope: float = 0.01, *, inplace: bool = False
 
 
 def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> Tensor:
-    """Limit each element to the range from ``low`` to ``high``, in place. F32 or F16.
+    """Limit each element to the range from ``low`` to ``high``. F32 or F16.
 
     Raises
     ------
@@ -375,13 +378,26 @@ def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> 
 
     C: ``ggml_clamp``.
     """
-    low, high = check_real("clamp", "low", low, infinite=True), check_real("clamp", "high", high, infinite=True)
-    if low > high:
-        raise ValueError(f"clamp: low {low} is above high {high}")
-    ctx = result_context("clamp", a, ctx=ctx)
-    if not a.is_contiguous:  # the CPU kernel assumes a constant distance between rows
-        raise op_error("clamp", "a must be contiguous (use cont)", a=a)
+    low, high = _check_range("clamp", a, low, high)
+    if not library.provides("ggml_clamp_inplace"):  # older versions always write over the operand
+        a = dup(a, ctx=ctx)
     return _unary("clamp", c.ggml_clamp, a, ctx, low, high, types=_F32_F16)
+
+
+def clamp_inplace(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> Tensor:
+    """Compute :func:`clamp` in place: write the result over ``a``. C: ``ggml_clamp_inplace``."""
+    low, high = _check_range("clamp_inplace", a, low, high)
+    function = c.ggml_clamp_inplace if library.provides("ggml_clamp_inplace") else c.ggml_clamp
+    return _unary("clamp_inplace", function, a, ctx, low, high, types=_F32_F16)
+
+
+def _check_range(op: str, a: Tensor, low: float, high: float) -> tuple[float, float]:
+    low, high = check_real(op, "low", low, infinite=True), check_real(op, "high", high, infinite=True)
+    if low > high:
+        raise ValueError(f"{op}: low {low} is above high {high}")
+    if isinstance(a, Tensor) and not a.is_contiguous:  # the CPU kernel assumes a constant distance between rows
+        raise op_error(op, "a must be contiguous (use cont)", a=a)
+    return low, high
 
 
 def xielu(a: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float, *, ctx: Context | None = None) -> Tensor:

@@ -9,8 +9,8 @@ from ggml_cffi import c
 from ggml_cffi.c import library
 from ggml_cffi.core.device import Device, add_remote, devices_of
 from ggml_cffi.rpc.connection import Connection
-from ggml_cffi.rpc.handshake import Address, Health, open_server, parse_endpoint, probe, resolve, version_text
-from ggml_cffi.rpc.protocol import PROTOCOL
+from ggml_cffi.rpc.handshake import Address, Health, open_server, parse_endpoint, probe, protocol, resolve
+from ggml_cffi.rpc.protocol import version_text
 
 _lock = threading.RLock()
 _connections: dict[Address, Connection] = {}
@@ -54,7 +54,7 @@ def connect(endpoint: str, *, timeout: float = 10.0, patience: float = 300.0) ->
         known = _known(address)
         if known is None:
             server, _ = open_server(name, address, timeout)
-            known = Connection(name, server, patience)
+            known = Connection(name, server, protocol(), patience)
             try:
                 _add_devices(known)
             except BaseException:
@@ -91,7 +91,7 @@ def _add_devices(connection: Connection) -> None:
     connection.ping = lambda: c.ggml_backend_dev_memory(pointers[0], free, total)
     # The devices are not added to ggml's registry, which never removes a device.
     for i, pointer in enumerate(pointers):
-        text = f"device {i + 1} of {len(pointers)} of an RPC server (protocol {version_text(PROTOCOL)})"
+        text = f"device {i + 1} of {len(pointers)} of an RPC server (protocol {version_text(protocol())})"
         add_remote(pointer, f"{connection.name}/{i}" if i else connection.name, text, connection)
 
 
@@ -152,4 +152,4 @@ def health(endpoint: str, *, timeout: float = 5.0) -> Health:
         start = time.perf_counter()
         connection.wait()
         seconds = time.perf_counter() - start
-    return Health(PROTOCOL, seconds, [d.memory() for d in devices_of(connection)])
+    return Health(protocol(), seconds, [d.memory() for d in devices_of(connection)])

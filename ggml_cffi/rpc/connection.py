@@ -26,7 +26,7 @@ from typing import Any
 from ggml_cffi.core.child_process import ChildProcess
 from ggml_cffi.core.locks import RemoteLock
 from ggml_cffi.errors import BackendCrashedError, ClosedError, GgmlError
-from ggml_cffi.rpc.protocol import DISCONNECT, STATE_SIZE
+from ggml_cffi.rpc.protocol import DISCONNECT, STATE_SIZE, Version, version_text
 
 # Signals from outside for which a program may have a handler. Any of them would make a call in C fail.
 _NAMES = "ALRM", "CHLD", "CONT", "HUP", "INT", "IO", "PROF", "TERM", "URG", "USR1", "USR2", "VTALRM", "WINCH"
@@ -56,11 +56,13 @@ class Connection(RemoteLock):
         The server in messages.
     server
         The connected socket after the handshake. The proxy inherits it, and this process closes its own copy.
+    protocol
+        The version of the protocol that ggml's client and the server speak.
     patience
         Seconds that the server may be silent while an answer is due.
     """
 
-    def __init__(self, name: str, server: socket.socket, patience: float) -> None:
+    def __init__(self, name: str, server: socket.socket, protocol: Version, patience: float) -> None:
         if not hasattr(os, "splice"):
             raise GgmlError("remote devices need Linux: this system has no splice")
         self.name = name
@@ -81,7 +83,16 @@ class Connection(RemoteLock):
             """The proxy's address, to which ggml's client connects instead of the server's."""
             fds = [source.fileno() for source in (listener, server, file)]
             self.proxy = ChildProcess(
-                [sys.executable, "-I", "-S", "-c", _proxy_program(), *map(str, fds), str(patience)],
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-c",
+                    _proxy_program(),
+                    *map(str, fds),
+                    version_text(protocol),
+                    str(patience),
+                ],
                 name=f"the proxy of {name}",
                 lifeline=True,
                 pass_fds=fds,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ggml_cffi import c
 from ggml_cffi.core.device import Memory
 from ggml_cffi.errors import RemoteError
-from ggml_cffi.rpc.protocol import ANSWER_HEAD, ANSWERS, PROTOCOL, REQUEST_HEAD, Command
+from ggml_cffi.rpc.protocol import ANSWER_HEAD, REQUEST_HEAD, Command, Version, answers, version_text
 
 _MAX_DEVICES = 256
 
@@ -27,7 +27,7 @@ Address = tuple[str, int]
 class Health:
     """The state that a server reports."""
 
-    version: tuple[int, int, int]
+    version: Version
     """Version of the protocol."""
     seconds: float
     """Round-trip time of one request."""
@@ -100,7 +100,7 @@ def open_server(name: str, address: Address, timeout: float) -> tuple[socket.soc
         elif isinstance(error, ConnectionRefusedError):
             reason = "nothing listens there; start the server with: ggml-cffi rpc-server"
         elif isinstance(error, ConnectionError):
-            reason = f"it closed the connection: it is not a ggml RPC server of protocol {version_text(PROTOCOL)}"
+            reason = f"it closed the connection: it is not a ggml RPC server of protocol {version_text(protocol())}"
         else:
             reason = error.strerror or str(error)
         raise RemoteError(f"{name}: {reason}") from None
@@ -113,9 +113,9 @@ def probe(name: str, address: Address, timeout: float) -> Health:
     return found
 
 
-def version_text(version: tuple[int, int, int]) -> str:
-    """Return a version such as ``"5.0.0"``."""
-    return ".".join(map(str, version))
+def protocol() -> Version:
+    """Return the version of the protocol that the loaded ggml speaks."""
+    return c.RPC_PROTO_MAJOR_VERSION, c.RPC_PROTO_MINOR_VERSION, c.RPC_PROTO_PATCH_VERSION
 
 
 class _Handshake:
@@ -123,6 +123,8 @@ class _Handshake:
 
     def __init__(self, name: str, server: socket.socket, deadline: float) -> None:
         self.name, self.server, self.deadline = name, server, deadline
+        self.protocol = protocol()
+        self.answers = answers(self.protocol)
 
     def run(self, address: Address) -> Health:
         """Connect, and request the version and the memory of each device."""
@@ -135,10 +137,10 @@ class _Handshake:
             if hasattr(socket, option):
                 self.server.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         major, minor, patch = self.request(Command.HELLO, bytes(24))[:3]
-        if major != PROTOCOL[0] or minor > PROTOCOL[1]:
+        if major != self.protocol[0] or minor > self.protocol[1]:
             raise RemoteError(
                 f"{self.name} speaks version {major}.{minor}.{patch} of the protocol, and this client speaks "
-                f"{version_text(PROTOCOL)}: run the server with ggml {c.GGML_VERSION}"
+                f"{version_text(protocol())}: run the server with ggml {c.GGML_VERSION}"
             )
         (n,) = struct.unpack("<I", self.request(Command.DEVICE_COUNT))
         if not 0 < n <= _MAX_DEVICES:
@@ -163,12 +165,12 @@ class _Handshake:
         self._set_timeout()
         self.server.sendall(REQUEST_HEAD.pack(command, len(body)) + body)
         head = self._receive(ANSWER_HEAD.size)
-        if head != ANSWER_HEAD.pack(ANSWERS[command]):
+        if head != ANSWER_HEAD.pack(self.answers[command]):
             raise RemoteError(
-                f"{self.name} is not a ggml RPC server of protocol {version_text(PROTOCOL)}: "
+                f"{self.name} is not a ggml RPC server of protocol {version_text(protocol())}: "
                 f"it answered {head!r} to {command.name}"
             )
-        return self._receive(ANSWERS[command])
+        return self._receive(self.answers[command])
 
     def _receive(self, n: int) -> bytes:
         data = b""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 
-PROTOCOL = (5, 0, 0)
-"""The version of the protocol."""
+Version = tuple[int, int, int]
+"""A version of the protocol: major, minor, patch. The major versions of a client and its server are equal."""
 REQUEST_HEAD = struct.Struct("<BQ")
 """The head of a request: the command, and the number of bytes that follow."""
 ANSWER_HEAD = struct.Struct("<Q")
@@ -44,7 +44,7 @@ class Command(IntEnum):
     MEMSET_TENSOR = 17
 
 
-ANSWERS = {
+_ANSWERS = {
     Command.ALLOC_BUFFER: 16,
     Command.GET_ALIGNMENT: 8,
     Command.GET_MAX_SIZE: 8,
@@ -60,8 +60,30 @@ ANSWERS = {
     Command.DEVICE_COUNT: 4,
     Command.MEMSET_TENSOR: 0,
 }
-"""Bytes of the answer to each command.
+# From version 7 (ggml 0.25) on, these have no answer any more.
+_UNANSWERED = {Command.FREE_BUFFER, Command.BUFFER_CLEAR, Command.INIT_TENSOR, Command.MEMSET_TENSOR}
 
-``GET_TENSOR`` is not listed: its answer has as many bytes as the request asks for. The other commands that are not
-listed have no answer.
-"""
+
+def answers(version: Version) -> dict[int, int]:
+    """Return the bytes of the answer to each command.
+
+    ``GET_TENSOR`` is not listed: its answer has as many bytes as the request asks for. The other commands that are not
+    listed have no answer.
+    """
+    return {int(k): n for k, n in _ANSWERS.items() if version < (7, 0, 0) or k not in _UNANSWERED}
+
+
+def forgets_graphs(version: Version) -> bool:
+    """Return whether a server forgets its computed graphs when a buffer is freed, so that it cannot repeat them."""
+    return version >= (7, 0, 0)
+
+
+def version_text(version: Version) -> str:
+    """Return a version such as ``"7.0.0"``."""
+    return ".".join(map(str, version))
+
+
+def parse_version(text: str) -> Version:
+    """Return the version that :func:`version_text` gave as text."""
+    major, minor, patch = map(int, text.split("."))
+    return major, minor, patch

@@ -24,7 +24,17 @@ import socket
 import struct
 import sys
 
-from ggml_cffi.rpc.protocol import ANSWER_HEAD, ANSWERS, DISCONNECT, PROTOCOL, REQUEST_HEAD, STATE_SIZE, Command
+from ggml_cffi.rpc.protocol import (
+    ANSWER_HEAD,
+    DISCONNECT,
+    REQUEST_HEAD,
+    STATE_SIZE,
+    Command,
+    Version,
+    answers,
+    forgets_graphs,
+    parse_version,
+)
 
 _HEAD_SIZE = 64 << 10  # bytes of a message that are read into memory; only messages with tensor data are longer
 _CHUNK = 1 << 20  # bytes of the rest that the kernel moves at a time
@@ -47,12 +57,18 @@ class Proxy:
         The connected socket after the handshake.
     state
         The memory that is shared with the client's process.
+    protocol
+        The version of the protocol.
     patience
         Seconds that the server may take to answer, or to accept more data.
     """
 
-    def __init__(self, listener: socket.socket, server: socket.socket, state: mmap.mmap, patience: float) -> None:
+    def __init__(
+        self, listener: socket.socket, server: socket.socket, state: mmap.mmap, protocol: Version, patience: float
+    ) -> None:
         self.listener, self.server, self.state, self.patience = listener, server, state, patience
+        self.protocol, self.answers = protocol, answers(protocol)
+        self.graphs = _Graphs() if forgets_graphs(protocol) else None
         self.disconnected = False
         self.pipe = os.pipe()
         with contextlib.suppress(OSError):  # the size may exceed the user's limit
@@ -90,17 +106,18 @@ class Proxy:
             self._wait_for_input(client) and len(head := client.recv(size_of_head, socket.MSG_WAITALL)) == size_of_head
         ):
             command, size = REQUEST_HEAD.unpack(head)
-            first = min(size, _HEAD_SIZE)
+            first = size if self.graphs and command == Command.GRAPH_COMPUTE else min(size, _HEAD_SIZE)
             body = client.recv(first, socket.MSG_WAITALL) if first else b""
             if len(body) < first:
                 return
             if command == Command.HELLO:  # the handshake was before this process started; it cannot be repeated
-                client.sendall(ANSWER_HEAD.pack(ANSWERS[command]) + bytes(PROTOCOL).ljust(ANSWERS[command], b"\0"))
+                n = self.answers[command]
+                client.sendall(ANSWER_HEAD.pack(n) + bytes(self.protocol).ljust(n, b"\0"))
                 continue
-            self._send_request(head + body)
+            self._send_request(self.graphs.renew(command, head, body) if self.graphs else head + body)
             for left in range(size - first, 0, -_CHUNK):
                 self._forward_request(client, min(left, _CHUNK))
-            answer = ANSWER_HEAD.unpack(body[-8:])[0] if command == Command.GET_TENSOR else ANSWERS.get(command)
+            answer = ANSWER_HEAD.unpack(body[-8:])[0] if command == Command.GET_TENSOR else self.answers.get(command)
             if answer is not None:
                 self._answer(client, command, body, answer)
 
@@ -225,6 +242,31 @@ class Proxy:
         client.sendall(bytes(n))
 
 
+class _Graphs:
+    """The last graph that each device of the server computed.
+
+    ggml's client asks a server to repeat that graph. A server forgets its graphs when a buffer is freed, and refuses
+    such a request then, which the client takes for the loss of the server.
+    """
+
+    def __init__(self) -> None:
+        self.requests: dict[bytes, bytes] = {}
+        self.forgotten: set[bytes] = set()
+
+    def renew(self, command: int, head: bytes, body: bytes) -> bytes:
+        """Return a request as the server can serve it: a forgotten graph is sent again."""
+        device, request = body[:4], head + body
+        if command == Command.FREE_BUFFER:
+            self.forgotten.update(self.requests)
+        elif command == Command.GRAPH_COMPUTE:
+            self.requests[device] = request
+            self.forgotten.discard(device)
+        elif command == Command.GRAPH_RECOMPUTE and device in self.forgotten:
+            self.forgotten.discard(device)
+            return self.requests[device]
+        return request
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, ServerLostError):
         return str(error)
@@ -273,10 +315,12 @@ def substitute_answer(command: int, body: bytes, size: int) -> bytes:
 def main() -> None:
     """Run the proxy.
 
-    The arguments are the file descriptors of the listener, the server and the shared memory, and the patience.
+    The arguments are the file descriptors of the listener, the server and the shared memory, the version of the
+    protocol, and the patience.
     """
     # The parent handles these signals, and may need the proxy to disconnect properly.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     listener, server = (socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])
-    Proxy(listener, server, mmap.mmap(int(sys.argv[3]), STATE_SIZE), float(sys.argv[4])).run()
+    state, protocol, patience = mmap.mmap(int(sys.argv[3]), STATE_SIZE), parse_version(sys.argv[4]), float(sys.argv[5])
+    Proxy(listener, server, state, protocol, patience).run()

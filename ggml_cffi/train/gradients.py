@@ -281,7 +281,7 @@ def _concat(n: _Node) -> Sequence[Callable[[], Tensor]]:
 
 
 def _rope(n: _Node) -> Sequence[Callable[[], Tensor] | None]:
-    _, n_dims, mode, _, n_ctx_orig = n.ints(5)
+    _, n_dims, mode, _, n_ctx_orig, *_, offset = n.ints(16)
     factors = _whole(n.ctx, n.p.src[2]) if n.p.src[2] else None
     if mode not in (ops.RopeMode.NORMAL, ops.RopeMode.NEOX):
         raise UnsupportedOpError(f"rope has a gradient in the modes NORMAL and NEOX only: {n}")
@@ -291,6 +291,7 @@ def _rope(n: _Node) -> Sequence[Callable[[], Tensor] | None]:
             _whole(n.ctx, n.p.src[1]),
             factors,
             n_dims=n_dims,
+            offset=offset,
             mode=ops.RopeMode(mode),
             n_ctx_orig=n_ctx_orig,
             freq_base=n.real(5),

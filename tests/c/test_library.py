@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import ggml_cffi
+from ggml_cffi import c
 from ggml_cffi.c import library
+from ggml_cffi.c.versions import SINCE, VERSIONS
 from tests.support import ROOT, run_python
 
 _NO_OTHER_PLACE = """
-import ggml_cffi.c.library as lib, pathlib, os
+import ggml_cffi.c.library as lib
 real = lib.places
 lib.places = lambda: (p for p in real() if p[0].startswith("$"))
 """
@@ -58,7 +61,95 @@ def test_another_version_is_a_mismatch(tmp_path):
         GGML_CFFI_LIBRARY_PATH=str(tmp_path),
     )
     assert done.stdout.startswith("LibraryMismatchError")
-    assert "version 0.19.0, not 0.20.2" in done.stdout
+    assert "it is version 0.19.0; supported are 0.20.2 to 0.27" in done.stdout
+
+
+def copy_libraries(target, *, changed=()):
+    """Copy the core and the RPC plug-in, with texts of libggml-base replaced by others of the same length."""
+    target.mkdir(exist_ok=True)
+    for file in Path(library.location() or "").glob("libggml*"):
+        if "vulkan" in file.name:
+            continue
+        data = file.read_bytes()
+        for old, new in changed if "base" in file.name else ():
+            assert old in data
+            assert len(old) == len(new)
+            data = data.replace(old, new)
+        (target / file.name).write_bytes(data)
+
+
+_VERSION = """
+from ggml_cffi import c, Context
+try:
+    Context().close()
+    print(c.GGML_VERSION, c.library.declarations())
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def version_of(folder):
+    """Return what a new process prints that finds libraries in ``folder`` only, and its messages."""
+    done = run_python(f"{_NO_OTHER_PLACE}\n{_VERSION}", GGML_CFFI_LIBRARY_PATH=str(folder))
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("unknown", ["0.24.9", "0.25.9", "0.27.9"])
+def test_an_unknown_version_in_the_range_is_used_with_a_warning(tmp_path, unknown):
+    loaded = library.version()
+    if library.declarations() != loaded:
+        pytest.skip(f"needs a library of a known version, not {loaded}")
+    copy_libraries(tmp_path, changed=[(loaded.encode() + b"\0", unknown.encode() + b"\0")])
+    printed, messages = version_of(tmp_path)
+    if unknown == "0.27.9":  # this library has the functions of an older one
+        assert "LibraryMismatchError" in printed
+        assert "version 0.27.9 has no ggml_" in printed
+    else:
+        nearest = max(v for v in VERSIONS if v < unknown)
+        assert printed.split() == [unknown, nearest]
+        assert f"ggml {unknown} is none of the versions that ggml_cffi was made for" in messages
+
+
+def test_versions_outside_the_range_are_refused_with_the_range(tmp_path):
+    copy_libraries(tmp_path, changed=[(library.version().encode() + b"\0", b"0.28.0\0")])
+    printed, _ = version_of(tmp_path)
+    assert printed.startswith("LibraryMismatchError")
+    assert "it is version 0.28.0; supported are 0.20.2 to 0.27" in printed
+
+
+def test_an_unknown_version_with_other_operations_is_refused(tmp_path):
+    loaded = library.version().encode()
+    copy_libraries(tmp_path, changed=[(loaded + b"\0", b"0.25.9\0"), (b"\0OUT_PROD\0", b"\0IN_PROD_\0")])
+    printed, _ = version_of(tmp_path)
+    assert "version 0.25.9 calls number" in printed
+    assert "IN_PROD_, not OUT_PROD" in printed
+
+
+def test_plugins_are_found_in_debians_folder_of_backends_and_in_ggml_backend_path(tmp_path):
+    core, elsewhere = tmp_path / "core", tmp_path / "elsewhere"
+    copy_libraries(core)
+    folder = core / "ggml" / "backends0"
+    folder.mkdir(parents=True)
+    elsewhere.mkdir()
+    plugin = next(core.glob("libggml-rpc*"))
+    code = "from ggml_cffi.c import library; print(library.available('rpc'))"
+    plugin = plugin.rename(folder / plugin.name)
+    assert run_python(code, GGML_CFFI_LIBRARY_PATH=str(core)).stdout.strip() == "True"
+    plugin = plugin.rename(elsewhere / plugin.name)
+    assert run_python(code, GGML_CFFI_LIBRARY_PATH=str(core)).stdout.strip() == "False"
+    for given in (plugin, elsewhere):
+        done = run_python(code, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH=str(given))
+        assert done.stdout.strip() == "True"
+
+
+def test_a_function_that_the_version_lacks_names_the_version_that_has_it():
+    name = next(n for n, v in SINCE.items() if v == VERSIONS[-1])
+    if library.provides(name):
+        pytest.skip(f"needs a library older than {VERSIONS[-1]}")
+    with pytest.raises(ggml_cffi.LibraryMismatchError, match=rf"{name} needs ggml {VERSIONS[-1]} or newer, but"):
+        getattr(c, name)
+    with pytest.raises(ggml_cffi.LibraryMismatchError, match=r"this feature needs ggml"):
+        library.require(name, "this feature")
 
 
 def test_the_environment_variable_comes_first(tmp_path):
@@ -111,6 +202,8 @@ def test_messages_of_the_library_reach_logging():
     [
         (["--nonsense"], {}, "unknown option --nonsense"),
         (["--source-only"], {"GGML_SOURCE_DIR": "."}, "holds no CMakeLists.txt"),
+        (["--version", "0.19.0"], {}, "0.19.0 is not in vendor/versions.txt, which has: 0.20.2 0.25.3 0.27.0"),
+        (["--version", "0.27.0"], {}, "of ggml 0.27.0 there are only headers"),
     ],
 )
 def test_the_build_script_names_the_error(arguments, env, message):
@@ -140,13 +233,13 @@ def test_build_script_refuses_another_tree(tmp_path):
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "GGML_SOURCE_DIR": str(tree)},
     )
     assert done.returncode != 0
-    assert "not ggml 0.20.2 as pinned" in done.stderr
+    assert "not ggml 0.25.3 as pinned in vendor/versions.txt" in done.stderr
     assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
 
 
 def test_build_script_prints_help():
     done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--native", "--portable", "VULKAN_SDK", "GGML_SOURCE_DIR"):
+    for option in ("--version", "--native", "--portable", "VULKAN_SDK", "GGML_SOURCE_DIR"):
         assert option in done.stdout
 
 

@@ -77,6 +77,7 @@ def rope_ext_back(
     freq_factors: Array | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     mode: RopeMode = RopeMode.NORMAL,
     freq_base: float = 10000.0,
     freq_scale: float = 1.0,
@@ -87,6 +88,7 @@ def rope_ext_back(
     if freq_factors is not None:
         speeds = speeds / freq_factors.ravel()[:n]
     pairs = [(2 * i, 2 * i + 1) if mode is RopeMode.NORMAL else (i, i + n) for i in range(n)]
+    pairs = [(offset + i, offset + j) for i, j in pairs]
     return turned_back(a, np.outer(positions, speeds), pairs, attn_factor)
 
 
@@ -97,6 +99,7 @@ def rope_multi_back(
     freq_factors: Array | None = None,
     *,
     n_dims: int,
+    offset: int = 0,
     sections: tuple[int, ...],
     mode: RopeMode = RopeMode.MROPE,
     freq_base: float = 10000.0,
@@ -114,7 +117,7 @@ def rope_multi_back(
         angles[:, i] = positions.reshape(4, -1)[kind] * freq_base ** (-2 * power / n_dims)
         if freq_factors is not None:
             angles[:, i] /= freq_factors.ravel()[i]
-    return turned_back(a, angles, [(i, i + n) for i in range(n)], 1.0)
+    return turned_back(a, angles, [(offset + i, offset + i + n) for i in range(n)], 1.0)
 
 
 def probabilities(*shape: int) -> In:
@@ -163,6 +166,15 @@ CASES = [
         freq_factors=FACTORS,
         n_dims=4,
     ),
+    case(
+        "rope_ext_back",
+        a=In((3, 2, 10)),
+        positions=In((3,), Type.I32, values=20),
+        n_dims=4,
+        offset=6,
+        mode=RopeMode.NEOX,
+    ),
+    case("rope_multi_back", **MULTI, n_dims=8, offset=4, sections=(3, 2, 2, 1)),
     case("rope_multi_back", **MULTI, n_dims=16, sections=(3, 2, 2, 1)),
     case(
         "rope_multi_back",

@@ -7,6 +7,7 @@ import numpy as np
 import ggml_cffi as ggml
 from ggml_cffi import Type
 from tests.cases import Array, In, case, reference
+from tests.cases.unary import sigmoid
 
 
 @reference
@@ -38,8 +39,14 @@ def dsv4_hc_pre(x: Array, weights: Array) -> Array:
 
 
 @reference
-def dsv4_hc_post(x: Array, residual: Array, post: Array, comb: Array) -> Array:
-    return np.array([np.outer(post[t], x[t]) + comb[t].T @ residual[t] for t in range(len(x))])
+def dsv4_hc_pre_gated(x: Array, gate: Array, scale: float = 1.0) -> Array:
+    return scale * np.sum(x * sigmoid(gate), 1)
+
+
+@reference
+def dsv4_hc_post(x: Array, residual: Array, post: Array, comb: Array | None = None) -> Array:
+    mixed = residual if comb is None else comb.transpose(0, 2, 1) @ residual
+    return x[:, None] * post[..., None] + mixed
 
 
 CASES = [
@@ -64,6 +71,16 @@ CASES = [
     case("dsv4_hc_pre", x=In((3, 4, 7)), weights=In((3, 4))),
     case("dsv4_hc_pre", x=In((3, 2, 5), layout="permuted"), weights=In((3, 2), layout="gaps")),
     case("dsv4_hc_pre", x=In((1, 1, 33), layout="transposed"), weights=In((1, 1))),
+    case("dsv4_hc_pre_gated", x=In((3, 4, 7)), gate=In((3, 4, 7))),
+    case("dsv4_hc_pre_gated", x=In((3, 2, 5), layout="permuted"), gate=In((3, 2, 5), layout="gaps"), scale=0.5),
+    case("dsv4_hc_pre_gated", x=In((1, 1, 33), layout="gaps"), gate=In((1, 1, 33), layout="permuted"), scale=-2.0),
+    case("dsv4_hc_post", x=In((3, 7)), residual=In((3, 4, 7)), post=In((3, 4))),
+    case(
+        "dsv4_hc_post",
+        x=In((3, 5), layout="transposed"),
+        residual=In((3, 2, 5), layout="permuted"),
+        post=In((3, 2), layout="gaps"),
+    ),
     case("dsv4_hc_post", x=In((3, 7)), residual=In((3, 4, 7)), post=In((3, 4)), comb=In((3, 4, 4))),
     case(
         "dsv4_hc_post",
@@ -105,6 +122,9 @@ WRONG = {
     "dsv4_hc_pre: x and weights do not fit": lambda t: ggml.dsv4_hc_pre(t(3, 4, 5), t(3, 5)),
     "dsv4_hc_pre: x must be F32": lambda t: ggml.dsv4_hc_pre(t(3, 4, 5, dtype="f16"), t(3, 4)),
     "dsv4_hc_pre: x and weights do not": lambda t: ggml.dsv4_hc_pre(t(3, 0, 5), t(3, 0)),
+    "dsv4_hc_pre_gated: x and gate must both be": lambda t: ggml.dsv4_hc_pre_gated(t(3, 4, 5), t(3, 4)),
+    "dsv4_hc_pre_gated: gate must be F32": lambda t: ggml.dsv4_hc_pre_gated(t(3, 4, 5), t(3, 4, 5, dtype="f16")),
+    "dsv4_hc_pre_gated: scale must be": lambda t: ggml.dsv4_hc_pre_gated(t(3, 4, 5), t(3, 4, 5), float("nan")),
     "dsv4_hc_post: x must be (n_tokens, n_embd)": lambda t: ggml.dsv4_hc_post(t(3, 6), t(3, 4, 5), t(3, 4), t(3, 4, 4)),
     "dsv4_hc_post: post and comb do not fit": lambda t: ggml.dsv4_hc_post(t(3, 5), t(3, 4, 5), t(3, 4), t(3, 4, 5)),
 }

@@ -106,6 +106,11 @@ def swiglu_oai(x: Array, y: Array, alpha: float, limit: float) -> Array:
     return low * sigmoid(alpha * low) * (1 + np.clip(y, -limit, limit))
 
 
+@reference
+def swiglu_clamp(x: Array, y: Array, limit: float) -> Array:
+    return silu(np.minimum(x, limit)) * np.clip(y, -limit, limit)
+
+
 F16 = Type.F16
 # The CPU reads GELU from a table of half-precision values.
 CASES = [
@@ -128,6 +133,9 @@ CASES = [
     case("swiglu_oai", x=In((2, 32), values=(-6, 6)), y=In((2, 32), values=(-6, 6)), alpha=1.7, limit=2.0),
     case("swiglu_oai", x=In((7,)), y=In((7,)), alpha=1.0, limit=7.0),
     case("swiglu_oai", x=In((2, 3, 5), layout="gaps"), y=In((2, 3, 5)), alpha=-1.0, limit=0.5),
+    case("swiglu_clamp", x=In((2, 32), values=(-6, 6)), y=In((2, 32), values=(-6, 6)), limit=2.0),
+    case("swiglu_clamp", x=In((2, 3, 5), layout="gaps"), y=In((2, 3, 5), layout="gaps"), limit=0.5),
+    case("swiglu_clamp", x=In((4, 32), F16), y=In((4, 32), F16), limit=0.0),
 ]
 
 WRONG = {
@@ -140,5 +148,7 @@ WRONG = {
     "geglu_erf: a must be F32 or F16": lambda t: ggml.geglu_erf(t(4, dtype="bf16")),
     "swiglu: a must be contiguous": lambda t: ggml.swiglu(ggml.transpose(t(4, 6))),
     "swiglu_oai: x and y must be F32": lambda t: ggml.swiglu_oai(t(4, dtype="f16"), t(4, dtype="f16"), 1, 1),
+    "swiglu_clamp: x and y must have one shape": lambda t: ggml.swiglu_clamp(t(4), t(5), 1.0),
+    "swiglu_clamp: limit must be": lambda t: ggml.swiglu_clamp(t(4), t(4), -1.0),
     "swiglu_oai: limit must be a finite": lambda t: ggml.swiglu_oai(t(4), t(4), 1, float("nan")),
 }

@@ -18,7 +18,7 @@ def repeated(small: Array, big: Array) -> Array:
 
 
 @reference
-def mul_mat(a: Array, b: Array, prec: Prec = Prec.DEFAULT) -> Array:
+def mul_mat(a: Array, b: Array, prec: Prec = Prec.DEFAULT, b_prec: Prec = Prec.DEFAULT) -> Array:
     return b @ np.swapaxes(repeated(a, b), -1, -2)
 
 
@@ -28,7 +28,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 @reference
-def mul_mat_id(a: Array, b: Array, ids: Array) -> Array:
+def mul_mat_id(a: Array, b: Array, ids: Array, prec: Prec = Prec.DEFAULT, b_prec: Prec = Prec.DEFAULT) -> Array:
     n_tokens, n_used = ids.shape
     rows = [[b[t, e % b.shape[1]] @ a[ids[t, e]].T for e in range(n_used)] for t in range(n_tokens)]
     return np.array(rows)
@@ -63,6 +63,17 @@ CASES = [
     case("mul_mat", ROUNDED, a=In((1, 2, 5, 32)), b=In((3, 4, 7, 32))),
     case("mul_mat", ROUNDED, a=In((5, 32), layout="gaps"), b=In((4, 7, 32), layout="permuted")),
     case("mul_mat", ROUNDED, a=In((2, 5, 32), F16, "permuted"), b=In((2, 7, 32), F16)),
+    case("mul_mat", 1e-2, a=In((33, 512), F16), b=In((9, 512)), prec=Prec.F16, b_prec=Prec.F16),
+    case("mul_mat", COARSE, a=In((16, 256), Q8_0), b=In((2, 256)), b_prec=Prec.Q8),
+    case(
+        "mul_mat_id",
+        1e-3,
+        a=In((4, 6, 32)),
+        b=In((3, 2, 32)),
+        ids=In((3, 2), I32, values=4),
+        prec=Prec.F32,
+        b_prec=Prec.F32,
+    ),
     case("mul_mat_id", ROUNDED, a=In((4, 6, 32)), b=In((3, 2, 32)), ids=In((3, 2), I32, values=4)),
     case("mul_mat_id", ROUNDED, a=In((3, 16, 64), F16), b=In((12, 1, 64)), ids=In((12, 2), I32, values=3)),
     case("mul_mat_id", COARSE, a=In((4, 6, 64), Q8_0), b=In((5, 2, 64)), ids=In((5, 4), I32, values=4)),
@@ -92,6 +103,7 @@ WRONG = {
         t(4, 8), ggml.transpose(t(8, 3))
     ),
     "mul_mat: a must be a float or quantized": lambda t: ggml.mul_mat(t(4, 8, dtype="i32"), t(3, 8)),
+    "mul_mat: prec must be F32, BF16 or F16, not Q8": lambda t: ggml.mul_mat(t(4, 8), t(3, 8), prec=Prec.Q8),
     "mul_mat_id: a must be a float or quantized type, b F32": lambda t: ggml.mul_mat_id(
         t(4, 6, 8), t(3, 2, 8, dtype="f16"), ids(t, 3, 2)
     ),

@@ -11,12 +11,13 @@ from ggml_cffi import RopeMode, Type
 from tests.cases import Array, In, case, reference
 
 
-def rotated(a: Array, angles: Array, n_dims: int, mode: RopeMode, factor: float = 1.0) -> Array:
-    """Rotate the pairs of ``a`` by ``angles`` (tokens, pairs)."""
+def rotated(a: Array, angles: Array, n_dims: int, mode: RopeMode, factor: float = 1.0, offset: int = 0) -> Array:
+    """Rotate the pairs of ``a`` from element ``offset`` on by ``angles`` (tokens, pairs)."""
     n = angles.shape[1]
     first, second = np.arange(n), np.arange(n) + (n_dims if mode is RopeMode.VISION else n_dims // 2)
     if mode is RopeMode.NORMAL:
         first, second = 2 * first, 2 * first + 1
+    first, second = offset + first, offset + second
     cos, sin = factor * np.cos(angles)[:, None], factor * np.sin(angles)[:, None]
     out = a.copy()
     out[..., first] = a[..., first] * cos - a[..., second] * sin
@@ -49,6 +50,7 @@ def rope_ext(
     positions: Array,
     freq_factors: Array | None = None,
     n_dims: int = 0,
+    offset: int = 0,
     mode: RopeMode = RopeMode.NORMAL,
     n_ctx_orig: int = 0,
     freq_base: float = 10000.0,
@@ -63,12 +65,12 @@ def rope_ext(
     if freq_factors is not None:
         turns = turns / freq_factors[:n]
     angles, factor = yarn(turns, n_dims, n_ctx_orig, freq_base, freq_scale, ext_factor, beta_fast, beta_slow)
-    return rotated(a, angles, n_dims, mode, attn_factor * factor)
+    return rotated(a, angles, n_dims, mode, attn_factor * factor, offset)
 
 
 @reference
 def rope(a: Array, positions: Array, n_dims: int, mode: RopeMode = RopeMode.NORMAL) -> Array:
-    return rope_ext(a, positions, None, n_dims, mode)
+    return rope_ext(a, positions, None, n_dims, mode=mode)
 
 
 @reference
@@ -77,6 +79,7 @@ def rope_multi(
     positions: Array,
     freq_factors: Array | None = None,
     n_dims: int = 0,
+    offset: int = 0,
     sections: tuple[int, ...] = (),
     mode: RopeMode = RopeMode.MROPE,
     freq_base: float = 10000.0,
@@ -95,7 +98,7 @@ def rope_multi(
         turns[:, i] = of[section] * freq_base ** (-2 * exponent / n_dims)
     if freq_factors is not None:
         turns = turns / freq_factors[:pairs]
-    return rotated(a, turns * freq_scale, n_dims, mode)
+    return rotated(a, turns * freq_scale, n_dims, mode, offset=offset)
 
 
 F16, I32, NEOX = Type.F16, Type.I32, RopeMode.NEOX
@@ -166,6 +169,32 @@ CASES = [
         beta_fast=16.0,
         beta_slow=2.0,
     ),
+    *(
+        case(
+            "rope_ext",
+            ANGLES,
+            a=In((5, 3, 32), layout=layout),
+            positions=In((5,), I32, values=FAR),
+            freq_factors=In((16,), values=(1, 9)),
+            n_dims=n_dims,
+            offset=offset,
+            mode=mode,
+        )
+        for mode, n_dims, offset, layout in (
+            (RopeMode.NORMAL, 16, 8, "gaps"),
+            (NEOX, 10, 22, "contiguous"),
+        )
+    ),
+    case("rope_ext", a=In((2, 3, 8), F16), positions=In((2,), I32, values=9), n_dims=4, offset=2, mode=NEOX),
+    case(
+        "rope_multi",
+        ANGLES,
+        a=In((3, 2, 32)),
+        positions=In((12,), I32, values=99),
+        n_dims=16,
+        offset=16,
+        sections=(4, 2, 2, 0),
+    ),
     case("rope_multi", ANGLES, a=In((3, 2, 32)), positions=In((12,), I32, values=99), n_dims=32, sections=(4, 6, 6, 0)),
     case(
         "rope_multi",
@@ -223,6 +252,12 @@ WRONG = {
     "rope_ext: n_dims must be even and 2 to": lambda t: ggml.rope_ext(t(5, 2, 8), p(t), n_dims=10),
     "rope_inplace: n_dims must be even and 2 to": lambda t: ggml.rope_inplace(t(5, 2, 8), p(t), n_dims=-8),
     "rope: n_dims must be an integer, not 8.0": lambda t: ggml.rope(t(5, 2, 8), p(t), n_dims=8.0),
+    "rope_ext: offset must be even": lambda t: ggml.rope_ext(t(5, 2, 8), p(t), n_dims=4, offset=3),
+    "rope_ext: offset must be even and at most": lambda t: ggml.rope_ext(t(5, 2, 8), p(t), n_dims=4, offset=6),
+    "rope_ext: offset must be 0 to": lambda t: ggml.rope_ext(t(5, 2, 8), p(t), n_dims=4, offset=-2),
+    "rope_multi: the mode VISION rotates the whole head": lambda t: ggml.rope_multi(
+        t(5, 2, 8), p(t, 20), n_dims=4, offset=2, sections=(2, 2, 0, 0), mode=24
+    ),
     "rope_ext: the size of a head must be even": lambda t: ggml.rope_ext(t(5, 2, 9), p(t), n_dims=8),
     "rope_ext: a must be F32 or F16 with contiguous rows": lambda t: ggml.rope_ext(
         ggml.transpose(t(5, 8, 2)), p(t), n_dims=8

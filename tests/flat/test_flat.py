@@ -2,8 +2,8 @@
 
 import doctest
 
+from codegen import declarations, operations
 from codegen import flat as generator
-from codegen import headers, operations
 from ggml_cffi import flat
 from ggml_cffi.flat import *  # noqa: F403
 from tests.support import ROOT
@@ -28,7 +28,7 @@ def test_star_import_gives_every_name_of_the_guide():
 
 
 def test_every_builder_of_ggml_is_exported_or_left_out_with_a_reason():
-    builders = {f.name for f in operations.builders(headers.read())}
+    builders = {f.name for f in operations.builders(declarations.merged())}
     assert set(generator.LEFT_OUT) | generator.BY_HAND <= builders
     assert builders - set(generator.LEFT_OUT) == builders & set(flat.__all__)
     assert not set(generator.LEFT_OUT) & set(flat.__all__)
@@ -36,7 +36,7 @@ def test_every_builder_of_ggml_is_exported_or_left_out_with_a_reason():
 
 
 def test_no_entry_of_the_generators_table_is_redundant():
-    for f in generator.generated(headers.read()):
+    for f in generator.generated(declarations.merged()):
         names = ", ".join(name for name, _ in f.params[1:])
         assert generator.CALLS.get(f.name) != (f"{f.name.removeprefix('ggml_')}({names}",)
 

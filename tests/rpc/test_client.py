@@ -10,7 +10,8 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import models, rpc
 from ggml_cffi.core.shapes import fits_in_32_bits
-from ggml_cffi.rpc.protocol import Command
+from ggml_cffi.rpc.handshake import protocol
+from ggml_cffi.rpc.protocol import Command, version_text
 from tests.support import llama_float64, need, relative_error
 from tests.support.fake_rpc import Pretender
 from tests.support.remote import weight_and_input
@@ -24,9 +25,9 @@ def test_remote_devices_are_listed_beside_local_ones(servers):
     assert one.is_remote
     assert not one.is_cpu
     assert one.type is ggml.DeviceType.GPU
-    assert "RPC server (protocol 5.0.0)" in one.description
+    assert f"RPC server (protocol {version_text(protocol())})" in one.description
     assert 0 < one.memory().free <= one.memory().total
-    assert not one.capabilities.asynchronous
+    assert one.capabilities.asynchronous is (protocol() >= (7, 0, 0))
     assert one.pci_id is None
     assert not ggml.device("CPU").is_remote
     rpc.disconnect(servers[0])
@@ -212,7 +213,7 @@ def test_objects_of_a_disconnected_server_raise_and_can_be_closed(servers, rng):
 
 
 def test_disconnecting_interrupts_a_server_that_hangs():
-    with Pretender(BUFFER_CLEAR=None) as peer:
+    with Pretender(ALLOC_BUFFER=None) as peer:
         rpc.connect(peer.endpoint)
         raised = []
 
@@ -224,11 +225,28 @@ def test_disconnecting_interrupts_a_server_that_hangs():
 
         thread = threading.Thread(target=use)
         thread.start()
-        while Command.BUFFER_CLEAR not in peer.asked:
+        while Command.ALLOC_BUFFER not in peer.asked:
             time.sleep(0.001)
         rpc.disconnect(peer.endpoint)
         thread.join()
         assert len(raised) == 1
+
+
+def test_a_graph_is_computed_again_after_memory_on_its_server_was_freed(servers, rng):
+    """A server of ggml 0.25 forgets computed graphs when a buffer is freed, and refuses to repeat them."""
+    W, X = weight_and_input(rng)
+    with ggml.Context() as ctx, ggml.Scheduler([servers[0]]) as scheduler:
+        w, x = ctx.new_tensor("f32", W.shape), ctx.new_tensor("f32", X.shape)
+        y = ggml.mul_mat(w, x)
+        with ggml.Graph(y) as graph:
+            scheduler.alloc(graph)
+            w.set(W)
+            for _ in range(3):
+                x.set(X)
+                scheduler.compute()
+                assert relative_error(y.numpy(), X @ W.T) < 5e-3
+                ggml.Buffer(servers[0], 1 << 10).close()
+                X = X + 1
 
 
 def test_timeout_and_patience_must_be_positive():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,17 @@ def need(names: tuple[str, ...]) -> tuple[str, ...]:
             f"no {', '.join(sorted(missing))}: needs the Vulkan plug-in, a loader and a driver (see make setup)"
         )
     return names
+
+
+@contextmanager
+def skip_if_newer_needed() -> Iterator[None]:
+    """Skip the test if it uses something that the loaded version of ggml lacks; the reason names the version."""
+    try:
+        yield
+    except ggml_cffi.LibraryMismatchError as error:
+        import pytest
+
+        pytest.skip(str(error))
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -7,7 +7,8 @@ import socket
 import struct
 import threading
 
-from ggml_cffi.rpc.protocol import ANSWERS, PROTOCOL, Command
+from ggml_cffi.rpc.handshake import protocol
+from ggml_cffi.rpc.protocol import Command, answers
 from ggml_cffi.rpc.proxy import substitute_answer
 
 
@@ -82,11 +83,11 @@ class Pretender(Peer):
                 if self.answers[command] is not None:
                     client.sendall(self.answers[command])
                 continue
-            n = struct.unpack("<Q", body[-8:])[0] if command is Command.GET_TENSOR else ANSWERS.get(command)
+            n = struct.unpack("<Q", body[-8:])[0] if command is Command.GET_TENSOR else answers(protocol()).get(command)
             if n is not None:
                 client.sendall(struct.pack("<Q", n) + self.answer(command, body, n))
 
     def answer(self, command, body, n):
         if command is Command.HELLO:
-            return bytes(PROTOCOL).ljust(n, b"\0")
+            return bytes(protocol()).ljust(n, b"\0")
         return substitute_answer(command, body, n)

@@ -38,6 +38,7 @@ CASES = [
     case("get_rows", a=In((5, 4)), rows=In((3,), Type.I32, values=5)),
     case("cross_entropy_loss", logits=In((4, 6)), labels=In((4, 6), values=np.eye(6)[[1, 0, 5, 2]])),
     case("rope_ext", a=In((3, 2, 8)), positions=In((3,), Type.I32, values=9), n_dims=8),
+    case("rope_ext", a=In((3, 2, 8)), positions=In((3,), Type.I32, values=9), n_dims=4, offset=2),
     case("rope_ext", a=In((3, 2, 8)), positions=In((3,), Type.I32, values=9), n_dims=6, mode=ggml.RopeMode.NEOX),
 ]
 

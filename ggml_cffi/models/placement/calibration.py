@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 
 from ggml_cffi import ops
-from ggml_cffi.c._decl import GGML_VERSION
+from ggml_cffi.c import library
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -45,7 +45,7 @@ def seconds(backend: Backend, dtype: Type) -> float:
 
 def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
     """Return the numbers stored as ``name``. If there are none, measure and store them."""
-    name = f"{name}, ggml {GGML_VERSION}"
+    name = f"{name}, ggml {library.version()}"
     known = _known()
     found = known.get(name)
     if isinstance(found, list) and found and all(isinstance(x, float) and 0 <= x < np.inf for x in found):
@@ -58,7 +58,7 @@ def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
 def key(backend: Backend, dtype: Type) -> str:
     """Return the name of a measurement: the device, its threads, the type and the version of ggml."""
     threads = f", {backend.n_threads} threads" if backend.device.is_cpu else ""
-    return f"{backend.device.description}{threads}, {dtype.name}, ggml {GGML_VERSION}"
+    return f"{backend.device.description}{threads}, {dtype.name}, ggml {library.version()}"
 
 
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:
