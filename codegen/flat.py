@@ -43,7 +43,7 @@ _OPTIONAL = {
         "flash_attn_ext",
         *(f"rope_{kind}{end}" for kind in ("ext", "multi") for end in ("", "_inplace", "_back")),
     )
-}
+} | {"ggml_dsv4_hc_post": {"comb"}}
 
 _NE = {1: "(ne0,)", 2: "(ne1, ne0)", 3: "(ne2, ne1, ne0)", 4: "(ne3, ne2, ne1, ne0)"}
 _WINDOW_2D = "(s1, s0), (p1, p0), (d1, d0)"
@@ -177,7 +177,8 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ggml_lightning_indexer": (f"lightning_indexer({_with_axes(q=4, k=4, weights=4, mask=4)}",),
     "ggml_dsv4_hc_comb": (f"dsv4_hc_comb({_with_axes(mixes=2, scale=1, base=1)}, eps=eps, n_iter=n_iter",),
     "ggml_dsv4_hc_pre": (f"dsv4_hc_pre({_with_axes(x=3, weights=2)}",),
-    "ggml_dsv4_hc_post": (f"dsv4_hc_post({_with_axes(x=2, residual=3, post=2, comb=3)}",),
+    "ggml_dsv4_hc_pre_gated": (f"dsv4_hc_pre_gated({_with_axes(x=3, gate=3)}, scale",),
+    "ggml_dsv4_hc_post": (f"dsv4_hc_post({_with_axes(x=2, residual=3, post=2)}, to.optional_axes(comb, 3)",),
     "ggml_cross_entropy_loss": (f"cross_entropy_loss({_same_rank('a', 'b')}",),
     "ggml_cross_entropy_loss_back": (f"cross_entropy_loss_back(a, {_same_rank('b', 'c')}",),
     "ggml_opt_step_adamw": (

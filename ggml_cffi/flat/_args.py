@@ -29,6 +29,11 @@ def axes(t: Tensor, n: int) -> Tensor:
     return Tensor(t.context, t.ptr, n, t.head)
 
 
+def optional_axes(t: Tensor | None, n: int) -> Tensor | None:
+    """Return ``t`` as :func:`axes` does, None for None."""
+    return None if t is None else axes(t, n)
+
+
 def at_least(t: Tensor, n: int) -> Tensor:
     """Return ``t`` with at least ``n`` axes."""
     return axes(t, max(tensor(t).ndim, n))

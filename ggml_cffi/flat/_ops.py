@@ -1286,9 +1286,9 @@ def ggml_dsv4_hc_pre(ctx: Context, x: Tensor, weights: Tensor) -> Tensor:
     return ops.dsv4_hc_pre(to.axes(x, 3), to.axes(weights, 2), ctx=ctx)
 
 
-def ggml_dsv4_hc_post(ctx: Context, x: Tensor, residual: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+def ggml_dsv4_hc_post(ctx: Context, x: Tensor, residual: Tensor, post: Tensor, comb: Tensor | None) -> Tensor:
     """See :func:`ggml_cffi.ops.dsv4_hc_post`. C: ``ggml_dsv4_hc_post``."""
-    return ops.dsv4_hc_post(to.axes(x, 2), to.axes(residual, 3), to.axes(post, 2), to.axes(comb, 3), ctx=ctx)
+    return ops.dsv4_hc_post(to.axes(x, 2), to.axes(residual, 3), to.axes(post, 2), to.optional_axes(comb, 3), ctx=ctx)
 
 
 def ggml_map_custom1(ctx: Context, a: Tensor, fun: Callable[..., object], n_tasks: int, userdata: object = None) -> Tensor:
@@ -1371,7 +1371,7 @@ def ggml_clamp_inplace(ctx: Context, a: Tensor, min: float, max: float) -> Tenso
 
 def ggml_dsv4_hc_pre_gated(ctx: Context, x: Tensor, gate: Tensor, scale: float) -> Tensor:
     """See :func:`ggml_cffi.ops.dsv4_hc_pre_gated`. C: ``ggml_dsv4_hc_pre_gated``."""
-    return ops.dsv4_hc_pre_gated(x, gate, scale, ctx=ctx)
+    return ops.dsv4_hc_pre_gated(to.axes(x, 3), to.axes(gate, 3), scale, ctx=ctx)
 
 
 __all__ = [

@@ -8,17 +8,10 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from tests.support import DATA, llama_float64, need, relative_error
+from tests.support import DATA, golden, llama_float64, need, relative_error
 
 GOLDEN = json.loads((DATA / "smollm2.json").read_text())["cases"]
 EXACT = json.loads((DATA / "smollm2_float64.json").read_text())["cases"]
-CLOSE = 0.1  # logits with a smaller difference may change their order with another kernel
-
-
-def decided(case):
-    """Return the greedy tokens before the first one that another kernel may decide differently."""
-    margins = case["margins"]
-    return case["greedy"][: next((i for i, m in enumerate(margins) if m < CLOSE), len(margins))]
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +40,25 @@ def test_token_ids_are_those_of_llama_cpp(on_cpu, case):
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["prompt"][:10])
 def test_the_cpu_continues_as_llama_cpp_does(on_cpu, case):
-    want = decided(case)
-    got = list(on_cpu.generate_tokens(case["tokens"], len(want), stop_at_end=False))
-    assert got == want
-    if len(want) == len(case["greedy"]):
-        assert "".join(on_cpu.generate(case["prompt"], len(want))) == case["text"]
+    n = len(case["greedy"])
+    common = golden.assert_follows(
+        list(on_cpu.generate_tokens(case["tokens"], n, stop_at_end=False)), case, golden.ROUNDED
+    )
+    text = "".join(on_cpu.generate(case["prompt"], common))
+    assert case["text"].startswith(text)
+    logits = on_cpu.forward(case["tokens"] + case["greedy"][:-1])[-n:]
+    golden.assert_decides(logits, case, golden.ROUNDED)
 
 
-@pytest.mark.parametrize(("case", "golden"), list(zip(EXACT, GOLDEN, strict=True)), ids=["capital", "fibonacci"])
-def test_two_gpus_continue_as_exact_arithmetic_does(on_two_gpus, case, golden):
+@pytest.mark.parametrize(("case", "llama_cpp"), list(zip(EXACT, GOLDEN, strict=True)), ids=["capital", "fibonacci"])
+def test_two_gpus_continue_as_exact_arithmetic_does(on_two_gpus, case, llama_cpp):
     """The GPUs' kernels keep activations in floating point. llama.cpp's CPU kernels, which made the golden file, round
     them to 8 bits. Exact arithmetic decides where the two differ.
     """
-    want = decided(case)
+    want = golden.decided(case, golden.EXACT)
     got = list(on_two_gpus.generate_tokens(case["tokens"], len(want), stop_at_end=False))
     assert got == want
-    agreed = next((i for i, (a, b) in enumerate(zip(want, decided(golden), strict=False)) if a != b), len(want))
-    assert got[:agreed] == golden["greedy"][:agreed]
+    golden.assert_follows(got, llama_cpp, golden.ROUNDED)
 
 
 def test_logits_of_every_token(on_cpu, on_two_gpus, smollm2):

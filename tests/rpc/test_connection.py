@@ -44,6 +44,7 @@ def test_closing_while_another_thread_holds_the_lock_frees_later():
         assert Command.FREE_BUFFER not in peer.asked  # only the thread that holds the lock may free the memory
         over.set()
         thread.join()
+        rpc.health(peer.endpoint)  # answered after all earlier requests
         assert peer.asked.count(Command.FREE_BUFFER) == 1
         rpc.disconnect(peer.endpoint)
 

@@ -33,7 +33,7 @@ def repeat_until_error(*calls):
         ({"ALLOC_BUFFER": struct.pack("<Q", 3)}, "answered ALLOC_BUFFER with 3 bytes instead of 16"),
         ({"ALLOC_BUFFER": struct.pack("<QQQ", 16, 1, 8)}, "gave less memory than was asked for"),
         ({"BUFFER_GET_BASE": struct.pack("<QQ", 8, 0)}, "gave memory without an address"),
-        ({"BUFFER_CLEAR": None}, r"has been silent for 0.5 s"),
+        ({"ALLOC_BUFFER": None}, r"has been silent for 0.5 s"),
         ({"GET_TENSOR": None}, "has been silent for 0.5 s"),
         (
             {"SET_TENSOR": bytes(8), "SET_TENSOR_HASH": struct.pack("<QB", 1, 0)},

@@ -229,7 +229,12 @@ TRAPS = [
     (placement, "Vulkan1, Vulkan0, Vulkan0", "scheduler.test_scheduler.test_placement_is_kept"),
     (second_graph, "first right, second untouched", "scheduler.test_scheduler.test_another_graph_is_refused"),
     (reset_with_weights, "right, wrong", "scheduler.test_traps.test_weights_may_change_between_resets"),
-    (out_of_memory, {"SIGSEGV"}, "scheduler.test_scheduler.test_out_of_memory_raises_and_leaves_the_scheduler_usable"),
+    # From ggml 0.25 on, plain ggml reports it; the next allocation still reads the buffer that is not there.
+    (
+        out_of_memory,
+        "False" if c.library.provides("ggml_swiglu_clamp") else {"SIGSEGV"},
+        "scheduler.test_scheduler.test_out_of_memory_raises_and_leaves_the_scheduler_usable",
+    ),
     (closing_order, {"SIGSEGV", "SIGBUS"}, "core.test_handle.test_objects_can_be_closed_in_any_order"),
     (seventeen_backends, {"SIGABRT"}, "scheduler.test_traps.test_sixteen_backends_with_the_cpu"),
     (large_graph, {"SIGABRT"}, "scheduler.test_scheduler.test_the_scheduler_grows_with_the_graph"),

@@ -12,7 +12,7 @@ from ggml_cffi.enums import Op
 from ggml_cffi.models import ARCHITECTURES
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
 from tests.scripts import make_transformers
-from tests.support import DATA, llama_float64, need, relative_error
+from tests.support import DATA, golden, llama_float64, need, relative_error
 
 TRANSFORMERS = json.loads((DATA / "transformers.json").read_text())["logits"]
 GOLDEN = json.loads((DATA / "gemma3.json").read_text())["cases"]
@@ -58,11 +58,6 @@ ON_THE_CPU = {
 }
 
 
-def decided(case, close):
-    """Return the greedy tokens before the first one for which two logits are nearly equal."""
-    return case["greedy"][: next((i for i, m in enumerate(case["margins"]) if m < close), len(case["margins"]))]
-
-
 # ---------------------------------------------------------------------- small models
 
 
@@ -72,7 +67,7 @@ def check_against_float64(path, devices, rng):
     tokens = [int(t) for t in rng.integers(0, 50, 21)]
     want = reference.forward(tokens)
     greedy, margins = reference.greedy(tokens, 4)
-    follows = decided({"greedy": greedy, "margins": margins}, 0.02)
+    follows = golden.decided({"greedy": greedy, "margins": margins}, 0.02)
     with models.load(path, devices, n_batch=11, n_threads=1) as model:
         assert relative_error(model.forward(tokens), want) < 1e-2
         assert relative_error(model.forward(tokens, last=True), want[-1]) < 1e-2
@@ -123,15 +118,18 @@ def test_gemma3_on_the_cpu_generates_the_tokens_of_llama_cpp(gemma3):
         assert model.architecture.window == 512
         assert [i for i in range(18) if not model.architecture.is_local(i)] == [5, 11, 17]
         for case in GOLDEN:
-            want = decided(case, 0.1)
-            assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
+            n = len(case["greedy"])
+            got = list(model.generate_tokens(case["tokens"], n, stop_at_end=False))
+            golden.assert_follows(got, case, golden.ROUNDED)
+            logits = model.forward(case["tokens"] + case["greedy"][:-1])[-n:]
+            golden.assert_decides(logits, case, golden.ROUNDED)
 
 
 @pytest.mark.nightly  # small random models of it are compared with float64 on two GPUs in every run
 def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3):
     with models.load(gemma3, need(("Vulkan0", "Vulkan1")), n_ctx=256, n_batch=1) as model:
         for case in EXACT:
-            want = decided(case, 0.1)[:8]
+            want = golden.decided(case, golden.EXACT)[:8]
             assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
         used = {backend.name for _, backend in model.assignment()}
         assert {"Vulkan0", "Vulkan1"} <= used
