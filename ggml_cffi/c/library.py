@@ -15,7 +15,7 @@ from typing import Any
 
 from ggml_cffi.c import log, versions
 from ggml_cffi.c._decl import VERSIONS, ffi
-from ggml_cffi.c.places import PREFIX, backend_folders, path, places, plugin_path, wheel
+from ggml_cffi.c.places import PREFIX, backend_folders, folder_of, path, places, plugin_path, wheel
 from ggml_cffi.errors import LibraryMismatchError, LibraryNotFoundError
 
 PLUGINS = ("vulkan", "rpc")
@@ -23,6 +23,7 @@ PLUGINS = ("vulkan", "rpc")
 _lock = threading.RLock()
 _loaded: dict[str, Any] = {}
 _missing: dict[str, LibraryNotFoundError] = {}
+_opened: list[Any] = []  # also those of places that were refused: C may hold pointers into them
 _place: str | None = None
 _version = ""
 _pids: dict[str, int] = {}  # the process in which a plug-in was loaded
@@ -110,7 +111,7 @@ def inherited(plugin: str) -> bool:
 
 
 def location() -> str | None:
-    """Load the core, and return its folder, None for the system's library."""
+    """Load the core, and return its folder, None if the system does not tell it."""
     load("base")
     return _place
 
@@ -124,7 +125,7 @@ def _load_core() -> None:
     for label, folder in places():
         where = f"{label}: {folder}" if folder else label
         try:
-            found, loaded = _open_core(folder)
+            found, loaded, folder = _open_core(folder)
         except (OSError, LibraryMismatchError) as error:
             mismatch = mismatch or isinstance(error, LibraryMismatchError)
             reasons.append(f"  {where}\n    {error}")
@@ -143,24 +144,39 @@ def _load_core() -> None:
     )
 
 
-def _open_core(folder: str | None) -> tuple[dict[str, Any], str]:
-    """Open base, cpu and ggml from ``folder``, check them against the declarations, and return them and the version."""
-    base = ffi.dlopen(path(folder, "ggml-base"))
+def _open_core(folder: str | None) -> tuple[dict[str, Any], str, str | None]:
+    """Open base, cpu and ggml from a folder, and check them against the declarations.
+
+    Returns
+    -------
+    tuple
+        The libraries, their version, and their folder.
+    """
+    base = _dlopen(path(folder, "ggml-base"))
+    if folder is None:
+        folder = folder_of(int(ffi.cast("uintptr_t", ffi.addressof(base, "ggml_version"))))
     loaded = ffi.string(base.ggml_version()).decode()
     versions.check_range(loaded)
     versions.check_sizes(base)
     log.install(base)
-    core = ffi.dlopen(path(folder, "ggml"))
+    core = _dlopen(path(folder, "ggml"))
     found = {"base": base, "cpu": _open_cpu(folder, core), "ggml": core}
     if loaded not in VERSIONS:
         versions.check_unknown(loaded, found)
-    return found, loaded
+    return found, loaded, folder
+
+
+def _dlopen(file: str) -> Any:
+    """Open a library, which stays loaded."""
+    library = ffi.dlopen(file)
+    _opened.append(library)
+    return library
 
 
 def _open_cpu(folder: str | None, core: Any) -> Any:
     """Open the CPU backend: the only one, or of several variants the best that runs on this machine."""
     try:
-        return ffi.dlopen(path(folder, "ggml-cpu"))
+        return _dlopen(path(folder, "ggml-cpu"))
     except OSError:
         variants = [
             os.path.join(place, name)
@@ -173,7 +189,7 @@ def _open_cpu(folder: str | None, core: Any) -> Any:
     best = max(variants, key=_score)
     if _score(best) == 0 or core.ggml_backend_load(os.fsencode(best)) == ffi.NULL:
         raise OSError(f"none of its {len(variants)} CPU variants runs on this machine")
-    return ffi.dlopen(best)
+    return _dlopen(best)
 
 
 def _score(variant: str) -> int:
@@ -191,7 +207,7 @@ def _load_plugin(name: str) -> None:
         raise _missing[name]
     try:
         file = plugin_path(_place, name)
-        library = ffi.dlopen(file)  # raises with the reason, which ggml's own loader would only log
+        library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except OSError as error:
         _missing[name] = LibraryNotFoundError(
             f"the {name} plug-in of ggml cannot be loaded: {error}. "

@@ -61,8 +61,6 @@ def path(folder: str | None, name: str) -> str:
 
 def backend_folders(folder: str | None) -> list[str]:
     """Return the existing folders in which the backends of a core are: its own, and that of its distribution."""
-    if folder is None:
-        folder = _folder_of_loaded(f"{PREFIX}ggml-base{SUFFIX}")
     candidates = [folder, *(os.path.join(folder, name) for name in _BACKEND_FOLDERS)] if folder else []
     return [candidate for candidate in candidates if os.path.isdir(candidate)]
 
@@ -80,14 +78,23 @@ def plugin_path(place: str | None, name: str) -> str:
     return path(place, f"ggml-{name}")
 
 
-def _folder_of_loaded(file: str) -> str | None:
-    """Return the folder of a library that the loader found by its name, None if the system does not tell."""
+def folder_of(address: int) -> str | None:
+    """Return the folder of the library that has a function at ``address``, None if the system does not tell."""
+    import ctypes  # only libraries that the system's loader found need it
+
+    class Found(ctypes.Structure):
+        """The result of ``dladdr``."""
+
+        _fields_ = (
+            ("file", ctypes.c_char_p),
+            ("base", ctypes.c_void_p),
+            ("name", ctypes.c_char_p),
+            ("at", ctypes.c_void_p),
+        )
+
+    found = Found()
     try:
-        with open("/proc/self/maps") as maps:
-            for line in maps:
-                path = line.rstrip().rpartition(" ")[2]
-                if os.path.basename(path).startswith(file):
-                    return os.path.dirname(path)
-    except OSError:
-        pass
-    return None
+        known = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found))
+    except (AttributeError, OSError, TypeError):
+        return None
+    return os.path.dirname(os.path.realpath(os.fsdecode(found.file))) if known and found.file else None
