@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi devices``: the devices of this machine with their memory."""
+"""The command ``ggml-cffi devices``: the devices of this machine with their memory, and the ggml that reaches them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import ggml_cffi
+from ggml_cffi.c import library
 from ggml_cffi.core.text import size, table
 
 
@@ -22,6 +23,7 @@ def _devices(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([_as_dict(d) for d in found], indent=2))
         return 0
+    print(f"ggml {library.version()}, from {library.location() or 'the system'}\n")
     rows = [("device", "type", "free", "total", "description")]
     for d in found:
         memory = d.memory()
@@ -39,4 +41,5 @@ def _as_dict(d: ggml_cffi.Device) -> dict[str, Any]:
         "memory_free": memory.free,
         "memory_total": memory.total,
         "pci_id": d.pci_id,
+        "ggml_version": library.version(),
     }
