@@ -24,6 +24,8 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
         If it has more axes, a negative size, or too many elements.
     """
     try:
+        if isinstance(shape, str | bytes):
+            raise TypeError
         sizes = tuple(int(n.__index__()) for n in shape)
     except (AttributeError, TypeError):
         raise TypeError(f"a shape is a sequence of integers, not {shape!r}") from None

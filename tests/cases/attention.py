@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 import ggml_cffi as ggml
@@ -60,6 +62,15 @@ def diag_mask_inf(a: Array, n_past: int = 0) -> Array:
 @reference
 def diag_mask_zero(a: Array, n_past: int = 0) -> Array:
     return masked(a, n_past, 0.0).reshape(a.shape)
+
+
+def resolution(values: dict[str, Any], arguments: dict[str, Any]) -> float:
+    """Return the error that rounding causes if the keys are quantized: queries are rounded to 8 bits then.
+
+    The error of a score is that of the query times the key, and an output changes by as much as its scores.
+    """
+    longest = [np.linalg.norm(values[name], axis=-1).max(initial=0) for name in ("q", "k")]
+    return float(2**-10 * abs(arguments.get("scale", 1.0)) * longest[0] * longest[1])
 
 
 @reference

@@ -68,6 +68,7 @@ def test_shapes_are_numpys(shape):
         ("f32", (-1,), ValueError, "not possible"),
         ("f32", (2**40, 2**40), ValueError, "not possible"),
         ("f32", "ab", TypeError, "sequence of integers"),
+        ("f32", "", TypeError, "sequence of integers"),
         ("f32", 3, TypeError, "sequence of integers"),
         ("f32", (2.5,), TypeError, "sequence of integers"),
         ("q4_0", (33,), ValueError, "blocks of 32"),

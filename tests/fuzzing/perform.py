@@ -24,7 +24,7 @@ import ggml_cffi as ggml
 from ggml_cffi import Op, Tensor, Type, c
 from ggml_cffi.core import dtypes
 from tests import cases
-from tests.cases import rope
+from tests.cases import attention, rope
 from tests.fuzzing.calls import FAILED, UNUSABLE, Call, T, cases_of, fails, first, options_of, parameters
 from tests.fuzzing.child import Outcome
 
@@ -351,6 +351,8 @@ def _resolution(op: str, values: dict[str, Any], arguments: dict[str, Any]) -> f
     """Return the error that single precision or a stored type causes by itself."""
     if "positions" in values:
         return rope.resolution(values, arguments)
+    if op == "flash_attn_ext" and dtypes.is_quantized(arguments["k"].dtype):
+        return attention.resolution(values, arguments)
     if op == "solve_tri":  # the error of rounding the matrix once
         return float(np.linalg.cond(np.tril(values["a"])).max(initial=0)) * 2**-23
     if op == "interpolate":  # places between elements are single-precision numbers
