@@ -10,7 +10,7 @@ from ggml_cffi import c
 from ggml_cffi.core import interrupt
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Owner
-from ggml_cffi.enums import Status
+from ggml_cffi.enums import Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, OutOfMemoryError
 from ggml_cffi.scheduler.graph import Graph
 
@@ -18,6 +18,11 @@ from ggml_cffi.scheduler.graph import Graph
 _TENSOR = "struct ggml_tensor"
 _SRC, _DATA_END = c.ffi.offsetof(_TENSOR, "src"), c.ffi.offsetof(_TENSOR, "name")
 _BUFFER = c.ffi.offsetof(_TENSOR, "buffer")
+
+_LAST = c.GGML_MAX_SRC - 1  # the last operand of a node, which only functions written in Python may have
+
+#: Tensors of one number in host memory that :func:`unread_tensors` returns, with that memory; never freed.
+_unread: list[tuple[Any, Any]] = []
 
 #: Longest delay of Ctrl-C in seconds: if the last run on the CPU took longer, Ctrl-C stops the next one.
 _CTRL_C_DELAY = 0.05
@@ -36,11 +41,13 @@ class HeldGraph:
         Owners of the C objects that the graph uses. They are kept, since other threads may close their handles.
     """
 
-    __slots__ = ("_calls", "_cpu", "_owners", "_saved", "_seconds", "graph")
+    __slots__ = ("_calls", "_cpu", "_owners", "_saved", "_seconds", "added", "graph")
 
     def __init__(self, graph: Graph, owners: list[Owner]) -> None:
         self.graph = graph
         """The graph itself."""
+        self.added: dict[Any, Any] = {}
+        """Operands that were added to nodes (C pointers), and that no node reads."""
         self._owners = owners
         self._saved: list[tuple[Any, bytes, bytes]] = []
         for p in graph.members:
@@ -49,6 +56,13 @@ class HeldGraph:
         self._calls: list[Any] = []
         self._cpu: Backend | None = None
         self._seconds = _CTRL_C_DELAY  # duration of the last run; the first counts as long
+
+    def add_operands(self, added: dict[Any, Any]) -> None:
+        """Add an operand (value) to each node (key), until the fields are restored."""
+        self.added = added
+        for node, operand in added.items():
+            if not node.src[_LAST]:
+                node.src[_LAST] = operand
 
     def hold(self, cpu: Backend | None) -> None:
         """Mark the tensors as in use by a scheduler, so that no other takes them.
@@ -64,14 +78,22 @@ class HeldGraph:
         for ctx in self.graph.contexts:
             ctx.held[self] = nodes
 
-    def restore(self) -> None:
-        """Undo what ggml wrote to the tensors, and the order of the nodes. The graph may be closed by now."""
+    def restore(self, *, keep_added: bool = False) -> None:
+        """Undo what ggml wrote to the tensors, and the order of the nodes. The graph may be closed by now.
+
+        Parameters
+        ----------
+        keep_added
+            Keep the operands of :attr:`added`.
+        """
         for raw, buffer, rest in self._saved:
             raw[_BUFFER : _BUFFER + 8] = buffer
             raw[_SRC:_DATA_END] = rest
         self.graph.reorder(self.graph.node_pointers())
         for ctx in self.graph.contexts:
             ctx.held.pop(self, None)
+        if keep_added:
+            self.add_operands(self.added)
 
     def sources(self) -> Iterator[tuple[Any, list[Any]]]:
         """Yield every node with its own operands, not the copies that ggml put in their place; None if omitted."""
@@ -135,3 +157,17 @@ def _check_status(status: int) -> None:
     if status == Status.ALLOC_FAILED:
         raise OutOfMemoryError("a backend ran out of memory during the computation")
     raise GgmlError(f"the computation failed: {Status(status).name.lower()}")
+
+
+def unread_tensors(n: int) -> list[Any]:
+    """Return ``n`` tensors (C pointers) of one number in host memory. All schedulers share them; nothing is written."""
+    while len(_unread) < n:
+        memory = c.ffi.new("char[]", 256)  # with room for the alignment that ggml demands
+        start = c.ffi.cast("char *", -(-int(c.ffi.cast("uintptr_t", memory)) // 64) * 64)
+        tensor = c.ffi.new("struct ggml_tensor *")
+        tensor.type, tensor.data = Type.F32, start
+        tensor.buffer = c.ggml_backend_cpu_buffer_from_ptr(start, 64)
+        for i in range(c.GGML_MAX_DIMS):
+            tensor.ne[i], tensor.nb[i] = 1, 4
+        _unread.append((tensor, memory))
+    return [tensor for tensor, _ in _unread[:n]]

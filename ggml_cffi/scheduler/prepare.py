@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import DeviceType
 from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, TensorFlag, Type
 from ggml_cffi.errors import ClosedError, OutOfMemoryError
 from ggml_cffi.scheduler.graph import Graph
-from ggml_cffi.scheduler.held_graph import HeldGraph
+from ggml_cffi.scheduler.held_graph import HeldGraph, unread_tensors
 from ggml_cffi.scheduler.overlap import overlapping
 from ggml_cffi.scheduler.placements import Placements
 
 MAX_BACKENDS = 16
+_ALL_OPERANDS = frozenset({Op.CUSTOM, Op.MAP_CUSTOM1, Op.MAP_CUSTOM2, Op.MAP_CUSTOM3})  # they may read any operand
 _READS_SECOND_OPERAND_LAST = frozenset({Op.ADD_ID, Op.SOFT_MAX_BACK})
 
 
@@ -65,10 +68,40 @@ def order_for_overlap(scheduler: Any, prepared: HeldGraph, backends: Sequence[Ba
     assigned = {p: numbers[find(scheduler, p)] for p in graph.node_pointers()}
     prepared.restore()
     ordered = overlapping(graph.node_pointers(), assigned, len(backends) - 1)
-    if ordered is not None:
-        graph.reorder(ordered)
-        # In another order ggml could choose other devices.
-        placements.pinned = {p: backends[i] for p, i in assigned.items() if p.op not in VIEWS}
+    if ordered is None:
+        return
+    graph.reorder(ordered)
+    # In another order ggml could choose other devices.
+    placements.pinned = {p: backends[i] for p, i in assigned.items() if p.op not in VIEWS}
+    if library.provides("ggml_prec_set_acc"):
+        _start_without_waiting(scheduler, prepared, backends, placements)
+
+
+def _start_without_waiting(
+    scheduler: Any, prepared: HeldGraph, backends: Sequence[Backend], placements: Placements
+) -> None:
+    """Give splits that need no copy a small one, from the CPU.
+
+    From version 0.25 on, ggml lets the host wait for the split before, if it is on another device, unless it copies
+    something first. Two branches would run one after the other.
+    """
+    graph = prepared.graph
+    placements.apply(scheduler, graph, backends[-1])
+    c.ggml_backend_sched_split_graph(scheduler, graph.ptr)
+    known, first, copies, device = graph.members, [], [], None
+    for p in graph.node_pointers():
+        if p.op in VIEWS:
+            continue
+        if placements.pinned[p] is not device:
+            device = placements.pinned[p]
+            first.append(p)
+            copies.append(False)
+        copies[-1] = copies[-1] or any(src and src not in known for src in p.src)
+    prepared.restore()
+    idle = [p for p, copied in zip(first[1:], copies[1:], strict=True) if not copied]
+    idle = [p for p in idle if placements.pinned[p].device.type is DeviceType.GPU and p.op not in _ALL_OPERANDS]
+    prepared.add_operands(dict(zip(idle, unread_tensors(len(idle)), strict=True)))
+    placements.pinned |= dict.fromkeys(prepared.added.values(), backends[-1])
 
 
 def uses_cpu(scheduler: Any, graph: Graph, backends: Sequence[Backend]) -> bool:

@@ -274,7 +274,7 @@ class Scheduler(SchedulerInspection):
                     prepare.order_for_overlap(self.ptr, prepared, self.backends, self.placements)
                 # ggml's alloc_graph crashes if memory runs out; its reserve reports it.
                 self._reserve(graph)
-                prepared.restore()
+                prepared.restore(keep_added=True)
                 self.placements.apply(self.ptr, graph, self.backends[-1])
                 with self.exclusive():
                     done = c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr)
