@@ -5,7 +5,9 @@ is measured with its Python interface (``Llama.eval``), ``llama.cpp`` with the C
 tokens. Both come from the Python that ``--peer`` names, which needs ``pip install --no-binary llama-cpp-python
 llama-cpp-python==0.3.36`` (a native build of some minutes).
 
-    python -m benchmarks.llm [--peer PYTHON] [--model FILE] [--threads 2] [--rounds 3]
+    python -m benchmarks.llm [--peer PYTHON] [--model FILE] [--threads 2] [--rounds 3] [--busy 2]
+
+``--busy`` starts that many processes that compute in a loop until the end.
 """
 
 from __future__ import annotations
@@ -112,6 +114,7 @@ def main() -> int:
     parser.add_argument("--model", help="a GGUF file (default: the demonstration model)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", type=int, default=0, help="processes that compute beside the measured one")
     parser.add_argument("--devices", default="CPU", help="devices of ggml_cffi, separated by commas")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,11 +129,16 @@ def main() -> int:
 
     model = args.model or str(models.fetch("smollm2"))
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(args.rounds):
-        for side in SIDES:
-            result = measure(sys.executable if side == "ours" else args.peer, side, model, args)
-            if result is not None:
-                found[side].append(result)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(args.busy)]
+    try:
+        for _ in range(args.rounds):
+            for side in SIDES:
+                result = measure(sys.executable if side == "ours" else args.peer, side, model, args)
+                if result is not None:
+                    found[side].append(result)
+    finally:
+        for other in others:
+            other.kill()
     report(found, model, args)
     return 0
 
@@ -161,7 +169,7 @@ def report(found: dict[str, list[dict[str, float]]], model: str, args: argparse.
     from benchmarks import save
 
     table: dict[str, Any] = {}
-    print(f"{Path(model).name}, {args.threads} threads, median of {args.rounds}")
+    print(f"{Path(model).name}, {args.threads} threads, {args.busy} busy processes, median of {args.rounds}")
     print(f"{'':10}" + "".join(f"{name:>18}{'' if side == 'ours' else '  ours':>6}" for side, name in SIDES.items()))
     labels = {
         "prompt": f"pp{N_PROMPT}",
@@ -177,7 +185,12 @@ def report(found: dict[str, list[dict[str, float]]], model: str, args: argparse.
             f"{x:18.3f}{'' if s == 'ours' else format(each['ours'] / x, '5.2f') + 'x':>6}" for s, x in each.items()
         )
         print(f"{label:10}{text}")
-    print(save("llm", {"model": Path(model).name, "threads": args.threads, "results": table, "rounds": found}))
+    print(
+        save(
+            "llm",
+            {"model": Path(model).name, "threads": args.threads, "busy": args.busy, "results": table, "rounds": found},
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ root=${root:-${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}/debia
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "needs root on Debian or Ubuntu"
 
 packages=(libggml0 libggml0-backend-vulkan libggml0-backend-rpc libvulkan1 mesa-vulkan-drivers
-    python3 python3-venv gcc libc6-dev git make ca-certificates)
+    libggml-dev python3 python3-venv gcc libc6-dev git make ca-certificates)
 if [ ! -f "$root/.complete" ]; then
     command -v debootstrap >/dev/null || apt-get -qq install -y --no-install-recommends debootstrap >/dev/null
     site=$(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' | awk '$1 == "Debian" { print $2; exit }')

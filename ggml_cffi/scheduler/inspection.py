@@ -17,7 +17,11 @@ from ggml_cffi.scheduler.splits import Split, find_copies, find_splits
 
 
 class SchedulerInspection(Handle):
-    """Read-only part of :class:`Scheduler <ggml_cffi.Scheduler>`, which inherits it."""
+    """Read-only part of :class:`Scheduler <ggml_cffi.Scheduler>`, which inherits it.
+
+    It is a base class and not an attribute, because users write ``scheduler.splits``: twelve methods of the scheduler
+    would only pass calls on.
+    """
 
     __slots__ = ()
     backends: tuple[Backend, ...]
