@@ -98,34 +98,44 @@ def version_of(folder):
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("unknown", ["0.24.9", "0.25.9", "0.27.9"])
-def test_an_unknown_version_in_the_range_is_used_with_a_warning(tmp_path, unknown):
+def version_bytes(version):
+    return version.encode() + b"\0"
+
+
+def test_an_unknown_patch_is_used_like_the_version_before_it_with_a_warning(tmp_path):
     loaded = library.version()
-    if library.declarations() != loaded:
-        pytest.skip(f"needs a library of a known version, not {loaded}")
-    copy_libraries(tmp_path, changed=[(loaded.encode() + b"\0", unknown.encode() + b"\0")])
+    unknown = f"{loaded.rpartition('.')[0]}.9"
+    copy_libraries(tmp_path, changed=[(version_bytes(loaded), version_bytes(unknown))])
     printed, messages = version_of(tmp_path)
-    if unknown == "0.27.9":  # this library has the functions of an older one
-        assert "LibraryMismatchError" in printed
-        assert "version 0.27.9 has no ggml_" in printed
-    else:
-        nearest = max(v for v in VERSIONS if v < unknown)
-        assert printed.split() == [unknown, nearest]
-        assert f"ggml {unknown} is none of the versions that ggml_cffi was made for" in messages
+    assert printed.split() == [unknown, library.declarations()]
+    assert f"ggml {unknown} is none of the versions that ggml_cffi was made for" in messages
+
+
+def test_an_unknown_version_that_lacks_functions_of_an_older_one_is_refused(tmp_path):
+    newest = VERSIONS[-1]
+    if library.declarations() == newest:
+        pytest.skip(f"needs a library older than {newest}")
+    unknown = f"{newest.rpartition('.')[0]}.9"
+    copy_libraries(tmp_path, changed=[(version_bytes(library.version()), version_bytes(unknown))])
+    printed, _ = version_of(tmp_path)
+    assert "LibraryMismatchError" in printed
+    assert f"version {unknown} has no ggml_" in printed
 
 
 def test_versions_outside_the_range_are_refused_with_the_range(tmp_path):
-    copy_libraries(tmp_path, changed=[(library.version().encode() + b"\0", b"0.28.0\0")])
+    copy_libraries(tmp_path, changed=[(version_bytes(library.version()), version_bytes("0.28.0"))])
     printed, _ = version_of(tmp_path)
     assert printed.startswith("LibraryMismatchError")
     assert "it is version 0.28.0; supported are 0.20.2 to 0.27" in printed
 
 
 def test_an_unknown_version_with_other_operations_is_refused(tmp_path):
-    loaded = library.version().encode()
-    copy_libraries(tmp_path, changed=[(loaded + b"\0", b"0.25.9\0"), (b"\0OUT_PROD\0", b"\0IN_PROD_\0")])
+    loaded = library.version()
+    unknown = f"{loaded.rpartition('.')[0]}.9"
+    texts = [(version_bytes(loaded), version_bytes(unknown)), (b"\0OUT_PROD\0", b"\0IN_PROD_\0")]
+    copy_libraries(tmp_path, changed=texts)
     printed, _ = version_of(tmp_path)
-    assert "version 0.25.9 calls number" in printed
+    assert f"version {unknown} calls number" in printed
     assert "IN_PROD_, not OUT_PROD" in printed
 
 
@@ -135,7 +145,9 @@ def test_plugins_are_found_in_debians_folder_of_backends_and_in_ggml_backend_pat
     folder = core / "ggml" / "backends0"
     folder.mkdir(parents=True)
     elsewhere.mkdir()
-    plugin = next(core.glob("libggml-rpc*"))
+    plugin = next(core.glob("libggml-rpc*"), None)
+    if plugin is None:
+        pytest.skip("needs the RPC plug-in, which the libggml-python wheel does not have")
     code = "from ggml_cffi.c import library; print(library.available('rpc'))"
     plugin = plugin.rename(folder / plugin.name)
     assert run_python(code, GGML_CFFI_LIBRARY_PATH=str(core)).stdout.strip() == "True"
