@@ -34,7 +34,8 @@ if [ ! -f "$root/.complete" ]; then
     touch "$root/.complete"
 fi
 
-inside() { env -i HOME=/root PATH=/usr/bin:/bin:/usr/sbin:/sbin LANG=C.UTF-8 GGML_VK_VISIBLE_DEVICES=0,0 \
+# With the cooperative matrices that Mesa 26's software device offers, products of more than 8 rows are wrong.
+inside() { env -i HOME=/root PATH=/usr/bin:/bin:/usr/sbin:/sbin LANG=C.UTF-8 GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_COOPMAT=1 \
     GGML_CFFI_CACHE=/var/cache/ggml_cffi PIP_CERT=/etc/ssl/certs/machine.crt PIP_DISABLE_PIP_VERSION_CHECK=1 chroot "$root" "$@"; }
 
 # pip trusts the certificates that this machine trusts.
