@@ -4,12 +4,12 @@ Needs a source checkout and a C++ compiler, see ``tests/upstream``. A software G
 ``--limit 5`` and a few ``--ops`` there.
 
     python -m benchmarks.upstream [--ops ADD MUL_MAT ...] [--limit N] [--devices CPU Vulkan0] [--max-work 2e7]
+                                   [--cases FILE.csv]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 
@@ -19,7 +19,7 @@ COLUMNS = ("listed", "rebuilt", "ran", "agreed", "unsupported", "too large", "re
 
 
 def main() -> int:
-    from tests.upstream import listing, runner
+    from tests.upstream import listing, refusals, runner
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", help="operations, by upstream's names (default: all)")
@@ -27,25 +27,32 @@ def main() -> int:
     parser.add_argument("--devices", nargs="+", default=["CPU", "Vulkan0"], help="the first is the reference")
     parser.add_argument("--max-work", type=float, default=2e7, help="operations in a case; larger cases are left out")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a case")
+    parser.add_argument(
+        "--cases", help="list of another version: the output of test-backend-ops support --output csv -b CPU"
+    )
     args = parser.parse_args()
     find_gpu(args.devices)
-    listed = listing.cases()
+    listed = listing.cases(args.cases)
     chosen = [case for case in listed if not args.ops or case.op in args.ops]
     if args.limit:
         chosen = runner.spread(chosen, args.limit)
+    bad = (runner.DIFFERED, runner.REFUSED, runner.CRASHED, runner.TIMED_OUT, runner.FAILED, runner.MISSING)
     outcomes: list[runner.Outcome] = []
     try:
         for outcome in runner.run(chosen, args.devices, max_work=int(args.max_work), timeout=args.timeout):
             outcomes.append(outcome)
             if sys.stderr.isatty():
                 print(f"\r{len(outcomes)} of {len(chosen)} {outcome.op:30}", end="", file=sys.stderr)
-            if outcome.status in (runner.DIFFERED, runner.CRASHED, runner.TIMED_OUT, runner.FAILED):
+            known = outcome.status == runner.REFUSED and refusals.reason(outcome)
+            if outcome.status in bad and not known:
                 print(f"{outcome.status}: {outcome.op}({outcome.text}) {outcome.detail}")
     except KeyboardInterrupt:
         print(f"stopped after {len(outcomes)} of {len(chosen)} cases")
     result = {"devices": args.devices, "of": len(listed), "operations": table(outcomes)}
     show(result["operations"])
-    bad = (runner.DIFFERED, runner.REFUSED, runner.CRASHED, runner.TIMED_OUT, runner.FAILED, runner.MISSING)
+    result["refused"] = dict(Counter(filter(None, map(refusals.reason, outcomes))).most_common())
+    for words, count in result["refused"].items():
+        print(f"{count:6} refused: {words}")
     result["not agreed"] = [
         {"case": f"{o.op}({o.text})", "status": o.status, "detail": o.detail} for o in outcomes if o.status in bad
     ]
@@ -56,10 +63,11 @@ def main() -> int:
 def find_gpu(devices: list[str]) -> None:
     """Make ggml list a software GPU, which it hides by default, if the machine has no other."""
     import ggml_cffi
+    from tests.support import software_vulkan
 
     found = {device.name for device in ggml_cffi.devices()}
     if not found >= set(devices):
-        os.environ.setdefault("GGML_VK_VISIBLE_DEVICES", "0,0")  # for the children: the driver is loaded here
+        software_vulkan.use()  # for the children: the driver is loaded here
 
 
 def table(outcomes: list) -> dict[str, dict[str, int]]:

@@ -95,6 +95,18 @@ def mask(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return drawn
 
 
+def sparse_mask(visible: int) -> Draw:
+    """Return a function that draws an attention mask with ``visible`` keys in each row."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+        drawn = np.full(shape, -np.inf, np.float32)
+        keys = np.argsort(rng.random(shape), axis=-1)[..., :visible]
+        np.put_along_axis(drawn, keys, rng.uniform(-0.25, 0.0, keys.shape).astype(np.float32), axis=-1)
+        return drawn
+
+    return draw
+
+
 def lower(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Return a lower triangular matrix that can be solved."""
     return np.tril(rng.uniform(0.1, 1.0, shape))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tests.upstream.text import Params
 
 Array = npt.NDArray[Any]
 
@@ -22,6 +23,10 @@ _LIMITS = {
     "MUL_MAT": 5e-4,
     "MUL_MAT_HADAMARD": 5e-4,
     "MUL_MAT_ID": 5e-4,
+    "MUL_MAT_ID_W4A4": 2e-2,
+    "MUL_MAT_ID_W4A8": 5e-4,
+    "MUL_MAT_W4A4": 2e-2,  # a device may round both operands to 4 bits
+    "MUL_MAT_W4A8": 5e-4,
     "OUT_PROD": 5e-4,
     "SOFT_MAX": 1e-6,
     "TOP_K": 0.0,
@@ -31,7 +36,7 @@ _STEP = {"q4_0": 1.0, "q4_1": 1.0, "iq4_nl": 1.0, "q5_0": 0.5, "q5_1": 0.5, "q8_
 _LARGEST = np.finfo(np.float32).max
 
 
-def limit(op: str, p: SimpleNamespace) -> float:
+def limit(op: str, p: Params) -> float:
     """Return the largest error that upstream allows."""
     if op == "SET_ROWS" and p.type_dst in _STEP:
         step = _STEP[p.type_dst] / 8
@@ -53,7 +58,7 @@ def limit(op: str, p: SimpleNamespace) -> float:
     return _LIMITS.get(op, _LIMIT)
 
 
-def error(op: str, p: SimpleNamespace, want: Array, got: Array) -> tuple[float, str]:
+def error(op: str, p: Params, want: Array, got: Array) -> tuple[float, str]:
     """Return the distance of ``got`` from ``want``, and a remark if it is infinite."""
     if want.shape != got.shape:
         return np.inf, f"shapes {want.shape} and {got.shape}"

@@ -1,4 +1,6 @@
-"""List of upstream's cases: ``test-backend-ops`` is built and run once per pinned source and compiler."""
+"""List of upstream's cases, from ``test-backend-ops``: the program of the distribution that ggml is from, or one built
+with the loaded ggml, once per source, compiler and version.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from codegen import versions
 from ggml_cffi.c import library
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "vendor" / "ggml"
 PROGRAM = "test-backend-ops"
+_SYSTEM = Path("/usr")
 
 
 class NoListError(Exception):
@@ -36,38 +39,23 @@ class Listed:
         return f"{self.op}({self.text})"
 
 
-def cases() -> list[Listed]:
+def cases(table: Path | str | None = None) -> list[Listed]:
     """Return every case that upstream's program lists, in its order.
+
+    Parameters
+    ----------
+    table
+        What the program wrote with ``support --output csv``, for example that of another version. Default: the list of
+        the program for the loaded ggml.
 
     Raises
     ------
     NoListError
         If there is no list in the cache, and no compiler or source to make one.
     """
-    program = _program()
-    table = program.with_suffix(".csv")
-    if not table.exists():
-        _write(table, _ask(program))
-    with table.open(newline="") as file:
+    with Path(table or _table()).open(newline="") as file:
         rows = csv.DictReader(file)
         return [Listed(i, r["op_name"], r["op_params"], r["supported"] == "1") for i, r in enumerate(rows)]
-
-
-def _program() -> Path:
-    """Return the path of the program in the user's cache; its name is a digest of all its sources."""
-    source = SOURCE / "tests" / f"{PROGRAM}.cpp"
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise NoListError(f"no C++ compiler ({compiler}) to build upstream's {PROGRAM} with; install g++ or set CXX")
-    if not source.exists():
-        _fetch()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    pins = (ROOT / "vendor" / "pins.env").read_bytes()
-    key = hashlib.sha256(b"\0".join([source.read_bytes(), pins, version.encode()])).hexdigest()[:16]
-    program = cache() / "upstream" / f"{PROGRAM}-{key}"
-    if not program.exists():
-        _compile(compiler, source, program)
-    return program
 
 
 def cache() -> Path:
@@ -76,28 +64,81 @@ def cache() -> Path:
     return Path(os.environ.get("GGML_CFFI_CACHE") or Path(base) / "ggml_cffi")
 
 
-def _fetch() -> None:
-    command = [str(ROOT / "build_lib.sh"), "--source-only"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable}
-    )
-    if done.returncode:
-        raise NoListError(f"upstream's source could not be fetched: {done.stderr.strip()}")
+def _table() -> Path:
+    """Return the path of the list in the user's cache."""
+    shipped = _shipped()
+    if shipped:
+        key = _digest([shipped.read_bytes(), library.version().encode()])
+        table = cache() / "upstream" / f"{PROGRAM}-{key}.csv"
+        if not table.exists():
+            _write(table, _ask(shipped))
+        return table
+    program = _built()
+    table = program.with_suffix(".csv")
+    if not table.exists():
+        _write(table, _ask(program))
+    return table
+
+
+def _shipped() -> Path | None:
+    """Return the program that the distribution ships beside the loaded ggml, None if there is none."""
+    if not _libraries().is_relative_to(_SYSTEM):
+        return None
+    return next(_SYSTEM.glob(f"libexec/*/ggml/{PROGRAM}"), None)
+
+
+def _built() -> Path:
+    """Return the path of the program in the user's cache; its name is a digest of everything that it depends on."""
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise NoListError(f"no C++ compiler ({compiler}) to build upstream's {PROGRAM} with; install g++ or set CXX")
+    try:
+        version, source = _source()
+        headers = next(v for v in versions.supported() if v.name == library.declarations())
+        include = headers.folder() / "include"
+    except versions.MissingHeadersError as error:
+        raise NoListError(f"upstream's source could not be fetched: {error}") from error
+    compiled_by = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    texts = [source.read_text(), *_lines({version.name, headers.name}), library.version(), compiled_by]
+    program = cache() / "upstream" / f"{PROGRAM}-{_digest(text.encode() for text in texts)}"
+    if not program.exists():
+        _compile(compiler, source, include, program)
+    return program
+
+
+def _source() -> tuple[versions.Version, Path]:
+    """Return the newest version whose source has the program, and its file."""
+    for version in reversed(versions.supported()):
+        if version.has_source:
+            source = version.folder() / "tests" / f"{PROGRAM}.cpp"
+            if source.exists():
+                return version, source
+    raise NoListError(f"no version of vendor/versions.txt has tests/{PROGRAM}.cpp in its source")
+
+
+def _lines(names: set[str]) -> list[str]:
+    """Return the lines of these versions in ``vendor/versions.txt``, which hold the digests of their files."""
+    lines = (versions.ROOT / "vendor" / "versions.txt").read_text().splitlines()
+    return [line for line in lines if line.split()[:1] and line.split()[0] in names]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _libraries() -> Path:
     folder = library.location()
     if folder is None:
-        raise NoListError("ggml is one of the system's libraries: build_lib.sh makes one to link the program with")
+        raise NoListError("this system does not tell the folder of the loaded ggml, to link the program with")
     return Path(folder)
 
 
-def _compile(compiler: str, source: Path, program: Path) -> None:
+def _compile(compiler: str, source: Path, include: Path, program: Path) -> None:
     folder = _libraries()
     program.parent.mkdir(parents=True, exist_ok=True)
     part = program.with_suffix(f".{os.getpid()}")
     # Without optimization the build takes seconds instead of minutes; the program only prints.
-    command = [compiler, "-std=c++17", "-O0", "-w", "-I", str(SOURCE / "include"), str(source), "-o", str(part)]
+    command = [compiler, "-std=c++17", "-O0", "-w", "-I", str(include), str(source), "-o", str(part)]
     command += [str(next(folder.glob(f"lib{name}.*"))) for name in ("ggml", "ggml-base")]
     command += [f"-Wl,-rpath-link,{folder}", "-Wl,--allow-shlib-undefined"] if sys.platform == "linux" else []
     done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True, check=False)
@@ -123,6 +164,7 @@ def _ask(program: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(text)
     part.replace(path)

@@ -22,10 +22,10 @@ import numpy as np
 
 import ggml_cffi as ggml
 from tests.upstream import judge
-from tests.upstream.builders import load
+from tests.upstream.builders import UnknownCaseError, build, load
 from tests.upstream.draw import Array, Inputs, work
 from tests.upstream.listing import Listed
-from tests.upstream.text import parse, size
+from tests.upstream.text import Params, parse, size
 
 AGREED, DIFFERED, RAN = "agreed", "differed", "ran"
 REFUSED, MISSING, UNSUPPORTED, LARGE = "refused", "missing", "unsupported", "too large"
@@ -43,8 +43,8 @@ class Outcome:
     text: str
     status: str
     """``agreed``, ``differed``, ``ran`` (with one device there is nothing to compare), ``refused`` (by ggml_cffi,
-    though ggml's CPU backend says it can), ``missing`` (no such operation or argument here), ``unsupported`` (by a
-    device), ``too large``, ``crashed``, ``timed out``, ``failed``."""
+    though ggml's CPU backend says it can), ``missing`` (no such operation, argument or parameter here), ``unsupported``
+    (by a device or the loaded ggml), ``too large``, ``crashed``, ``timed out``, ``failed``."""
     detail: str = ""
     error: float = 0.0
     work: int = 0
@@ -91,6 +91,10 @@ class Machine:
         except (AttributeError, TypeError) as error:
             absent = "ggml_cffi" in str(error) or "argument" in str(error)
             outcome.status, outcome.detail = MISSING if absent else FAILED, f"{type(error).__name__}: {error}"
+        except UnknownCaseError as error:
+            outcome.status, outcome.detail = MISSING, str(error)
+        except ggml.LibraryMismatchError as error:
+            outcome.status, outcome.detail = UNSUPPORTED, str(error)
         except ggml.UnsupportedOpError as error:
             outcome.status, outcome.detail = UNSUPPORTED, str(error)
         except ValueError as error:
@@ -125,7 +129,7 @@ class Machine:
         self,
         name: str,
         op: str,
-        p: object,
+        p: Params,
         rng: np.random.Generator,
         drawn: list[Array],
         outcome: Outcome,
@@ -134,7 +138,7 @@ class Machine:
         scheduler = self.schedulers[name]
         with ggml.Context() as ctx:
             inputs = Inputs(ctx, name, rng, drawn)
-            result = self.builders[op](inputs, p)
+            result = build(op, inputs, p)
             outcome.work = work(result)
             if outcome.work > max_work:
                 return None

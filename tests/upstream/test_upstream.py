@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import PATIENCE, need
-from tests.upstream import listing, runner
+from tests.upstream import listing, refusals, runner
 from tests.upstream.builders import load
 from tests.upstream.text import parse
 
@@ -14,24 +14,6 @@ PER_OP, MAX_WORK = 2, 600_000
 TYPED = {"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT"}
 #: Operations with shaders that compile slowly: one case each.
 HEAVY = {"CONV_2D", "CONV_TRANSPOSE_2D", "FLASH_ATTN_EXT", "MUL_MAT_ID", "SOFT_MAX", "TOP_K"}
-#: Parts of the messages for cases that ggml_cffi refuses although upstream lists them for the CPU.
-REFUSED = (
-    "cannot be checked",  # row numbers by a view
-    "integers, which may be checked row numbers, cannot be written in place",  # they may be row numbers
-    "of one type that is not quantized",  # concat
-    "quantized tensors are copied to and from tensors of the same shape",
-    "quantized tensors, and the rows of other tensors, must be contiguous",
-    "a must be F32, F16, BF16 or I32",  # dup of I16
-    "with an even last size",  # gated units of an odd size, whose last element has no effect
-    "a must be F32 with contiguous rows",  # norms and sums of transposed tensors
-    "the kernel and the rows of x must be contiguous",  # conv_2d of one channel, permuted
-    "is larger than the padded input",  # convolutions: C rounds a negative number of windows up to one
-    "that hold padding only",  # pooling
-    "must be multiples of channels=",  # im2col_3d of kernels and inputs with a part of their channels
-    "one number per row",  # get_rows_back of more rows than there are numbers
-    "ext_factor needs n_ctx_orig",  # YaRN's ramp from the logarithm of 0
-    "freq_factors must be F32 of one axis with at least",  # the CPU reads more values than upstream provides
-)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +27,24 @@ def listed() -> list[listing.Listed]:
 def test_every_listed_operation_has_a_builder(listed):
     assert {case.op for case in listed} <= set(load())
     assert len(listed) > 19_000
+
+
+def test_the_list_of_another_version_is_read_from_a_file(tmp_path):
+    table = tmp_path / "cases.csv"
+    table.write_text(
+        '"backend_name","op_name","op_params","test_mode","supported","error_message","backend_reg_name"\n'
+        '"CPU","GET_ROWS","type=f32,n=8,m=5,r=4,be1=1,be2=1,v=1,vs0=1,offset_cols=3","support","1","yes","CPU"\n'
+    )
+    (case,) = listing.cases(table)
+    assert (case.op, case.on_cpu, parse(case.text).offset_cols) == ("GET_ROWS", True, 3)
+    (outcome,) = runner.run([case], ["CPU"], max_work=MAX_WORK, timeout=PATIENCE)
+    assert outcome.status == runner.RAN, outcome.detail
+
+
+def test_a_case_with_an_unknown_parameter_is_missing():
+    case = listing.Listed(0, "SQR", "type=f32,ne=[8,1,1,1],sparse=1", True)
+    (outcome,) = runner.run([case], ["CPU"], max_work=MAX_WORK, timeout=PATIENCE)
+    assert (outcome.status, outcome.detail) == (runner.MISSING, "unknown parameters: sparse")
 
 
 def test_parameters_are_read():
@@ -68,17 +68,13 @@ def test_cpu_and_vulkan_agree_as_upstream_asks(listed, group):
     sample += runner.spread(heavy, 1, smaller=0.3)
     outcomes = list(runner.run(sample, devices, max_work=MAX_WORK, timeout=PATIENCE))
     good = (runner.AGREED, runner.UNSUPPORTED, runner.LARGE)
-    bad = [o for o in outcomes if o.status not in good and not expected(o)]
+    bad = [o for o in outcomes if o.status not in good and not refusals.reason(o)]
     assert not bad, "\n".join(f"{o.op}({o.text}) {o.status}: {o.detail}" for o in bad)
     assert sum(o.status == runner.AGREED for o in outcomes) > len(outcomes) // 3
 
 
 def quick(case: listing.Listed) -> bool:
     # Tables for types of 3 bits and less take seconds to build.
-    types = [value for name, value in vars(parse(case.text)).items() if "type" in name.lower()]
+    types = [value for name, value in parse(case.text).named.items() if "type" in name.lower()]
     quickly = all(t == "f32" for t in types) if case.op in TYPED else "=iq" not in case.text
     return case.on_cpu and quickly
-
-
-def expected(outcome: runner.Outcome) -> bool:
-    return outcome.status == runner.REFUSED and any(part in outcome.detail for part in REFUSED)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace as Params
+import math
 
 import ggml_cffi as ggml
 from ggml_cffi.enums import OpPool
 from tests.upstream.builders import builds
 from tests.upstream.draw import Inputs, permute, view
+from tests.upstream.text import Params
 
 
 @builds("POOL_1D")
@@ -21,7 +22,7 @@ def pool_2d(b: Inputs, p: Params) -> ggml.Tensor:
     return ggml.pool_2d(a, OpPool[p.pool_type.upper()], (p.k1, p.k0), (p.s1, p.s0), (p.p1, p.p0))
 
 
-@builds("CONV_TRANSPOSE_1D")
+@builds("CONV_TRANSPOSE_1D", unused="p0 d0")
 def conv_transpose_1d(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new("f32", p.ne_input), b.new("f32", p.ne_kernel)
     return ggml.conv_transpose_1d(kernel, a, stride=p.s0)
@@ -38,7 +39,7 @@ def col2im_1d(b: Inputs, p: Params) -> ggml.Tensor:
     return ggml.col2im_1d(b.new(p.type, (p.K * p.OC, p.T_in)), p.OC, stride=p.s0, padding=p.p0)
 
 
-@builds("IM2COL")
+@builds("IM2COL", unused="s1 p1 d1")
 def im2col(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new(p.type_input, p.ne_input), b.new(p.type_kernel, p.ne_kernel)
     if p.is_2D:
@@ -70,9 +71,25 @@ def _channels_last(a: ggml.Tensor, kernel: ggml.Tensor) -> tuple[ggml.Tensor, gg
     return a, permute(ggml.cont(permute(kernel, (2, 3, 1, 0))), (3, 2, 0, 1))
 
 
+def _kernel(b: Inputs, p: Params, ne: tuple[int, ...]) -> ggml.Tensor:
+    """Make a kernel that begins ``kernel_offset`` elements after an aligned address."""
+    skipped = getattr(p, "kernel_offset", 0)
+    if not skipped:
+        return b.new(p.type_kernel, ne)
+    whole = b.new(p.type_kernel, (math.prod(ne) + skipped,))
+    nb = [whole.nb[0] * math.prod(ne[:i]) for i in range(4)]
+    return view(whole, ne, nb=nb, offset=skipped * whole.nb[0])
+
+
+@builds("CONV_1D_DW")
+def conv_1d_dw(b: Inputs, p: Params) -> ggml.Tensor:
+    a, kernel = b.new("f32", p.ne_input[:2]), b.new(p.type_kernel, p.ne_kernel[:3])
+    return ggml.conv_1d_dw(kernel, a, p.stride, p.padding, p.dilation)
+
+
 @builds("CONV_2D")
 def conv_2d(b: Inputs, p: Params) -> ggml.Tensor:
-    a, kernel = b.new("f32", p.ne_input), b.new(p.type_kernel, p.ne_kernel)
+    a, kernel = b.new("f32", p.ne_input), _kernel(b, p, p.ne_kernel)
     if p.cwhn:
         a, kernel = _channels_last(a, kernel)
     return ggml.conv_2d_direct(
@@ -95,7 +112,7 @@ def conv_2d_dw(b: Inputs, p: Params) -> ggml.Tensor:
 @builds("CONV_3D")
 def conv_3d(b: Inputs, p: Params) -> ggml.Tensor:
     a = b.new("f32", (p.IW, p.IH, p.ID, p.IC * p.N))
-    kernel = b.new(p.type_kernel, (p.KW, p.KH, p.KD, p.IC * p.OC))
+    kernel = _kernel(b, p, (p.KW, p.KH, p.KD, p.IC * p.OC))
     return ggml.conv_3d_direct(
         kernel,
         a,

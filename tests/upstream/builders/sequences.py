@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace as Params
-
 import ggml_cffi as ggml
-from tests.upstream.builders import builds
+from tests.upstream.builders import UnknownCaseError, builds
 from tests.upstream.draw import Inputs, permute, view
+from tests.upstream.text import Params
 
 
 @builds("SSM_CONV")
@@ -20,7 +19,8 @@ def ssm_scan(b: Inputs, p: Params) -> ggml.Tensor:
     tokens = (p.n_seq_tokens, p.n_seqs)
     s = b.new(p.type, (p.d_state, p.head_dim, p.n_head, p.n_seqs))
     dt = b.new(p.type, (p.n_head, *tokens))
-    a = b.new(p.type, (1 if p.head_dim > 1 else p.d_state, p.n_head), (-1.0, -0.5))
+    decay = (-0.02, -0.005) if getattr(p, "weak_decay", 0) else (-1.0, -0.5)
+    a = b.new(p.type, (1 if p.head_dim > 1 else p.d_state, p.n_head), decay)
     if p.xbc_overlap:
         xbc = b.new(p.type, (p.d_state, p.n_head, p.n_seq_tokens, 2 * p.n_seqs))
         x = view(xbc, (p.head_dim, p.n_head, *tokens), offset=xbc.nb[3])
@@ -89,12 +89,18 @@ def dsv4_hc_comb(b: Inputs, p: Params) -> ggml.Tensor:
 
 @builds("DSV4_HC_PRE")
 def dsv4_hc_pre(b: Inputs, p: Params) -> ggml.Tensor:
-    x = b.new("f32", (p.n_embd, _HC, p.n_tokens))
-    return ggml.dsv4_hc_pre(x, b.new("f32", (_HC, p.n_tokens), (0.0, 1.0)))
+    streams = getattr(p, "n_hc", _HC)
+    x = b.new("f32", (p.n_embd, streams, p.n_tokens))
+    if getattr(p, "gated", 0):
+        return ggml.dsv4_hc_pre_gated(x, b.new("f32", x.ne[:3], (-4.0, 4.0)), 1 / streams)
+    return ggml.dsv4_hc_pre(x, b.new("f32", (streams, p.n_tokens), (0.0, 1.0)))
 
 
 @builds("DSV4_HC_POST")
 def dsv4_hc_post(b: Inputs, p: Params) -> ggml.Tensor:
+    if getattr(p, "gated", 0):
+        raise UnknownCaseError("no list has had a gated case")
     x, residual = b.new("f32", (p.n_embd, p.n_tokens)), b.new("f32", (p.n_embd, _HC, p.n_tokens))
-    post, comb = b.new("f32", (_HC, p.n_tokens), (0.0, 2.0)), b.new("f32", (_HC, _HC, p.n_tokens), (0.0, 1.0))
+    post = b.new("f32", (_HC, p.n_tokens), (0.0, 2.0))
+    comb = None if getattr(p, "identity", 0) else b.new("f32", (_HC, _HC, p.n_tokens), (0.0, 1.0))
     return ggml.dsv4_hc_post(x, residual, post, comb)

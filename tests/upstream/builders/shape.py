@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace as Params
-
 import ggml_cffi as ggml
 from ggml_cffi.enums import ScaleFlag, ScaleMode, TriType
 from tests.upstream.builders import builds
 from tests.upstream.draw import Inputs, lower, permute, times, view
+from tests.upstream.text import Params
 
 
-@builds("GET_ROWS")
+@builds("GET_ROWS", unused="offset_cols")
 def get_rows(b: Inputs, p: Params) -> ggml.Tensor:
-    a = b.new(p.type, (p.n, p.m, p.be1, p.be2))
-    rows = b.ids("i32", (p.r, p.be1, p.be2), p.m)
-    return ggml.get_rows(a, view(rows, (p.r // 2, p.be1, p.be2)) if p.v else rows)
+    ne, older = (p.n, p.m, p.be1, p.be2), not hasattr(p, "vs0")
+    if older or not p.vs0:
+        a = b.new(p.type, ne)
+    else:
+        a = b.new(p.type, (p.n + p.offset_cols, p.m + 3, p.be1, p.be2))
+        a = view(a, ne, offset=p.offset_cols * a.nb[0] + 3 * a.nb[1])
+    if not p.v:
+        return ggml.get_rows(a, b.ids("i32", (p.r, p.be1, p.be2), p.m))
+    rows = b.ids("i32", (p.r if older else p.r + 1, p.be1, p.be2), p.m)
+    return ggml.get_rows(a, view(rows, (p.r // 2, p.be1, p.be2), offset=0 if older else rows.nb[0]))
 
 
 @builds("GET_ROWS_BACK")
@@ -80,7 +86,7 @@ def _strides(t: ggml.Tensor) -> tuple[int, ...]:
     return tuple(reversed(t.nb))
 
 
-@builds("CPY")
+@builds("CPY", unused="permute_dst")
 def cpy(b: Inputs, p: Params) -> ggml.Tensor:
     reach = (-150.0, 150.0)
     src = b.new(p.type_src, p.ne_src, reach)
@@ -99,9 +105,11 @@ def cpy(b: Inputs, p: Params) -> ggml.Tensor:
     return ggml.cpy(src, dst)
 
 
-@builds("CONT")
+@builds("CONT", unused="use_view_slice")
 def cont(b: Inputs, p: Params) -> ggml.Tensor:
     a = b.new(p.type, p.ne)
+    if any(getattr(p, "permute", ())):
+        return ggml.cont(permute(a, p.permute))
     if p.use_view_slice:
         return ggml.cont(view(a, (p.ne[0], 1, *p.ne[2:]), offset=a.nb[0] * (p.ne[1] - 1)))
     return ggml.cont(ggml.transpose(a))
@@ -148,7 +156,7 @@ def roll(b: Inputs, p: Params) -> ggml.Tensor:
     return ggml.roll(permute(a, (0, 2, 1, 3)) if p.permute else a, shifts, (0, 1, 2, 3))
 
 
-@builds("ARANGE")
+@builds("ARANGE", unused="type")
 def arange(b: Inputs, p: Params) -> ggml.Tensor:
     return ggml.arange(p.start, p.stop, p.step, ctx=b.ctx)
 
