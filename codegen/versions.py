@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,7 +44,8 @@ class Version:
         folder = ROOT / "vendor" / "ggml" / self.name
         if not (folder / "include" / "ggml.h").exists():
             command = [str(ROOT / "build_lib.sh"), "--source-only", "--version", self.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            env = os.environ | {"PYTHON": sys.executable}  # whose pip downloads the source
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
             if done.returncode:
                 raise MissingHeadersError(done.stderr.strip())
         return folder
