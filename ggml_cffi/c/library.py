@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import cache
 from typing import Any
 
 from ggml_cffi.c import log, versions
@@ -75,6 +76,12 @@ def declarations() -> str:
     return versions.nearest(version())
 
 
+def description() -> str:
+    """Load the core, and return its version and place in words, as in ``ggml 0.25.3, from /usr/lib``."""
+    return f"ggml {version()}, from {_place or 'the system'}"
+
+
+@cache
 def provides(name: str) -> bool:
     """Load the core, and return whether its version has the C function ``name``."""
     return versions.provides(version(), name)
@@ -88,9 +95,8 @@ def require(name: str, feature: str) -> None:
 
 def _lacking(name: str, feature: str) -> LibraryMismatchError:
     return LibraryMismatchError(
-        f"{feature} needs ggml {versions.since(name)} or newer, but {_version} was loaded, from "
-        f"{_place or 'the system'}: build the newest with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder "
-        "that holds it"
+        f"{feature} needs ggml {versions.since(name)} or newer; loaded is {description()}: build the newest with "
+        "./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds it"
     )
 
 

@@ -23,7 +23,7 @@ def _devices(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([_as_dict(d) for d in found], indent=2))
         return 0
-    print(f"ggml {library.version()}, from {library.location() or 'the system'}\n")
+    print(f"{library.description()}\n")
     rows = [("device", "type", "free", "total", "description")]
     for d in found:
         memory = d.memory()

@@ -51,7 +51,7 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         try:
-            found = f"ggml {library.version()}, from {library.location() or 'the system'}"
+            found = library.description()
         except ggml_cffi.GgmlError as error:
             found = f"no usable ggml: {error}"
         print(f"ggml-cffi {ggml_cffi.__version__} ({found})")
