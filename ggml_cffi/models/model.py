@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Unpack, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
-from ggml_cffi.models.generation.chat import Chat, render
+from ggml_cffi.models.generation.chat import Chat, ChatTemplate
 from ggml_cffi.models.generation.detokenize import check_stop, numbered_text_chunks, text_chunks
 from ggml_cffi.models.generation.requests import (
     NumberedTokenStream,
@@ -77,6 +77,7 @@ class Model(Closing):
         self.timings = Timings()
         """Counts and times of the call of :meth:`generate` that began last."""
         self._tokenizer: Tokenizer | None = None
+        self._chat_templates: dict[str, ChatTemplate] = {}
         software = any("llvmpipe" in b.device.description for b in backends)
         # One for each replica. Not documented: :meth:`generate` and its relatives are the interface for users.
         self.batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
@@ -103,9 +104,23 @@ class Model(Closing):
             self._tokenizer = Tokenizer(self._file)
         return self._tokenizer
 
-    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of ``text``; see :meth:`Tokenizer.encode`."""
-        return self.tokenizer.encode(text, special=special)
+    def tokenize(self, prompt: str | Chat, *, special: bool = True) -> list[int]:
+        """Return the token ids that :meth:`generate` computes for a prompt: a text, or messages.
+
+        A text may begin with the beginning token itself, and end with the ending one, as rendered chats do: no second
+        one is added, see :meth:`Tokenizer.encode_prompt`.
+
+        Parameters
+        ----------
+        prompt
+            Text, or messages for the model's chat template.
+        special
+            True if texts such as ``<|im_end|>`` mean the token of that name. Give False for text that is not trusted.
+            The text of messages always has special tokens.
+        """
+        is_text = isinstance(prompt, str | bytes)  # the tokenizer refuses bytes
+        text: str = prompt if is_text else self.apply_chat_template(prompt)  # type: ignore[assignment, arg-type]
+        return self.tokenizer.encode_prompt(text, special=special or not is_text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; see :meth:`Tokenizer.decode`."""
@@ -114,25 +129,55 @@ class Model(Closing):
     @property
     def chat_template(self) -> str | None:
         """The model's Jinja template for chats, None if it has none."""
-        template = self._file.metadata.get("tokenizer.chat_template")
-        return template if isinstance(template, str) else None
+        return self.chat_templates.get("default")
 
-    def apply_chat_template(self, messages: Chat) -> str:
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The model's Jinja templates by name; ``default`` is the one without a name in the file."""
+        key = "tokenizer.chat_template"
+        found = {"default": self._file.metadata.get(key)}
+        found |= {name[len(key) + 1 :]: v for name, v in self._file.metadata.items() if name.startswith(f"{key}.")}
+        return {name: template for name, template in found.items() if isinstance(template, str)}
+
+    def apply_chat_template(
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
         """Return the text of a chat, up to the beginning of the model's answer.
+
+        Parameters
+        ----------
+        messages, tools, documents, add_generation_prompt, **variables
+            As in :meth:`ChatTemplate.render`.
+        template
+            Name of one of :attr:`chat_templates`; default ``tool_use`` if there are tools and the model has a template
+            of that name, else ``default``.
 
         Raises
         ------
+        ValueError
+            If a message has no role, or content that is not text, or there is no such template.
         FormatError
-            If the model has no chat template.
+            If the model has no chat template, or the template refuses the messages.
         """
-        if self.chat_template is None:
+        known = self.chat_templates
+        if not known:
             raise FormatError(f"{self._file.path} has no chat template: give the prompt as text")
-        tokenizer = self.tokenizer
-        bos, eos = (
-            tokenizer.token_bytes(t, special=True).decode("utf-8", "replace") if t is not None else ""
-            for t in (tokenizer.bos, tokenizer.eos)
+        name = template or ("tool_use" if tools and "tool_use" in known else "default")
+        if name not in known:
+            raise ValueError(f"the model has no chat template {name!r:.80}; it has {', '.join(known)}")
+        compiled = self._chat_templates.get(name)
+        if compiled is None:
+            compiled = self._chat_templates[name] = ChatTemplate(known[name], self.tokenizer.special_tokens)
+        return compiled.render(
+            messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
         )
-        return render(self.chat_template, messages, bos=bos, eos=eos)
 
     # ------------------------------------------------------------------ logits
 
@@ -247,7 +292,7 @@ class Model(Closing):
         limit = self._check_max_tokens(max_tokens)
 
         def request(text: str | Chat, number: int) -> Request:
-            ids = self._check_prompt(self.tokenize(text if isinstance(text, str) else self.apply_chat_template(text)))
+            ids = self._check_prompt(self.tokenize(text))
             return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
 
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
@@ -391,7 +436,7 @@ class Model(Closing):
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence: put the one text in a list")
-        ids = [self.tokenize(text) if isinstance(text, str) else text for text in texts]
+        ids = [self.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
         if not self._embedders:
             raise ValueError("embed needs layers that are whole on a device: load the model with split='layer'")
         return embed_on_replicas(self._embedders, ids, pooling=pooling, normalize=normalize)

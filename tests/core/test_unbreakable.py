@@ -451,10 +451,10 @@ def test_weights_of_impossible_types_raise(tmp_path, rng, dtype):
     "template", ["{{ 1 + 'a' }}", "{% include 'x' %}", "{{ 1 / 0 }}", "{{ range(10**9) }}", "{{ strftime_now(5) }}"]
 )
 def test_broken_templates_raise(template):
-    from ggml_cffi.models.generation.chat import render
+    from ggml_cffi.models.generation.chat import ChatTemplate
 
     with pytest.raises(ggml.FormatError, match="chat template failed"):
-        render(template, [])
+        ChatTemplate(template).render([])
 
 
 @pytest.mark.parametrize(

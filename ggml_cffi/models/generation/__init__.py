@@ -8,7 +8,7 @@ ones to a file. ``requests`` continues prompts with one batcher, or with those o
 
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.batches import BatchBuilder
-from ggml_cffi.models.generation.chat import Chat, Message, render
+from ggml_cffi.models.generation.chat import Chat, ChatTemplate, Message
 from ggml_cffi.models.generation.detokenize import (
     IncrementalDetokenizer,
     check_stop,
@@ -32,6 +32,7 @@ __all__ = [
     "BatchBuilder",
     "Batcher",
     "Chat",
+    "ChatTemplate",
     "IncrementalDetokenizer",
     "KVCache",
     "KVSlots",
@@ -48,6 +49,5 @@ __all__ = [
     "generate_on_replicas",
     "generate_one",
     "numbered_text_chunks",
-    "render",
     "text_chunks",
 ]

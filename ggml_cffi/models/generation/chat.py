@@ -1,61 +1,212 @@
-"""Chat templates: messages to text in the form that a model was trained on."""
+"""Chat templates: messages to text in the form that a model was trained on, as ``transformers`` renders them."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.errors import FormatError
+from ggml_cffi.models.generation.chat_messages import (
+    Chat,
+    Message,
+    NotText,
+    Plain,
+    check_messages,
+    forms,
+    texts,
+)
 
-#: One message: ``{"role": "user", "content": "..."}``.
-Message = Mapping[str, str]
-#: The messages of one conversation.
-Chat = Sequence[Message]
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__ = ["Chat", "ChatTemplate", "Message"]
+
+_logger = logging.getLogger(__name__)
 
 
-def render(template: str, messages: Chat, *, bos: str = "", eos: str = "", add_generation_prompt: bool = True) -> str:
-    """Return the text of ``messages`` by a model's Jinja template.
+class ChatTemplate:
+    """A Jinja template that writes the messages of a chat as text.
 
-    The template runs in Jinja's sandbox, since it comes from a model file.
+    The template runs in Jinja's sandbox, since it comes from a model file. It has the tags, filters and functions that
+    ``transformers`` gives to templates.
 
     Parameters
     ----------
-    template
+    source
         The template.
-    messages
-        The messages.
-    bos, eos
-        Texts of the tokens that begin and end a sequence.
-    add_generation_prompt
-        True to end with the beginning of the model's answer.
+    special_tokens
+        Texts of special tokens by their names in templates, such as ``bos_token``.
 
     Raises
     ------
-    ValueError
-        If a message has no role or content.
     FormatError
-        If the template is malformed, or refuses the messages.
+        If the template is malformed.
     """
-    from jinja2 import TemplateError
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        self.source = source
+        """The template's text."""
+        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except Exception as error:  # also RecursionError and what Jinja's own parser lets through
+            raise FormatError(f"the model's chat template is malformed: {error or type(error).__name__}") from None
+
+    def render(
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Return the text of ``messages``.
+
+        Content may be text, or a list of text parts as in OpenAI's API. The arguments of tool calls may be dicts or
+        JSON text. The template gets them in the form that it expects. A missing content beside tool calls is empty text
+        if the template would write ``None`` for it. The role ``developer`` becomes ``system`` for a template that does
+        not know it.
+
+        Parameters
+        ----------
+        messages
+            The messages.
+        tools
+            Functions that the model may call, as JSON schemas in the form of OpenAI's API.
+        documents
+            Documents that the model may quote.
+        add_generation_prompt
+            True to end with the beginning of the model's answer.
+        **variables
+            Other variables of the template, such as ``enable_thinking=False``.
+
+        Raises
+        ------
+        ValueError
+            If a message has no role, or content that is not text.
+        FormatError
+            If the template refuses the messages, or fails.
+        """
+        plain = check_messages(messages)
+        if "developer" not in self.source:
+            plain = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
+        more = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
+        return self._best(plain, {**self._special_tokens, **more})
+
+    def _best(self, messages: list[Plain], variables: dict[str, Any]) -> str:
+        """Return the rendering that holds most of the messages' texts, the first such among the forms of messages.
+
+        Only the rendering shows which form a template expects: a wrong form makes it fail, or lose text without a word.
+        """
+        wanted = texts(messages)
+        has_null = any(message.get("content") is None for message in messages)
+        best, best_score = "", (-1, 0)
+        failure: FormatError | None = None
+        for form in forms(messages):
+            try:
+                text = self._render(form, variables)
+            except FormatError as error:
+                failure = error
+                continue
+            n_nulls = text.count("None") + text.count("null") if has_null else 0
+            score = sum(want in text for want in wanted), -n_nulls
+            if score > best_score:
+                best, best_score = text, score
+            if score == (len(wanted), 0):
+                return text
+        if failure is not None and best_score[0] < 0:
+            raise failure
+        self._warn_of_lost(messages, best, variables)
+        return best
+
+    def _warn_of_lost(self, messages: list[Plain], text: str, variables: dict[str, Any]) -> None:
+        """Log a warning for each message that leaves no trace in ``text``, the rendering of all messages."""
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if not isinstance(content, str) or not content.strip() or content.strip() in text:
+                continue
+            changed = [*messages[:number], message | {"content": content + "."}, *messages[number + 1 :]]
+            with suppress(FormatError):
+                if self._render(changed, variables) == text:
+                    name = f"message {number} ({message['role']})"
+                    _logger.warning("%s is left out: the model's chat template does not write it", name)
+
+    def _render(self, messages: list[Plain], variables: dict[str, Any]) -> str:
+        watch = _Watch()
+        watched = [_Watched(message, number, watch) for number, message in enumerate(messages)]
+        try:
+            return self._template.render(messages=watched, **variables)
+        except Exception as error:  # a template can raise anything
+            reason = str(error) or type(error).__name__
+            raise FormatError(f"the model's chat template failed{watch.place}: {reason}") from None
+
+
+@dataclass
+class _Watch:
+    """The field of a message that a template read last."""
+
+    place: str = ""
+
+
+class _Watched(Plain):
+    """A message that notes each field that is read, for the text of an error."""
+
+    def __init__(self, message: Plain, number: int, watch: _Watch) -> None:
+        super().__init__(message)
+        self._number, self._watch = number, watch
+
+    def __getitem__(self, key: str) -> Any:
+        self._watch.place = f" at the field {key!r} of message {self._number} ({super().get('role')})"
+        return super().__getitem__(key)
+
+
+# ---------------------------------------------------------------------- Jinja as transformers sets it up
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return the environment of all templates."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"a message must be a dict with 'role' and 'content', not {message!r:.80}")
+    class Generation(Extension):
+        """The block ``generation`` around a model's answers: training uses it, rendering writes its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def refuse(reason: str) -> Any:
         raise TemplateError(reason)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(
-            messages=[dict(m) for m in messages],
-            bos_token=bos,
-            eos_token=eos,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except Exception as error:  # a template can raise anything; the cause is always the model file
-        raise FormatError(f"the model's chat template failed: {error or type(error).__name__}") from None
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON with the defaults of ``transformers``, without Jinja's escapes for HTML."""
+    if isinstance(value, NotText):
+        str(value)  # raises: as JSON it would be written too
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -89,6 +89,30 @@ class Tokenizer:
             ids += [self.sep] if self.sep is not None and self.add_sep else []
         return ids
 
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a text that may have its own beginning and ending token, as rendered chats do.
+
+        They are those of :meth:`encode`, without a second beginning or ending token.
+        """
+        ids = self.encode(text, special=special)
+        if self.add_bos and ids[:2] == [self.bos, self.bos]:
+            del ids[0]
+        if self.add_eos and ids[-2:] == [self.eos, self.eos]:
+            del ids[-1]
+        return ids
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the special tokens by the names that chat templates use, such as ``bos_token``."""
+        ids = {"bos_token": self.bos, "eos_token": self.eos, "sep_token": self.sep}
+        more = {"unk_token": "unknown", "pad_token": "padding", "mask_token": "mask"}
+        ids |= {name: self._vocabulary.id(key) for name, key in more.items()}
+        return {
+            name: self.token_bytes(token, special=True).decode("utf-8", "replace")
+            for name, token in ids.items()
+            if token is not None
+        }
+
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes that a token stands for, no bytes for control tokens unless ``special``.
 

@@ -33,6 +33,8 @@ _END_TEXTS = (
     "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
     "<｜end▁of▁sentence｜> [e~["
 )
+#: Tokens of the harmony format, where ``<|end|>`` ends one channel of an answer, and another channel follows.
+_CHANNEL_TEXTS = ("<|return|>", "<|call|>", "<|end|>")
 #: Texts of code models' tokens by purpose, for files that name no token for that purpose.
 _CODE_TEXTS = {
     "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>",
@@ -146,6 +148,8 @@ class Vocabulary:
         """Return the tokens that end an answer. Mark them, and code models' tokens, as control tokens."""
         ends = self._ids_of(_END_TEXTS)
         control = list(ends)
+        if all(text in self.ids for text in _CHANNEL_TEXTS):
+            ends = [token for token in ends if self.texts[token] != "<|end|>"]
         for purpose, texts in _CODE_TEXTS.items():
             named = self.id(purpose)
             found = self._ids_of(texts) if named is None else []
