@@ -175,16 +175,30 @@ def _python_type(text: str) -> str:
     return "CData"
 
 
+_NAMED_ENUM = '''
+
+class NamedEnum(IntEnum):
+    """Enum whose members are integers, and as text their names."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value if spec[-1:] in tuple("bcdoxXn") else self.name, spec)
+'''
+
+
 def enums(declared: Declarations) -> str:
-    """Render ``enums.py``: IntEnum and IntFlag classes."""
+    """Render ``enums.py``: NamedEnum and IntFlag classes."""
     parts = [
         _BANNER.format(versions=sources(declared)),
         '"""The enums of ggml."""\n\n',
         "from enum import IntEnum, IntFlag\n",
+        _NAMED_ENUM,
     ]
     for c_name, members in declared.enums.items():
         members = {k: v for k, v in members.items() if not k.endswith("_COUNT")}
-        base = "IntFlag" if c_name.endswith("_flag") else "IntEnum"
+        base = "IntFlag" if c_name.endswith("_flag") else "NamedEnum"
         parts.append(f"\n\nclass {enum_name(c_name)}({base}):\n")
         parts.append(f'    """{ENUM_DOCS[c_name]} C: ``enum {c_name}``."""\n\n')
         prefix = _common_prefix(c_name, members)

@@ -75,7 +75,7 @@ def application(model: models.Model) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        devices = [share.backend.name for share in model.placement]
+        devices = [placed.device for placed in model.placement]
         return {"status": "ok", "model": repr(model), "n_ctx": model.n_ctx, "devices": devices}
 
     @app.post("/generate")

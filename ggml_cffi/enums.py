@@ -4,7 +4,17 @@
 from enum import IntEnum, IntFlag
 
 
-class Status(IntEnum):
+class NamedEnum(IntEnum):
+    """Enum whose members are integers, and as text their names."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value if spec[-1:] in tuple("bcdoxXn") else self.name, spec)
+
+
+class Status(NamedEnum):
     """Result of a computation. C: ``enum ggml_status``."""
 
     ALLOC_FAILED = -2
@@ -14,7 +24,7 @@ class Status(IntEnum):
     """An abort callback stopped the computation."""
 
 
-class Type(IntEnum):
+class Type(NamedEnum):
     """Element types of a tensor, quantized block formats included. C: ``enum ggml_type``."""
 
     F32 = 0
@@ -54,7 +64,7 @@ class Type(IntEnum):
     Q2_0 = 42
 
 
-class Prec(IntEnum):
+class Prec(NamedEnum):
     """Requested precision of the sums in a matrix product or attention. C: ``enum ggml_prec``."""
 
     DEFAULT = 0
@@ -68,14 +78,14 @@ class Prec(IntEnum):
     Q4 = 40
 
 
-class OpHint(IntEnum):
+class OpHint(NamedEnum):
     """Hints of a builder to the backends, stored in a node. C: ``enum ggml_op_hint``."""
 
     NONE = 0
     SRC0_IS_HADAMARD = 1
 
 
-class Ftype(IntEnum):
+class Ftype(NamedEnum):
     """Types of the weights in a model file. C: ``enum ggml_ftype``."""
 
     UNKNOWN = -1
@@ -108,7 +118,7 @@ class Ftype(IntEnum):
     MOSTLY_Q2_0 = 28
 
 
-class Op(IntEnum):
+class Op(NamedEnum):
     """Operations of a graph node. C: ``enum ggml_op``."""
 
     NONE = 0
@@ -214,7 +224,7 @@ class Op(IntEnum):
     GLU = 100
 
 
-class UnaryOp(IntEnum):
+class UnaryOp(NamedEnum):
     """Functions of the operation ``Op.UNARY``. C: ``enum ggml_unary_op``."""
 
     ABS = 0
@@ -241,7 +251,7 @@ class UnaryOp(IntEnum):
     TRUNC = 21
 
 
-class GluOp(IntEnum):
+class GluOp(NamedEnum):
     """Gated linear units of the operation ``Op.GLU``. C: ``enum ggml_glu_op``."""
 
     REGLU = 0
@@ -253,7 +263,7 @@ class GluOp(IntEnum):
     SWIGLU_CLAMP = 6
 
 
-class ObjectType(IntEnum):
+class ObjectType(NamedEnum):
     """Types of objects in the memory pool of a context. C: ``enum ggml_object_type``."""
 
     TENSOR = 0
@@ -261,7 +271,7 @@ class ObjectType(IntEnum):
     WORK_BUFFER = 2
 
 
-class LogLevel(IntEnum):
+class LogLevel(NamedEnum):
     """Severity of a log message. C: ``enum ggml_log_level``."""
 
     NONE = 0
@@ -288,7 +298,7 @@ class TensorFlag(IntFlag):
     """Node that must be computed."""
 
 
-class TriType(IntEnum):
+class TriType(NamedEnum):
     """Triangle that ``tri`` keeps. C: ``enum ggml_tri_type``."""
 
     UPPER_DIAG = 0
@@ -297,14 +307,14 @@ class TriType(IntEnum):
     LOWER = 3
 
 
-class OpPool(IntEnum):
+class OpPool(NamedEnum):
     """Reductions of a pooling window. C: ``enum ggml_op_pool``."""
 
     MAX = 0
     AVG = 1
 
 
-class ScaleMode(IntEnum):
+class ScaleMode(NamedEnum):
     """Interpolation of ``upscale`` and ``interpolate``. C: ``enum ggml_scale_mode``."""
 
     NEAREST = 0
@@ -319,14 +329,14 @@ class ScaleFlag(IntFlag):
     ANTIALIAS = 512
 
 
-class SortOrder(IntEnum):
+class SortOrder(NamedEnum):
     """Direction of ``argsort``. C: ``enum ggml_sort_order``."""
 
     ASC = 0
     DESC = 1
 
 
-class SchedPriority(IntEnum):
+class SchedPriority(NamedEnum):
     """Priority of the threads of a thread pool. C: ``enum ggml_sched_priority``."""
 
     LOW = -1
@@ -336,7 +346,7 @@ class SchedPriority(IntEnum):
     REALTIME = 3
 
 
-class BackendBufferUsage(IntEnum):
+class BackendBufferUsage(NamedEnum):
     """Use of a buffer: nodes run on the device that holds their weights. C: ``enum ggml_backend_buffer_usage``."""
 
     ANY = 0
@@ -347,7 +357,7 @@ class BackendBufferUsage(IntEnum):
     """Intermediate tensors, whose memory an allocator reuses."""
 
 
-class BackendDevType(IntEnum):
+class BackendDevType(NamedEnum):
     """Types of devices. C: ``enum ggml_backend_dev_type``."""
 
     CPU = 0
@@ -362,7 +372,7 @@ class BackendDevType(IntEnum):
     """Several devices behind one interface, for tensor parallelism."""
 
 
-class BackendMetaSplitAxis(IntEnum):
+class BackendMetaSplitAxis(NamedEnum):
     """Division of a tensor by the meta device, by ggml's axis. C: ``enum ggml_backend_meta_split_axis``."""
 
     AXIS_0 = 0
@@ -377,7 +387,7 @@ class BackendMetaSplitAxis(IntEnum):
     UNKNOWN = 99
 
 
-class NumaStrategy(IntEnum):
+class NumaStrategy(NamedEnum):
     """Placement of threads on NUMA machines. C: ``enum ggml_numa_strategy``."""
 
     DISABLED = 0
@@ -387,7 +397,7 @@ class NumaStrategy(IntEnum):
     MIRROR = 4
 
 
-class OptLossType(IntEnum):
+class OptLossType(NamedEnum):
     """Losses of the optimizer. C: ``enum ggml_opt_loss_type``."""
 
     MEAN = 0
@@ -396,7 +406,7 @@ class OptLossType(IntEnum):
     MEAN_SQUARED_ERROR = 3
 
 
-class OptBuildType(IntEnum):
+class OptBuildType(NamedEnum):
     """Graphs that the optimizer builds. C: ``enum ggml_opt_build_type``."""
 
     FORWARD = 10
@@ -404,14 +414,14 @@ class OptBuildType(IntEnum):
     OPT = 30
 
 
-class OptOptimizerType(IntEnum):
+class OptOptimizerType(NamedEnum):
     """Optimizers. C: ``enum ggml_opt_optimizer_type``."""
 
     ADAMW = 0
     SGD = 1
 
 
-class GGUFType(IntEnum):
+class GGUFType(NamedEnum):
     """Types of the values in a GGUF header. C: ``enum gguf_type``."""
 
     UINT8 = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -13,13 +15,32 @@ if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
 
+def print_error(error: Exception) -> None:
+    """Print an error as one line on standard error."""
+    reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    print(f"ggml-cffi: {'; '.join(lines)}", file=sys.stderr)
+
+
+def replace_unwritable() -> None:
+    """Write a replacement for characters that the terminal's encoding lacks; read one for bytes that are no text."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def writes_unicode() -> bool:
+    """Return whether standard output can write every character."""
+    return codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
+
+
 def placement_table(model: Model) -> str:
     """Return a table of the layers and bytes that each device holds."""
     rows = [("device", "layers", "weights", "KV cache", "compute")]
     for p in model.placement:
         parts = [f"{p.layers[0]}-{p.layers[-1]}"] if p.layers else []
         parts += [*["output"] * p.has_output, *["embeddings"] * p.has_embeddings]
-        row = (p.backend.name, " + ".join(parts) or "-", size(p.weight_bytes), size(p.cache_bytes))
+        row = (p.device, " + ".join(parts) or "-", size(p.weight_bytes), size(p.cache_bytes))
         rows.append((*row, size(p.compute_bytes)))
     return table(rows, right=(2, 3, 4))
 

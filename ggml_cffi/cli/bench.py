@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._model_args import add_model_arguments, open_model
-from ggml_cffi.core.text import size, table
+from ggml_cffi.core.text import size, table, to_json
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -35,7 +34,7 @@ def _bench(args: argparse.Namespace) -> int:
         raise ValueError("--prompt and --decode must be at least 0, --rounds at least 1")
     results = [result for devices in args.devices or [None] for result in _measure(args, devices)]
     if args.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
         return 0
     rows = [("model", "size", "devices", "split", "test", "tokens/s")]
     for r in results:
@@ -50,7 +49,7 @@ def _measure(args: argparse.Namespace, devices: str | None) -> list[dict[str, An
     results: list[dict[str, Any]] = []
     n_ctx = max(args.prompt, args.decode) + 1
     with open_model(args, devices, n_ctx, n_batch=args.batch) as model:
-        used = ",".join(p.backend.name for p in model.placement if p.weight_bytes or p.layers)
+        used = ",".join(p.device for p in model.placement if p.weight_bytes or p.layers)
         weight_bytes = sum(p.weight_bytes for p in model.placement)
         for test, n, measure in (("pp", args.prompt, _prefill_rates), ("tg", args.decode, _decode_rates)):
             if not n:

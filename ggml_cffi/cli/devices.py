@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import ggml_cffi
 from ggml_cffi.c import library
-from ggml_cffi.core.text import size, table
+from ggml_cffi.core.text import size, table, to_json
 
 
 def register(commands: Any) -> None:
@@ -21,7 +20,7 @@ def register(commands: Any) -> None:
 def _devices(args: argparse.Namespace) -> int:
     found = ggml_cffi.devices()
     if args.json:
-        print(json.dumps([_as_dict(d) for d in found], indent=2))
+        print(to_json([_as_dict(d) for d in found], indent=2))
         return 0
     print(f"{library.description()}\n")
     rows = [("device", "type", "free", "total", "description")]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from ggml_cffi.cli._model_args import parse_devices
 from ggml_cffi.cli._output import progress_bar
+from ggml_cffi.core.text import to_json
 
 
 def register(commands: Any) -> None:
@@ -41,5 +41,5 @@ def _embed(args: argparse.Namespace) -> int:
             np.save(file, vectors)
         return 0
     for vector in vectors:
-        print(json.dumps([float(f"{x:.7g}") for x in vector]))
+        print(to_json([float(f"{x:.7g}") for x in vector]))
     return 0

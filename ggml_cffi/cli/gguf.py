@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from typing import Any
 
 import numpy as np
 
-from ggml_cffi.core.text import size, table
+from ggml_cffi.core.text import size, table, to_json
 from ggml_cffi.enums import GGUFType
 from ggml_cffi.files.gguf import GGUFFile, GGUFValue
 
@@ -31,7 +30,7 @@ def _show(args: argparse.Namespace) -> int:
     both = args.metadata == args.tensors
     with GGUFFile(args.file) as file:
         if args.json:
-            print(json.dumps(_as_dict(file, both or args.metadata, both or args.tensors), indent=2))
+            print(to_json(_as_dict(file, both or args.metadata, both or args.tensors), indent=2))
             return 0
         parts = [_summary(file)]
         if both or args.metadata:

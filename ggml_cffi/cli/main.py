@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import ggml_cffi
 from ggml_cffi.c import library
 from ggml_cffi.cli import bench, convert, devices, embed, fetch, gguf, perplexity, plan, quantize, rpc_server, run
+from ggml_cffi.cli._output import print_error, replace_unwritable
 
 _COMMANDS = (devices, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The words of the command line; default those of this process.
     """
     parser = _parser()
+    replace_unwritable()
     args = parser.parse_args(arguments)
     try:
         code: int = args.run(args)
@@ -37,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the program that read the output has ended, which is not an error
         return 0
     except (ggml_cffi.GgmlError, ValueError, TypeError, OSError, KeyError, ImportError) as error:
-        reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        lines = [line.strip() for line in reason.splitlines() if line.strip()]
-        print(f"{parser.prog}: {'; '.join(lines)}", file=sys.stderr)
+        print_error(error)
         return 2
 
 

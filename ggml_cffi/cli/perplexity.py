@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from ggml_cffi.cli._model_args import add_model_arguments, open_model
 from ggml_cffi.cli._output import progress_bar
+from ggml_cffi.core.text import to_json
 
 
 def register(commands: Any) -> None:
@@ -30,7 +30,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     ):
         result = model.perplexity(text, n_ctx=args.ctx, progress=progress)
     if args.json:
-        print(json.dumps({"perplexity": result.value, "error": result.error, "tokens": result.n_tokens}))
+        print(to_json({"perplexity": result.value, "error": result.error, "tokens": result.n_tokens}))
     else:
         print(f"perplexity {result} over {result.n_tokens} tokens")
     return 0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from ggml_cffi.cli._model_args import add_placement_arguments, parse_devices
+from ggml_cffi.core.text import to_json
 
 
 def register(commands: Any) -> None:
@@ -33,5 +33,5 @@ def _plan(args: argparse.Namespace) -> int:
         balance=args.balance,
         expected_tokens=args.expect,
     )
-    print(json.dumps(found.as_dict(), indent=2) if args.json else found)
+    print(to_json(found.as_dict(), indent=2) if args.json else found)
     return 0 if found.fits else 1

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._model_args import add_model_arguments, open_model
-from ggml_cffi.cli._output import placement_table, speed_line
+from ggml_cffi.cli._output import placement_table, print_error, speed_line, writes_unicode
+from ggml_cffi.core.text import to_json
+from ggml_cffi.errors import ClosedError, GgmlError
 
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
             prompt = [*_system_messages(args), {"role": "user", "content": args.prompt}]
         chunks = _generate(model, prompt, args)
         if args.json:
-            print(json.dumps({"text": "".join(chunks), **_timings(model)}, ensure_ascii=False))
+            print(to_json({"text": "".join(chunks), **_timings(model)}, ascii_only=not writes_unicode()))
         else:
             _print_stream(chunks)
         _print_speed(model, args)
@@ -131,10 +132,15 @@ def _converse(model: Model, args: argparse.Namespace) -> int:
             continue
         if not question.strip():
             continue
-        messages.append({"role": "user", "content": question})
-        messages = shorten_conversation(model, messages)
-        answer = _answer(model, messages, args)
-        messages.append({"role": "assistant", "content": answer})
+        try:
+            asked = shorten_conversation(model, [*messages, {"role": "user", "content": question}])
+            answer = _answer(model, asked, args)
+        except ClosedError:
+            raise
+        except (GgmlError, ValueError) as error:  # this question failed; the next one may not
+            print_error(error)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
         _print_speed(model, args)
     return 0
 
@@ -172,7 +178,7 @@ def shorten_conversation(model: Model, messages: list[dict[str, str]]) -> list[d
     kept = list(messages)
     first = 1 if kept and kept[0]["role"] == "system" else 0
     limit = model.n_ctx * (1 - _ANSWER_SHARE)
-    while len(kept) > first + 1 and len(model.tokenize(model.apply_chat_template(kept))) > limit:
+    while len(kept) > first + 1 and len(model.tokenize(kept)) > limit:
         del kept[first : first + 2]
     if len(kept) < len(messages):
         print("[the conversation is longer than the context: its oldest messages are dropped]", file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 # Marks that reverse the direction of writing: one in a name would reverse the rest of the line.
 _TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -71,3 +74,16 @@ def size(n: int) -> str:
         if n >= unit:
             return f"{n / unit:.1f} {name}"
     return f"{n / 2**10:.1f} KiB"
+
+
+def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
+    """Return ``value`` as JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

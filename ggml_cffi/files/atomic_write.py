@@ -13,7 +13,7 @@ def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *,
     """Write several files atomically: ``write(i, file)`` writes file ``i``, and all get their names at the end.
 
     Until all files are on the disk they have temporary names beside their targets. An exception, also that of Ctrl-C,
-    removes them.
+    removes them. A file that replaces another one gets its mode, and its owner if the process may give it.
 
     Raises
     ------
@@ -32,6 +32,7 @@ def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *,
             with open(name, "xb") as file:
                 write(i, file)
                 file.flush()
+                _copy_mode(targets[i], file.fileno())
                 os.fsync(file.fileno())
         # The first file gets its name last: a reader that finds it finds the others too.
         for name, target in reversed(list(zip(temporary, targets, strict=True))):
@@ -44,6 +45,15 @@ def write_files(paths: Sequence[str], write: Callable[[int, BinaryIO], None], *,
         raise
     for folder in {os.path.dirname(target) for target in targets}:
         _sync_folder(folder)
+
+
+def _copy_mode(target: str, fd: int) -> None:
+    """Give an open file the owner and the mode of the file ``target``, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        old = os.stat(target)
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, old.st_uid, old.st_gid)  # before the mode: it clears set-user-id
+        os.fchmod(fd, stat.S_IMODE(old.st_mode))
 
 
 def _check(path: str, target: str, overwrite: bool) -> None:

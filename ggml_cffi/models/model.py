@@ -444,17 +444,17 @@ class Model(Closing):
     def _reserve(self, runner: Runner, embedder: Embedder) -> None:
         """Allocate the intermediates of an embedder, and count them in the placement."""
         sizes = embedder.reserve()
-        for placed in runner.placement:
-            placed.compute_bytes = sizes[placed.backend]
+        for backend, placed in zip(runner.weights.backends, runner.placement, strict=True):
+            placed.compute_bytes = sizes[backend]
 
     # ------------------------------------------------------------------ devices
 
     @property
     def placement(self) -> list[DevicePlacement]:
         """The contents of each device: layers, bytes of weights, KV cache and intermediate results."""
-        found = [placed for runner in self._runners for placed in runner.placement if not placed.backend.device.is_cpu]
+        found = [placed for runner in self._runners for placed in runner.placement if not placed.is_cpu]
         # Every replica shares the CPU.
-        return found + [placed for placed in self._runners[0].placement if placed.backend.device.is_cpu]
+        return found + [placed for placed in self._runners[0].placement if placed.is_cpu]
 
     @property
     def scheduler(self) -> Scheduler:
@@ -484,7 +484,12 @@ class Model(Closing):
 
     def layer_backend(self, layer: int) -> Backend:
         """Return the backend that holds a layer's weights, the first one if several hold parts of the layer."""
-        return next(placed.backend for placed in self.placement if layer in placed.layers)
+        return next(
+            backend
+            for runner in self._runners
+            for backend, placed in zip(runner.weights.backends, runner.placement, strict=True)
+            if layer in placed.layers
+        )
 
     def close(self) -> None:
         """Free all memory, and close devices and file. Closing twice is allowed."""

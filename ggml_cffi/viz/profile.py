@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Callable, Collection, Iterable
@@ -14,11 +13,11 @@ from typing import Any, NamedTuple
 
 from ggml_cffi import c
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.core.text import table
+from ggml_cffi.core.text import table, to_json
 from ggml_cffi.enums import Op
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
-from ggml_cffi.viz.snapshot import Copy, Snapshot, describe, op_name
+from ggml_cffi.viz.snapshot import Copy, Snapshot, WithTensors, describe, op_name
 
 __all__ = ["NodeGroup", "NodeTime", "Profile", "SplitTime", "Times", "profile"]
 
@@ -39,10 +38,10 @@ class Times(NamedTuple):
 
 
 @dataclass(frozen=True)
-class NodeTime:
+class NodeTime(WithTensors):
     """The measured time of one node."""
 
-    node: Tensor
+    node: Tensor = field(compare=False)
     op: str
     """The operation's name, as the Python function's."""
     text: str
@@ -143,7 +142,7 @@ class Profile:
         """
         times = {"seconds, nobody watching": self.total.median, "seconds, node by node": self.node_seconds}
         document = {"traceEvents": self.events, "displayTimeUnit": "ns", "otherData": times}
-        Path(path).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        Path(path).write_text(to_json(document, indent=1), encoding="utf-8")
 
     def __str__(self) -> str:
         whole = [
@@ -404,8 +403,8 @@ def _events(seen: Snapshot, nodes: list[NodeTime], clock: _Clock) -> list[dict[s
             args = {"bytes": sum(copy.nbytes for copy in copies), "tensors": tensors}
             events.append(event("copy", "copy in", tid, start, clock.asked[first], args))
         before = clock.done[last]
-    for row in nodes:
-        p = row.node.ptr
+    for row, node in zip(nodes, (node for part in seen.splits for node in part.nodes), strict=True):
+        p = node.ptr
         args = {"what": row.text, "split": row.split, "bytes": row.nbytes, "flop": row.flop}
         events.append(event("node", row.op, track[row.backend], clock.asked[p], clock.done[p], args))
     return events

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ggml_cffi import c
@@ -17,11 +17,18 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 from ggml_cffi.scheduler.splits import find_copies, find_splits
 
 
+class WithTensors:
+    """Base of results that refer to tensors. A tensor is memory of this process: a pickled result has None instead."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
+
+
 @dataclass(frozen=True)
-class Copy:
+class Copy(WithTensors):
     """A tensor that each run copies from one backend to another."""
 
-    tensor: Tensor
+    tensor: Tensor = field(compare=False)
     name: str
     source: str
     """The backend that the tensor is on."""
@@ -31,7 +38,7 @@ class Copy:
     """Bytes of the tensor. Of a stack of experts in host memory, ggml copies only the experts in use."""
     split: int
     """The split before which the tensor is copied; later splits of the same backend use the same copy."""
-    user: Tensor
+    user: Tensor = field(compare=False)
     """The first node that needs it."""
 
 

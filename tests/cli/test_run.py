@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pexpect
 from ggml_cffi import models
 from ggml_cffi.cli.run import shorten_conversation
 from tests.support import PATIENCE
+from tests.support.byte_level_model import byte_level_model
 from tests.support.command import run
 
 
@@ -30,7 +32,7 @@ def test_run_prints_json(smollm2):
     done = run("run", smollm2, "-p", "The capital of France is", "--raw", "-n", 8, "--devices", "CPU", "--json")
     found = json.loads(done.stdout)
     assert found["text"] == " Paris.\n\nThe United States has"
-    assert (found["prompt_tokens"], found["reused_tokens"], found["decoded_tokens"]) == (5, 0, 7)
+    assert (found["prompt_tokens"], found["reused_tokens"], found["decoded_tokens"]) == (5, 0, 8)
     assert found["decoded_tokens_per_second"] > 0
     assert "need a prompt" in run("run", smollm2, "--json", code=2).stderr
 
@@ -82,6 +84,29 @@ def test_a_conversation_on_a_terminal(smollm2):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def test_a_question_that_fails_does_not_end_the_conversation(tmp_path):
+    refuses = "{% if '!' in m.content %}{{ raise_exception('not this') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refuses}{{{{ m.content }}}}{{% endfor %}}"
+    path = byte_level_model(tmp_path / "m.gguf", template)
+    text = "a\n" + "x" * 400 + "\n!\nb\n"
+    options = ("--devices", "CPU", "-n", 3, "--ctx", 128, "--threads", 1, "-v")
+    done = run("run", path, *options, stdin=text)
+    assert "400 tokens do not fit the context of 128" in done.stderr
+    assert "not this" in done.stderr
+    prompts = re.findall(r"prompt: (\d+) tokens", done.stderr)
+    assert prompts == ["1", "5"]  # "a", then "a", its answer and "b"
+
+
+def test_characters_that_the_terminal_lacks_are_replaced(tmp_path, monkeypatch):
+    path = byte_level_model(tmp_path / "m.gguf")
+    options = ("--devices", "CPU", "--raw", "-p", "hi", "-n", 8, "--ctx", 256, "--threads", 1)
+    full = run("run", path, *options).stdout
+    assert not full.isascii()
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert run("run", path, *options).stdout == full.encode("ascii", "replace").decode()
+    assert json.loads(run("run", path, *options, "--json").stdout)["text"] + "\n" == full
 
 
 def test_a_conversation_longer_than_the_context_loses_its_oldest_messages(smollm2):

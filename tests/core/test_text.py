@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from ggml_cffi.core.text import size, table
+from ggml_cffi.core.text import size, table, to_json
 
 
 def test_a_table_aligns_its_columns():
@@ -16,3 +18,14 @@ def test_a_table_aligns_its_columns():
 )
 def test_sizes_are_in_binary_units(n, text):
     assert size(n) == text
+
+
+def test_json_has_no_nan_and_no_infinity():
+    value = {"a": [1.5, float("nan"), (float("inf"), "NaN")], "b": -float("inf"), "c": "é"}
+    assert json.loads(to_json(value), parse_constant=pytest.fail) == {
+        "a": [1.5, None, [None, "NaN"]],
+        "b": None,
+        "c": "é",
+    }
+    assert to_json("é") == '"\\u00e9"'
+    assert to_json("é", ascii_only=False) == '"é"'

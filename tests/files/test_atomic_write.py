@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import signal
+import stat
 import subprocess
 import sys
 
@@ -99,3 +100,18 @@ ggml.write_gguf({str(path)!r}, {{}}, {{"a": x, "b": (x, "q8_0")}}, progress=prog
     assert done.returncode == -signal.SIGINT, done.stderr
     assert "KeyboardInterrupt" in done.stderr
     assert os.listdir(path.parent) == []
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_follows_the_umask(path):
+    for mode in (0o640, 0o600, 0o444):
+        path.write_bytes(b"before")
+        path.chmod(mode)
+        ggml.write_gguf(path, {}, {"a": np.ones(3)})
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    path.unlink()
+    old = os.umask(0o027)
+    try:
+        ggml.write_gguf(path, {}, {"a": np.ones(3)})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640

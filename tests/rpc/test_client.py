@@ -154,7 +154,7 @@ def test_a_model_runs_over_two_servers(servers, rng, tmp_path):
         assert relative_error(remote.forward(prompt), logits) < 1e-2
         layers = [remote.layer_backend(i).name for i in range(3)]
         assert set(layers) == set(servers)
-        assert {share.backend.name for share in remote.placement if share.layers} == set(servers)
+        assert {share.device for share in remote.placement if share.layers} == set(servers)
         used = {b.name for _, b in remote.scheduler.assignment()}
         assert used == set(servers)
 

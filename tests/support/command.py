@@ -9,9 +9,11 @@ import sys
 from tests.support import PATIENCE
 
 
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command, and check its exit code."""
+def run(*arguments: object, code: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command with the text ``stdin`` as its input, and check its exit code."""
     command = [sys.executable, "-m", "ggml_cffi", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE, env=os.environ)
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, check=False, timeout=PATIENCE, env=os.environ
+    )
     assert done.returncode == code, done
     return done

@@ -1,7 +1,9 @@
 """Times of nodes and splits."""
 
+import copy
 import json
 import math
+import pickle
 from importlib import import_module
 
 import numpy as np
@@ -44,8 +46,10 @@ def check(p, s, path):
         assert sum(g.n_nodes for g in groups.values()) == len(p.nodes)
         assert sum(g.nbytes for g in groups.values()) == sum(row.nbytes for row in p.nodes)
         assert [g.seconds for g in groups.values()] == sorted((g.seconds for g in groups.values()), reverse=True)
-    assert {(copy.tensor, copy.target) for row in p.splits for copy in row.copies} == {(t, b.name) for t, b in s.copies}
+    assert {(c.tensor, c.target) for row in p.splits for c in row.copies} == {(t, b.name) for t, b in s.copies}
 
+    assert pickle.loads(pickle.dumps(p)) == copy.deepcopy(p) == p
+    assert all(row.node is None for row in copy.deepcopy(p).nodes)  # tensors are memory of this process
     p.trace(path)
     trace = json.loads(path.read_text(encoding="utf-8"))
     events = {kind: [e for e in trace["traceEvents"] if e.get("cat") == kind] for kind in ("split", "node", "copy")}

@@ -108,12 +108,12 @@ class ChatTemplate:
         wanted = texts(messages)
         has_null = any(message.get("content") is None for message in messages)
         best, best_score = "", (-1, 0)
-        failure: FormatError | None = None
+        failures: list[tuple[bool, FormatError]] = []
         for form in forms(messages):
             try:
                 text = self._render(form, variables)
             except FormatError as error:
-                failure = error
+                failures.append((any(isinstance(message.get("content"), NotText) for message in form), error))
                 continue
             n_nulls = text.count("None") + text.count("null") if has_null else 0
             score = sum(want in text for want in wanted), -n_nulls
@@ -121,8 +121,8 @@ class ChatTemplate:
                 best, best_score = text, score
             if score == (len(wanted), 0):
                 return text
-        if failure is not None and best_score[0] < 0:
-            raise failure
+        if best_score[0] < 0:  # every form failed; the failures of text say more than those of parts
+            raise min(failures, key=lambda failure: failure[0])[1]
         self._warn_of_lost(messages, best, variables)
         return best
 

@@ -57,6 +57,7 @@ def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenS
             token = batcher.next(sequence)
             if token in request.end_tokens:
                 return
+            timings.add_token()
             yield token
             if request.is_complete(sequence, batcher.n_ctx):
                 return
@@ -104,6 +105,7 @@ def generate_many(
                 token = sequence.take()
                 ended = token in request.end_tokens
                 if not ended:
+                    timings.add_token()
                     yield number, token
                 if ended or request.is_complete(sequence, batcher.n_ctx):
                     del active[number]

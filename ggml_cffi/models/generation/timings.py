@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from threading import Lock
+from typing import Any
 
 
 @dataclass
@@ -21,19 +22,34 @@ class Timings:
     """Seconds of the runs that computed prompt tokens (prefill)."""
     decoded_tokens: int = 0
     """Generated tokens."""
+    decode_steps: int = 0
+    """Generated tokens that were computed: the last one of a sequence is not."""
     decode_seconds: float = 0.0
     """Seconds of the runs that computed generated tokens (decode)."""
 
-    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
+    def __post_init__(self) -> None:
+        self._lock = Lock()  # not a field: a copy, and the state that is pickled, has none
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return asdict(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def add_run(self, n: int, seconds: float, *, decoded: bool) -> None:
         """Count a run of ``n`` tokens of one sequence."""
         with self._lock:
             if decoded:
                 self.decode_seconds += seconds
-                self.decoded_tokens += n
+                self.decode_steps += n
             else:
                 self.prompt_seconds += seconds
+
+    def add_token(self) -> None:
+        """Count a generated token."""
+        with self._lock:
+            self.decoded_tokens += 1
 
     def add_prompt(self, n: int, reused: int) -> None:
         """Count a prompt of ``n`` tokens, of which ``reused`` were in the KV cache."""
@@ -49,5 +65,5 @@ class Timings:
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second."""
-        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Generated tokens computed per second."""
+        return self.decode_steps / self.decode_seconds if self.decode_seconds else 0.0

@@ -76,7 +76,10 @@ def measure(
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((context.taken for context in dry_runs), start=Counter())
-    plans = [DevicePlan.of(p, inputs.pop(p.backend.buffer_type, 0)) for p in weights.placement]
+    plans = [
+        DevicePlan.of(placement, backend.device.memory().free, inputs.pop(backend.buffer_type, 0))
+        for backend, placement in zip(backends, weights.placement, strict=True)
+    ]
     return plans, pipeline
 
 
@@ -84,10 +87,10 @@ def _measure_stages(weights: Weights, key: tuple[int, int, int]) -> None:
     """Count the intermediate tensors of a pipeline runner."""
     for stage in weights.stages:
         own = [weights.placement[i] for i in stage.devices]
-        with StageGraph.of(weights, stage).measure([p.backend for p in own], key) as traced:
+        with StageGraph.of(weights, stage).measure([weights.backends[i] for i in stage.devices], key) as traced:
             for placement, size, graphs in zip(own, traced.arena_bytes, traced.step_graphs, strict=True):
                 placement.compute_bytes = size
-                if not placement.backend.device.is_cpu:
+                if not placement.is_cpu:
                     placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
 
 
@@ -106,7 +109,7 @@ def _measure_scheduled(
             _inputs, result = logits_graph(context, weights, n_batch, n_slots, 1)
             with Graph(result) as graph:
                 sizes, workspace = scheduler.reserve_size(graph), workspace_bytes(graph.node_pointers())
-    for placement in weights.placement:
-        placement.compute_bytes = sizes[placement.backend]
-        if placement.layers and not placement.backend.device.is_cpu:
+    for backend, placement in zip(weights.backends, weights.placement, strict=True):
+        placement.compute_bytes = sizes[backend]
+        if placement.layers and not placement.is_cpu:
             placement.workspace_bytes = workspace

@@ -29,10 +29,10 @@ class DevicePlan:
     has_embeddings: bool
 
     @classmethod
-    def of(cls, placement: DevicePlacement, input_bytes: int = 0) -> DevicePlan:
-        """Return the plan for the contents of a device, with its free memory now."""
+    def of(cls, placement: DevicePlacement, free: int, input_bytes: int = 0) -> DevicePlan:
+        """Return the plan for the contents of a device with ``free`` bytes."""
         return cls(
-            device=placement.backend.name,
+            device=placement.device,
             layers=tuple(placement.layers),
             weight_bytes=placement.weight_bytes,
             mapped_bytes=placement.mapped_bytes,
@@ -40,7 +40,7 @@ class DevicePlan:
             compute_bytes=placement.compute_bytes,
             input_bytes=input_bytes,
             workspace_bytes=placement.workspace_bytes,
-            free=placement.backend.device.memory().free,
+            free=free,
             has_output=placement.has_output,
             has_embeddings=placement.has_embeddings,
         )

@@ -197,8 +197,8 @@ class ScheduledRunner(Runner):
         """Allocate memory for the largest batch now."""
         with self._build((self.n_batch, self.n_slots, 1)) as largest:
             sizes = self._scheduler.reserve(largest.graph)
-        for placement in self.placement:
-            placement.compute_bytes = sizes[placement.backend]
+        for backend, placement in zip(self.weights.backends, self.placement, strict=True):
+            placement.compute_bytes = sizes[backend]
 
     def close(self) -> None:
         """Free graphs, weights, caches and scheduler. The backends stay open."""

@@ -41,7 +41,9 @@ class StageSpec:
 class DevicePlacement:
     """Layers and bytes that one device holds."""
 
-    backend: Backend
+    device: str
+    """Name of the device."""
+    is_cpu: bool = False
     layers: list[int] = field(default_factory=list)
     weight_bytes: int = 0
     cache_bytes: int = 0
@@ -144,7 +146,7 @@ class Weights(Closing):
         """For each device its weights, or its shards of them, by name; ``output.weight`` also if it is tied."""
         self.caches: list[list[LayerCache]] = []
         """For each layer the keys and values: one entry for each device of its stage."""
-        self.placement = [DevicePlacement(b) for b in backends]
+        self.placement = [DevicePlacement(b.name, b.device.is_cpu) for b in backends]
         """Contents of each device."""
         self.context = Context() if context is None else context
         self._dry = isinstance(self.context, DryRunContext)

@@ -28,7 +28,10 @@ def check(path, devices, counted, **options):
             model.forward([1] * plan.n_batch, last=True)
         else:
             runner.allocated((plan.n_batch, runner.n_slots, 1))
-            assert model.scheduler.buffer_sizes() == {s.backend: s.compute_bytes for s in model.placement}
+            assert model.scheduler.buffer_sizes() == {
+                backend: placed.compute_bytes
+                for backend, placed in zip(model.scheduler.backends, model.placement, strict=True)
+            }
         for planned, share in zip(plan.devices, model.placement, strict=True):
             assert planned.layers == tuple(share.layers)
             assert close(planned.weight_bytes, share.weight_bytes)
