@@ -51,8 +51,15 @@ if [ "$release" != bookworm ]; then
 fi
 
 # Debian 12: the driver of Debian 13, whose LLVM compiles shaders several times faster than that of the backports. It gets a
-# folder of its own, and a link where the Vulkan loader looks unless Debian's own driver is installed.
-manifest() { good "$(mesa)" || { mkdir -p /etc/vulkan/icd.d && ln -sf $ours/lvp_icd.json /etc/vulkan/icd.d/lvp_icd.json; }; }
+# folder of its own, and a manifest where the Vulkan loader looks unless Debian's own driver is installed. The loader takes
+# a relative path from the folder in which it finds the manifest, also through a link: the path there is absolute.
+manifest() {
+    good "$(mesa)" && return
+    local found=/etc/vulkan/icd.d/lvp_icd.json
+    mkdir -p /etc/vulkan/icd.d
+    rm -f $found
+    sed "s|\"\./|\"$ours/|" $ours/lvp_icd.json >$found
+}
 if [ -f $ours/lvp_icd.json ]; then manifest; exit 0; fi
 site=$(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' | awk '$1 == "Debian" { print $2; exit }')
 [ -n "$site" ] || fail "no Debian mirror is configured, from which a software Vulkan device could come"

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from ggml_cffi.c import library
+from tests.support import software_vulkan
 from tests.support.command import run
 
 
@@ -20,3 +23,11 @@ def test_devices_prints_json():
     assert found[-1]["name"] == "CPU"
     assert found[-1]["ggml_version"] == library.version()
     assert found[-1]["memory_total"] >= found[-1]["memory_free"] > 0
+
+
+def test_the_software_device_of_the_setup_is_found_without_settings(monkeypatch):
+    if not software_vulkan.DRIVER.exists():
+        pytest.skip("tools/system.sh has installed no software Vulkan device of its own on this machine")
+    monkeypatch.delenv("VK_DRIVER_FILES", raising=False)
+    monkeypatch.setenv("GGML_VK_VISIBLE_DEVICES", "0,0")
+    assert [device["name"] for device in json.loads(run("devices", "--json").stdout)] == ["Vulkan0", "Vulkan1", "CPU"]
