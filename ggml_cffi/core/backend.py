@@ -13,7 +13,7 @@ from ggml_cffi.core.device import Device, check_process, device_lock, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import DeviceLock
-from ggml_cffi.core.threads import check_threads, default_threads
+from ggml_cffi.core.threads import LoadFollower, check_threads, default_threads
 from ggml_cffi.errors import GgmlError
 
 
@@ -25,7 +25,8 @@ class Backend(Handle):
     device
         A :class:`Device`, or its name.
     n_threads
-        CPU only: threads, 1 to 512, kept from run to run; default one for each processor that this process may use.
+        CPU only: largest number of threads, 1 to 512, kept from run to run; default one for each processor that this
+        process may use. Fewer compute while other processes use these processors, see :attr:`follows_load`.
 
     Raises
     ------
@@ -37,7 +38,7 @@ class Backend(Handle):
     C: ``ggml_backend_dev_init``.
     """
 
-    __slots__ = ("_abort_flag", "_kept", "_pool", "aborting", "device", "lock")
+    __slots__ = ("_abort_flag", "_kept", "_pool", "aborting", "device", "follows_load", "load", "lock")
 
     def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
@@ -59,6 +60,12 @@ class Backend(Handle):
         self._abort_flag = c.ffi.new("struct ggml_tensor *", {"ne": [1, 1, 1, 1]})
         self.aborting = False
         """True if :meth:`abort` was called since the last run started."""
+        self.follows_load = True
+        """True to compute with fewer CPU threads while other processes use the processors.
+
+        Some operations round in another way with another number of threads."""
+        self.load = LoadFollower(1)
+        """The number of CPU threads for the load of the machine."""
         super().__init__(pointer, partial(_free, self._pool, self._abort_flag), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
@@ -74,7 +81,7 @@ class Backend(Handle):
 
     @property
     def n_threads(self) -> int:
-        """Threads of the CPU backend, 1 for others."""
+        """Largest number of threads of the CPU backend, 1 for others."""
         self.ptr  # noqa: B018 - raises when closed
         return int(self._pool[1]) if self._pool else 1
 
@@ -91,9 +98,34 @@ class Backend(Handle):
                 raise GgmlError(f"{n} threads could not be started")
             c.ggml_backend_cpu_set_threadpool(self.ptr, pool)
             c.ggml_backend_cpu_set_n_threads(self.ptr, n)
+            self.load = LoadFollower(n)
             old, self._pool[:] = list(self._pool), [pool, n]
             if old:
                 c.ggml_threadpool_free(old[0])
+
+    @property
+    def n_active_threads(self) -> int:
+        """Threads of the CPU backend in the last run."""
+        self.ptr  # noqa: B018 - raises when closed
+        return self.load.n_active
+
+    def follow_load(self, now: float) -> None:
+        """Set the number of threads of the next run. ``now`` is the time of ``perf_counter``.
+
+        The caller holds :attr:`lock`, or is the only one that computes here.
+        """
+        load = self.load
+        if now < load.next_look:
+            return
+        before = load.n_active
+        if self.follows_load:
+            load.look()
+        else:
+            load.n_active, load.next_look = load.n_threads, now + 1
+        if load.n_active != before:
+            # Alone, the calling thread needs no pool: waking the others for each graph would cost a tenth.
+            c.ggml_backend_cpu_set_threadpool(self.ptr, self._pool[0] if load.n_active > 1 else c.NULL)
+            c.ggml_backend_cpu_set_n_threads(self.ptr, load.n_active)
 
     @property
     def buffer_type(self) -> BufferType:
@@ -161,7 +193,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
     chosen
         Devices or their names, the preferred first.
     n_threads
-        Threads of the CPU; default one for each processor that this process may use.
+        Largest number of threads of the CPU; default one for each processor that this process may use.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -30,6 +31,11 @@ class Context(Handle):
 
     ggml's pools have a fixed size and end the process when they are full; a Context grows.
 
+    Parameters
+    ----------
+    capacity
+        Number of tensors for which there is room at first.
+
     C: ``ggml_init``, ``ggml_free``.
     """
 
@@ -52,14 +58,14 @@ class Context(Handle):
     readable: ClassVar[bool] = True
     """True if tensors with a buffer have values; False in a dry run, which reserves no memory."""
 
-    def __init__(self) -> None:
-        self._chunks = [_chunk(_FIRST_CHUNK)]
-        self._room = _FIRST_CHUNK
+    def __init__(self, capacity: int = _FIRST_CHUNK) -> None:
+        self._chunks = [_chunk(capacity)]
+        self._room = capacity
         self._lock = threading.RLock()
         self._buffers: list[Buffer] = []
         self._released: set[Any] = set()
         self._constants: dict[Any, npt.NDArray[Any]] = {}
-        self._capacity = _FIRST_CHUNK
+        self._capacity = capacity
         self.calls: dict[Any, Any] = {}
         """Operations written in Python, by C pointer of the result."""
         self.uses: dict[Context, Owner] = {}
@@ -194,11 +200,15 @@ class Context(Handle):
         ClosedError
             If one of them is closed.
         """
-        found = [self]
-        for context in found:
+        found = {self: None}
+        waiting = [self]
+        while waiting:
+            context = waiting.pop()
             context.ptr  # noqa: B018 - raises when closed
-            found += [other for other in context.uses if other not in found]
-        return found
+            new = [other for other in context.uses if other not in found]
+            found.update(dict.fromkeys(new))
+            waiting += new
+        return list(found)
 
     def alloc(
         self,
@@ -299,7 +309,7 @@ class Context(Handle):
             self.ptr  # noqa: B018 - raises when closed
             if buffer not in self._buffers:
                 self._buffers.append(buffer)
-                buffer._on_close = self._forget
+                buffer._on_close = partial(_forget, weakref.ref(self))  # a buffer does not keep its context alive
 
     def _forget(self, buffer: Buffer) -> None:
         if buffer not in self._buffers:  # another thread closes the context
@@ -358,6 +368,12 @@ class Context(Handle):
 
     def __repr__(self) -> str:
         return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"
+
+
+def _forget(context: weakref.ref[Context], buffer: Buffer) -> None:
+    found = context()
+    if found is not None:
+        found._forget(buffer)
 
 
 def _chunk(n: int) -> Any:

@@ -77,6 +77,19 @@ def as_array(values: Any) -> npt.NDArray[Any]:
     return array
 
 
+def as_viewed(array: npt.NDArray[Any], dtype: npt.DTypeLike | None) -> npt.NDArray[Any]:
+    """Return ``array`` for numpy's ``copy=False``.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is another type than the array's, which needs a copy.
+    """
+    if dtype is not None and np.dtype(dtype) != array.dtype:
+        raise ValueError(f"values of {array.dtype} cannot be viewed as {np.dtype(dtype)} without a copy")
+    return array
+
+
 def numpy_dtype(dtype: Type) -> np.dtype[Any]:
     """Return the numpy dtype of values of ``dtype`` in Python: ``float32`` where numpy has no counterpart."""
     return _NUMPY.get(dtype, _NUMPY[Type.F32])

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ggml_cffi.errors import ClosedError
 
@@ -101,6 +101,8 @@ class Handle(Closing):
     """
 
     __slots__ = ("__weakref__", "_cell", "_owner")
+    must_be_closed: ClassVar[bool] = True
+    """True if a handle that was never closed warns when it is freed with its last reference."""
 
     def __init__(
         self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle] = (), *, fork_safe: bool = True
@@ -155,7 +157,8 @@ class Handle(Closing):
     def __del__(self) -> None:
         owner = getattr(self, "_owner", None)
         if owner is not None and owner.cell[0] is not None and not sys.is_finalizing():
-            warnings.warn(f"{type(self).__name__} was never closed", ResourceWarning, source=self, stacklevel=2)
+            if self.must_be_closed:
+                warnings.warn(f"{type(self).__name__} was never closed", ResourceWarning, source=self, stacklevel=2)
             self.forgotten()
 
     def forgotten(self) -> None:

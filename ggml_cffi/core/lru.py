@@ -54,6 +54,11 @@ class LRU(Generic[K, V]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def discard(self, condition: Callable[[V], bool]) -> None:
+        """Close and remove the values that fulfil a condition."""
+        for key in [key for key, value in self._values.items() if condition(value)]:
+            self._values.pop(key).close()
+
     def clear(self) -> None:
         """Close all values."""
         values, self._values = self._values, OrderedDict()

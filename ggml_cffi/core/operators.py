@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from ggml_cffi.core.known_names import hint
 
 
 class TensorOperators:
@@ -16,7 +18,6 @@ class TensorOperators:
     __slots__ = ()
     ndim: int
 
-    __array_ufunc__ = None  # numpy then leaves array + tensor to __radd__, and so on
     __iter__ = None  # a loop over rows would build one node per row, which is almost always a mistake
 
     def __add__(self, other: Any) -> Any:
@@ -52,13 +53,49 @@ class TensorOperators:
     def __rmatmul__(self, other: Any) -> Any:
         return _operators().matmul(other, self)
 
+    def __pow__(self, other: Any) -> Any:
+        """Return ``a ** b``; integers are computed by products, other exponents by ``exp(b * log(a))``."""
+        return _operators().power(self, other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return _operators().power(other, self)
+
     def __neg__(self) -> Self:
         """Return ``-a``."""
         out: Self = _operators().neg(self)
         return out
 
+    def __pos__(self) -> Self:
+        """Return the tensor itself."""
+        return self
+
+    def __abs__(self) -> Self:
+        """Return the absolute values."""
+        out: Self = _operators().absolute(self)
+        return out
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Return the result of one of numpy's functions: ``array + tensor``, ``numpy.exp(tensor)``.
+
+        Raises
+        ------
+        TypeError
+            If there is no such operation.
+        """
+        return _operators().universal(ufunc, method, inputs, options)
+
+    def __lt__(self, other: Any) -> NoReturn:
+        refuse_comparison()
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"a tensor has no attribute {name!r}{hint(name)}")
+
     def __getitem__(self, key: Any) -> Self:
-        """Return a view of a part of the tensor, by integers, slices and ``...``.
+        """Return a view of a part of the tensor, by integers, slices, ``...`` and ``None`` for a new axis of size 1.
 
         Raises
         ------
@@ -76,18 +113,29 @@ class TensorOperators:
     @property
     def T(self) -> Self:  # noqa: N802 - numpy's name
         """View with all axes in reverse order, as ``numpy.ndarray.T``."""
-        out: Self = _shapes().transpose(self) if self.ndim == 2 else _operators().permuted(self, ())
+        out: Self = _operators().permuted(self, ())
         return out
 
     def reshape(self, *shape: int | Sequence[int]) -> Self:
         """Return the same elements in the same order with another shape; see :func:`ggml_cffi.ops.reshape`."""
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        out: Self = _shapes().reshape(self, sizes)
+        out: Self = _operators().reshaped(self, sizes)
         return out
 
     def permute(self, *axes: int) -> Self:
         """Return a view with the axes in another order; see :func:`ggml_cffi.ops.permute`."""
         out: Self = _operators().permuted(self, axes)
+        return out
+
+    def transpose(self, *axes: int | Sequence[int] | None) -> Self:
+        """Return a view with the axes in reverse or in the given order, as ``numpy.ndarray.transpose``."""
+        order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
+        out: Self = _operators().permuted(self, order or ())
+        return out
+
+    def swapaxes(self, axis1: int, axis2: int) -> Self:
+        """Return a view with two axes interchanged, as ``numpy.swapaxes``, and ``torch.transpose`` of two axes."""
+        out: Self = _operators().swapped(self, axis1, axis2)
         return out
 
     def sum(self, axis: int | None = None, *, keepdims: bool = False) -> Self:
@@ -101,13 +149,21 @@ class TensorOperators:
         return out
 
 
+def refuse_comparison() -> NoReturn:
+    """Raise ``TypeError``: a comparison would be decided before the tensors have values.
+
+    Raises
+    ------
+    TypeError
+        Always.
+    """
+    raise TypeError(
+        "tensors are not compared before they are computed: step(b - a) is 1 where a < b, else 0; compare the arrays "
+        "of numpy() after the run"
+    )
+
+
 def _operators() -> ModuleType:
     from ggml_cffi.ops import operators
 
     return operators
-
-
-def _shapes() -> ModuleType:
-    from ggml_cffi.ops import shape
-
-    return shape

@@ -30,7 +30,8 @@ _OP_NONE = int(Op.NONE)
 class Tensor(TensorMetadata, TensorOperators):
     """A tensor of a :class:`Context`, made by :meth:`Context.new_tensor` or by an operation.
 
-    A tensor owns nothing: it is valid until its context is closed. Two objects for one tensor are equal.
+    A tensor owns nothing: it is valid until its context is closed. Two objects for one tensor are equal; a comparison
+    with another tensor, a number or an array raises ``TypeError``.
     """
 
     __slots__ = ()
@@ -192,7 +193,15 @@ class Tensor(TensorMetadata, TensorOperators):
             c.ggml_backend_tensor_get_async(backend.ptr, self.ptr, memory, 0, self.nbytes)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """Return a copy of the values; see :meth:`numpy`."""
+        """Return a copy of the values, with ``copy=False`` a view of host memory; see :meth:`numpy`.
+
+        Raises
+        ------
+        ValueError
+            If ``copy`` is false and the values cannot be viewed as ``dtype``.
+        """
+        if copy is False:
+            return dtypes.as_viewed(self.numpy(copy=False), dtype)
         values = self.numpy()
         return values if dtype is None else values.astype(dtype, copy=False)
 
@@ -210,7 +219,7 @@ class Tensor(TensorMetadata, TensorOperators):
             If the tensor is not in host memory: take a copy with :meth:`numpy`.
         """
         memory = self.buffer_type
-        if memory is None or not memory.is_host:
+        if self.size and (memory is None or not memory.is_host):
             raise BufferError(f"{self!r} is not in host memory: DLPack needs it there; take a copy with numpy()")
         return 1, 0
 
@@ -220,6 +229,8 @@ class Tensor(TensorMetadata, TensorOperators):
 
     def _host_view(self) -> npt.NDArray[Any]:
         dtype = self.dtype
+        if not self.size:
+            return np.empty(self.shape, dtypes.numpy_dtype(dtype))
         root = self.memory_root()
         if c.ggml_backend_buffer_get_usage(root.buffer) == Usage.COMPUTE:
             raise ValueError(f"{self!r} is in a scheduler's memory, which the next run reuses: take a copy")
@@ -240,8 +251,9 @@ class Tensor(TensorMetadata, TensorOperators):
     def check_readable(self) -> list[Any]:
         """Return objects that keep the memory alive while it is read. Errors as :meth:`numpy`."""
         keep = self.memory_owners()
-        self._check_allocated()
-        self._check_output()
+        if self.size:
+            self._check_allocated()
+            self._check_output()
         return keep
 
     def check_writable(self) -> list[Any]:
@@ -253,7 +265,7 @@ class Tensor(TensorMetadata, TensorOperators):
         return keep
 
     def _check_allocated(self) -> None:
-        if not self.is_allocated:
+        if self.size and not self.is_allocated:
             raise ValueError(f"{self!r} has no memory: use Context.alloc, or Scheduler.alloc for a whole graph")
 
     def _check_output(self) -> None:

@@ -7,10 +7,13 @@ from math import prod
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.device import device_lock
+from ggml_cffi.core.operators import refuse_comparison
 from ggml_cffi.enums import Op, Type
 
 if TYPE_CHECKING:
@@ -181,7 +184,18 @@ class TensorMetadata:
         return self.shape[0]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorMetadata) and bool(self._pointer == other._pointer)
+        """Return True for the same tensor, as containers need it, and False for objects that are no numbers.
+
+        Raises
+        ------
+        TypeError
+            For another tensor, a number or an array: a comparison of elements is not decided before they are computed.
+        """
+        if isinstance(other, TensorMetadata) and self._pointer == other._pointer:
+            return True
+        if isinstance(other, TensorMetadata | int | float | complex | np.ndarray | np.generic | list):
+            refuse_comparison()
+        return False
 
     def __hash__(self) -> int:
         return hash(self._pointer)

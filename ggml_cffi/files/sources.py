@@ -61,6 +61,10 @@ class StoredTensor(ABC):
         return dtypes.from_bytes(raw, self.dtype, self.size).reshape(self.shape)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            if not dtypes.has_numpy(self.dtype):
+                raise ValueError(f"{self!r} is decoded into a copy: numpy has no {self.dtype.name}")
+            return dtypes.as_viewed(self.numpy(), dtype)
         array = np.asarray(self.numpy(), dtype)
         return array.copy() if copy else array
 
@@ -183,4 +187,4 @@ def default_dtype(source: StoredTensor | npt.NDArray[Any]) -> Type:
     """Return the type in which ``source`` is stored by default: its own; F32 for ``float64``."""
     if isinstance(source, StoredTensor):
         return source.dtype
-    return Type.F32 if source.dtype == np.float64 else dtypes.as_type(source.dtype)
+    return Type.F32 if source.dtype.newbyteorder("=") == np.float64 else dtypes.as_type(source.dtype)

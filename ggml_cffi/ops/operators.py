@@ -6,19 +6,23 @@ written when the graph gets memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from math import prod
 from operator import index
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ggml_cffi.core import dtypes
+from ggml_cffi.core.known_names import hint
+from ggml_cffi.core.operators import refuse_comparison
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Op, Type
 from ggml_cffi.ops import elementwise, reduce, unary
 from ggml_cffi.ops import shape as shapes
-from ggml_cffi.ops._operands import op_error
+from ggml_cffi.ops._operands import op_error, result_context
 from ggml_cffi.ops.matmul import mul_mat
 
 
@@ -39,6 +43,13 @@ def _as_number(value: Any) -> float | None:
         return None
     array = np.asarray(value)
     return float(array) if array.dtype.kind in "fiub" else None
+
+
+def _constant(values: npt.ArrayLike, dtype: Type, *operands: Tensor) -> Tensor:
+    """Return the values of a result that ggml's operations cannot compute, as a constant: one without elements, or from
+    operands without elements.
+    """
+    return result_context("constant", *operands).constant(values, dtype)
 
 
 def _broadcast(op: str, a: Tensor, b: Tensor) -> tuple[int, ...]:
@@ -65,6 +76,8 @@ def _contiguous_rows(t: Tensor) -> Tensor:
 
 def _arithmetic(op: str, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     shape = _broadcast(op, a, b)
+    if 0 in shape:
+        return _constant(np.empty(shape), a.dtype, a, b)
     if op in ("add", "mul") and prod(b.shape) > prod(a.shape):
         a, b = b, a  # ggml repeats the second operand, so the larger comes first
     return function(_contiguous_rows(_repeated(a, shape)), _with_axes(b, len(shape)))
@@ -110,9 +123,96 @@ def div(a: Any, b: Any) -> Any:
     return NotImplemented if x is None or y is None else _arithmetic("div", elementwise.div, x, y)
 
 
+def power(a: Any, b: Any) -> Any:
+    """Compute ``a ** b``; one of them is a tensor."""
+    number = _as_number(b) if isinstance(a, Tensor) else None
+    if number is not None and number.is_integer() and abs(number) <= _LARGEST_PRODUCT:
+        return _integer_power(a, int(number))
+    if number == 0.5:
+        return unary.sqrt(_contiguous_rows(a))
+    if isinstance(a, Tensor):
+        logarithm: Any = unary.log(_contiguous_rows(a))
+    else:
+        base = np.asarray(a)
+        if base.dtype.kind not in "fiub":
+            return NotImplemented
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logarithm = np.log(base.astype(np.float64))
+    product = mul(b, logarithm) if isinstance(b, Tensor) else mul(logarithm, b)
+    return product if product is NotImplemented else unary.exp(_contiguous_rows(product))
+
+
+def _integer_power(a: Tensor, n: int) -> Tensor:
+    """Compute ``a ** n`` by products: exact signs, and the powers of 0."""
+    if n == 0:
+        return _constant(np.ones(a.shape), a.dtype, a)
+    result, square = None, _contiguous_rows(a)
+    rest = abs(n)
+    while True:
+        if rest & 1:
+            result = square if result is None else elementwise.mul(result, square)
+        rest >>= 1
+        if not rest:
+            break
+        square = elementwise.mul(square, square)
+    return result if n > 0 else div(1.0, result)  # type: ignore[return-value]
+
+
 def neg(a: Tensor) -> Tensor:
     """Compute ``-a``."""
     return unary.neg(_contiguous_rows(a))
+
+
+def absolute(a: Tensor) -> Tensor:
+    """Compute ``abs(a)``."""
+    return unary.abs(_contiguous_rows(a))
+
+
+def universal(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Compute one of numpy's functions of which an operand is a tensor.
+
+    Raises
+    ------
+    TypeError
+        If there is no such operation.
+    """
+    name = ufunc.__name__
+    if method == "__call__" and not options:
+        if name in _COMPARISONS:
+            refuse_comparison()
+        if name in _BINARY:
+            a, b = inputs
+            swap = name in ("add", "multiply") and not isinstance(a, Tensor)
+            return _BINARY[name](b, a) if swap else _BINARY[name](a, b)
+        if name in _UNARY:
+            return _UNARY[name](_contiguous_rows(inputs[0]))
+        if name in ("maximum", "minimum"):
+            tensor, other = inputs if isinstance(inputs[0], Tensor) else inputs[::-1]
+            number = _as_number(other)
+            if number is not None:
+                low, high = (number, np.inf) if name == "maximum" else (-np.inf, number)
+                return unary.clamp(_contiguous(tensor), low, high)
+    raise TypeError(f"numpy.{name} does not take tensors{hint(name)}")
+
+
+_LARGEST_PRODUCT = 64  # integer exponents up to here are computed by products
+_COMPARISONS = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "absolute": unary.abs,
+    "ceil": unary.ceil,
+    "cos": unary.cos,
+    "exp": unary.exp,
+    "expm1": unary.expm1,
+    "floor": unary.floor,
+    "log": unary.log,
+    "negative": unary.neg,
+    "sign": unary.sgn,
+    "sin": unary.sin,
+    "sqrt": unary.sqrt,
+    "square": unary.sqr,
+    "tanh": unary.tanh,
+    "trunc": unary.trunc,
+}
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -130,16 +230,18 @@ def matmul(a: Any, b: Any) -> Any:
     right = shapes.reshape(_contiguous(y), (-1, 1)) if y.ndim == 1 else y
     if left.shape[-1] != right.shape[-2]:
         raise op_error("matmul", "inner sizes differ", a=x, b=y)
-    turned = _swapped(right)
-    batch = np.broadcast_shapes(left.shape[:-2], turned.shape[:-2]) if _batches_broadcast(left, turned) else None
+    batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2]) if _batches_broadcast(left, right) else None
     if batch is None:
         raise op_error("matmul", "the stacks do not broadcast", a=x, b=y)
-    out = mul_mat(turned, _contiguous_rows(_repeated(left, (*batch, *left.shape[-2:]))))
     shape = list(batch)
     if x.ndim > 1:
         shape.append(left.shape[-2])
     if y.ndim > 1:
         shape.append(right.shape[-1])
+    if not left.size or not right.size:
+        return _constant(np.zeros(shape), Type.F32, x, y)
+    turned = _swapped(right)
+    out = mul_mat(turned, _contiguous_rows(_repeated(left, (*batch, *left.shape[-2:]))))
     return out if out.shape == tuple(shape) else shapes.reshape(out, shape)
 
 
@@ -166,14 +268,18 @@ def total(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
     if a.dtype is not Type.F32:
         raise op_error(op, "a must be F32", a=a)
     n = a.ndim
+    if axis is not None and not -n <= index(axis) < n:
+        raise IndexError(f"{op}: axis {axis} is not one of {n}")
+    if not a.size:
+        with warnings.catch_warnings():  # numpy warns of the mean of nothing, which is NaN
+            warnings.simplefilter("ignore")
+            return _constant(getattr(np.empty(a.shape), op)(axis, keepdims=keepdims), Type.F32, a)
     if axis is None:
         out = reduce.sum(_contiguous(a))
         if op == "mean":
             out = elementwise.scale(out, 1.0 / max(a.size, 1))
         return shapes.reshape(out, (1,) * n) if keepdims else Tensor(out.context, out.ptr, 0)
-    if not -n <= index(axis) < n:
-        raise IndexError(f"{op}: axis {axis} is not one of {n}")
-    axis %= n
+    axis = index(axis) % n
     order = [i for i in range(n) if i != axis] + [axis]
     moved = a if axis == n - 1 else shapes.cont(shapes.permute(a, order))
     out = (reduce.sum_rows if op == "sum" else reduce.mean)(_contiguous_rows(moved))
@@ -182,13 +288,15 @@ def total(op: str, a: Tensor, axis: int | None, keepdims: bool) -> Tensor:
 
 
 def item(a: Tensor, key: Any) -> Tensor:
-    """Return ``a[key]`` for integers, slices and ``...``: a view.
+    """Return ``a[key]`` for integers, slices, ``...`` and None: a view.
 
     Steps are possible for all axes but the last. An integer on the last axis needs a copy, since ggml's rows have no
     gaps.
     """
     sizes, strides = a.shape, a.nb[: a.ndim][::-1]
     keys = _expand_key(a, key)
+    if None in keys:
+        return _with_new_axes(item(a, tuple(k for k in keys if k is not None)), keys)
     offset, shape, steps = 0, [], []
     for axis, k in enumerate(keys):
         n, stride = sizes[axis], strides[axis]
@@ -211,8 +319,10 @@ def item(a: Tensor, key: Any) -> Tensor:
         steps.append(stride * step)
     if a.ndim and strides[-1] != dtypes.type_size(a.dtype):
         raise op_error("item", "the rows of a must be contiguous for indexing (use cont)", a=a)
-    out = shapes.view(a, shape, strides=steps, offset=offset)
     kept = [m for m, k in zip(shape, keys, strict=True) if isinstance(k, slice)]
+    if 0 in kept:
+        return _constant(np.empty(kept), a.dtype, a)
+    out = shapes.view(a, shape, strides=steps, offset=offset)
     if len(kept) == len(shape):
         return out
     if keys and not isinstance(keys[-1], slice):
@@ -224,16 +334,61 @@ def item(a: Tensor, key: Any) -> Tensor:
 
 def _expand_key(a: Tensor, key: Any) -> list[Any]:
     keys = list(key) if isinstance(key, tuple) else [key]
-    if any(k is None or isinstance(k, bool | list | np.ndarray | Tensor) for k in keys):
-        raise TypeError("index tensors by integers, slices and ...; get_rows(a, rows) selects rows by number")
+    if any(isinstance(k, bool | list | np.ndarray | Tensor) for k in keys):
+        raise TypeError("index tensors by integers, slices, None and ...; get_rows(a, rows) selects rows by number")
     dots = [i for i, k in enumerate(keys) if k is Ellipsis]
-    missing = a.ndim - len(keys) + len(dots)
+    missing = a.ndim - sum(k is not None for k in keys) + len(dots)
     if len(dots) > 1 or missing < 0:
         raise IndexError(f"too many indices for {a.ndim} axes: {key!r}")
     at = dots[0] if dots else len(keys)
     return [*keys[:at], *[slice(None)] * missing, *keys[at + 1 :]]
 
 
+def _with_new_axes(a: Tensor, keys: list[Any]) -> Tensor:
+    """Return a view of ``a`` with an axis of size 1 for each None among ``keys``. Integers have removed their axes."""
+    kept = [k for k in keys if k is None or isinstance(k, slice)]
+    if len(kept) > 4:
+        raise IndexError(f"the result has {len(kept)} axes; ggml has at most 4")
+    sizes, strides = list(a.shape), list(a.nb[: a.ndim][::-1])
+    unit = dtypes.type_size(a.dtype)
+    for at, k in enumerate(kept):
+        if k is None:
+            strides.insert(at, sizes[at] * strides[at] if at < len(sizes) else unit)
+            sizes.insert(at, 1)
+    return shapes.view(a, sizes, strides=strides)
+
+
+def swapped(a: Tensor, axis1: int, axis2: int) -> Tensor:
+    """Return ``a`` with two axes interchanged."""
+    n = a.ndim
+    for axis in (axis1, axis2):
+        if not -n <= index(axis) < n:
+            raise IndexError(f"swapaxes: axis {axis} is not one of {n}")
+    order = list(range(n))
+    order[axis1], order[axis2] = order[axis2], order[axis1]
+    return permuted(a, order)
+
+
+def reshaped(a: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the elements of ``a`` in another shape."""
+    return shapes.reshape(a, sizes) if a.size else _constant(np.empty(a.shape).reshape(sizes), a.dtype, a)
+
+
 def permuted(a: Tensor, axes: Sequence[int]) -> Tensor:
     """Return ``a`` with its axes in another order; in reverse order if ``axes`` is empty."""
+    if not a.size:
+        return _constant(np.empty(a.shape).transpose(axes or None), a.dtype, a)
+    if not axes and a.ndim == 2:
+        return shapes.transpose(a)  # matrix products look for this operation
     return shapes.permute(a, axes or range(a.ndim)[::-1])
+
+
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": add,
+    "divide": div,
+    "float_power": power,
+    "matmul": matmul,
+    "multiply": mul,
+    "power": power,
+    "subtract": sub,
+}

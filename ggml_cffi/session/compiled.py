@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.lru import LRU
@@ -54,6 +56,8 @@ class CompiledFunction:
         self._programs: LRU[Signature, TracedProgram] = LRU(session.max_programs)
         self._last: TracedProgram | None = None
         self._lock = threading.RLock()
+        # The programs are closed with the last reference to this function.
+        weakref.finalize(self, self._programs.clear).atexit = False
 
     @property
     def programs(self) -> tuple[TracedProgram, ...]:
@@ -141,6 +145,12 @@ class CompiledFunction:
         with self._lock:
             self._programs.clear()
             self._last = None
+
+    def discard(self, context: Context) -> None:
+        """Close the traced programs that use tensors of ``context``."""
+        with self._lock:
+            self._last = None
+            self._programs.discard(lambda program: context in program.context.reachable())
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TracedProgram, list[npt.NDArray[Any]]]:
         """Return the program for these arguments, traced if it is new, and the arrays of the arguments."""

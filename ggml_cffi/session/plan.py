@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ggml_cffi.core import text as _text
+from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.tensor import Tensor
@@ -121,8 +122,11 @@ class _DryRunSession(Session):
 
     def __init__(self, devices: Iterable[Device | str] | None) -> None:
         super().__init__(devices)
-        self._weights.close()
-        self._weights = self._dry_run = DryRunContext()
+        self._dry_run = DryRunContext()
+        self._contexts.add(self._dry_run)
+
+    def _new_context(self) -> Context:
+        return self._dry_run
 
     def weight_bytes(self, buffer_type: Any) -> int:
         """Return the bytes of the session's own tensors in buffers of this type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,10 @@ class Session(Closing):
             raise ValueError(f"max_programs must be at least 1, not {max_programs}")
         self.max_programs = max_programs
         self._lock = threading.RLock()
-        self._compiled: list[CompiledFunction] = []
+        self._compiled: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
         self._pool: ThreadPoolExecutor | None = None
-        self._weights = Context()
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()  # one for each weight that is still in use
+        self._closed = False
         self._backends: list[Backend] = []
         try:
             self._backends += open_backends(devices, n_threads)
@@ -85,7 +87,7 @@ class Session(Closing):
         ClosedError
             If the session is closed.
         """
-        if self._weights.closed:
+        if self._closed:
             raise ClosedError("this Session is closed")
         return tuple(self._backends)
 
@@ -106,6 +108,9 @@ class Session(Closing):
         copy: bool = True,
     ) -> Tensor:
         """Return a new tensor of the session with these values. Operations on the tensor run on its device.
+
+        Its memory is freed when nothing refers to the tensor any more, no compiled function and no other tensor
+        included, or by :meth:`free`.
 
         Parameters
         ----------
@@ -148,8 +153,28 @@ class Session(Closing):
         on: Device | str | None = None,
         name: str = "",
     ) -> Tensor:
-        """Return a new tensor of zeros in the session, such as a cache or a state that operations change in place."""
+        """Return a new tensor of zeros in the session, such as a cache or a state that operations change in place.
+
+        Its memory is freed as that of :meth:`weight`.
+        """
         return self._allocate(as_type(dtype), shape, on, name, Usage.ANY)
+
+    def free(self, tensor: Tensor) -> None:
+        """Free the memory of a tensor made by :meth:`weight` or :meth:`zeros` now, or when a run in progress ends.
+
+        The tensor, and compiled functions that use it, then raise :class:`ClosedError`.
+
+        Raises
+        ------
+        ValueError
+            If the tensor is not one of this session's, or is computed.
+        """
+        context = tensor.context if isinstance(tensor, Tensor) else None
+        if context is None or context not in self._contexts:
+            raise ValueError(f"{tensor!r} is not a tensor that weight() or zeros() of this session returned")
+        for function in list(self._compiled):
+            function.discard(context)
+        context.close()
 
     def _upload(self, t: Tensor, source: StoredTensor | npt.NDArray[Any]) -> None:
         if isinstance(source, StoredTensor) and source.dtype is t.dtype:
@@ -161,16 +186,26 @@ class Session(Closing):
         self, tensor_type: Type, shape: Sequence[int], on: Device | str | None, name: str, usage: Usage
     ) -> Tensor:
         backend = self._backend(on)
-        t = self._weights.new_tensor(tensor_type, shape, name=name)
+        context = self._new_context()
+        t = context.new_tensor(tensor_type, shape, name=name)
         if t.size:
-            self._weights.alloc(backend.buffer_type, [t], usage=usage)
+            context.alloc(backend.buffer_type, [t], usage=usage)
         return t
+
+    def _new_context(self) -> Context:
+        """Return a context for one tensor."""
+        context = _TensorContext(1)
+        with self._lock:
+            self.backends  # noqa: B018 - raises when closed
+            self._contexts.add(context)
+        return context
 
     def _wrap(self, memory: npt.NDArray[np.uint8], tensor_type: Type, shape: Sequence[int], name: str) -> Tensor:
         """Return a tensor in memory that Python owns."""
-        t = self._weights.new_tensor(tensor_type, shape, name=name)
+        context = self._new_context()
+        t = context.new_tensor(tensor_type, shape, name=name)
         buffer = Buffer.over(memory, usage=Usage.WEIGHTS)
-        self._weights.put(t, buffer, buffer.base)
+        context.put(t, buffer, buffer.base)
         return t
 
     def _backend(self, on: Device | str | None) -> Backend:
@@ -203,7 +238,7 @@ class Session(Closing):
             raise TypeError(f"compile takes a function, not {type(function).__name__}")
         compiled = CompiledFunction(self, function)
         with self._lock:
-            self._compiled.append(compiled)
+            self._compiled.add(compiled)
         return compiled
 
     def cancel(self) -> None:
@@ -234,16 +269,25 @@ class Session(Closing):
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            functions, self._compiled = self._compiled, []
-        self._weights.close()  # from now on no function can trace a new program
+            self._closed = True  # from now on no function can trace a new program
+            functions, contexts = list(self._compiled), list(self._contexts)
+        for context in contexts:
+            context.close()
         for function in functions:
             function.clear()
         for backend in self._backends:
             backend.close()
 
     def __repr__(self) -> str:
-        names = "closed" if self._weights.closed else ", ".join(b.name for b in self._backends)
+        names = "closed" if self._closed else ", ".join(b.name for b in self._backends)
         return f"<Session {names}>"
+
+
+class _TensorContext(Context):
+    """The context of one tensor of a session, freed with the last reference to it."""
+
+    __slots__ = ()
+    must_be_closed = False
 
 
 def _memory_in_place(source: StoredTensor | npt.NDArray[Any], tensor_type: Type) -> npt.NDArray[np.uint8] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,8 +73,7 @@ class Trace(Closing):
             return {name: self._unflatten(part) for name, part in parts}
         if container in (tuple, list):
             return container(self._unflatten(part) for part in parts)
-        _, value = parts
-        return value
+        return parts[-1]
 
     def close(self) -> None:
         """Free the graph and its tensors."""
@@ -107,8 +107,9 @@ class TracedProgram(Trace):
             """A function that runs arrays of exactly the program's types and shapes, and returns None for others."""
             if self.scheduler is not None and self._is_plain(signature):
                 self.replay = _fast_replay(self.scheduler, self._inputs, self._outputs[0])
-            # An input may be part of the result without being part of the graph.
-            unused = [t for t in self.inputs if not t.is_allocated and t.size]
+            # An input or a constant may be part of the result without being part of the graph.
+            own = dict.fromkeys((*self.inputs, *(t for t in self.outputs if t.is_leaf and t.context is self.context)))
+            unused = [t for t in own if not t.is_allocated and t.size]
             if unused:
                 self.context.alloc("CPU", unused)
         except BaseException:
@@ -249,7 +250,10 @@ def flatten(value: Any, arrays: list[npt.NDArray[Any]]) -> Any:
         return np.ndarray, value.shape, value.dtype.char
     if isinstance(value, tuple):
         return tuple, *[flatten(v, arrays) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        # 0.0 and -0.0 are equal, and NaN equals nothing but the same object.
+        return "constant", type(value), math.copysign(1.0, value), math.nan if math.isnan(value) else value
+    if value is None or isinstance(value, bool | int | str):
         # The type is part of the key because 1, 1.0 and True are equal.
         return "constant", type(value), value
     if isinstance(value, list):

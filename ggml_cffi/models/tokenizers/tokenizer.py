@@ -201,6 +201,8 @@ def check_tokens(tokens: Iterable[int] | Sequence[int], n_vocab: int) -> list[in
         If an item is not an integer, or out of range.
     """
     try:
+        if isinstance(tokens, bytes | bytearray | memoryview):  # their items would be integers
+            raise TypeError
         ids = list(map(index, tokens))
     except TypeError:
         raise TypeError(f"token ids must be integers, not {tokens!r:.80}") from None

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from time import perf_counter
 from typing import Any, ClassVar
 
 from ggml_cffi import c
@@ -79,6 +80,7 @@ class Executor(Closing, ABC):
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self.backends = tuple(backends)
+        self._processors = [backend for backend in self.backends if backend.device.is_cpu]
         self.steps_computed = [0] * len(self.backends)
         """Number of steps that each device has computed."""
         self.locks = Locks(b.lock for b in self.backends)
@@ -101,6 +103,8 @@ class Executor(Closing, ABC):
         if meanwhile is not None:
             meanwhile()
         with self.locks:
+            for backend in self._processors:
+                backend.follow_load(perf_counter())
             status = self.run_steps(steps)
         self._count(steps)
         return status
