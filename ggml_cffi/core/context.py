@@ -51,6 +51,7 @@ class Context(Handle):
         "held",
         "row_limits",
         "serial",
+        "traced",
         "uses",
     )
 
@@ -74,6 +75,8 @@ class Context(Handle):
         """Graphs that schedulers hold (``HeldGraph``) with tensors of this context, and C pointers of their nodes."""
         self.row_limits: dict[Any, int] = {}
         """Number of rows that each integer tensor of row numbers may refer to, by C pointer."""
+        self.traced = False
+        """True while a traced function builds tensors here: ``==`` of two tensors is refused."""
         Context._serial += 1
         self.serial = Context._serial
         """Serial number: a context that was made later has a larger one."""

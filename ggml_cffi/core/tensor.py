@@ -30,8 +30,8 @@ _OP_NONE = int(Op.NONE)
 class Tensor(TensorMetadata, TensorOperators):
     """A tensor of a :class:`Context`, made by :meth:`Context.new_tensor` or by an operation.
 
-    A tensor owns nothing: it is valid until its context is closed. Two objects for one tensor are equal; a comparison
-    with another tensor, a number or an array raises ``TypeError``.
+    A tensor owns nothing: it is valid until its context is closed. Two objects for one tensor are equal. A comparison
+    with a number or an array raises ``TypeError``, and so does one with another tensor in a traced function.
     """
 
     __slots__ = ()

@@ -184,16 +184,20 @@ class TensorMetadata:
         return self.shape[0]
 
     def __eq__(self, other: object) -> bool:
-        """Return True for the same tensor, as containers need it, and False for objects that are no numbers.
+        """Return whether both are the same tensor, as containers need it.
 
         Raises
         ------
         TypeError
-            For another tensor, a number or an array: a comparison of elements is not decided before they are computed.
+            For a number or an array, and in a traced function for another tensor: they stand for a comparison of the
+            elements, which are not known yet.
         """
-        if isinstance(other, TensorMetadata) and self._pointer == other._pointer:
-            return True
-        if isinstance(other, TensorMetadata | int | float | complex | np.ndarray | np.generic | list):
+        if isinstance(other, TensorMetadata):
+            if self._pointer == other._pointer:
+                return True
+            if self.context.traced or other.context.traced:
+                refuse_comparison()
+        elif isinstance(other, int | float | complex | np.ndarray | np.generic | list):
             refuse_comparison()
         return False
 

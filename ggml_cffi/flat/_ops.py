@@ -1019,33 +1019,33 @@ def ggml_col2im_1d(ctx: Context, a: Tensor, s0: int, oc: int, p0: int) -> Tensor
 
 def ggml_conv_1d(ctx: Context, a: Tensor, b: Tensor, s0: int, p0: int, d0: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_1d`. C: ``ggml_conv_1d``."""
-    return ops.conv_1d(a, b, s0, p0, d0, ctx=ctx)
+    return ops.conv_1d(b, a, s0, p0, d0, ctx=ctx)
 
 
 def ggml_conv_1d_ph(ctx: Context, a: Tensor, b: Tensor, s: int, d: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_1d_ph`. C: ``ggml_conv_1d_ph``."""
-    return ops.conv_1d_ph(a, b, s, d, ctx=ctx)
+    return ops.conv_1d_ph(b, a, s, d, ctx=ctx)
 
 
 def ggml_conv_1d_dw(ctx: Context, a: Tensor, b: Tensor, s0: int, p0: int, d0: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_1d_dw`. C: ``ggml_conv_1d_dw``."""
-    return ops.conv_1d_dw(a, b, s0, p0, d0, ctx=ctx)
+    return ops.conv_1d_dw(b, a, s0, p0, d0, ctx=ctx)
 
 
 def ggml_conv_1d_dw_ph(ctx: Context, a: Tensor, b: Tensor, s0: int, d0: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_1d_dw_ph`. C: ``ggml_conv_1d_dw_ph``."""
-    return ops.conv_1d_dw_ph(a, b, s0, d0, ctx=ctx)
+    return ops.conv_1d_dw_ph(b, a, s0, d0, ctx=ctx)
 
 
 def ggml_conv_transpose_1d(ctx: Context, a: Tensor, b: Tensor, s0: int, p0: int, d0: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_transpose_1d`. C: ``ggml_conv_transpose_1d``."""
     to.check_fixed("ggml_conv_transpose_1d", p0=(p0, 0), d0=(d0, 1))
-    return ops.conv_transpose_1d(a, b, s0, ctx=ctx)
+    return ops.conv_transpose_1d(b, a, s0, ctx=ctx)
 
 
 def ggml_conv_2d(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, p0: int, p1: int, d0: int, d1: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d`. C: ``ggml_conv_2d``."""
-    return ops.conv_2d(a, b, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
+    return ops.conv_2d(b, a, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
 
 
 def ggml_im2col_3d(ctx: Context, a: Tensor, b: Tensor, IC: int, s0: int, s1: int, s2: int, p0: int, p1: int, p2: int, d0: int, d1: int, d2: int, dst_type: Type) -> Tensor:
@@ -1055,43 +1055,43 @@ def ggml_im2col_3d(ctx: Context, a: Tensor, b: Tensor, IC: int, s0: int, s1: int
 
 def ggml_conv_3d(ctx: Context, a: Tensor, b: Tensor, IC: int, s0: int, s1: int, s2: int, p0: int, p1: int, p2: int, d0: int, d1: int, d2: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_3d`. C: ``ggml_conv_3d``."""
-    return ops.conv_3d(a, b, IC, (s2, s1, s0), (p2, p1, p0), (d2, d1, d0), ctx=ctx)
+    return ops.conv_3d(b, a, IC, (s2, s1, s0), (p2, p1, p0), (d2, d1, d0), ctx=ctx)
 
 
 def ggml_conv_2d_sk_p0(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d_sk_p0`. C: ``ggml_conv_2d_sk_p0``."""
-    return ops.conv_2d_sk_p0(a, b, ctx=ctx)
+    return ops.conv_2d_sk_p0(b, a, ctx=ctx)
 
 
 def ggml_conv_2d_s1_ph(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d_s1_ph`. C: ``ggml_conv_2d_s1_ph``."""
-    return ops.conv_2d_s1_ph(a, b, ctx=ctx)
+    return ops.conv_2d_s1_ph(b, a, ctx=ctx)
 
 
 def ggml_conv_2d_dw(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, p0: int, p1: int, d0: int, d1: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d_dw`. C: ``ggml_conv_2d_dw``."""
-    return ops.conv_2d_dw(a, b, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
+    return ops.conv_2d_dw(b, a, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
 
 
 def ggml_conv_2d_dw_direct(ctx: Context, a: Tensor, b: Tensor, stride0: int, stride1: int, pad0: int, pad1: int, dilation0: int, dilation1: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d_dw_direct`. C: ``ggml_conv_2d_dw_direct``."""
-    return ops.conv_2d_dw_direct(a, b, (stride1, stride0), (pad1, pad0), (dilation1, dilation0), ctx=ctx)
+    return ops.conv_2d_dw_direct(b, a, (stride1, stride0), (pad1, pad0), (dilation1, dilation0), ctx=ctx)
 
 
 def ggml_conv_transpose_2d_p0(ctx: Context, a: Tensor, b: Tensor, stride: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_transpose_2d_p0`. C: ``ggml_conv_transpose_2d_p0``."""
-    return ops.conv_transpose_2d_p0(a, b, stride, ctx=ctx)
+    return ops.conv_transpose_2d_p0(b, a, stride, ctx=ctx)
 
 
 def ggml_conv_2d_direct(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, p0: int, p1: int, d0: int, d1: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_2d_direct`. C: ``ggml_conv_2d_direct``."""
-    return ops.conv_2d_direct(a, b, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
+    return ops.conv_2d_direct(b, a, (s1, s0), (p1, p0), (d1, d0), ctx=ctx)
 
 
 def ggml_conv_3d_direct(ctx: Context, a: Tensor, b: Tensor, s0: int, s1: int, s2: int, p0: int, p1: int, p2: int, d0: int, d1: int, d2: int, n_channels: int, n_batch: int, n_channels_out: int) -> Tensor:
     """See :func:`ggml_cffi.ops.conv_3d_direct`. C: ``ggml_conv_3d_direct``."""
     to.check_volumes(a, b, n_channels, n_batch, n_channels_out)
-    return ops.conv_3d_direct(a, b, n_channels, (s2, s1, s0), (p2, p1, p0), (d2, d1, d0), ctx=ctx)
+    return ops.conv_3d_direct(b, a, n_channels, (s2, s1, s0), (p2, p1, p0), (d2, d1, d0), ctx=ctx)
 
 
 def ggml_pool_1d(ctx: Context, a: Tensor, op: OpPool, k0: int, s0: int, p0: int) -> Tensor:

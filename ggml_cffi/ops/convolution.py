@@ -1,8 +1,9 @@
 """Convolutions through windows: the windows of ``x`` are gathered, **rounded to F16**, and multiplied by the kernels.
 
 A *kernel* ``(out, in, ..., height, width)`` slides over ``x``, ``(batch, in, ..., height, width)``. As in
-``torch.nn.functional``, the kernel is not mirrored. ``stride``, ``padding`` (zeros on both sides) and ``dilation`` are
-one integer for all axes, or one per axis in the order of the shape. Values beyond 65504 become infinite.
+``torch.nn.functional``, ``x`` comes first (in C the kernel does), and the kernel is not mirrored. ``stride``,
+``padding`` (zeros on both sides) and ``dilation`` are one integer for all axes, or one per axis in the order of the
+shape. Values beyond 65504 become infinite.
 """
 
 from __future__ import annotations
@@ -64,16 +65,16 @@ def _conv_1d(
 
 
 def conv_1d(
-    kernel: Tensor, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve a signal, as ``torch.nn.functional.conv1d`` does. Windows are rounded to F16.
 
     Parameters
     ----------
-    kernel
-        ``(out, in, k)``, contiguous F32 or F16.
     x
         ``(in, length)`` or ``(1, in, length)``, one signal only: ggml mixes up batches. F32 or F16, contiguous rows.
+    kernel
+        ``(out, in, k)``, contiguous F32 or F16.
 
     Returns
     -------
@@ -92,7 +93,7 @@ def conv_1d(
     return _conv_1d("conv_1d", c.ggml_conv_1d, kernel, x, window, ctx, s, p, d)
 
 
-def conv_1d_ph(kernel: Tensor, x: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None) -> Tensor:
+def conv_1d_ph(x: Tensor, kernel: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None) -> Tensor:
     """Convolve a signal as :func:`conv_1d` does, padded by half of the kernel. C: ``ggml_conv_1d_ph``."""
     ctx = result_context("conv_1d_ph", kernel, x, ctx=ctx)
     (s,), _, (d,) = window = check_window("conv_1d_ph", 1, stride, min(kernel.ne[0] // 2, 2**30 - 1), dilation)
@@ -120,7 +121,7 @@ def _conv_1d_dw(
 
 
 def conv_1d_dw(
-    kernel: Tensor, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve each channel of a signal with its own kernels, as torch does with one group per channel.
 
@@ -128,10 +129,10 @@ def conv_1d_dw(
 
     Parameters
     ----------
-    kernel
-        ``(channels * m, 1, k)``, contiguous F32 or F16; the ``m`` kernels of a channel are adjacent.
     x
         ``(channels, length)``, contiguous F32 or F16.
+    kernel
+        ``(channels * m, 1, k)``, contiguous F32 or F16; the ``m`` kernels of a channel are adjacent.
 
     Returns
     -------
@@ -151,7 +152,7 @@ def conv_1d_dw(
 
 
 def conv_1d_dw_ph(
-    kernel: Tensor, x: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: int = 1, dilation: int = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve each channel as :func:`conv_1d_dw` does, padded by half of the kernel. C: ``ggml_conv_1d_dw_ph``."""
     ctx = result_context("conv_1d_dw_ph", kernel, x, ctx=ctx)
@@ -171,16 +172,16 @@ def _conv_2d(
 
 
 def conv_2d(
-    kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve images, as ``torch.nn.functional.conv2d`` does. Windows are rounded to F16.
 
     Parameters
     ----------
-    kernel
-        ``(out, in, kh, kw)``, contiguous F32 or F16.
     x
         ``(n, in, h, w)``, F32 or F16; each channel is contiguous.
+    kernel
+        ``(out, in, kh, kw)``, contiguous F32 or F16.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 
@@ -201,7 +202,7 @@ def conv_2d(
     return _conv_2d("conv_2d", c.ggml_conv_2d, kernel, x, window, ctx, *window[0], *window[1], *window[2])
 
 
-def conv_2d_sk_p0(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> Tensor:
+def conv_2d_sk_p0(x: Tensor, kernel: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Convolve as :func:`conv_2d` does, with windows side by side, such as the patches of an image.
 
     C: ``ggml_conv_2d_sk_p0``.
@@ -211,7 +212,7 @@ def conv_2d_sk_p0(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> T
     return _conv_2d("conv_2d_sk_p0", c.ggml_conv_2d_sk_p0, kernel, x, window, ctx)
 
 
-def conv_2d_s1_ph(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> Tensor:
+def conv_2d_s1_ph(x: Tensor, kernel: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Convolve as :func:`conv_2d` does, with stride 1 and padding by half of the kernel. C: ``ggml_conv_2d_s1_ph``."""
     ctx = result_context("conv_2d_s1_ph", kernel, x, ctx=ctx)
     window = ((1, 1), tuple(k // 2 for k in kernel.ne[:2]), (1, 1))
@@ -219,7 +220,7 @@ def conv_2d_s1_ph(kernel: Tensor, x: Tensor, *, ctx: Context | None = None) -> T
 
 
 def conv_2d_dw(
-    kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve each channel of images with its own kernel, as torch does with one group per channel.
 
@@ -227,10 +228,10 @@ def conv_2d_dw(
 
     Parameters
     ----------
-    kernel
-        ``(channels, 1, kh, kw)``, contiguous F16 or BF16: ggml's CPU cannot multiply F32 kernels and F16 windows.
     x
         ``(n, channels, h, w)``, contiguous F32, or F16 if the kernel is F16.
+    kernel
+        ``(channels, 1, kh, kw)``, contiguous F16 or BF16: ggml's CPU cannot multiply F32 kernels and F16 windows.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 
@@ -264,8 +265,8 @@ def conv_2d_dw(
 
 
 def conv_3d(
-    kernel: Tensor,
     x: Tensor,
+    kernel: Tensor,
     channels: int,
     stride: Ints = 1,
     padding: Ints = 0,
@@ -277,10 +278,10 @@ def conv_3d(
 
     Parameters
     ----------
-    kernel
-        ``(out * in, kd, kh, kw)``, contiguous F32 or F16.
     x
         ``(n * in, depth, h, w)``, F32, contiguous rows.
+    kernel
+        ``(out * in, kd, kh, kw)``, contiguous F32 or F16.
     channels
         The size ``in``: ggml's tensors have no fifth axis for it.
     stride, padding, dilation

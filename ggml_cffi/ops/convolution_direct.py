@@ -58,16 +58,16 @@ def _check_direct(op: str, kernel: Tensor, x: Tensor, row: int, out_channels: in
 
 
 def conv_2d_direct(
-    kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve images as :func:`~ggml_cffi.ops.conv_2d` does, without memory for the windows.
 
     Parameters
     ----------
-    kernel
-        ``(out, in, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     x
         ``(n, in, h, w)``, F32, contiguous rows.
+    kernel
+        ``(out, in, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 
@@ -90,8 +90,8 @@ def conv_2d_direct(
 
 
 def conv_3d_direct(
-    kernel: Tensor,
     x: Tensor,
+    kernel: Tensor,
     channels: int,
     stride: Ints = 1,
     padding: Ints = 0,
@@ -103,10 +103,10 @@ def conv_3d_direct(
 
     Parameters
     ----------
-    kernel
-        ``(out * in, kd, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     x
         ``(n * in, depth, h, w)``, F32, contiguous rows.
+    kernel
+        ``(out * in, kd, kh, kw)``, contiguous F32 or F16; windows have its type, and at most 16 MiB each.
     channels
         The size ``in``.
     stride, padding, dilation
@@ -147,18 +147,18 @@ def _channels_last(kernel: Tensor, x: Tensor) -> bool:
 
 
 def conv_2d_dw_direct(
-    kernel: Tensor, x: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
+    x: Tensor, kernel: Tensor, stride: Ints = 1, padding: Ints = 0, dilation: Ints = 1, *, ctx: Context | None = None
 ) -> Tensor:
     """Convolve each channel as :func:`~ggml_cffi.ops.conv_2d_dw` does, in one pass, without memory for the windows.
 
     Parameters
     ----------
-    kernel
-        ``(channels, 1, kh, kw)``, F32 or F16.
     x
         ``(n, channels, h, w)``, F32. Both are contiguous, or both have the channels of a pixel adjacent: ``x`` is then
         a ``permute(_, (0, 3, 1, 2))`` of ``(n, h, w, channels)``, the kernel a ``permute(_, (3, 2, 0, 1))`` of
         ``(kh, kw, 1, channels)``. The result has the layout of ``x``.
+    kernel
+        ``(channels, 1, kh, kw)``, F32 or F16.
     stride, padding, dilation
         One integer, or ``(vertical, horizontal)``.
 
@@ -182,18 +182,18 @@ def conv_2d_dw_direct(
     return ctx.build(c.ggml_conv_2d_dw_direct, max(x.ndim, 3), kernel.ptr, x.ptr, *window[0], *window[1], *window[2])
 
 
-def conv_transpose_1d(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
+def conv_transpose_1d(x: Tensor, kernel: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
     """Compute the transposed convolution of a signal, as ``torch.nn.functional.conv_transpose1d`` without padding.
 
     ``result[o, stride * t + j] += sum(kernel[:, o, j] * x[:, t])``
 
     Parameters
     ----------
+    x
+        ``(in, length)``, F32, contiguous rows.
     kernel
         ``(in, out, k)``, contiguous rows. F32 if ``128 * stride + k`` is at most 4096, the
         limit of a GPU's workgroup; or F16, for the CPU.
-    x
-        ``(in, length)``, F32, contiguous rows.
 
     Returns
     -------
@@ -227,17 +227,17 @@ def conv_transpose_1d(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Contex
     return ctx.build(c.ggml_conv_transpose_1d, max(x.ndim, 2), kernel.ptr, x.ptr, s, 0, 1)
 
 
-def conv_transpose_2d_p0(kernel: Tensor, x: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
+def conv_transpose_2d_p0(x: Tensor, kernel: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
     """Compute the transposed convolution of an image, as ``torch.nn.functional.conv_transpose2d`` without padding.
 
     ``result[0, o, stride * i + k, stride * j + l] += sum(kernel[:, o, k, l] * x[0, :, i, j])``
 
     Parameters
     ----------
-    kernel
-        ``(in, out, kh, kw)``, contiguous F32 or F16; ``x`` is rounded to its type.
     x
         ``(in, h, w)``, or ``(1, in, h, w)``: ggml's CPU ignores other batches. F32, contiguous rows.
+    kernel
+        ``(in, out, kh, kw)``, contiguous F32 or F16; ``x`` is rounded to its type.
     stride
         The same for both axes.
 

@@ -50,7 +50,9 @@ class Trace(Closing):
         """The graph of the outputs; None if the function computes nothing."""
         try:
             args, kwargs = (self._unflatten(part) for part in signature)
+            context.traced = True
             self.result = function(*args, **(kwargs or {}))
+            context.traced = False
             map_tensors(self.result, lambda t: self.outputs.append(t))
             computed = [t for t in self.outputs if not t.is_leaf]
             if computed:

@@ -30,50 +30,50 @@ def halves(kernel: Array, n: int) -> tuple[int, ...]:
 
 
 @reference
-def conv_1d(kernel: Array, x: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
+def conv_1d(x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
     out = convolve(kernel, x.reshape(1, *x.shape[-2:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-2], *out.shape[-2:])
 
 
 @reference
-def conv_1d_ph(kernel: Array, x: Array, stride: int = 1, dilation: int = 1) -> Array:
-    return conv_1d(kernel, x, stride, kernel.shape[-1] // 2, dilation)
+def conv_1d_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+    return conv_1d(x, kernel, stride, kernel.shape[-1] // 2, dilation)
 
 
 @reference
-def conv_1d_dw(kernel: Array, x: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
+def conv_1d_dw(x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
     return depthwise(kernel, x[None], stride, padding, dilation)[0]
 
 
 @reference
-def conv_1d_dw_ph(kernel: Array, x: Array, stride: int = 1, dilation: int = 1) -> Array:
-    return conv_1d_dw(kernel, x, stride, kernel.shape[-1] // 2, dilation)
+def conv_1d_dw_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+    return conv_1d_dw(x, kernel, stride, kernel.shape[-1] // 2, dilation)
 
 
 @reference
-def conv_2d(kernel: Array, x: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_2d(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
     out = convolve(kernel, x.reshape(-1, *x.shape[-3:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-3], *out.shape[-3:])
 
 
 @reference
-def conv_2d_sk_p0(kernel: Array, x: Array) -> Array:
-    return conv_2d(kernel, x, kernel.shape[-2:])
+def conv_2d_sk_p0(x: Array, kernel: Array) -> Array:
+    return conv_2d(x, kernel, kernel.shape[-2:])
 
 
 @reference
-def conv_2d_s1_ph(kernel: Array, x: Array) -> Array:
-    return conv_2d(kernel, x, 1, halves(kernel, 2))
+def conv_2d_s1_ph(x: Array, kernel: Array) -> Array:
+    return conv_2d(x, kernel, 1, halves(kernel, 2))
 
 
 @reference
-def conv_2d_dw(kernel: Array, x: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_2d_dw(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
     out = depthwise(kernel, x.reshape(-1, *x.shape[-3:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-3], *out.shape[-3:])
 
 
 @reference
-def conv_3d(kernel: Array, x: Array, channels: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_3d(x: Array, kernel: Array, channels: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
     out = convolve(
         kernel.reshape(-1, channels, *kernel.shape[1:]),
         x.reshape(-1, channels, *x.shape[1:]),
@@ -131,42 +131,42 @@ CASES = [
 ]
 
 WRONG = {
-    "conv_1d: x must be one signal: ggml mixes up batches": lambda t: ggml.conv_1d(t(4, 3, 3), t(2, 3, 8)),
-    "conv_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_1d(t(4, 3, 3), t(2, 8)),
-    "conv_1d: kernel must be F32 or F16": lambda t: ggml.conv_1d(t(4, 3, 3, dtype="bf16"), t(3, 8)),
-    "conv_1d: x must be F32 or F16": lambda t: ggml.conv_1d(t(4, 3, 3), t(3, 8, dtype="i32")),
-    "conv_1d: the kernel must be contiguous": lambda t: ggml.conv_1d(ggml.transpose(t(4, 3, 3)), t(3, 8)),
-    "conv_1d: the kernel, dilated, is larger": lambda t: ggml.conv_1d(t(4, 3, 3), t(3, 2)),
-    "conv_1d: stride must be 1": lambda t: ggml.conv_1d(t(4, 3, 3), t(3, 8), 0),
-    "conv_1d: dilation must be 1": lambda t: ggml.conv_1d(t(4, 3, 3), t(3, 8), dilation=0),
-    "conv_1d_ph: stride must be an integer, not '1'": lambda t: ggml.conv_1d_ph(t(4, 3, 3), t(3, 8), "1"),
-    "conv_1d_dw: the kernel must be (3, 1, k)": lambda t: ggml.conv_1d_dw(t(4, 1, 3), t(3, 8)),
-    "conv_1d_dw: x must be one signal": lambda t: ggml.conv_1d_dw(t(3, 1, 3), t(2, 3, 8)),
-    "conv_1d_dw: the kernel and x must be contiguous": lambda t: ggml.conv_1d_dw(t(3, 1, 3), ggml.transpose(t(8, 3))),
-    "conv_1d_dw_ph: stride must be 1": lambda t: ggml.conv_1d_dw_ph(t(3, 1, 3), t(3, 8), -1),
-    "conv_2d: the kernel has 3 channels, x 2": lambda t: ggml.conv_2d(t(4, 3, 3, 3), t(1, 2, 8, 8)),
-    "conv_2d: stride must be 1": lambda t: ggml.conv_2d(t(1, 1, 3, 3), t(1, 1, 8, 8), stride=0),
-    "conv_2d: padding must be 0": lambda t: ggml.conv_2d(t(1, 1, 3, 3), t(1, 1, 8, 8), padding=-1),
-    "conv_2d: the kernel, dilated, is larger": lambda t: ggml.conv_2d(t(1, 1, 3, 3), t(1, 1, 8, 2)),
-    "conv_2d: the kernel must be contiguous": lambda t: ggml.conv_2d(ggml.transpose(t(1, 1, 3, 3)), t(1, 1, 8, 8)),
-    "conv_2d: kernel must be F32 or F16": lambda t: ggml.conv_2d(t(1, 1, 3, 32, dtype="q8_0"), t(1, 1, 8, 32)),
+    "conv_1d: x must be one signal: ggml mixes up batches": lambda t: ggml.conv_1d(t(2, 3, 8), t(4, 3, 3)),
+    "conv_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_1d(t(2, 8), t(4, 3, 3)),
+    "conv_1d: kernel must be F32 or F16": lambda t: ggml.conv_1d(t(3, 8), t(4, 3, 3, dtype="bf16")),
+    "conv_1d: x must be F32 or F16": lambda t: ggml.conv_1d(t(3, 8, dtype="i32"), t(4, 3, 3)),
+    "conv_1d: the kernel must be contiguous": lambda t: ggml.conv_1d(t(3, 8), ggml.transpose(t(4, 3, 3))),
+    "conv_1d: the kernel, dilated, is larger": lambda t: ggml.conv_1d(t(3, 2), t(4, 3, 3)),
+    "conv_1d: stride must be 1": lambda t: ggml.conv_1d(t(3, 8), t(4, 3, 3), 0),
+    "conv_1d: dilation must be 1": lambda t: ggml.conv_1d(t(3, 8), t(4, 3, 3), dilation=0),
+    "conv_1d_ph: stride must be an integer, not '1'": lambda t: ggml.conv_1d_ph(t(3, 8), t(4, 3, 3), "1"),
+    "conv_1d_dw: the kernel must be (3, 1, k)": lambda t: ggml.conv_1d_dw(t(3, 8), t(4, 1, 3)),
+    "conv_1d_dw: x must be one signal": lambda t: ggml.conv_1d_dw(t(2, 3, 8), t(3, 1, 3)),
+    "conv_1d_dw: the kernel and x must be contiguous": lambda t: ggml.conv_1d_dw(ggml.transpose(t(8, 3)), t(3, 1, 3)),
+    "conv_1d_dw_ph: stride must be 1": lambda t: ggml.conv_1d_dw_ph(t(3, 8), t(3, 1, 3), -1),
+    "conv_2d: the kernel has 3 channels, x 2": lambda t: ggml.conv_2d(t(1, 2, 8, 8), t(4, 3, 3, 3)),
+    "conv_2d: stride must be 1": lambda t: ggml.conv_2d(t(1, 1, 8, 8), t(1, 1, 3, 3), stride=0),
+    "conv_2d: padding must be 0": lambda t: ggml.conv_2d(t(1, 1, 8, 8), t(1, 1, 3, 3), padding=-1),
+    "conv_2d: the kernel, dilated, is larger": lambda t: ggml.conv_2d(t(1, 1, 8, 2), t(1, 1, 3, 3)),
+    "conv_2d: the kernel must be contiguous": lambda t: ggml.conv_2d(t(1, 1, 8, 8), ggml.transpose(t(1, 1, 3, 3))),
+    "conv_2d: kernel must be F32 or F16": lambda t: ggml.conv_2d(t(1, 1, 8, 32), t(1, 1, 3, 32, dtype="q8_0")),
     "conv_2d: kernel starts inside another": lambda t: ggml.conv_2d(
-        ggml.view(t(2, 1, 3, 3), (1, 1, 3, 3), offset=36), t(1, 1, 8, 8)
+        t(1, 1, 8, 8), ggml.view(t(2, 1, 3, 3), (1, 1, 3, 3), offset=36)
     ),
-    "conv_2d_sk_p0: the kernel, dilated, is larger": lambda t: ggml.conv_2d_sk_p0(t(1, 1, 3, 3), t(1, 1, 8, 2)),
-    "conv_2d_s1_ph: kernel has no elements": lambda t: ggml.conv_2d_s1_ph(t(1, 1, 0, 3), t(1, 1, 8, 2)),
-    "conv_2d_dw: the kernel must be F16 or BF16": lambda t: ggml.conv_2d_dw(t(2, 1, 3, 3), t(1, 2, 8, 8)),
+    "conv_2d_sk_p0: the kernel, dilated, is larger": lambda t: ggml.conv_2d_sk_p0(t(1, 1, 8, 2), t(1, 1, 3, 3)),
+    "conv_2d_s1_ph: kernel has no elements": lambda t: ggml.conv_2d_s1_ph(t(1, 1, 8, 2), t(1, 1, 0, 3)),
+    "conv_2d_dw: the kernel must be F16 or BF16": lambda t: ggml.conv_2d_dw(t(1, 2, 8, 8), t(2, 1, 3, 3)),
     "conv_2d_dw: the kernel must be (2, 1, kh, kw)": lambda t: ggml.conv_2d_dw(
-        t(4, 1, 3, 3, dtype="f16"), t(1, 2, 8, 8)
+        t(1, 2, 8, 8), t(4, 1, 3, 3, dtype="f16")
     ),
-    "conv_2d_dw: x must be F32:": lambda t: ggml.conv_2d_dw(t(2, 1, 3, 3, dtype="bf16"), t(1, 2, 8, 8, dtype="f16")),
+    "conv_2d_dw: x must be F32:": lambda t: ggml.conv_2d_dw(t(1, 2, 8, 8, dtype="f16"), t(2, 1, 3, 3, dtype="bf16")),
     "conv_2d_dw: the kernel and x must be contiguous": lambda t: ggml.conv_2d_dw(
-        t(2, 1, 3, 3, dtype="f16"), ggml.transpose(t(1, 2, 8, 8))
+        ggml.transpose(t(1, 2, 8, 8)), t(2, 1, 3, 3, dtype="f16")
     ),
-    "conv_3d: the first sizes must be multiples": lambda t: ggml.conv_3d(t(3, 1, 1, 1), t(2, 2, 2, 2), 2),
-    "conv_3d: the kernel must be contiguous": lambda t: ggml.conv_3d(ggml.transpose(t(2, 1, 2, 2)), t(2, 2, 2, 2), 2),
-    "conv_3d: x must be F32": lambda t: ggml.conv_3d(t(2, 1, 1, 1), t(2, 2, 2, 2, dtype="f16"), 2),
+    "conv_3d: the first sizes must be multiples": lambda t: ggml.conv_3d(t(2, 2, 2, 2), t(3, 1, 1, 1), 2),
+    "conv_3d: the kernel must be contiguous": lambda t: ggml.conv_3d(t(2, 2, 2, 2), ggml.transpose(t(2, 1, 2, 2)), 2),
+    "conv_3d: x must be F32": lambda t: ggml.conv_3d(t(2, 2, 2, 2, dtype="f16"), t(2, 1, 1, 1), 2),
     "conv_3d: stride must be one integer or 3 integers": lambda t: ggml.conv_3d(
-        t(2, 1, 1, 1), t(2, 2, 2, 2), 2, (1, 1)
+        t(2, 2, 2, 2), t(2, 1, 1, 1), 2, (1, 1)
     ),
 }

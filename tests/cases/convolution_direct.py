@@ -13,24 +13,24 @@ from tests.cases.im2col import F16
 
 
 @reference
-def conv_2d_direct(kernel: Array, x: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
-    return conv_2d(kernel, x, stride, padding, dilation)
+def conv_2d_direct(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+    return conv_2d(x, kernel, stride, padding, dilation)
 
 
 @reference
-def conv_2d_dw_direct(kernel: Array, x: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
-    return conv_2d_dw(kernel, x, stride, padding, dilation)
+def conv_2d_dw_direct(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+    return conv_2d_dw(x, kernel, stride, padding, dilation)
 
 
 @reference
 def conv_3d_direct(
-    kernel: Array, x: Array, channels: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1
+    x: Array, kernel: Array, channels: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> Array:
-    return conv_3d(kernel, x, channels, stride, padding, dilation)
+    return conv_3d(x, kernel, channels, stride, padding, dilation)
 
 
 @reference
-def conv_transpose_1d(kernel: Array, x: Array, stride: int = 1) -> Array:
+def conv_transpose_1d(x: Array, kernel: Array, stride: int = 1) -> Array:
     out = np.zeros((kernel.shape[1], (x.shape[1] - 1) * stride + kernel.shape[2]))
     for t in range(x.shape[1]):
         out[:, t * stride : t * stride + kernel.shape[2]] += np.einsum("iok,i->ok", kernel, x[:, t])
@@ -38,7 +38,7 @@ def conv_transpose_1d(kernel: Array, x: Array, stride: int = 1) -> Array:
 
 
 @reference
-def conv_transpose_2d_p0(kernel: Array, x: Array, stride: int = 1) -> Array:
+def conv_transpose_2d_p0(x: Array, kernel: Array, stride: int = 1) -> Array:
     h, w = x.shape[-2:]
     kh, kw = kernel.shape[-2:]
     image = x.reshape(-1, h, w)
@@ -98,49 +98,49 @@ CASES = [
 ]
 
 WRONG = {
-    "conv_2d_direct: the kernel has 3 channels, x 2": lambda t: ggml.conv_2d_direct(t(4, 3, 3, 3), t(1, 2, 8, 8)),
-    "conv_2d_direct: x must be F32": lambda t: ggml.conv_2d_direct(t(1, 1, 3, 3), t(1, 1, 8, 8, dtype="f16")),
+    "conv_2d_direct: the kernel has 3 channels, x 2": lambda t: ggml.conv_2d_direct(t(1, 2, 8, 8), t(4, 3, 3, 3)),
+    "conv_2d_direct: x must be F32": lambda t: ggml.conv_2d_direct(t(1, 1, 8, 8, dtype="f16"), t(1, 1, 3, 3)),
     "conv_2d_direct: kernel must be F32 or F16": lambda t: ggml.conv_2d_direct(
-        t(1, 1, 3, 3, dtype="bf16"), t(1, 1, 8, 8)
+        t(1, 1, 8, 8), t(1, 1, 3, 3, dtype="bf16")
     ),
     "conv_2d_direct: a window takes more than": lambda t: ggml.conv_2d_direct(t(1, 1, 2048, 2048), t(1, 1, 2048, 2048)),
     "conv_2d_direct: the kernel and the rows of x must be": lambda t: ggml.conv_2d_direct(
-        t(1, 1, 3, 3), ggml.transpose(t(1, 1, 8, 8))
+        ggml.transpose(t(1, 1, 8, 8)), t(1, 1, 3, 3)
     ),
-    "conv_2d_direct: the kernel, dilated, is larger": lambda t: ggml.conv_2d_direct(t(1, 1, 3, 3), t(1, 1, 8, 2)),
+    "conv_2d_direct: the kernel, dilated, is larger": lambda t: ggml.conv_2d_direct(t(1, 1, 8, 2), t(1, 1, 3, 3)),
     "conv_2d_direct: the result would have": lambda t: ggml.conv_2d_direct(
-        t(64, 1, 1, 1), t(1, 1, 2**13, 2**13), padding=100
+        t(1, 1, 2**13, 2**13), t(64, 1, 1, 1), padding=100
     ),
     "conv_2d_direct: x starts inside another": lambda t: ggml.conv_2d_direct(
-        t(1, 1, 3, 3), ggml.view(t(2, 1, 5, 5), (1, 1, 5, 5), offset=100)
+        ggml.view(t(2, 1, 5, 5), (1, 1, 5, 5), offset=100), t(1, 1, 3, 3)
     ),
     "conv_2d_dw_direct: the kernel must be (2, 1, kh, kw)": lambda t: ggml.conv_2d_dw_direct(
-        t(2, 2, 3, 3), t(1, 2, 8, 8)
+        t(1, 2, 8, 8), t(2, 2, 3, 3)
     ),
     "conv_2d_dw_direct: the kernel and x must be contiguous, or": lambda t: ggml.conv_2d_dw_direct(
-        t(2, 1, 3, 3), ggml.permute(t(1, 8, 8, 2), (0, 3, 1, 2))
+        ggml.permute(t(1, 8, 8, 2), (0, 3, 1, 2)), t(2, 1, 3, 3)
     ),
-    "conv_2d_dw_direct: stride must be 1": lambda t: ggml.conv_2d_dw_direct(t(2, 1, 3, 3), t(1, 2, 8, 8), (1, 0)),
-    "conv_3d_direct: the first sizes must be": lambda t: ggml.conv_3d_direct(t(3, 1, 1, 1), t(2, 2, 2, 2), 2),
+    "conv_2d_dw_direct: stride must be 1": lambda t: ggml.conv_2d_dw_direct(t(1, 2, 8, 8), t(2, 1, 3, 3), (1, 0)),
+    "conv_3d_direct: the first sizes must be": lambda t: ggml.conv_3d_direct(t(2, 2, 2, 2), t(3, 1, 1, 1), 2),
     "conv_3d_direct: a window takes more": lambda t: ggml.conv_3d_direct(t(1, 128, 256, 128), t(1, 128, 256, 128), 1),
-    "conv_3d_direct: channels must be an integer": lambda t: ggml.conv_3d_direct(t(2, 1, 1, 1), t(2, 2, 2, 2), None),
-    "conv_transpose_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(2, 7)),
-    "conv_transpose_1d: the kernel must be (in, out, k)": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(2, 3, 7)),
-    "conv_transpose_1d: stride 32 is too large for F32": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(3, 7), 32),
-    "conv_transpose_1d: stride must be 1": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), t(3, 7), 0),
-    "conv_transpose_1d: kernel must be F32 or F16": lambda t: ggml.conv_transpose_1d(t(3, 4, 3, dtype="bf16"), t(3, 7)),
-    "conv_transpose_1d: the rows of the kernel": lambda t: ggml.conv_transpose_1d(t(3, 4, 3), ggml.transpose(t(7, 3))),
-    "conv_transpose_1d: channels of the result": lambda t: ggml.conv_transpose_1d(t(1, 65536, 1), t(1, 7)),
+    "conv_3d_direct: channels must be an integer": lambda t: ggml.conv_3d_direct(t(2, 2, 2, 2), t(2, 1, 1, 1), None),
+    "conv_transpose_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_transpose_1d(t(2, 7), t(3, 4, 3)),
+    "conv_transpose_1d: the kernel must be (in, out, k)": lambda t: ggml.conv_transpose_1d(t(2, 3, 7), t(3, 4, 3)),
+    "conv_transpose_1d: stride 32 is too large for F32": lambda t: ggml.conv_transpose_1d(t(3, 7), t(3, 4, 3), 32),
+    "conv_transpose_1d: stride must be 1": lambda t: ggml.conv_transpose_1d(t(3, 7), t(3, 4, 3), 0),
+    "conv_transpose_1d: kernel must be F32 or F16": lambda t: ggml.conv_transpose_1d(t(3, 7), t(3, 4, 3, dtype="bf16")),
+    "conv_transpose_1d: the rows of the kernel": lambda t: ggml.conv_transpose_1d(ggml.transpose(t(7, 3)), t(3, 4, 3)),
+    "conv_transpose_1d: channels of the result": lambda t: ggml.conv_transpose_1d(t(1, 7), t(1, 65536, 1)),
     "conv_transpose_1d: the result would have": lambda t: ggml.conv_transpose_1d(
-        t(1, 64, 4, dtype="f16"), t(1, 2**24), 4
+        t(1, 2**24), t(1, 64, 4, dtype="f16"), 4
     ),
-    "conv_transpose_2d_p0: x must be one image": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 3, 4, 4)),
-    "conv_transpose_2d_p0: the kernel has 3": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(2, 4, 4)),
-    "conv_transpose_2d_p0: stride must be 1": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 2, 2), t(3, 4, 4), 0),
+    "conv_transpose_2d_p0: x must be one image": lambda t: ggml.conv_transpose_2d_p0(t(2, 3, 4, 4), t(3, 4, 2, 2)),
+    "conv_transpose_2d_p0: the kernel has 3": lambda t: ggml.conv_transpose_2d_p0(t(2, 4, 4), t(3, 4, 2, 2)),
+    "conv_transpose_2d_p0: stride must be 1": lambda t: ggml.conv_transpose_2d_p0(t(3, 4, 4), t(3, 4, 2, 2), 0),
     "conv_transpose_2d_p0: the kernel and the rows of x must be": lambda t: ggml.conv_transpose_2d_p0(
-        ggml.transpose(t(3, 4, 2, 2)), t(3, 4, 4)
+        t(3, 4, 4), ggml.transpose(t(3, 4, 2, 2))
     ),
     "conv_transpose_2d_p0: the result would have": lambda t: ggml.conv_transpose_2d_p0(
-        t(1, 1, 2, 2), t(1, 4, 4), 2**16
+        t(1, 4, 4), t(1, 1, 2, 2), 2**16
     ),
 }

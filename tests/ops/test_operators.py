@@ -373,7 +373,9 @@ def test_transpose_and_swapaxes(bench, rng):
 def test_comparisons_are_refused_before_the_values_are_known():
     with ggml.Context() as ctx:
         a, b = ctx.new_tensor("f32", (2, 3)), ctx.new_tensor("f32", (2, 3))
-        for other in (b, 0, 0.0, True, np.zeros(3), np.float32(1), [0.0, 0.0, 0.0]):
+        with pytest.raises(TypeError, match="not compared before they are computed"):
+            a < b  # noqa: B015 - what is tested
+        for other in (0, 0.0, True, np.zeros(3), np.float32(1), [0.0, 0.0, 0.0]):
             for compare in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge):
                 with pytest.raises(TypeError, match="not compared before they are computed"):
                     compare(a, other)
@@ -381,9 +383,20 @@ def test_comparisons_are_refused_before_the_values_are_known():
                     with pytest.raises(TypeError, match="not compared before they are computed"):
                         compare(other, a)
         assert a == ctx.tensors()[0]  # another object for the same tensor, as containers need it
+        assert a != b
         assert a != None  # noqa: E711 - what is tested
         assert a != "a"
         assert {a: 1, b: 2}[b] == 2
+
+
+def test_a_traced_function_cannot_compare_two_tensors():
+    x = np.ones(3, np.float32)
+    with ggml.Session(["CPU"]) as s:
+        w = s.weight(x)
+        for function in (lambda x, y: x * (x == y), lambda x, y: x * (x != y), lambda x, y: x * (y == w)):
+            with pytest.raises(TypeError, match="not compared before they are computed"):
+                s.compile(function)(x, x)
+        assert s.compile(lambda x, y: x + 1 if x == x else y)(x, x).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

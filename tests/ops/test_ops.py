@@ -151,3 +151,14 @@ def test_attention_of_few_axes_returns_three_axes():
         out = ggml.flash_attn_ext(q, k, v, scale=1.0)
         assert out.shape == (2, 1, 64)
         assert out.size == 128
+
+
+@pytest.mark.parametrize("name", ["conv_2d", "conv_2d_direct"])
+def test_convolutions_take_the_image_first_as_torch_does(devices, name, rng):
+    """Image and kernel of one shape: a wrong order would go unnoticed."""
+    x, kernel = rng.standard_normal((2, 3, 3, 3, 3))[:, :3]
+    want = np.einsum("nchw,ochw->no", x, kernel)[..., None, None]
+    with ggml.Session(devices) as s:
+        got = s.compile(lambda x, kernel: getattr(ggml, name)(x, kernel))(x, kernel)
+    assert got.shape == want.shape
+    assert relative_error(got, want) < 5e-3

@@ -25,13 +25,13 @@ def pool_2d(b: Inputs, p: Params) -> ggml.Tensor:
 @builds("CONV_TRANSPOSE_1D", unused="p0 d0")
 def conv_transpose_1d(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new("f32", p.ne_input), b.new("f32", p.ne_kernel)
-    return ggml.conv_transpose_1d(kernel, a, stride=p.s0)
+    return ggml.conv_transpose_1d(a, kernel, stride=p.s0)
 
 
 @builds("CONV_TRANSPOSE_2D")
 def conv_transpose_2d(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new("f32", p.ne_input), b.new(p.kernel_type, p.ne_kernel)
-    return ggml.conv_transpose_2d_p0(kernel, a, stride=p.stride)
+    return ggml.conv_transpose_2d_p0(a, kernel, stride=p.stride)
 
 
 @builds("COL2IM_1D")
@@ -84,7 +84,7 @@ def _kernel(b: Inputs, p: Params, ne: tuple[int, ...]) -> ggml.Tensor:
 @builds("CONV_1D_DW")
 def conv_1d_dw(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new("f32", p.ne_input[:2]), b.new(p.type_kernel, p.ne_kernel[:3])
-    return ggml.conv_1d_dw(kernel, a, p.stride, p.padding, p.dilation)
+    return ggml.conv_1d_dw(a, kernel, p.stride, p.padding, p.dilation)
 
 
 @builds("CONV_2D")
@@ -93,8 +93,8 @@ def conv_2d(b: Inputs, p: Params) -> ggml.Tensor:
     if p.cwhn:
         a, kernel = _channels_last(a, kernel)
     return ggml.conv_2d_direct(
-        kernel,
         a,
+        kernel,
         stride=(p.stride1, p.stride0),
         padding=(p.padding1, p.padding0),
         dilation=(p.dilation1, p.dilation0),
@@ -106,7 +106,7 @@ def conv_2d_dw(b: Inputs, p: Params) -> ggml.Tensor:
     a, kernel = b.new("f32", p.ne_input), b.new(p.type_kernel, p.ne_kernel)
     if p.cwhn:
         a, kernel = _channels_last(a, kernel)
-    return ggml.conv_2d_dw_direct(kernel, a, stride=p.stride, padding=p.padding, dilation=p.dilation)
+    return ggml.conv_2d_dw_direct(a, kernel, stride=p.stride, padding=p.padding, dilation=p.dilation)
 
 
 @builds("CONV_3D")
@@ -114,8 +114,8 @@ def conv_3d(b: Inputs, p: Params) -> ggml.Tensor:
     a = b.new("f32", (p.IW, p.IH, p.ID, p.IC * p.N))
     kernel = _kernel(b, p, (p.KW, p.KH, p.KD, p.IC * p.OC))
     return ggml.conv_3d_direct(
-        kernel,
         a,
+        kernel,
         p.IC,
         stride=(p.s2, p.s1, p.s0),
         padding=(p.p2, p.p1, p.p0),
