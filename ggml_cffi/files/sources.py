@@ -101,6 +101,8 @@ class RawTensor(StoredTensor):
     ) -> None:
         element_type = dtypes.as_type(dtype)
         array = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
+        if not array.dtype.isnative:
+            raise ValueError(f"the bytes of {array.dtype.str} are in another order: use astype({array.dtype.name!r})")
         raw = array.reshape(-1).view(np.uint8)
         last = array.shape[-1] * array.itemsize if array.ndim else raw.size
         unit, block = dtypes.type_size(element_type), dtypes.block_size(element_type)

@@ -162,7 +162,7 @@ class Session(Closing):
     def free(self, tensor: Tensor) -> None:
         """Free the memory of a tensor made by :meth:`weight` or :meth:`zeros` now, or when a run in progress ends.
 
-        The tensor, and compiled functions that use it, then raise :class:`ClosedError`.
+        The tensor, and compiled functions that use it, then raise :class:`ClosedError`. Freeing twice is allowed.
 
         Raises
         ------
@@ -170,7 +170,7 @@ class Session(Closing):
             If the tensor is not one of this session's, or is computed.
         """
         context = tensor.context if isinstance(tensor, Tensor) else None
-        if context is None or context not in self._contexts:
+        if context is None or context not in self._contexts or not (context.closed or tensor.is_leaf):
             raise ValueError(f"{tensor!r} is not a tensor that weight() or zeros() of this session returned")
         for function in list(self._compiled):
             function.discard(context)

@@ -109,3 +109,41 @@ def test_sessions_accept_sources_as_weights(rng):
         assert w.dtype is ggml.Q8_0
         np.testing.assert_array_equal(w.numpy(), ggml.dequantize(raw, "q8_0"))
         assert s.weight(Bfloat16([1.0, 2.0])).dtype is ggml.BF16
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_the_order_of_bytes_does_not_change_the_type(order, tmp_path):
+    for dtype, kept in (("f8", ggml.F32), ("f4", ggml.F32), ("f2", ggml.F16), ("i4", ggml.I32)):
+        x = np.arange(8).reshape(2, 4).astype(order + dtype)
+        with ggml.Session(["CPU"]) as s:
+            for w in (s.weight(x), s.weight(x, copy=False)):
+                assert w.dtype is kept
+                np.testing.assert_array_equal(w.numpy(), x)
+        ggml.write_gguf(tmp_path / "x.gguf", {}, {"w": x})
+        with ggml.GGUFFile(tmp_path / "x.gguf") as file:
+            assert file.tensors["w"].dtype is kept
+            np.testing.assert_array_equal(file["w"].numpy(), x)
+
+
+def test_encoded_bytes_in_another_order_are_refused():
+    with pytest.raises(ValueError, match=r"in another order: use astype\('float32'\)"):
+        ggml.RawTensor(np.ones(4, ">f4"), "f32", (4,))
+
+
+def test_an_array_without_a_copy_is_a_view_or_an_error(tmp_path):
+    x = np.ones((2, 32), np.float32)
+    with ggml.Session(["CPU"]) as s:
+        w = s.weight(x)
+        view = np.asarray(w, copy=False)
+        assert np.shares_memory(view, np.array(w, copy=False))
+        view[0] = 5
+        assert w.numpy()[0, 0] == 5
+        with pytest.raises(ValueError, match="float32 cannot be viewed as float64 without a copy"):
+            np.asarray(w, np.float64, copy=False)
+        with pytest.raises(ValueError, match="numpy has no BF16"):
+            np.asarray(s.weight(x, dtype="bf16"), copy=False)
+    q = ggml.RawTensor(ggml.quantize(x, "q8_0"), "q8_0")
+    with pytest.raises(ValueError, match="decoded into a copy: numpy has no Q8_0"):
+        np.asarray(q, copy=False)
+    plain = ggml.RawTensor(x, "f32")
+    assert np.shares_memory(np.asarray(plain, copy=False), np.asarray(plain))

@@ -30,3 +30,20 @@ def test_map_tensors_leaves_other_values_alone():
 def test_an_argument_that_is_no_number_is_refused():
     with pytest.raises(TypeError, match="numbers are needed, not object"):
         flatten((object(),), [])
+
+
+def test_the_sign_of_zero_and_nan_are_part_of_the_key():
+    keys = [flatten((value,), []) for value in (0.0, -0.0, float("nan"), float("nan"), np.float64(0.0))]
+    assert keys[0] != keys[1]
+    assert keys[2] == keys[3]
+    assert keys[0] != keys[4]
+    x = np.ones(2, np.float32)
+    with ggml.Session(["CPU"]) as s:
+        f = s.compile(lambda x, number: x * number)
+        for number in (0.0, -0.0, 0.0):
+            assert np.signbit(f(x, number)).tolist() == [bool(np.signbit(number))] * 2
+        assert len(f.programs) == 2
+        default = s.compile(lambda x, number: x * (2 if number != number else number))
+        for _ in range(3):
+            assert default(x, float("nan")).tolist() == [2, 2]
+        assert len(default.programs) == 1
