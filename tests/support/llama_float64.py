@@ -30,7 +30,7 @@ class Reference:
         self.factor = 1.0 if scaling == "none" else get("rope.scaling.factor", 1.0)
         self.yarn_ctx = get("rope.scaling.original_context_length") if scaling == "yarn" else None
         self.yarn_turns = get("rope.scaling.yarn_beta_fast", 32.0), get("rope.scaling.yarn_beta_slow", 1.0)
-        self.yarn_size = (1 + 0.1 * np.log(self.factor)) * get("rope.scaling.attn_factor", 1.0)
+        self.size = get("rope.scaling.attn_factor", 1.0)
         self.root = self.n_embd // self.n_heads if (self.name, self.n_layers) == ("gemma3", 62) else self.head
         self.scale = get("attention.scale", 1 / np.sqrt(self.root))
         self.window, self.period = get("attention.sliding_window", 0), get("attention.sliding_window_pattern", 6)
@@ -51,7 +51,7 @@ class Reference:
         if local:
             return np.arange(n)[:, None] * turn, 1.0
         if self.yarn_ctx is None:
-            return np.arange(n)[:, None] * turn / self.factor, 1.0
+            return np.arange(n)[:, None] * turn / self.factor, self.size
         # YaRN keeps the frequency of fast pairs and lowers that of slow pairs.
         low, high = (
             self.n_rot * np.log(self.yarn_ctx / (turns * 2 * np.pi)) / (2 * np.log(self.base))
@@ -60,7 +60,7 @@ class Reference:
         low, high = max(np.floor(low), 0), min(np.ceil(high), self.n_rot - 1)
         slow = np.clip((pair - low) / max(high - low, 1e-3), 0, 1)
         turn = turn * (1 - slow) + turn / self.factor * slow
-        return np.arange(n)[:, None] * turn, self.yarn_size
+        return np.arange(n)[:, None] * turn, (1 + 0.1 * np.log(self.factor)) * self.size
 
     def rope(self, x, local=False):
         angle, size = self.angles(len(x), local)

@@ -23,6 +23,7 @@ from ggml_cffi.files.gguf.values import MAX_NESTING, SCALAR_DTYPES, GGUFValue
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+_TYPE_NUMBERS = frozenset(Type)
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TensorInfo:
 
     name: str
     dtype: Type
+    """Type of the elements. A type that ggml does not have has a name such as ``TYPE_99``; its data cannot be read."""
     shape: tuple[int, ...]
     """Sizes in numpy's order."""
     offset: int
@@ -161,10 +163,7 @@ class _Reader:
                 raise self.error(f"tensor {name!r} has {ndim} axes; ggml has at most 4")
             ne = struct.unpack_from(f"<{ndim}Q", self.data, self.take(8 * ndim))
             type_number, offset = self.number("<I"), self.number("<Q")
-            try:
-                dtype = Type(type_number)
-            except ValueError:
-                raise self.error(f"tensor {name!r} has type {type_number}, which ggml does not have") from None
+            dtype = Type(type_number) if type_number in _TYPE_NUMBERS else dtypes.unknown_type(type_number)
             if offset % alignment:
                 raise self.error(f"tensor {name!r} starts at {offset}, not at a multiple of {alignment}")
             found.append((name, dtype, ne[::-1], offset))
@@ -178,12 +177,15 @@ class _Reader:
                 raise self.error(f"tensor {name!r} occurs twice")
             if not all(shape):
                 raise self.error(f"tensor {name!r} has no elements: shape {shape}")
-            try:
-                row = dtypes.row_size(dtype, shape[-1] if shape else 1)
-            except ValueError as error:
-                raise self.error(f"tensor {name!r}: {error}") from None
-            nbytes = row * prod(shape[:-1])
-            if base + offset + nbytes > self.size:
+            if dtypes.is_known(dtype):
+                try:
+                    row = dtypes.row_size(dtype, shape[-1] if shape else 1)
+                except ValueError as error:
+                    raise self.error(f"tensor {name!r}: {error}") from None
+                nbytes = row * prod(shape[:-1])
+            else:  # up to the next tensor
+                nbytes = min((start for *_, start in found if start > offset), default=self.size - base) - offset
+            if nbytes < 0 or base + offset + nbytes > self.size:
                 raise self.error(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
             tensors[name] = TensorInfo(name, dtype, shape, base + offset, nbytes, self.part)
         return tensors

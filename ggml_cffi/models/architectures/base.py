@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ggml_cffi import ops
+from ggml_cffi.core import dtypes
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf import GGUFFile, TensorInfo
 from ggml_cffi.parallel.shard import ShardSpec
+
+_logger = logging.getLogger(__name__)
 
 #: ``pooling_type``. 0 leaves the choice to the user; the mean is the usual choice.
 _POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
@@ -68,11 +74,27 @@ class Metadata:
 
     def __init__(self, file: GGUFFile, architecture: str) -> None:
         self.file, self.architecture = file, architecture
+        self._used: set[str] = set()
+
+    def unused(self) -> set[str]:
+        """Return the keys of the architecture that nobody has read, without its name."""
+        prefix = f"{self.architecture}."
+        return {key.removeprefix(prefix) for key in self.file.metadata if key.startswith(prefix)} - self._used
+
+    def raw(self, key: str) -> Any:
+        """Return the value of ``{architecture}.{key}`` as it is, None without one."""
+        self._used.add(key)
+        return self.file.metadata.get(f"{self.architecture}.{key}")
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """Return the value of ``{architecture}.{key}``; raise FormatError if it has another type."""
         name = f"{self.architecture}.{key}"
+        self._used.add(key)
         value = self.file.metadata.get(name, default)
+        if kind is int and isinstance(value, np.ndarray):  # one number for each layer
+            if not value.size or value.dtype.kind not in "iu" or (value != value[0]).any():
+                raise FormatError(f"{self.file.path}: {name!r} differs from layer to layer, which is not supported yet")
+            value = value[0].item()
         if value is None:
             raise FormatError(f"{self.file.path}: the model has no {name!r}")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -117,7 +139,8 @@ class Architecture(ABC):
     Raises
     ------
     FormatError
-        If the file lacks a key or a tensor, or sizes contradict one another.
+        If the file lacks a key or a tensor, or sizes contradict one another, or the file has tensors that the graph
+        does not use: the results would be wrong without them.
     """
 
     name: ClassVar[str]
@@ -139,6 +162,21 @@ class Architecture(ABC):
     max_sequence_length: int = 0
     """Largest number of tokens of a text in training, for embeddings; 0 if the context is the only limit."""
 
+    harmless_keys: ClassVar[frozenset[str]] = frozenset(
+        {
+            "classifier.output_labels",
+            "expert_group_count",
+            "expert_group_used_count",
+            "expert_used_count",
+            "rope.scaling.alpha",
+            "rope.scaling.finetuned",
+            "rope.scaling.original_context_length",
+            "tensor_data_layout",
+            "vocab_size",
+        }
+    )
+    """Keys that llama.cpp reads for this architecture and that change nothing here."""
+
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
         meta = Metadata(file, self.name)
@@ -147,18 +185,45 @@ class Architecture(ABC):
             raise FormatError(f"{file.path}: pooling type {pooling} is not supported; {sorted(_POOLINGS)} are")
         self.pooling = _POOLINGS[pooling]
         self.read(meta)
+        self._refuse_variants(meta)
+        for key in sorted(meta.unused() - self.harmless_keys):
+            _logger.warning("%s: the key %r is not known, and has no effect", file.path, f"{self.name}.{key}")
         if self.n_layers > len(file.tensors):  # before lists of this length are made
             raise FormatError(
                 f"{file.path}: the metadata declares {self.n_layers} layers, but the file has only "
                 f"{len(file.tensors)} tensors"
             )
         self.shapes = dict(self.expected_tensors())
+        unknown = [name for name in file.tensors if name not in self.shapes and not self.is_ignored(name)]
+        if unknown:
+            raise FormatError(
+                f"{file.path}: architecture {self.name} does not use {len(unknown)} tensors, such as "
+                f"{min(unknown)!r}: without them the results would be wrong"
+            )
         for name, shape in self.shapes.items():
             info = self.tensor_info(name)
             if info.shape != shape:
                 raise FormatError(f"{file.path}: tensor {name!r} has shape {info.shape}; {shape} is expected")
-            if info.dtype in _NO_WEIGHTS:
+            if info.dtype in _NO_WEIGHTS or not dtypes.is_known(info.dtype):
                 raise FormatError(f"{file.path}: tensor {name!r} has type {info.dtype.name}, which no weight can have")
+
+    def is_ignored(self, tensor: str) -> bool:
+        """Return whether a tensor has no part in the results that are computed here."""
+        return False
+
+    def _refuse_variants(self, meta: Metadata) -> None:
+        """Raise FormatError if the file has a variant of the architecture that is not computed here."""
+        for key, kind, usual in (
+            ("attention.causal", bool, self.causal),
+            ("embedding_length_out", int, self.n_embd),
+            ("expert_count", int, 0),
+            ("nextn_predict_layers", int, 0),
+        ):
+            value = meta.get(key, kind, usual)
+            if value != usual:
+                raise FormatError(
+                    f"{self.file.path}: {self.name}.{key} is {value}: only {usual} is supported for {self.name}"
+                )
 
     def tensor_info(self, name: str) -> TensorInfo:
         """Return the file's tensor of this name; raise FormatError if there is none."""

@@ -36,13 +36,22 @@ class Bert(Architecture):
                 f"{self.file.path}: {self.n_heads} heads for {self.n_embd} elements, or a norm's epsilon of "
                 f"{self.eps}, are impossible"
             )
-        if meta.get("attention.causal", bool, False):
-            raise FormatError(f"{self.file.path}: BERT with causal attention is not supported")
         longest = self.file.metadata.get(MAX_SEQUENCE_LENGTH, 0)
         if not isinstance(longest, int) or longest < 0:
             raise FormatError(f"{self.file.path}: {MAX_SEQUENCE_LENGTH!r} is {longest!r}, not a number of tokens")
         self.max_sequence_length = longest
         (self.n_vocab, _), (self.n_types, _) = self._table("token_embd.weight"), self._table("token_types.weight")
+
+    harmless_keys = Architecture.harmless_keys | {
+        "token_type_count",  # the table of types has as many rows
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.freq_base",
+    }
+
+    def is_ignored(self, tensor: str) -> bool:
+        return tensor.startswith("cls.")  # the head of a classifier, after the embedding
 
     def _table(self, name: str) -> tuple[int, ...]:
         shape = self.tensor_info(name).shape

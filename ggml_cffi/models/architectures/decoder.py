@@ -21,7 +21,6 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.errors import FormatError
-from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, TensorParallelSpec
 from ggml_cffi.ops import RopeMode
 from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
@@ -53,12 +52,15 @@ class Rope:
         scaling = meta.get("rope.scaling.type", str, "linear")
         if scaling not in ("none", "linear", "yarn"):
             raise FormatError(f"{meta.file.path}: rope scaling {scaling!r} is not supported; none, linear and yarn are")
-        factor = meta.nonnegative("rope.scaling.factor", 0.0) if scaling != "none" else 0.0
+        old = meta.nonnegative("rope.scale_linear", 0.0)  # the key's name until 2023
+        factor = meta.nonnegative("rope.scaling.factor", old)
+        factor = 0.0 if scaling == "none" else factor
         rope = cls(
             mode,
             n_dims=meta.positive_int("rope.dimension_count", head_size),
             freq_base=meta.nonnegative("rope.freq_base", 10000.0),
             freq_scale=1.0 / factor if factor else 1.0,
+            attn_factor=meta.nonnegative("rope.scaling.attn_factor", 1.0),
         )
         if scaling == "yarn":
             rope = replace(
@@ -67,7 +69,6 @@ class Rope:
                     "rope.scaling.original_context_length", meta.positive_int("context_length")
                 ),
                 ext_factor=meta.nonnegative("rope.scaling.yarn_ext_factor", 1.0),
-                attn_factor=meta.nonnegative("rope.scaling.attn_factor", 1.0),
                 beta_fast=meta.nonnegative("rope.scaling.yarn_beta_fast", 32.0),
                 beta_slow=meta.nonnegative("rope.scaling.yarn_beta_slow", 1.0),
             )
@@ -86,13 +87,7 @@ class Rope:
 
 
 class Decoder(Architecture):
-    """Base class of llama-like models. A subclass states its differences from llama.
-
-    Raises
-    ------
-    FormatError
-        Also if the file has tensors that the graph does not use, because the answers would be wrong.
-    """
+    """Base class of llama-like models. A subclass states its differences from llama."""
 
     rope_mode: ClassVar[RopeMode] = RopeMode.NORMAL
     """Elements of a head that form a pair of the rotation."""
@@ -100,6 +95,12 @@ class Decoder(Architecture):
     """True if each head of queries and keys is normalized."""
     post_norms: ClassVar[bool] = False
     """True if the contribution of each part is normalized before it is added to the tokens."""
+
+    harmless_keys = Architecture.harmless_keys | {
+        "rope.scaling.yarn_ext_factor",  # read if the scaling is YaRN
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+    }
 
     n_heads: int
     """Number of query heads."""
@@ -114,15 +115,6 @@ class Decoder(Architecture):
     attention_cap: float = 0.0
     """Soft cap of the scores: ``s`` becomes ``cap * tanh(s / cap)``; 0 for none."""
 
-    def __init__(self, file: GGUFFile) -> None:
-        super().__init__(file)
-        unknown = file.tensors.keys() - self.shapes.keys()
-        if unknown:
-            raise FormatError(
-                f"{file.path}: architecture {self.name} does not use {len(unknown)} tensors, such as "
-                f"{min(unknown)!r}: without them the results would be wrong"
-            )
-
     def read(self, meta: Metadata) -> None:
         self.n_layers = meta.positive_int("block_count")
         self.n_embd = meta.positive_int("embedding_length")
@@ -134,8 +126,6 @@ class Decoder(Architecture):
             raise FormatError(
                 f"{self.file.path}: {self.n_heads} query heads are not a multiple of {self.n_kv_heads} KV heads"
             )
-        if meta.get("expert_count", int, 0):
-            raise FormatError(f"{self.file.path}: mixtures of experts are not supported yet")
         self.head_size = meta.positive_int("attention.key_length", max(self.n_embd // self.n_heads, 1))
         self.v_size = meta.positive_int("attention.value_length", self.head_size)
         self.kv_sizes = (self.n_kv_heads * self.head_size, self.n_kv_heads * self.v_size)

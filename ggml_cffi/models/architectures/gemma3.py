@@ -40,13 +40,20 @@ class Gemma3(Decoder):
         if not 0 <= self.window < 2**31:
             raise FormatError(f"{self.file.path}: the sliding window of {self.window} tokens is impossible")
         self._read_pattern(meta)
+        for key, size in (
+            ("attention.key_length_swa", self.head_size),
+            ("attention.value_length_swa", self.v_size),
+            ("rope.dimension_count_swa", self.rope.n_dims),
+        ):
+            if meta.positive_int(key, size) != size:
+                raise FormatError(f"{self.file.path}: {self.name}.{key} differs from that of other layers, {size}")
         # A window is shorter than the context in training, so its positions need no scaling.
         base = meta.nonnegative("rope.freq_base_swa", 0.0) or 10000.0
         self.local_rope = Rope(self.rope_mode, self.rope.n_dims, base)
 
     def _read_pattern(self, meta: Metadata) -> None:
         key = "attention.sliding_window_pattern"
-        given = meta.file.metadata.get(f"{self.name}.{key}")
+        given = meta.raw(key)
         self._local: list[bool] | None = None
         if isinstance(given, list | np.ndarray):  # one flag per layer
             self._local = [bool(local) for local in given]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import numpy as np
+
 from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
@@ -233,8 +235,9 @@ class Weights(Closing):
         spec = MIRROR
         if len(devices) > 1:
             spec = spec_for(name, self.tensor_parallel(StageSpec(range(0), devices)).shards)
-        shapes = spec.shapes(info.dtype, info.shape, len(devices))
-        tensors = [self.context.new_tensor(info.dtype, shape, name=name) for shape in shapes]
+        dtype = _device_type(info)
+        shapes = spec.shapes(dtype, info.shape, len(devices))
+        tensors = [self.context.new_tensor(dtype, shape, name=name) for shape in shapes]
         source = _Source(info, spec, devices, tensors)
         self._sources.append(source)
         for device, tensor in zip(devices, source.tensors, strict=True):
@@ -245,9 +248,9 @@ class Weights(Closing):
 
     def _is_mapped(self, source: _Source) -> bool:
         """Return whether a tensor is in mapped pages of the file."""
-        return (
-            len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu and source.info.offset % 32 == 0
-        )
+        info = source.info
+        on_cpu = len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu
+        return on_cpu and info.offset % 32 == 0 and _device_type(info) is info.dtype
 
     def _place_caches(self, n_slots: int, dtype: Type) -> None:
         """Make the tensors of all caches."""
@@ -309,7 +312,10 @@ class Weights(Closing):
         for source in sorted(self._sources, key=lambda source: (source.info.part, source.info.offset)):
             info = source.info
             if not self._is_mapped(source):
-                pieces = shard_bytes(info.dtype, info.shape, file.raw(info.name), source.spec, len(source.devices))
+                dtype, raw = _device_type(info), file.raw(info.name)
+                if dtype is not info.dtype:
+                    raw = np.ascontiguousarray(file.array(info.name), np.float32).view(np.uint8)
+                pieces = shard_bytes(dtype, info.shape, raw, source.spec, len(source.devices))
                 jobs += [Job(t, data) for t, data in zip(source.tensors, pieces, strict=True) if data.size]
                 continue
             if info.part not in mappings:
@@ -331,6 +337,11 @@ class Weights(Closing):
         self.caches.clear()
         self._sources.clear()
         self.context.close()
+
+
+def _device_type(info: TensorInfo) -> Type:
+    """Return the type in which devices hold a tensor: that of the file; F32 for norms and biases, which are small."""
+    return Type.F32 if len(info.shape) == 1 else info.dtype
 
 
 def _can_look_up(backend: Backend, table: TensorInfo) -> bool:

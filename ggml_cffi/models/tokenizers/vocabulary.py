@@ -44,6 +44,8 @@ _CODE_TEXTS = {
     "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
     "fim_sep": "<|file_sep|>",
 }
+#: Older names of purposes in files, which llama.cpp still reads.
+_OLD_PURPOSES = {"fim_pre": "prefix", "fim_suf": "suffix", "fim_mid": "middle"}
 #: Purposes of code models' tokens that end an answer: the text after them belongs to another file.
 _CODE_ENDS = ("fim_pad", "fim_rep", "fim_sep")
 _WHITESPACE = " \t\n\v\f\r"  # as C's isspace
@@ -137,7 +139,8 @@ class Vocabulary:
 
     def id(self, key: str, default: int | None = None) -> int | None:
         """Return the id of the token that the file names for a purpose, else ``default`` or None."""
-        for value in (self.get(f"{key}_token_id"), default):
+        old = _OLD_PURPOSES.get(key)
+        for value in (self.get(f"{key}_token_id"), None if old is None else self.get(f"{old}_token_id"), default):
             if isinstance(value, int) and 0 <= value < len(self.texts):
                 return value
         return None

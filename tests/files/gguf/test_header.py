@@ -35,7 +35,7 @@ def tensor(name, shape, kind, offset=0):
         (head(1, 0, tensor("t", (2**32, 2**32), 0) + bytes(99)), "reaches beyond the end"),
         (head(1, 0, tensor("t", (2**62, 4, 4, 4), 0) + bytes(99)), "reaches beyond the end"),
         (head(1, 0, tensor("t", (33,), 2) + bytes(99)), "blocks of 32"),
-        (head(1, 0, tensor("t", (4,), 31) + bytes(99)), "type 31, which ggml does not have"),
+        (head(1, 0, tensor("t", (4,), 31, 32 * 99) + bytes(99)), "reaches beyond the end"),
         (head(1, 0, tensor("t", (4,), 0, 7) + bytes(99)), "not at a multiple of 32"),
         (head(1, 0, tensor("t", (0,), 0) + bytes(99)), "no elements"),
         (head(1, 0, tensor("t", (1, 1, 1, 1, 1), 0) + bytes(99)), "5 axes"),
@@ -48,6 +48,26 @@ def test_impossible_headers_are_refused(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(ggml.FormatError, match=message):
         ggml.GGUFFile(path)
+
+
+@pytest.mark.parametrize("number", [31, 99, 2**31, 2**32 - 1])
+def test_a_file_with_an_unknown_type_is_listed_but_its_tensor_is_not_read(tmp_path, number):
+    path = tmp_path / "unknown.gguf"
+    entries = tensor("known", (4,), 0, 0) + tensor("new", (64, 2), number, 32) + tensor("last", (8,), 0, 96)
+    path.write_bytes(head(3, 0, entries) + bytes(31 + 128))
+    with ggml.GGUFFile(path) as file:
+        info = file.tensors["new"]
+        assert (info.dtype.name, int(info.dtype), info.shape, info.nbytes) == (f"TYPE_{number}", number, (2, 64), 64)
+        assert file["known"].numpy().shape == (4,)
+        match = rf"the loaded ggml does not have the type {number} "
+        with pytest.raises(TypeError, match=match):
+            file["new"].numpy()
+        with ggml.Session(["CPU"]) as session, pytest.raises(TypeError, match=match):
+            session.weight(file["new"])
+        with pytest.raises(TypeError, match=match):
+            ggml.write_gguf(tmp_path / "copy.gguf", {}, {"new": file["new"]})
+        with ggml.Context() as context, pytest.raises(TypeError, match=match):
+            context.new_tensor(info.dtype, (64,))
 
 
 @pytest.mark.parametrize("alignment", [0, 3, -32, "x", 0.5])

@@ -273,6 +273,13 @@ def test_a_layer_with_a_sliding_window_needs_its_mask(tmp_path, rng):
         ({**WINDOW, ".attention.sliding_window_pattern": [1, 0]}, "sliding_window_pattern has 2 flags for 3 layers"),
         ({**WINDOW, ".attention.sliding_window_pattern": "x"}, "sliding_window_pattern' is 'x', not a int"),
         ({"name": "gemma3", ".final_logit_softcapping": float("inf")}, "final_logit_softcapping is inf"),
+        ({".attention.causal": False}, "llama.attention.causal is False: only True is supported"),
+        ({".expert_count": 8}, "llama.expert_count is 8: only 0 is supported"),
+        ({"name": "qwen3", ".nextn_predict_layers": 1}, "nextn_predict_layers is 1: only 0 is supported"),
+        ({".embedding_length_out": 32}, "embedding_length_out is 32: only 64 is supported"),
+        ({".attention.head_count_kv": [2, 1, 2]}, "head_count_kv' differs from layer to layer"),
+        ({**WINDOW, ".attention.key_length_swa": 16}, "key_length_swa differs from that of other layers, 32"),
+        ({**WINDOW, ".rope.dimension_count_swa": 16}, "dimension_count_swa differs from that of other layers, 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -280,3 +287,59 @@ def test_invalid_model_files_are_refused(tmp_path, rng, change, message):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **change)
     with pytest.raises(ggml.FormatError, match=message):
         models.load(path, ["CPU"])
+
+
+# ---------------------------------------------------------------------- keys and types that other writers choose
+
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def logits(path):
+    with models.load(path, ["CPU"], n_ctx=64, n_threads=1) as model:
+        return model.forward(TOKENS)
+
+
+def test_the_old_key_of_linear_rope_scaling_is_read(tmp_path):
+    def model(**changes):
+        return logits(llama_float64.random_model(tmp_path / "m.gguf", np.random.default_rng(0), **changes))
+
+    new = model(**{".rope.scaling.type": "linear", ".rope.scaling.factor": 4.0})
+    np.testing.assert_array_equal(model(**{".rope.scale_linear": 4.0}), new)
+    np.testing.assert_array_equal(model(**{".rope.scale_linear": 2.0, ".rope.scaling.factor": 4.0}), new)
+    assert relative_error(model(), new) > 1e-3
+
+
+def test_the_attention_factor_of_rope_applies_to_every_kind_of_scaling(tmp_path, rng):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **{".rope.scaling.attn_factor": 1.25})
+    want = llama_float64.Reference(path).forward(TOKENS)
+    assert relative_error(logits(path), want) < 2e-3
+
+
+def test_a_number_for_each_layer_is_read_if_all_are_equal(tmp_path):
+    def model(**changes):
+        return logits(llama_float64.random_model(tmp_path / "m.gguf", np.random.default_rng(0), **changes))
+
+    arrays = {".attention.head_count": [4] * 3, ".attention.head_count_kv": [2] * 3, ".feed_forward_length": [96] * 3}
+    np.testing.assert_array_equal(model(**arrays), model())
+
+
+def test_an_unknown_key_of_the_architecture_gives_a_warning(tmp_path, rng, caplog):
+    keys = {".vocab_size": 50, ".rope.scaling.finetuned": False, ".future.scale": 2.0, "other.future": 1}
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **keys)
+    with caplog.at_level("WARNING", "ggml_cffi"):
+        logits(path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: the key 'llama.future.scale' is not known, and has no effect"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [ggml.F16, ggml.BF16])
+def test_norms_and_biases_may_be_stored_in_half_precision(devices, tmp_path, rng, dtype):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, name="qwen2", biases=True)
+    with ggml.GGUFFile(path) as file:
+        stored = {name: dtype if len(info.shape) == 1 else info.dtype for name, info in file.tensors.items()}
+        tensors = {name: (file.array(name), kind) for name, kind in stored.items()}
+        ggml.write_gguf(tmp_path / "half.gguf", file.fields, tensors)
+    want = llama_float64.Reference(tmp_path / "half.gguf").forward(TOKENS)
+    with models.load(tmp_path / "half.gguf", devices, n_ctx=64, n_threads=1) as model:
+        assert relative_error(model.forward(TOKENS), want) < 5e-3

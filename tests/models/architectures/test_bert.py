@@ -92,7 +92,7 @@ def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
         ({"bert.context_length": 41}, r"'position_embd.weight' has shape \(40, 64\); \(41, 64\) is expected"),
         ({"bert.attention.head_count": 3}, "3 heads for 64 elements, or a norm's epsilon"),
         ({"bert.attention.layer_norm_epsilon": -1.0}, "epsilon of -1.0, are impossible"),
-        ({"bert.attention.causal": True}, "causal attention is not supported"),
+        ({"bert.attention.causal": True}, "attention.causal is True: only False is supported"),
         ({"bert.pooling_type": 4}, r"pooling type 4 is not supported; \[0, 1, 2, 3\] are"),
         ({"sentence_transformers.max_seq_length": "x"}, "max_seq_length' is 'x', not a number of tokens"),
     ],
