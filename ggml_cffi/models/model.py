@@ -93,7 +93,7 @@ class Model(Closing):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, made from the file's vocabulary on first use.
+        """The tokenizer, made from the file's vocabulary on first use. Another one may be assigned.
 
         Raises
         ------
@@ -103,6 +103,16 @@ class Model(Closing):
         if self._tokenizer is None:
             self._tokenizer = Tokenizer(self._file)
         return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._chat_templates.clear()
+
+    @property
+    def file(self) -> GGUFFile:
+        """The model file, such as for ``Tokenizer(model.file, llama_cpp=True)``."""
+        return self._file
 
     def tokenize(self, prompt: str | Chat, *, special: bool = True) -> list[int]:
         """Return the token ids that :meth:`generate` computes for a prompt: a text, or messages.
@@ -154,7 +164,7 @@ class Model(Closing):
         Parameters
         ----------
         messages, tools, documents, add_generation_prompt, **variables
-            As in :meth:`ChatTemplate.render`.
+            As in :meth:`ChatTemplate.render <ggml_cffi.models.generation.chat.ChatTemplate.render>`.
         template
             Name of one of :attr:`chat_templates`; default ``tool_use`` if there are tools and the model has a template
             of that name, else ``default``.

@@ -153,7 +153,7 @@ def test_a_client_that_disconnects_ends_its_request(client, model, streaming):
         ({"prompt": "a", "stop": [""]}, 400, "a stop string must not be empty"),
         ({"prompt": ""}, 400, "there are no tokens: the prompt is empty"),
         ({"prompt": "a " * 600}, 400, "tokens do not fit the context of 512"),
-        ({"messages": [{"content": "a"}]}, 400, "a message must be a dict with 'role' and 'content'"),
+        ({"messages": [{"content": "a"}]}, 400, "message 0: 'role' must be a text"),
         ({"prompt": 1}, 422, "prompt: Input should be a valid string"),
         ({"prompt": "a", "temprature": 1}, 422, "temprature: Extra inputs are not permitted"),
         ({"prompt": "a", "temprature": float("nan")}, 422, "temprature: Extra inputs are not permitted"),

@@ -66,10 +66,14 @@ def round_trip(name: str, text: str) -> str:
     return text.encode().translate(None, missing).decode("utf-8", "replace")
 
 
-def tokenizer_of(metadata: dict[str, Any], **changes: Any) -> Tokenizer:
-    """Return the tokenizer of a file with this metadata, with some keys changed; None removes a key."""
+def tokenizer_of(metadata: dict[str, Any], *, llama_cpp: bool = True, **changes: Any) -> Tokenizer:
+    """Return the tokenizer of a file with this metadata, with some keys changed; None removes a key.
+
+    WordPiece's ids are llama.cpp's, with which the tests compare, unless ``llama_cpp`` is false.
+    """
     changed = metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
-    return Tokenizer(SimpleNamespace(path="m.gguf", metadata={k: v for k, v in changed.items() if v is not None}))
+    file: Any = SimpleNamespace(path="m.gguf", metadata={k: v for k, v in changed.items() if v is not None})
+    return Tokenizer(file, llama_cpp=llama_cpp)
 
 
 def tokenizer_of_file(folder: Path, base: dict[str, Any], **changes: Any) -> Tokenizer:

@@ -8,17 +8,19 @@ from operator import index
 
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
-from ggml_cffi.models.tokenizers.registry import ENCODERS
+from ggml_cffi.models.tokenizers.registry import ENCODERS, LLAMA_CPP_ENCODERS
 from ggml_cffi.models.tokenizers.vocabulary import SPECIAL, TokenType, Vocabulary
 
 
 class Tokenizer:
-    """The tokenizer of a GGUF file. It returns the same ids as llama.cpp.
+    """The tokenizer of a GGUF file. It returns the same ids as llama.cpp; WordPiece, those of Hugging Face.
 
     Parameters
     ----------
     file
         The model file.
+    llama_cpp
+        True for llama.cpp's ids with WordPiece too. By default BERT models get the tokens that they were trained with.
 
     Raises
     ------
@@ -26,9 +28,10 @@ class Tokenizer:
         If the file has no vocabulary, a malformed one, or one of a kind that is not supported.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, *, llama_cpp: bool = False) -> None:
         name = file.metadata.get("tokenizer.ggml.model")
-        encoder = ENCODERS.get(name) if isinstance(name, str) else None
+        encoders = LLAMA_CPP_ENCODERS if llama_cpp else ENCODERS
+        encoder = encoders.get(name) if isinstance(name, str) else None
         if encoder is None:
             raise FormatError(f"{file.path}: the tokenizer {name!r:.80} is not supported; {', '.join(ENCODERS)} are")
         vocabulary = self._vocabulary = Vocabulary(file)
