@@ -72,16 +72,11 @@ def test_ids_are_those_of_hugging_face(both, text, ids):
     assert tokenizer.encode(text) == ids == reference(vocabulary, text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["한국어", "हिन्दी", "a" * 101, "\U000e0100x"],
-    ids=["Hangul", "marks", "a long word", "a variation selector"],
-)
+@pytest.mark.parametrize("text", ["한국어", "हिन्दी", "a" * 101], ids=["Hangul", "marks", "a long word"])
 def test_llama_cpp_differs_and_can_be_chosen(both, text):
     vocabulary, tokenizer, as_llama_cpp = both
     assert tokenizer.encode(text) == reference(vocabulary, text)
-    if "x" not in text:
-        assert as_llama_cpp.encode(text) != tokenizer.encode(text)
+    assert as_llama_cpp.encode(text) != tokenizer.encode(text)
 
 
 @settings(max_examples=300, deadline=None)
