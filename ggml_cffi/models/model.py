@@ -13,12 +13,11 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
-from ggml_cffi.models.generation.chat import Chat, ChatTemplate
+from ggml_cffi.models.generation.chat import Chat, ChatTemplate, chat_templates, read_chat_template
 from ggml_cffi.models.generation.detokenize import check_stop, numbered_text_chunks, text_chunks
 from ggml_cffi.models.generation.requests import (
     NumberedTokenStream,
@@ -109,11 +108,6 @@ class Model(Closing):
         self._tokenizer = tokenizer
         self._chat_templates.clear()
 
-    @property
-    def file(self) -> GGUFFile:
-        """The model file, such as for ``Tokenizer(model.file, llama_cpp=True)``."""
-        return self._file
-
     def tokenize(self, prompt: str | Chat, *, special: bool = True) -> list[int]:
         """Return the token ids that :meth:`generate` computes for a prompt: a text, or messages.
 
@@ -144,26 +138,21 @@ class Model(Closing):
     @property
     def chat_templates(self) -> dict[str, str]:
         """The model's Jinja templates by name; ``default`` is the one without a name in the file."""
-        key = "tokenizer.chat_template"
-        found = {"default": self._file.metadata.get(key)}
-        found |= {name[len(key) + 1 :]: v for name, v in self._file.metadata.items() if name.startswith(f"{key}.")}
-        return {name: template for name, template in found.items() if isinstance(template, str)}
+        return chat_templates(self._file)
 
     def apply_chat_template(
         self,
         messages: Chat,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
         template: str | None = None,
-        **variables: Any,
+        **options: Any,
     ) -> str:
         """Return the text of a chat, up to the beginning of the model's answer.
 
         Parameters
         ----------
-        messages, tools, documents, add_generation_prompt, **variables
+        messages, tools, **options
             As in :meth:`ChatTemplate.render <ggml_cffi.models.generation.chat.ChatTemplate.render>`.
         template
             Name of one of :attr:`chat_templates`; default ``tool_use`` if there are tools and the model has a template
@@ -177,17 +166,10 @@ class Model(Closing):
             If the model has no chat template, or the template refuses the messages.
         """
         known = self.chat_templates
-        if not known:
-            raise FormatError(f"{self._file.path} has no chat template: give the prompt as text")
         name = template or ("tool_use" if tools and "tool_use" in known else "default")
-        if name not in known:
-            raise ValueError(f"the model has no chat template {name!r:.80}; it has {', '.join(known)}")
-        compiled = self._chat_templates.get(name)
-        if compiled is None:
-            compiled = self._chat_templates[name] = ChatTemplate(known[name], self.tokenizer.special_tokens)
-        return compiled.render(
-            messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt, **variables
-        )
+        if name not in self._chat_templates:
+            self._chat_templates[name] = read_chat_template(self._file, name, self.tokenizer.special_tokens)
+        return self._chat_templates[name].render(messages, tools=tools, **options)
 
     # ------------------------------------------------------------------ logits
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.errors import FormatError
+from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.generation.chat_messages import (
     Chat,
     Message,
@@ -25,9 +26,35 @@ from ggml_cffi.models.generation.chat_messages import (
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["Chat", "ChatTemplate", "Message"]
+__all__ = ["Chat", "ChatTemplate", "Message", "chat_templates", "read_chat_template"]
 
+_KEY = "tokenizer.chat_template"
 _logger = logging.getLogger(__name__)
+
+
+def chat_templates(file: GGUFFile) -> dict[str, str]:
+    """Return a model file's templates by name; ``default`` is the one without a name."""
+    found = {"default": file.metadata.get(_KEY)}
+    found |= {key[len(_KEY) + 1 :]: value for key, value in file.metadata.items() if key.startswith(f"{_KEY}.")}
+    return {name: template for name, template in found.items() if isinstance(template, str)}
+
+
+def read_chat_template(file: GGUFFile, name: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """Return a model file's template of this name.
+
+    Raises
+    ------
+    FormatError
+        If the file has no templates, or the template is malformed.
+    ValueError
+        If the file has templates, but none of this name.
+    """
+    known = chat_templates(file)
+    if not known:
+        raise FormatError(f"{file.path} has no chat template: give the prompt as text")
+    if name not in known:
+        raise ValueError(f"the model has no chat template {name!r:.80}; it has {', '.join(known)}")
+    return ChatTemplate(known[name], special_tokens)
 
 
 class ChatTemplate:

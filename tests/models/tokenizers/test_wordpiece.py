@@ -92,7 +92,7 @@ def test_any_text_is_encoded_as_by_the_steps_of_hugging_face(both, text):
 
 def test_a_model_takes_another_tokenizer(tmp_path):
     path = minilm_file(tmp_path, models.fetch("minilm"), ggml.F16)
-    with models.load(path, ["CPU"], n_threads=1) as model:
+    with models.load(path, ["CPU"], n_threads=1) as model, ggml.GGUFFile(path) as file:
         first = model.embed(["한국어 테스트"])[0]
-        model.tokenizer = Tokenizer(model.file, llama_cpp=True)
+        model.tokenizer = Tokenizer(file, llama_cpp=True)
         assert first @ model.embed(["한국어 테스트"])[0] < 0.9
