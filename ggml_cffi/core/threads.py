@@ -82,7 +82,7 @@ def busy_seconds(processors: frozenset[int]) -> float | None:
     """Return the seconds that these processors have worked since the system started, None if it does not tell."""
     try:
         with open("/proc/stat", "rb") as file:
-            lines = file.read(100 * (os.cpu_count() or 1) + 200).splitlines()  # the lines of interrupts are long
+            lines = file.read(200 * (os.cpu_count() or 1) + 400).splitlines()  # not the long lines after the processors
     except OSError:
         return None
     ticks = 0

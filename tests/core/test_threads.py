@@ -78,8 +78,8 @@ def test_results_of_fewer_threads_are_right(rng, n_active):
         f = s.compile(lambda x: ggml.relu(ggml.linear(x, s.weight(w))))
         cpu = s.backends[-1]
         cpu.load.n_active, cpu.load.next_look = 3, 0.0
-        cpu.load.look = lambda: setattr(cpu.load, "n_active", n_active)
-        for _ in range(3):
+        for active in (n_active, 3, n_active):
+            cpu.load.look = lambda active=active: setattr(cpu.load, "n_active", active)
             assert relative_error(f(x), np.maximum(x @ w.T, 0)) < 1e-5
         assert cpu.n_active_threads == n_active
         assert cpu.n_threads == 3
