@@ -168,7 +168,7 @@ class Model(Closing):
         known = self.chat_templates
         name = template or ("tool_use" if tools and "tool_use" in known else "default")
         if name not in self._chat_templates:
-            self._chat_templates[name] = read_chat_template(self._file, name, self.tokenizer.special_tokens)
+            self._chat_templates[name] = read_chat_template(self._file, name, lambda: self.tokenizer.special_tokens)
         return self._chat_templates[name].render(messages, tools=tools, **options)
 
     # ------------------------------------------------------------------ logits

@@ -76,7 +76,7 @@ def test_wrong_arguments_of_load_are_refused(tmp_path, rng):
         ({"llama.attention.head_count_kv": 3}, "4 query heads are not a multiple of 3 KV heads"),
         ({"llama.rope.dimension_count": 7}, "impossible rotary"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope' is not supported"),
-        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.expert_count": 8}, "expert_count is 8: only 0 is supported"),
         ({"llama.attention.layer_norm_rms_epsilon": -1.0}, "epsilon is -1.0, not a number of 0 or more"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.core import dtypes
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError, FormatError
@@ -177,6 +178,21 @@ class GGUFTensor(StoredTensor):
     def dtype(self) -> Type:
         """Type in which the tensor is stored."""
         return self.info.dtype
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """Return an array of the tensor's shape; see :meth:`StoredTensor.numpy`.
+
+        Raises
+        ------
+        FormatError
+            If the loaded ggml does not have the type.
+        """
+        if not dtypes.is_known(self.dtype):
+            raise FormatError(
+                f"{self.file.path}: tensor {self.name!r}: the loaded ggml does not have the type {int(self.dtype)} "
+                f"({self.dtype.name})"
+            )
+        return super().numpy()
 
     def raw(self) -> npt.NDArray[np.uint8]:
         """Return the stored bytes; see :meth:`GGUFFile.raw`."""

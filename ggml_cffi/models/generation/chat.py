@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,7 +39,7 @@ def chat_templates(file: GGUFFile) -> dict[str, str]:
     return {name: template for name, template in found.items() if isinstance(template, str)}
 
 
-def read_chat_template(file: GGUFFile, name: str, special_tokens: Mapping[str, str]) -> ChatTemplate:
+def read_chat_template(file: GGUFFile, name: str, special_tokens: Callable[[], Mapping[str, str]]) -> ChatTemplate:
     """Return a model file's template of this name.
 
     Raises
@@ -54,7 +54,7 @@ def read_chat_template(file: GGUFFile, name: str, special_tokens: Mapping[str, s
         raise FormatError(f"{file.path} has no chat template: give the prompt as text")
     if name not in known:
         raise ValueError(f"the model has no chat template {name!r:.80}; it has {', '.join(known)}")
-    return ChatTemplate(known[name], special_tokens)
+    return ChatTemplate(known[name], special_tokens())
 
 
 class ChatTemplate:
