@@ -110,13 +110,11 @@ class Backend(Handle):
         return self.load.n_active
 
     def follow_load(self, now: float) -> None:
-        """Set the number of threads of the next run. ``now`` is the time of ``perf_counter``.
+        """Set the number of threads of the next run. ``now``, the time of ``perf_counter``, is past ``load.next_look``.
 
         The caller holds :attr:`lock`, or is the only one that computes here.
         """
         load = self.load
-        if now < load.next_look:
-            return
         before = load.n_active
         if self.follows_load:
             load.look()

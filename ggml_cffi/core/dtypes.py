@@ -113,7 +113,8 @@ def is_known(dtype: Type) -> bool:
     return dtype.name in Type.__members__ and 0 <= dtype < c.GGML_TYPE_COUNT
 
 
-def _check_known(dtype: Type) -> None:
+def check_known(dtype: Type) -> None:
+    """Raise ``TypeError`` unless the loaded ggml has a type."""
     if not is_known(dtype):
         raise TypeError(f"the loaded ggml does not have the type {int(dtype)} ({dtype.name})")
 
@@ -121,21 +122,21 @@ def _check_known(dtype: Type) -> None:
 @cache
 def block_size(dtype: Type) -> int:
     """Return the elements per block: 1 for plain types, 32 or 256 for most quantized ones. C: ``ggml_blck_size``."""
-    _check_known(dtype)
+    check_known(dtype)
     return c.ggml_blck_size(dtype)
 
 
 @cache
 def type_size(dtype: Type) -> int:
     """Return the bytes per block. C: ``ggml_type_size``."""
-    _check_known(dtype)
+    check_known(dtype)
     return c.ggml_type_size(dtype)
 
 
 @cache
 def is_quantized(dtype: Type) -> bool:
     """Return whether values are stored in blocks with shared scales. C: ``ggml_is_quantized``."""
-    _check_known(dtype)
+    check_known(dtype)
     return bool(c.ggml_is_quantized(dtype))
 
 
@@ -163,7 +164,7 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float
     TypeError, ValueError
         If the values cannot be stored as ``dtype``.
     """
-    _check_known(dtype)
+    check_known(dtype)
     want = numpy_dtype(dtype)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"cannot store numpy {array.dtype} as {dtype.name}: numbers are needed")
@@ -197,7 +198,7 @@ def to_bytes(array: npt.NDArray[Any], dtype: Type, imatrix: npt.NDArray[np.float
 
 def from_bytes(data: npt.NDArray[np.uint8], dtype: Type, n: int) -> npt.NDArray[np.float32]:
     """Return ``n`` values of a type without numpy counterpart, decoded to ``float32`` (shape ``(n,)``)."""
-    _check_known(dtype)
+    check_known(dtype)
     out = np.empty(n, np.float32)
     if n:
         decode = c.ggml_get_type_traits(dtype).to_float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
@@ -78,6 +77,8 @@ def size(n: int) -> str:
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
     """Return ``value`` as JSON, which has no NaN and no infinity: they become null."""
+    import json  # most programs need none, and the package imports this module
+
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 

@@ -25,6 +25,8 @@ from ggml_cffi.ops import shape as shapes
 from ggml_cffi.ops._operands import op_error, result_context
 from ggml_cffi.ops.matmul import mul_mat
 
+_LARGEST_PRODUCT = 64  # integer exponents up to here are computed by products
+
 
 def as_tensor(value: Any, beside: Tensor) -> Any:
     """Return ``value`` as a tensor: itself, or a constant in the context of ``beside``; None if it cannot be one."""
@@ -195,26 +197,6 @@ def universal(ufunc: np.ufunc, method: str, inputs: tuple[Any, ...], options: di
     raise TypeError(f"numpy.{name} does not take tensors{hint(name)}")
 
 
-_LARGEST_PRODUCT = 64  # integer exponents up to here are computed by products
-_COMPARISONS = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
-_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "absolute": unary.abs,
-    "ceil": unary.ceil,
-    "cos": unary.cos,
-    "exp": unary.exp,
-    "expm1": unary.expm1,
-    "floor": unary.floor,
-    "log": unary.log,
-    "negative": unary.neg,
-    "sign": unary.sgn,
-    "sin": unary.sin,
-    "sqrt": unary.sqrt,
-    "square": unary.sqr,
-    "tanh": unary.tanh,
-    "trunc": unary.trunc,
-}
-
-
 def matmul(a: Any, b: Any) -> Any:
     """Compute ``a @ b`` by numpy's rules: vectors, matrices, and stacks of matrices that broadcast.
 
@@ -383,6 +365,25 @@ def permuted(a: Tensor, axes: Sequence[int]) -> Tensor:
     return shapes.permute(a, axes or range(a.ndim)[::-1])
 
 
+# ---------------------------------------------------------------------- numpy's functions, by their names
+
+_COMPARISONS = ("less", "less_equal", "greater", "greater_equal", "equal", "not_equal")
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "absolute": unary.abs,
+    "ceil": unary.ceil,
+    "cos": unary.cos,
+    "exp": unary.exp,
+    "expm1": unary.expm1,
+    "floor": unary.floor,
+    "log": unary.log,
+    "negative": unary.neg,
+    "sign": unary.sgn,
+    "sin": unary.sin,
+    "sqrt": unary.sqrt,
+    "square": unary.sqr,
+    "tanh": unary.tanh,
+    "trunc": unary.trunc,
+}
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": add,
     "divide": div,

@@ -134,7 +134,8 @@ class HeldGraph:
                 call.error, call.stop = None, cpu.abort
             guarded = self._seconds >= _CTRL_C_DELAY and interrupt.begin(cpu.abort)
             began = perf_counter()
-            cpu.follow_load(began)
+            if began >= cpu.load.next_look:
+                cpu.follow_load(began)
             try:
                 status = start(scheduler, graph._cell[0] or graph.ptr)
             finally:

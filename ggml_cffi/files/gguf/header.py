@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ class _Reader:
 
     def checked(self, found: list[tuple[str, Type, tuple[int, ...], int]], base: int) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
+        ends = [*sorted(offset for *_, offset in found), self.size - base]
         for name, dtype, shape, offset in found:
             if name in tensors:
                 raise self.error(f"tensor {name!r} occurs twice")
@@ -184,7 +186,7 @@ class _Reader:
                     raise self.error(f"tensor {name!r}: {error}") from None
                 nbytes = row * prod(shape[:-1])
             else:  # up to the next tensor
-                nbytes = min((start for *_, start in found if start > offset), default=self.size - base) - offset
+                nbytes = ends[bisect_right(ends, offset, hi=len(found))] - offset
             if nbytes < 0 or base + offset + nbytes > self.size:
                 raise self.error(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
             tensors[name] = TensorInfo(name, dtype, shape, base + offset, nbytes, self.part)

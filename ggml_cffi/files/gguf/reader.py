@@ -187,11 +187,10 @@ class GGUFTensor(StoredTensor):
         FormatError
             If the loaded ggml does not have the type.
         """
-        if not dtypes.is_known(self.dtype):
-            raise FormatError(
-                f"{self.file.path}: tensor {self.name!r}: the loaded ggml does not have the type {int(self.dtype)} "
-                f"({self.dtype.name})"
-            )
+        try:
+            dtypes.check_known(self.dtype)
+        except TypeError as error:
+            raise FormatError(f"{self.file.path}: tensor {self.name!r}: {error}") from None
         return super().numpy()
 
     def raw(self) -> npt.NDArray[np.uint8]:

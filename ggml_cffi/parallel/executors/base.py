@@ -104,7 +104,8 @@ class Executor(Closing, ABC):
             meanwhile()
         with self.locks:
             for backend in self._processors:
-                backend.follow_load(perf_counter())
+                if (now := perf_counter()) >= backend.load.next_look:
+                    backend.follow_load(now)
             status = self.run_steps(steps)
         self._count(steps)
         return status
