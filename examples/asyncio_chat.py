@@ -2,30 +2,27 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, closing
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from ggml_cffi import models
 
 PROMPTS = {"The capital of France is": 12, "Water boils at": 8, "Once upon a time": 200}  # with max_tokens of each
 
 
-async def stream(pieces: Iterator[str]) -> AsyncIterator[str]:
+async def stream(pieces: models.Stream[str]) -> AsyncIterator[str]:
     """Iterate ``pieces`` in a thread, so that the event loop continues. Leaving the iterator ends the request."""
     queue: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-    loop, done = asyncio.get_running_loop(), threading.Event()
+    loop = asyncio.get_running_loop()
 
     def put(item: str | Exception | None) -> None:
-        if not done.is_set():
+        if not pieces.cancelled:  # nobody reads the queue then, and the event loop may be closed
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def iterate() -> None:
         try:
-            with closing(pieces):
-                for piece in pieces:
-                    if done.is_set():
-                        return
-                    put(piece)
+            for piece in pieces:
+                put(piece)
         except Exception as error:  # the reader raises it
             put(error)
         else:
@@ -38,7 +35,7 @@ async def stream(pieces: Iterator[str]) -> AsyncIterator[str]:
         if item is not None:
             raise item
     finally:
-        done.set()
+        pieces.cancel()
 
 
 async def answer(model: models.Model, prompt: str, max_tokens: int, arrived: list[str]) -> str:

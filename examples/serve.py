@@ -7,7 +7,7 @@ Needs ``pip install ggml-cffi[serve]``.
 
 import argparse
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -39,7 +39,7 @@ class Ask(BaseModel, extra="forbid"):
     stop: str | list[str] | None = None
 
 
-def begin(model: models.Model, ask: Ask) -> tuple[int, Iterator[str]]:
+def begin(model: models.Model, ask: Ask) -> tuple[int, models.Stream[str]]:
     """Return the number of the prompt's tokens, and the pieces of the answer."""
     if (ask.prompt is None) == (ask.messages is None):
         raise ValueError("give either a prompt or messages")
@@ -48,15 +48,12 @@ def begin(model: models.Model, ask: Ask) -> tuple[int, Iterator[str]]:
     return len(model.tokenize(prompt)), model.generate(prompt, **options)
 
 
-async def events(model: models.Model, n_prompt: int, pieces: Iterator[str]) -> AsyncIterator[dict[str, Any]]:
+async def events(n_prompt: int, pieces: models.Stream[str]) -> AsyncIterator[dict[str, Any]]:
     """Yield the pieces as they come, and the counts of tokens at the end."""
-    text = ""
     async with aclosing(stream(pieces)) as arriving:  # a disconnect leaves the block, which ends the request
         async for piece in arriving:
-            text += piece
             yield {"text": piece}
-    tokens = await run_in_threadpool(model.tokenizer.encode, text, bos=False)
-    yield {"done": True, "prompt_tokens": n_prompt, "tokens": len(tokens)}
+    yield {"done": True, "prompt_tokens": n_prompt, "tokens": pieces.timings.decoded_tokens}
 
 
 async def lines(found: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
@@ -81,7 +78,7 @@ def application(model: models.Model) -> FastAPI:
     @app.post("/generate")
     async def generate(ask: Ask, request: Request) -> Response:
         try:
-            found = events(model, *await run_in_threadpool(begin, model, ask))
+            found = events(*await run_in_threadpool(begin, model, ask))
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from None
         if ask.stream:

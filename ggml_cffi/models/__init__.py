@@ -14,6 +14,7 @@ from ggml_cffi.models.architectures.registry import ARCHITECTURES
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
+from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
@@ -30,6 +31,7 @@ __all__ = [
     "Perplexity",
     "Sampler",
     "SamplingParams",
+    "Stream",
     "Timings",
     "Tokenizer",
     "convert",

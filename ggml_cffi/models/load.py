@@ -146,6 +146,7 @@ def open_runners(
                 layer_devices=part.layer_devices,
                 op_offload=part.op_offload,
                 compute_bytes=[plan.compute_bytes for plan in part.devices],
+                shared_cpu=len(parts) > 1,
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack, overload
 
 import numpy as np
@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.numbers import as_integer
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
-from ggml_cffi.models.generation.chat import Chat, ChatTemplate, chat_templates, read_chat_template
+from ggml_cffi.models.generation.chat import Chat
 from ggml_cffi.models.generation.detokenize import check_stop, numbered_text_chunks, text_chunks
 from ggml_cffi.models.generation.requests import (
     NumberedTokenStream,
@@ -28,13 +29,15 @@ from ggml_cffi.models.generation.requests import (
     generate_one,
 )
 from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
+from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.perplexity import Perplexity, measure_perplexity
 from ggml_cffi.models.placement.plan import ModelPlan
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.embedding import Embedder, embed_on_replicas
 from ggml_cffi.models.runners.weights import DevicePlacement
-from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
+from ggml_cffi.models.text import TextMethods
+from ggml_cffi.models.tokenizers.tokenizer import check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 
@@ -45,9 +48,11 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     reuse: bool
     max_sequences: int
+    tools: Sequence[Mapping[str, Any]] | None
+    template_kwargs: Mapping[str, Any] | None
 
 
-class Model(Closing):
+class Model(TextMethods, Closing):
     """A model on its devices, opened by :func:`load`. It is a context manager.
 
     Calls from several threads share runs and the KV cache: their sequences are generated together.
@@ -64,7 +69,8 @@ class Model(Closing):
         n_ctx: int,
         n_batch: int,
     ) -> None:
-        self._file, self._backends, self._runners = file, backends, runners
+        super().__init__(file)
+        self._backends, self._runners = backends, runners
         self.architecture = architecture
         """Sizes and graph of the model."""
         self.plan = plan
@@ -75,8 +81,6 @@ class Model(Closing):
         """Largest number of tokens in one run."""
         self.timings = Timings()
         """Counts and times of the call of :meth:`generate` that began last."""
-        self._tokenizer: Tokenizer | None = None
-        self._chat_templates: dict[str, ChatTemplate] = {}
         software = any("llvmpipe" in b.device.description for b in backends)
         # One for each replica. Not documented: :meth:`generate` and its relatives are the interface for users.
         self.batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
@@ -87,89 +91,6 @@ class Model(Closing):
                 self._embedders.append(Embedder(architecture, runner.weights, scheduler, n_ctx, n_batch))
                 if not architecture.causal:
                     self._reserve(runner, self._embedders[-1])
-
-    # ------------------------------------------------------------------ text
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, made from the file's vocabulary on first use. Another one may be assigned.
-
-        Raises
-        ------
-        FormatError
-            If the file has no vocabulary, or one of an unsupported kind.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._file)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._chat_templates.clear()
-
-    def tokenize(self, prompt: str | Chat, *, special: bool = True) -> list[int]:
-        """Return the token ids that :meth:`generate` computes for a prompt: a text, or messages.
-
-        A text may begin with the beginning token itself, and end with the ending one, as rendered chats do: no second
-        one is added, see :meth:`Tokenizer.encode_prompt`.
-
-        Parameters
-        ----------
-        prompt
-            Text, or messages for the model's chat template.
-        special
-            True if texts such as ``<|im_end|>`` mean the token of that name. Give False for text that is not trusted.
-            The text of messages always has special tokens.
-        """
-        is_text = isinstance(prompt, str | bytes)  # the tokenizer refuses bytes
-        text: str = prompt if is_text else self.apply_chat_template(prompt)  # type: ignore[assignment, arg-type]
-        return self.tokenizer.encode_prompt(text, special=special or not is_text)
-
-    def detokenize(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; see :meth:`Tokenizer.decode`."""
-        return self.tokenizer.decode(ids)
-
-    @property
-    def chat_template(self) -> str | None:
-        """The model's Jinja template for chats, None if it has none."""
-        return self.chat_templates.get("default")
-
-    @property
-    def chat_templates(self) -> dict[str, str]:
-        """The model's Jinja templates by name; ``default`` is the one without a name in the file."""
-        return chat_templates(self._file)
-
-    def apply_chat_template(
-        self,
-        messages: Chat,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
-        **options: Any,
-    ) -> str:
-        """Return the text of a chat, up to the beginning of the model's answer.
-
-        Parameters
-        ----------
-        messages, tools, **options
-            As in :meth:`ChatTemplate.render <ggml_cffi.models.generation.chat.ChatTemplate.render>`.
-        template
-            Name of one of :attr:`chat_templates`; default ``tool_use`` if there are tools and the model has a template
-            of that name, else ``default``.
-
-        Raises
-        ------
-        ValueError
-            If a message has no role, or content that is not text, or there is no such template.
-        FormatError
-            If the model has no chat template, or the template refuses the messages.
-        """
-        known = self.chat_templates
-        name = template or ("tool_use" if tools and "tool_use" in known else "default")
-        if name not in self._chat_templates:
-            self._chat_templates[name] = read_chat_template(self._file, name, lambda: self.tokenizer.special_tokens)
-        return self._chat_templates[name].render(messages, tools=tools, **options)
 
     # ------------------------------------------------------------------ logits
 
@@ -232,11 +153,11 @@ class Model(Closing):
     @overload
     def generate(  # type: ignore[overload-overlap]
         self, prompt: str | Chat, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[str]: ...
+    ) -> Stream[str]: ...
     @overload
     def generate(
         self, prompt: Sequence[str] | Sequence[Chat], max_tokens: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[tuple[int, str]]: ...
+    ) -> Stream[tuple[int, str]]: ...
     def generate(
         self,
         prompt: str | Chat | Sequence[str] | Sequence[Chat],
@@ -246,11 +167,14 @@ class Model(Closing):
         stop: str | Sequence[str] | None = None,
         reuse: bool = True,
         max_sequences: int = 16,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[str] | Iterator[tuple[int, str]]:
+    ) -> Stream[str] | Stream[tuple[int, str]]:
         """Continue a text, or answer a chat; yield the text in chunks as it is generated.
 
-        Generation ends when the iterator is closed or deleted.
+        Any thread may end the generation by :meth:`Stream.cancel() <ggml_cffi.models.Stream.cancel>`. It also ends when
+        the stream is deleted.
 
         Parameters
         ----------
@@ -270,29 +194,35 @@ class Model(Closing):
             True to take keys and values of the prompt's beginning from the KV cache if an earlier sequence left them.
         max_sequences
             Largest number of prompts of a list that are in generation at the same time.
+        tools, template_kwargs
+            Tools that the model may call, and further arguments of :meth:`apply_chat_template`, such as
+            ``{"enable_thinking": False}``. For chats only.
         **options
             Fields of :class:`SamplingParams`, such as ``temperature=0.8``, in place of those of ``sampling``.
 
         Raises
         ------
-        ValueError
-            If a prompt does not fit the context, or a parameter is out of range. The call itself raises it.
+        TypeError, ValueError
+            If a prompt does not fit the context, or a parameter has a wrong type or is out of range. The call itself
+            raises it.
         ClosedError
-            While iterating, if the model is closed.
+            If the model is closed, by the call or while iterating.
         """
+        self._runners[0].check_open()
         stops, params = check_stop(stop), SamplingParams.from_options(sampling, **options)
-        limit = self._check_max_tokens(max_tokens)
+        limit, each = self._check_max_tokens(max_tokens), as_integer("max_sequences", max_sequences, 1)
+        timings = Timings()
 
         def request(text: str | Chat, number: int) -> Request:
-            ids = self._check_prompt(self.tokenize(text))
+            ids = self._check_prompt(self.tokenize(text, tools=tools, template_kwargs=template_kwargs))
             return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
 
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            return text_chunks(self._stream(request(prompt, 0)), self.tokenizer, stops)  # type: ignore[arg-type]
-        if max_sequences < 1:
-            raise ValueError(f"max_sequences must be at least 1, not {max_sequences}")
-        requests = [request(one, i) for i, one in enumerate(prompt)]  # type: ignore[arg-type]
-        return numbered_text_chunks(self._stream_all(requests, max_sequences), requests, self.tokenizer, stops)
+        if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
+            one = request(prompt, 0)  # type: ignore[arg-type]
+            return Stream(text_chunks(self._run(one, timings), self.tokenizer, stops), [one], timings)
+        requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
+        tokens = self._run_all(requests, each, timings)
+        return Stream(numbered_text_chunks(tokens, requests, self.tokenizer, stops), requests, timings)
 
     def generate_tokens(
         self,
@@ -303,7 +233,7 @@ class Model(Closing):
         stop_at_end: bool = True,
         reuse: bool = True,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[int]:
+    ) -> Stream[int]:
         """Continue token ids; yield the generated ids. Parameters and errors are those of :meth:`generate`.
 
         Parameters
@@ -313,17 +243,19 @@ class Model(Closing):
         stop_at_end
             True to end at an end token, False to continue after it.
         """
+        self._runners[0].check_open()
         sampler = Sampler(sampling, **options)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
         ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()
-        return self._stream(Request(ids, sampler, limit, ends, reuse))
+        request, timings = Request(ids, sampler, limit, ends, reuse), Timings()
+        return Stream(self._run(request, timings), [request], timings)
 
-    def _stream(self, request: Request) -> TokenStream:
-        self.timings = timings = Timings()
+    def _run(self, request: Request, timings: Timings) -> TokenStream:
+        self.timings = timings
         yield from generate_one(choose_batcher(self.batchers, request.ids), request, timings)
 
-    def _stream_all(self, requests: list[Request], max_sequences: int) -> NumberedTokenStream:
-        self.timings = timings = Timings()
+    def _run_all(self, requests: list[Request], max_sequences: int, timings: Timings) -> NumberedTokenStream:
+        self.timings = timings
         yield from generate_on_replicas(self.batchers, requests, max_sequences, timings)
 
     def _check_prompt(self, tokens: Iterable[int]) -> list[int]:
@@ -336,12 +268,8 @@ class Model(Closing):
         return ids
 
     def _check_max_tokens(self, max_tokens: int | None) -> int:
-        """Return the limit of generated tokens; by default one that no context reaches."""
-        if max_tokens is None:
-            return self.n_ctx + 1
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
-        return max_tokens
+        """Return the limit of generated tokens, by default one that no context reaches."""
+        return self.n_ctx + 1 if max_tokens is None else as_integer("max_tokens", max_tokens, 0)
 
     # ------------------------------------------------------------------ KV cache
 

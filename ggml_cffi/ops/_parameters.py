@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from operator import index
 from typing import Any, TypeVar
+
+from ggml_cffi.core.numbers import as_integer, as_real
 
 INT_MAX = 2**31 - 1
 
@@ -25,15 +26,7 @@ def check_integer(op: str, name: str, value: Any, low: int, high: int = INT_MAX)
     TypeError, ValueError
         If the value is of another type, or out of range.
     """
-    try:
-        n = index(value)
-    except TypeError:
-        n = None
-    if n is None or isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an integer, not {value!r}")
-    if not low <= n <= high:
-        raise ValueError(f"{op}: {name} must be {low} to {high}, not {n}")
-    return n
+    return as_integer(f"{op}: {name}", value, low, high)
 
 
 def check_integers(op: str, name: str, value: Any, n: int, low: int = 0, high: int = INT_MAX) -> tuple[int, ...]:
@@ -53,14 +46,7 @@ def check_real(op: str, name: str, value: Any, *, infinite: bool = False, lowest
     TypeError, ValueError
         If the value is of another type, or out of range.
     """
-    try:
-        x = float(value) if not isinstance(value, bool | str | bytes) else None
-    except (TypeError, ValueError):
-        x = None
-    except OverflowError:
-        x = float("inf") if value > 0 else -float("inf")
-    if x is None:
-        raise TypeError(f"{op}: {name} must be a number, not {value!r}")
+    x = as_real(f"{op}: {name}", value)
     if x != x or (abs(x) > _FLOAT_MAX and not infinite):
         raise ValueError(f"{op}: {name} must be a finite number of single precision, not {value!r}")
     if lowest is not None and x < lowest:

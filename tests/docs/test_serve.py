@@ -168,9 +168,9 @@ def test_a_wrong_request_is_refused_with_a_message(client, model, request_, stat
 
 def test_a_closed_model_answers_with_an_error(client, model):
     model.close()
-    assert ask(client, prompt="a") == ([], {"error": "this model is closed"})
-    response = client.post("/generate", json={"prompt": "a", "stream": False})
-    assert (response.status_code, response.json()) == (503, {"detail": "this model is closed"})
+    for stream in (True, False):
+        response = client.post("/generate", json={"prompt": "a", "stream": stream})
+        assert (response.status_code, response.json()) == (503, {"detail": "this model is closed"})
 
 
 def test_the_command_serves_until_it_is_interrupted(smollm2):

@@ -26,6 +26,7 @@ from ggml_cffi.models.generation.requests import (
 )
 from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
 from ggml_cffi.models.generation.sequence import TokenSequence
+from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Sampler",
     "SamplingOptions",
     "SamplingParams",
+    "Stream",
     "Timings",
     "TokenSequence",
     "check_stop",

@@ -11,19 +11,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from threading import Lock
+from threading import Lock, RLock
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi.core.handle import Closing
-from ggml_cffi.errors import ClosedError
+from ggml_cffi.errors import AbortedError, ClosedError
 from ggml_cffi.models.generation.batches import BatchBuilder
 from ggml_cffi.models.generation.kv_cache import KVCache
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.sequence import PAUSE_SECONDS, TokenSequence
 from ggml_cffi.models.generation.timings import Timings
-from ggml_cffi.models.runners.base import Runner
+from ggml_cffi.models.runners.base import Batch, Runner
 
 Logits = npt.NDArray[np.float32]
 
@@ -51,6 +51,9 @@ class Batcher(Closing):
         """The lock that every user of the runner or the cache must hold. A step holds it."""
         self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one)
         self._finished: deque[TokenSequence] = deque()  # still in ``active``
+        self._running: list[TokenSequence] = []
+        # Held while ``_running`` changes. Reentrant: a signal handler may call cancel() at any point.
+        self._running_lock = RLock()
 
     @property
     def workload(self) -> int:
@@ -101,8 +104,13 @@ class Batcher(Closing):
             sequence.timings.add_prompt(len(ids), sequence.n_cached)
         return sequence
 
-    def next(self, sequence: TokenSequence) -> int:
+    def next(self, sequence: TokenSequence) -> int | None:
         """Return the next token of ``sequence``, computed by steps of this thread or of another.
+
+        Returns
+        -------
+        int or None
+            The token; None if the sequence was cancelled.
 
         Raises
         ------
@@ -111,11 +119,21 @@ class Batcher(Closing):
         """
         sequence.ask()  # before the lock is taken: a step that another thread begins now includes this sequence
         try:
-            while not sequence.ready:
+            while not (sequence.ready or sequence.cancelled):
                 self.step(sequence)
         finally:
             sequence.waiting = False
-        return sequence.take()
+        return None if sequence.cancelled else sequence.take()
+
+    def cancel(self, sequence: TokenSequence) -> None:
+        """Make a call of :meth:`next` for ``sequence`` return soon, from any thread.
+
+        A run that computes cancelled sequences only is stopped, if the runner can stop it.
+        """
+        sequence.cancelled = True
+        with self._running_lock:
+            if self._running and all(s.cancelled for s in self._running):
+                self.runner.abort()
 
     def finish(self, sequence: TokenSequence) -> None:
         """End ``sequence``. The cache keeps its keys and values until the slots are needed."""
@@ -192,15 +210,17 @@ class Batcher(Closing):
             If the model or the sequence was closed.
         """
         with self.lock:
+            if caller.ready or caller.cancelled:  # a step of another thread may have computed it
+                return
             if caller.finished:
                 raise ClosedError("this sequence is closed, or its model is")
-            if caller.ready:  # a step of another thread has computed it
-                return
             self._settle()
             start = time.perf_counter()
             parts = self._plan()
             if parts:
-                logits = self._run(parts)
+                logits = self._run_unless_cancelled(parts)
+                if logits is None:
+                    return
                 seconds = time.perf_counter() - start
                 for (sequence, n), row in zip(parts, logits, strict=True):
                     sequence.timings.add_run(n, seconds, decoded=sequence.n_cached >= sequence.n_prompt)
@@ -213,7 +233,7 @@ class Batcher(Closing):
     def _plan(self) -> list[tuple[TokenSequence, int]]:
         """Return the sequences of the next run, each with the number of its tokens to compute."""
         parts: list[tuple[TokenSequence, int]] = []
-        chosen = [s for s in self.active if s.waiting and not s.ready and not _must_wait(s)]
+        chosen = [s for s in self.active if s.waiting and not (s.ready or s.cancelled or _must_wait(s))]
         # A single sequence may fill several batches in flight.
         capacity = self.runner.n_batch * (self.runner.n_queued_batches if len(chosen) == 1 else 1)
         for sequence in sorted(chosen, key=lambda s: s.n_pending):  # decode before prefill: one token each
@@ -243,6 +263,21 @@ class Batcher(Closing):
             if s is not sequence and s.n_cached and s not in running and (i > age or s.paused)
         ]
 
+    def _run_unless_cancelled(self, parts: list[tuple[TokenSequence, int]]) -> Logits | None:
+        """Compute the parts. Return None if :meth:`cancel` stopped the run."""
+        running = [sequence for sequence, _ in parts]
+        with self._running_lock:
+            self._running = running
+        try:
+            return self._run(parts)
+        except AbortedError:
+            if not any(sequence.cancelled for sequence in running):
+                raise
+            return None
+        finally:
+            with self._running_lock:
+                self._running = []
+
     def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""
         try:
@@ -250,17 +285,23 @@ class Batcher(Closing):
                 return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
             if len(parts) == 1:
                 ((sequence, n),) = parts
-                cache_id, ids, end = sequence.cache_id, sequence.ids, sequence.n_cached + n
-                ranges = self._batches.ranges(sequence.n_cached, end)
+                ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
                 if len(ranges) > 1:
-                    batches = (self._batches.chunk(cache_id, ids, *chunk, end - 1) for chunk in ranges)
-                    with closing(self.runner.run_all(batches)) as results:
+                    with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
                         return deque(results, maxlen=1).pop()
             return self.runner.run(self._batches.join(parts))
         except BaseException:  # after a failure the contents of the new slots are unknown
             for sequence, _ in parts:
                 self.cache.slots.release(sequence.cache_id, sequence.n_cached)
             raise
+
+    def _chunks(self, sequence: TokenSequence, ranges: list[tuple[int, int]]) -> Iterator[Batch]:
+        """Yield the batches of the ranges, until the sequence is cancelled; then raise AbortedError."""
+        end = ranges[-1][1]
+        for chunk in ranges:
+            if sequence.cancelled:
+                raise AbortedError("the sequence was cancelled")
+            yield self._batches.chunk(sequence.cache_id, sequence.ids, *chunk, end - 1)
 
     def close(self) -> None:
         """End all sequences, and close the runner."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 
 from ggml_cffi.models.generation.requests import NumberedTokenStream, Request, TokenStream
@@ -17,7 +17,9 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     TypeError, ValueError
         If one is not a string, or is empty.
     """
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if stop is None:
+        return ()
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     for s in strings:
         if not isinstance(s, str):
             raise TypeError(f"stop must be a string or several strings, not {s!r:.80}")
@@ -71,7 +73,7 @@ class IncrementalDetokenizer:
         return text[: len(text) - n]
 
 
-def text_chunks(tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Iterator[str]:
+def text_chunks(tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Generator[str, None, None]:
     """Yield the text of ``tokens`` in chunks, without empty ones; close ``tokens`` at a stop string."""
     text = IncrementalDetokenizer(tokenizer, stop)
     with closing(tokens):
@@ -88,7 +90,7 @@ def text_chunks(tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...]
 
 def numbered_text_chunks(
     tokens: NumberedTokenStream, requests: Sequence[Request], tokenizer: Tokenizer, stop: tuple[str, ...]
-) -> Iterator[tuple[int, str]]:
+) -> Generator[tuple[int, str], None, None]:
     """Yield pairs of a request's number and a chunk of its text; cancel a request at a stop string."""
     texts = [IncrementalDetokenizer(tokenizer, stop) for _ in requests]
     with closing(tokens):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.sampling import Sampler
@@ -33,29 +33,44 @@ class Request:
     """Tokens that end the answer."""
     reuse: bool = True
     """True to take over slots of a kept sequence with the same beginning."""
+    cancelled: bool = field(default=False, init=False)
+    """True after :meth:`cancel`."""
+    _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
-        """End the answer after the current token."""
-        self.max_tokens = 0
+        """End the answer now, from any thread, also while the prompt or the next token is computed."""
+        self.cancelled = True
+        if self._begun is not None:
+            batcher, sequence = self._begun
+            batcher.cancel(sequence)
 
     def begin(self, batcher: Batcher, timings: Timings) -> TokenSequence:
         """Return a new sequence of ``batcher`` for this request."""
-        return batcher.add(self.ids, self.sampler, reuse=self.reuse, timings=timings)
+        sequence = batcher.add(self.ids, self.sampler, reuse=self.reuse, timings=timings)
+        self._begun = batcher, sequence
+        sequence.cancelled = self.cancelled  # by a thread that found ``_begun`` empty
+        return sequence
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no token is wanted."""
+        return self.cancelled or not self.max_tokens
 
     def is_complete(self, sequence: TokenSequence, n_ctx: int) -> bool:
-        """Return whether no token may follow: the limit is reached, or the context is full."""
-        return sequence.n_taken - sequence.n_prompt >= self.max_tokens or len(sequence.ids) > n_ctx
+        """Return whether no token may follow: the limit is reached, the context is full, or it was cancelled."""
+        n = sequence.n_taken - sequence.n_prompt
+        return self.cancelled or n >= self.max_tokens or len(sequence.ids) > n_ctx
 
 
 def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenStream:
     """Yield the tokens that continue a prompt. The sequence ends when the iterator does."""
-    if not request.max_tokens:
+    if request.is_empty:
         return
     sequence = request.begin(batcher, timings)
     try:
         while True:
             token = batcher.next(sequence)
-            if token in request.end_tokens:
+            if token is None or token in request.end_tokens:
                 return
             timings.add_token()
             yield token
@@ -90,24 +105,25 @@ def generate_many(
     try:
         while True:
             for number, request in islice(waiting, max_sequences - len(active)):
-                if request.max_tokens:
-                    active[number] = request.begin(batcher, timings), request
-                else:
+                if request.is_empty:
                     yield number, None
+                else:
+                    active[number] = request.begin(batcher, timings), request
             if not active:
                 return
             for sequence, _ in active.values():
                 sequence.ask()
             batcher.step(next(iter(active.values()))[0])
             for number, (sequence, request) in list(active.items()):
-                if not sequence.ready:
-                    continue
-                token = sequence.take()
-                ended = token in request.end_tokens
-                if not ended:
-                    timings.add_token()
-                    yield number, token
-                if ended or request.is_complete(sequence, batcher.n_ctx):
+                ended = request.cancelled
+                if sequence.ready and not ended:
+                    token = sequence.take()
+                    ended = token in request.end_tokens
+                    if not ended:
+                        timings.add_token()
+                        yield number, token
+                        ended = request.is_complete(sequence, batcher.n_ctx)
+                if ended:
                     del active[number]
                     batcher.finish(sequence)
                     yield number, None
@@ -117,7 +133,7 @@ def generate_many(
 
 
 def generate_on_replicas(
-    batchers: Sequence[Batcher], requests: Iterable[Request], max_sequences: int, timings: Timings
+    batchers: Sequence[Batcher], requests: Sequence[Request], max_sequences: int, timings: Timings
 ) -> NumberedTokenStream:
     """Continue several prompts on all replicas of a model: as :func:`generate_many`, with a thread for each replica.
 
@@ -129,7 +145,6 @@ def generate_on_replicas(
         yield from generate_many(batchers[0], waiting, each, timings)
         return
     queue: SimpleQueue[tuple[int, int | None] | BaseException | None] = SimpleQueue()
-    stopped = Event()
 
     def work(batcher: Batcher) -> None:
         end: BaseException | None = None
@@ -137,8 +152,6 @@ def generate_on_replicas(
             with closing(generate_many(batcher, waiting, each, timings)) as tokens:
                 for token in tokens:
                     queue.put(token)
-                    if stopped.is_set():
-                        break
         except BaseException as error:
             end = error
         queue.put(end)
@@ -157,7 +170,8 @@ def generate_on_replicas(
             else:
                 yield item
     finally:
-        stopped.set()
+        for request in requests:
+            request.cancel()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

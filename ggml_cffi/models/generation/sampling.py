@@ -9,6 +9,8 @@ from typing import TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.core.numbers import as_integer, as_real
+
 
 class SamplingOptions(TypedDict, total=False):
     """The fields of :class:`SamplingParams` as keyword arguments."""
@@ -28,8 +30,8 @@ class SamplingParams:
 
     Raises
     ------
-    ValueError
-        If a parameter is out of range.
+    TypeError, ValueError
+        If a parameter is no number, or out of range.
 
     Examples
     --------
@@ -54,20 +56,18 @@ class SamplingParams:
     """Seed of the random choices; None for different choices each time."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= as_real("temperature", self.temperature) < float("inf"):
             raise ValueError(f"temperature must be at least 0 and finite, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        if not 0 < as_real("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
+        if not 0 <= as_real("min_p", self.min_p) <= 1:
             raise ValueError(f"min_p must be 0 to 1, not {self.min_p}")
-        if not 0 < self.repeat_penalty < float("inf"):
+        if not 0 < as_real("repeat_penalty", self.repeat_penalty) < float("inf"):
             raise ValueError(f"repeat_penalty must be above 0 and finite, not {self.repeat_penalty}")
-        if self.repeat_last_n < -1:
-            raise ValueError(f"repeat_last_n must be at least -1, not {self.repeat_last_n}")
-        if self.seed is not None and self.seed < 0:
-            raise ValueError(f"seed must be at least 0, not {self.seed}")
+        as_integer("top_k", self.top_k, 0)
+        as_integer("repeat_last_n", self.repeat_last_n, -1)
+        if self.seed is not None:
+            as_integer("seed", self.seed, 0)
 
     @classmethod
     def from_options(cls, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> SamplingParams:
@@ -76,11 +76,15 @@ class SamplingParams:
         Raises
         ------
         TypeError
-            If an option is unknown.
+            If an option is unknown, or no number.
         ValueError
             If an option is out of range.
         """
         params = cls() if params is None else params
+        if not isinstance(params, cls):
+            raise TypeError(
+                f"sampling must be SamplingParams, not {params!r:.80}: give its fields as keyword arguments"
+            )
         if not options:
             return params
         known = [field.name for field in fields(cls)]

@@ -18,7 +18,7 @@ class TokenSequence:
     """The tokens of a prompt and those generated after it.
 
     :meth:`Batcher.add <ggml_cffi.models.generation.batcher.Batcher.add>` creates it, and the batcher changes it. Only
-    :meth:`ask` and :meth:`take` may be called without the batcher's lock.
+    :meth:`ask` and :meth:`take` may be called, and :attr:`cancelled` set, without the batcher's lock.
     """
 
     ids: list[int]
@@ -39,6 +39,8 @@ class TokenSequence:
     evicted_by: TokenSequence | None = None
     """The sequence that took the KV slots of this one, which returns to the cache once that one pauses or ends."""
     finished: bool = False
+    cancelled: bool = False
+    """True if no further token is wanted. The caller ends the sequence."""
     timings: Timings = field(default_factory=Timings)
 
     @property

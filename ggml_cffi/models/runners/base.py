@@ -114,6 +114,12 @@ class Runner(Closing, ABC):
         """
         yield from map(self.run, batches)
 
+    def abort(self) -> None:
+        """Stop the run in progress, from any thread, if the device can: the run raises :class:`AbortedError`.
+
+        Only the CPU can. The call has no effect if no run is in progress.
+        """
+
     @abstractmethod
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """Return the nodes that the last run computed, in order, each with its backend. Views are left out."""

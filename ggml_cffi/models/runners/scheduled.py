@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import GgmlError
+from ggml_cffi.errors import AbortedError, GgmlError
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import KV_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.inputs import GraphInputs
@@ -115,6 +117,8 @@ class ScheduledRunner(Runner):
     compute_bytes
         Bytes of intermediates on each backend, if they are known. A CPU without GPUs then allocates them in the first
         run. GPUs allocate them now, so that loading fails if there is too little memory.
+    shared_cpu
+        True if other runners use the same backend of the CPU. :meth:`abort` would stop their runs too.
     """
 
     def __init__(
@@ -129,11 +133,15 @@ class ScheduledRunner(Runner):
         layer_devices: Sequence[int] | None = None,
         op_offload: bool = True,
         compute_bytes: Sequence[int] | None = None,
+        shared_cpu: bool = False,
     ) -> None:
         self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
         stages = stages_of([0] * architecture.n_layers if layer_devices is None else layer_devices)
         self._graphs: LRU[tuple[int, int, int], _BatchGraph] = LRU(_GRAPHS)
         self._closed = False
+        self._computing = False
+        self._computing_lock = RLock()  # held while ``_computing`` changes; a signal handler may call abort()
+        self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
@@ -176,7 +184,27 @@ class ScheduledRunner(Runner):
         graph = self.allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)))
         values = vars(batch)
         graph.inputs.set(values if batch.window_mask is not None else values | {"window_mask": batch.mask})
-        return graph.compute()
+        with self._abortable():
+            return graph.compute()
+
+    @contextmanager
+    def _abortable(self) -> Iterator[None]:
+        """Let :meth:`abort` stop what the block computes, and nothing else."""
+        with self._computing_lock:
+            self._computing = True
+        try:
+            yield
+        except AbortedError:
+            self._scheduler.synchronize()  # GPUs may still compute
+            raise
+        finally:
+            with self._computing_lock:
+                self._computing = False
+
+    def abort(self) -> None:
+        with self._computing_lock:
+            if self._computing and self._cpu is not None:
+                self._cpu.abort()
 
     def allocated(self, key: tuple[int, int, int]) -> _BatchGraph:
         """Return the graph for these numbers of tokens, KV slots and outputs, allocated. The last few are kept."""
