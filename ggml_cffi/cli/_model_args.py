@@ -17,6 +17,9 @@ def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: boo
     """Add the arguments for loading a model. ``repeat_devices`` allows ``--devices`` several times."""
     add_placement_arguments(command, repeat_devices=repeat_devices)
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    command.add_argument(
+        "--deterministic", action="store_true", help="equal calls have equal results; one text at a time per device"
+    )
 
 
 def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
@@ -92,6 +95,7 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             expected_tokens=args.expect,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
+            deterministic=args.deterministic,
             progress=progress,
             **options,
         )

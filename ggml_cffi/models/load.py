@@ -35,6 +35,7 @@ def load(
     balance: Balance = "memory",
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
+    deterministic: bool = False,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -70,6 +71,11 @@ def load(
     expected_tokens
         Usual tokens of a prompt and of its answer, such as ``(4096, 128)``, for ``split="auto"``, which chooses the
         fastest split for these numbers. By default it chooses the split that is never far from the fastest.
+    deterministic
+        True if equal calls must have equal results, bit for bit. They then do not depend on the contents of the KV
+        cache, on other texts or threads, or on the load of the processors. This holds for the same file, devices,
+        placement, ``n_ctx``, ``n_batch``, ``kv_dtype`` and ``n_threads``, with the same drivers. Each device generates
+        one text at a time, and of earlier texts it reuses only whole batches of a prompt.
 
     Raises
     ------
@@ -94,10 +100,13 @@ def load(
         backends = open_backends(devices, n_threads)
         planner = Planner(architecture, backends, options, balance, devices, split, workload)
         found = planner.place_or_raise()
+        if deterministic:
+            _make_deterministic(backends, found)
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)
         plan = planner.plan(found, propose=False)
-        return Model(file, architecture, backends, runners, plan, n_ctx=options.n_ctx, n_batch=n_batch)
+        sizes = {"n_ctx": options.n_ctx, "n_batch": n_batch}
+        return Model(file, architecture, backends, runners, plan, **sizes, deterministic=deterministic)
     except BaseException:
         for part in (*runners, *backends, file):
             part.close()
@@ -148,6 +157,18 @@ def open_runners(
                 compute_bytes=[plan.compute_bytes for plan in part.devices],
                 shared_cpu=len(parts) > 1,
             )
+
+
+def _make_deterministic(backends: Sequence[Backend], found: Placement) -> None:
+    """Fix the number of CPU threads, and raise ValueError if replicas are on devices of different kinds."""
+    for backend in backends:
+        backend.follows_load = False
+    kinds = {tuple(backends[i].device.description for i in part.members) for part in found.replicas or ()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "replicas on devices of different kinds round in different ways: for deterministic=True choose devices of "
+            "one kind, or split='layer'"
+        )
 
 
 def _replica_progress(progress: Progress | None, i: int, n: int) -> Progress | None:

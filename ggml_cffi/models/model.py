@@ -19,6 +19,7 @@ from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.chat import Chat
+from ggml_cffi.models.generation.deterministic import DeterministicBatcher
 from ggml_cffi.models.generation.detokenize import check_stop, numbered_text_chunks, text_chunks
 from ggml_cffi.models.generation.requests import (
     NumberedTokenStream,
@@ -68,6 +69,7 @@ class Model(TextMethods, Closing):
         *,
         n_ctx: int,
         n_batch: int,
+        deterministic: bool = False,
     ) -> None:
         super().__init__(file)
         self._backends, self._runners = backends, runners
@@ -79,18 +81,22 @@ class Model(TextMethods, Closing):
         """Largest number of tokens of prompt and answer together."""
         self.n_batch = min(n_batch, n_ctx)
         """Largest number of tokens in one run."""
+        self.deterministic = deterministic
+        """True if equal calls have equal results; see :func:`load`."""
         self.timings = Timings()
         """Counts and times of the call of :meth:`generate` that began last."""
         software = any("llvmpipe" in b.device.description for b in backends)
         # One for each replica. Not documented: :meth:`generate` and its relatives are the interface for users.
-        self.batchers = [Batcher(runner, n_ctx, one_by_one=software) for runner in runners]
+        new = DeterministicBatcher if deterministic else Batcher
+        self.batchers = [new(runner, n_ctx, one_by_one=software) for runner in runners]
         self._embedders: list[Embedder] = []
         for runner in runners:
             scheduler = runner.scheduler
             if scheduler is not None:
-                self._embedders.append(Embedder(architecture, runner.weights, scheduler, n_ctx, n_batch))
+                embedder = Embedder(architecture, runner.weights, scheduler, n_ctx, n_batch, alone=deterministic)
+                self._embedders.append(embedder)
                 if not architecture.causal:
-                    self._reserve(runner, self._embedders[-1])
+                    self._reserve(runner, embedder)
 
     # ------------------------------------------------------------------ logits
 
@@ -221,7 +227,7 @@ class Model(TextMethods, Closing):
             one = request(prompt, 0)  # type: ignore[arg-type]
             return Stream(text_chunks(self._run(one, timings), self.tokenizer, stops), [one], timings)
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
-        tokens = self._run_all(requests, each, timings)
+        tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
         return Stream(numbered_text_chunks(tokens, requests, self.tokenizer, stops), requests, timings)
 
     def generate_tokens(
@@ -305,8 +311,10 @@ class Model(TextMethods, Closing):
         FormatError
             If :meth:`save_cache` did not write the file, or the model or the type of its cache differs.
         ValueError
-            If the cache has too few slots.
+            If the cache has too few slots, or the model is deterministic: it uses no results of another process.
         """
+        if self.deterministic:
+            raise ValueError("a deterministic model uses no results of another process: load it without deterministic")
         return kv_snapshot.load(choose_batcher(self.batchers), path)
 
     def clear_cache(self) -> None:

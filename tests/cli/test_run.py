@@ -28,6 +28,13 @@ def test_run_answers_through_the_chat_template(smollm2):
     assert done.stderr == ""
 
 
+def test_a_deterministic_run_has_the_answer_of_a_deterministic_model(smollm2):
+    arguments = ("--raw", "-p", "Once upon a time", "-n", 8, "--temperature", 0.8, "--seed", 4, "--ctx", 256)
+    done = run("run", smollm2, *arguments, "--devices", "CPU", "--threads", 1, "--deterministic")
+    with models.load(smollm2, ["CPU"], n_ctx=256, n_threads=1, deterministic=True) as model:
+        assert done.stdout == "".join(model.generate("Once upon a time", 8, temperature=0.8, seed=4)) + "\n"
+
+
 def test_run_prints_json(smollm2):
     done = run("run", smollm2, "-p", "The capital of France is", "--raw", "-n", 8, "--devices", "CPU", "--json")
     found = json.loads(done.stdout)

@@ -37,19 +37,19 @@ class Batcher(Closing):
         The model on its devices. The batcher closes it.
     n_ctx
         Largest number of tokens of one sequence.
-    one_by_one
+    one_by_one, alignment
         See :class:`~ggml_cffi.models.generation.batches.BatchBuilder`.
     """
 
-    def __init__(self, runner: Runner, n_ctx: int, *, one_by_one: bool = False) -> None:
+    def __init__(self, runner: Runner, n_ctx: int, *, one_by_one: bool = False, alignment: int = 0) -> None:
         self.runner, self.n_ctx = runner, n_ctx
-        self.cache = KVCache(runner)
+        self.cache = KVCache(runner, alignment)
         """The KV cache. Only the thread that holds :attr:`lock` may use it."""
         self.active: list[TokenSequence] = []
         """Sequences in generation, in the order in which they began."""
         self.lock = Lock()
         """The lock that every user of the runner or the cache must hold. A step holds it."""
-        self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one)
+        self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one, alignment=alignment)
         self._finished: deque[TokenSequence] = deque()  # still in ``active``
         self._running: list[TokenSequence] = []
         # Held while ``_running`` changes. Reentrant: a signal handler may call cancel() at any point.

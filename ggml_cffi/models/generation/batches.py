@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,19 +27,26 @@ class BatchBuilder:
     one_by_one
         True to put the tokens of a very short prompt into batches of one token. Software devices take minutes to
         compile the shaders for each small number of tokens.
+    alignment
+        If above 0, the largest batch; the positions between the batches of a prompt are its multiples.
     """
 
-    def __init__(self, runner: Runner, slots: KVSlots, *, one_by_one: bool = False) -> None:
-        self._runner, self._slots = runner, slots
+    def __init__(self, runner: Runner, slots: KVSlots, *, one_by_one: bool = False, alignment: int = 0) -> None:
+        self._runner, self._slots, self._alignment = runner, slots, alignment
         self._few = _FEW_TOKENS if one_by_one else 0
 
     # ------------------------------------------------------------------ sizes
 
     def ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the token ranges of the batches that compute tokens ``start`` to ``end`` of one sequence."""
+        step = self._alignment
+        whole: list[tuple[int, int]] = []
+        if step:
+            edges = [start, *range(start // step * step + step, end, step)]
+            whole, start = [*pairwise(edges)], edges[-1]
         if end - start <= self._few:
-            return [(i, i + 1) for i in range(start, end)]
-        return self._runner.batch_ranges(start, end)
+            return whole + [(i, i + 1) for i in range(start, end)]
+        return whole + ([(start, end)] if step else self._runner.batch_ranges(start, end))
 
     def chunk_size(self, pending: int, capacity: int) -> int:
         """Return the number of ``pending`` tokens to compute in a run with room for ``capacity`` tokens; it may be 0.

@@ -27,10 +27,12 @@ class KVCache:
     ----------
     runner
         The runner, which holds the tensors.
+    alignment
+        If above 0, only the tokens of prompts are kept and reused, up to a multiple of this number.
     """
 
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+    def __init__(self, runner: Runner, alignment: int = 0) -> None:
+        self._runner, self._alignment = runner, alignment
         self.slots = KVSlots(runner.n_slots)
         """The slots, each with the sequence that holds it."""
         self.kept: OrderedDict[int, list[int]] = OrderedDict()
@@ -51,8 +53,16 @@ class KVCache:
 
     def keep(self, sequence: TokenSequence) -> None:
         """Keep the cached tokens of a finished sequence."""
-        if sequence.n_cached:
-            self.kept[sequence.cache_id] = sequence.ids[: sequence.n_cached]
+        n = sequence.n_cached
+        if n and self._alignment:
+            n = self._aligned(min(n, sequence.n_prompt))
+            self.slots.release(sequence.cache_id, n)
+        if n:
+            self.kept[sequence.cache_id] = sequence.ids[:n]
+
+    def _aligned(self, n: int) -> int:
+        """Return ``n``, rounded down to a multiple of the alignment if there is one."""
+        return n - n % self._alignment if self._alignment else n
 
     def common_prefix(self, ids: list[int]) -> int:
         """Return the length of the longest prefix that ``ids`` has in common with a kept sequence."""
@@ -63,7 +73,7 @@ class KVCache:
         best, common = -1, 0
         prompt = sequence.ids[:-1]  # the last token is always computed, because its logits are needed
         for cache_id, ids in self.kept.items():
-            n = common_length(ids, prompt)
+            n = self._aligned(common_length(ids, prompt))
             if n > common:
                 best, common = cache_id, n
         if best >= 0:

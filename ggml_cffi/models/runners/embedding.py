@@ -68,6 +68,8 @@ class Embedder(Closing):
         :attr:`~Architecture.max_sequence_length`.
     n_batch
         Largest number of tokens in one run. A text is never divided, so a run may have up to ``n_ctx`` tokens.
+    alone
+        True for runs of one text each, so that a vector does not depend on the texts beside it.
     context
         A function that returns the context of a new graph.
     """
@@ -80,12 +82,13 @@ class Embedder(Closing):
         n_ctx: int,
         n_batch: int,
         *,
+        alone: bool = False,
         context: Callable[[], Context] = Context,
     ) -> None:
         self.architecture, self.weights, self.scheduler = architecture, weights, scheduler
         self.max_tokens = min(n_ctx, architecture.max_sequence_length or n_ctx)
         """Largest number of tokens of a text; the rest is truncated."""
-        self._new_context = context
+        self._alone, self._new_context = alone, context
         self._capacity = max(n_batch, self.max_tokens)
         self._graphs: LRU[tuple[int, int], _EmbeddingGraph] = LRU(_GRAPHS)
         self._cache: list[LayerCache] = []
@@ -124,7 +127,8 @@ class Embedder(Closing):
             raise ValueError(f"pooling {pooling!r} does not exist: use one of {', '.join(POOLINGS)}")
         truncated = [self._truncate(ids, i) for i, ids in enumerate(texts)]
         found = [np.empty((0, self.architecture.n_embd), np.float32)]
-        found += [self._compute(batch, chosen) for batch in batches(truncated, self._capacity)]
+        runs = ([ids] for ids in truncated) if self._alone else batches(truncated, self._capacity)
+        found += [self._compute(run, chosen) for run in runs]
         vectors = np.concatenate(found)
         if normalize:
             vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
