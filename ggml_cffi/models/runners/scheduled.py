@@ -28,7 +28,7 @@ from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 _GRAPHS = 4  # largest number of kept graphs
-_PINNED = 16 << 20  # largest bytes of a result that is read through pinned memory
+_SMALL_RESULT = 16 << 20  # largest bytes of a result for which a graph keeps memory
 
 
 class _BatchGraph(Closing):
@@ -42,26 +42,31 @@ class _BatchGraph(Closing):
         self._get: tuple[Any, ...] = ()
 
     def alloc(self) -> None:
-        """Allocate the graph, and pinned memory for a small result, to which a GPU can write."""
+        """Allocate the graph, and memory for a small result: pinned if a GPU writes to it."""
         self.scheduler.alloc(self.graph)
         if self._backend is not None:
             return
-        backend = self.scheduler.backend_of(self.result)
-        if not backend.device.is_cpu and self.result.nbytes <= _PINNED:
+        backend, result = self.scheduler.backend_of(self.result), self.result
+        if result.nbytes <= _SMALL_RESULT:
+            on_cpu = backend.device.is_cpu
             self._backend = backend
-            self._out = pinned(self.result.shape, device=backend.device)
-            self._get = (backend.ptr, self.result.ptr, c.ffi.from_buffer(self._out), 0, self.result.nbytes)
+            self._out = np.empty(result.shape, np.float32) if on_cpu else pinned(result.shape, device=backend.device)
+            self._get = (result.ptr, c.ffi.from_buffer(self._out), 0, result.nbytes)
 
     def compute(self) -> npt.NDArray[np.float32]:
-        """Compute, and return the result."""
+        """Compute, and return the result, which the next run overwrites."""
         if self._out is None or self._backend is None:
             self.scheduler.compute(self.graph)
             result: npt.NDArray[np.float32] = self.result.numpy()
             return result
+        # Tensor.numpy and Tensor.get_async without their checks, which cannot fail for an allocated graph.
+        if self._backend.device.is_cpu:
+            self.scheduler.compute(self.graph)
+            c.ggml_backend_tensor_get(*self._get)
+            return self._out
         self.scheduler.compute_async(self.graph)
-        # Tensor.get_async without its checks, which cannot fail for an allocated graph.
         with self._backend.lock:
-            c.ggml_backend_tensor_get_async(*self._get)
+            c.ggml_backend_tensor_get_async(self._backend.ptr, *self._get)
         self.scheduler.synchronize()
         return self._out
 
