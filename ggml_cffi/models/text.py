@@ -74,7 +74,8 @@ class TextMethods:
             if tools or template_kwargs:
                 raise ValueError("tools and template_kwargs are for messages, and the prompt is a text")
             return self.tokenizer.encode_prompt(prompt, special=special)
-        return self.tokenizer.encode_prompt(self.apply_chat_template(prompt, tools=tools, **(template_kwargs or {})))
+        text = self.apply_chat_template(prompt, tools=tools, **(template_kwargs or {}))
+        return self.tokenizer.encode_prompt(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; see :meth:`Tokenizer.decode`."""
