@@ -104,9 +104,9 @@ class ParallelProgram(ParallelTrace):
         for p, target in graphs.in_shared_memory.items():
             _put(p, host, int(c.ffi.cast("uintptr_t", target.ptr.data)) - host.base)
         if self._copies:
-            source, copy = self._copies[r]
+            source, target, _ = self._copies[r]
             _put(source.ptr, host, 0)
-            _put(copy.ptr, arena, 0)
+            _put(target.ptr, arena, 0)
         for t, offset in zip(self.inputs[r], layout.offsets, strict=True):
             if t.size:
                 _put(t.ptr, arena, offset)
@@ -167,6 +167,14 @@ class ParallelProgram(ParallelTrace):
         return PolledResults([[part.reshape(-1).view(np.uint32)]])
 
     # ------------------------------------------------------------------ running
+
+    def shorten_last_input(self, nbytes: int) -> None:
+        """Copy only the first ``nbytes`` bytes of the last input to the devices. No run may be in progress."""
+        n = -(-(self._layout.offsets[-1] + nbytes) // 4)
+        for copy in self._copies:
+            for t in copy:
+                t.ptr.ne[0] = n
+                t.ptr.nb[1] = t.ptr.nb[2] = t.ptr.nb[3] = 4 * n
 
     def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
         """Write the inputs, compute, and return copies of the results. See ``ParallelFunction`` for the errors."""

@@ -84,14 +84,15 @@ class ParallelTrace(Closing):
                 r.part if isinstance(r, AllGather) else r for r in own if rank.index == 0 or isinstance(r, AllGather)
             ]
             self._outputs.append([(t, rank.context.new_tensor(t.dtype, t.shape, name="result")) for t in parts])
-        self._copies: list[tuple[Tensor, Tensor]] = []  # of all inputs of a rank, from host memory to its device
+        # Of all inputs of a rank, from host memory to its device: source, target, and the node that copies.
+        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
         devices = [backend.device for backend in self.backends]
         for rank, outputs in zip(self.ranks, self._outputs, strict=True):
             first = []
             if self._layout.size:
                 source, target = (rank.context.new_tensor(Type.I32, (self._layout.size // 4,)) for _ in range(2))
-                self._copies.append((source, target))
                 first.append(rank.context.build(c.ggml_cpy, 1, source.ptr, target.ptr))
+                self._copies.append((source, target, first[0]))
             maker = choose_step_maker(devices, ahead=ahead)
             self.step_graphs.append(StepGraphs(rank, first, outputs, maker, side_by_side=not devices[0].is_cpu))
 

@@ -137,7 +137,7 @@ def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatc
     def note_prepare(self, *args):
         program = prepare(self, *args)
         with changed:
-            places.append(program.input_arrays[0].ctypes.data)
+            places.append(program.program.input_arrays[0].ctypes.data)
             changed.notify_all()
         return program
 

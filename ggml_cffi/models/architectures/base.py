@@ -47,6 +47,9 @@ class Inputs:
     """Inputs of each layer, on the device of the layer, if devices have inputs of their own."""
     sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     """All-reduce of ``attention`` and ``feed_forward``, if several devices compute each layer."""
+    kv_views: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Views of the caches for flash attention, which the architecture adds, each with the axis of the KV slots in
+    ggml's order. A runner may shorten them, together with the masks, after the graph was built."""
 
     def for_layer(self, layer: int) -> Inputs:
         """Return the inputs for a layer: positions, rows and masks."""

@@ -256,7 +256,7 @@ class Decoder(Architecture):
         q = self._heads(i, "attn_q", h, weights, inputs)
         k = self._heads(i, "attn_k", h, weights, inputs)
         # The Vulkan backend fuses rotation, view and write to the cache into one step, but not with a reshape.
-        k = _store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs.kv_slots, mask)
+        k = _store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
         v = self._project(i, "attn_v", h, weights)
         q = ops.permute(q, (1, 0, 2))
         if cache.v_transposed:
@@ -267,7 +267,7 @@ class Decoder(Architecture):
             p = ops.soft_max_ext(scores, mask, scale=1.0 if self.attention_cap else self.scale)
             out = ops.cont(ops.permute(ops.mul_mat(v, p), (1, 0, 2)))
         else:
-            v = _store(cache.v, v, self.v_size, inputs.kv_slots, mask)
+            v = _store(cache.v, v, self.v_size, inputs, mask)
             out = ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], ops.reshape(out, (n, -1)))
 
@@ -306,12 +306,15 @@ class Decoder(Architecture):
         return self.layer_rope(i)(x, inputs.positions, weights.get("rope_freqs.weight"))
 
 
-def _store(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
+def _store(cache: Tensor, new: Tensor, head_size: int, inputs: Inputs, mask: Tensor) -> Tensor:
     """Write ``new`` (n, heads * head_size) into the cache, and return the slots in use as (heads, n_kv, head_size)."""
-    written = ops.set_rows(cache, new, rows)
+    written = ops.set_rows(cache, new, inputs.kv_slots)
     heads = new.shape[1] // head_size
     strides = (cache.nb[1], dtypes.row_size(cache.dtype, head_size), dtypes.type_size(cache.dtype))
-    return ops.permute(ops.view(written, (mask.shape[1], heads, head_size), strides=strides), (1, 0, 2))
+    used = ops.view(written, (mask.shape[1], heads, head_size), strides=strides)
+    by_head = ops.permute(used, (1, 0, 2))
+    inputs.kv_views.extend(((used, 2), (by_head, 1)))
+    return by_head
 
 
 def _store_transposed(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:

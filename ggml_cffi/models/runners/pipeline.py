@@ -27,10 +27,9 @@ from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
-from ggml_cffi.models.runners.stage import Stage, StageGraph, key_of
+from ggml_cffi.models.runners.stage import Stage, StageGraph, StageProgram
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
-from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import DIRECT
 from ggml_cffi.parallel.tensor_parallel import check_devices
 from ggml_cffi.scheduler.scheduler import Scheduler
@@ -184,7 +183,7 @@ class PipelineRunner(Runner):
         self.check_open()
         if len(self.stages) == 1:
             return self.stages[0].run(batch)
-        programs = [stage.program(key_of(batch)) for stage in self.stages]  # now: building a graph takes locks
+        programs = [stage.program(batch).program for stage in self.stages]  # now: building a graph takes locks
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and all(program.polled_output is not None for program in programs[:-1]):
             return self._run_polling(batch)
@@ -217,16 +216,18 @@ class PipelineRunner(Runner):
             yield from map(self.run, batches)
             return
         self.check_open()
-        in_flight: deque[Future[Hidden]] = deque()
+        in_flight: deque[tuple[Future[Hidden], int]] = deque()
         try:
             for i, batch in enumerate(batches):
-                in_flight.append(self._start(batch, i % 2))
+                in_flight.append((self._start(batch, i % 2), len(batch.output_ids)))
                 if len(in_flight) > len(self.stages):
-                    yield in_flight.popleft().result()
+                    future, n_out = in_flight.popleft()
+                    yield future.result()[:n_out]
             while in_flight:
-                yield in_flight.popleft().result()
+                future, n_out = in_flight.popleft()
+                yield future.result()[:n_out]
         finally:
-            for future in in_flight:  # the caller may free the weights next
+            for future, _ in in_flight:  # the caller may free the weights next
                 future.exception()
             for queue in self._queues:
                 queue.clear()
@@ -292,7 +293,7 @@ class _StageQueue:
 
     def start(
         self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
-    ) -> tuple[Future[ParallelProgram], Future[Hidden]]:
+    ) -> tuple[Future[StageProgram], Future[Hidden]]:
         """Queue a batch: write its inputs once ``x``, the result of the previous stage, is there, then compute it.
 
         Returns
@@ -304,11 +305,11 @@ class _StageQueue:
         written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
         return written, self._runner.submit(_compute, written, copied=copied)
 
-    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> ParallelProgram:
+    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> StageProgram:
         if read is not None:
             read.exception()  # its exception is raised to the caller of its batch
         program = self._stage.prepare(batch, slot)
-        program.input_arrays[0][...] = batch.tokens if x is None else x.result()
+        program.write_start(batch, None if x is None else x.result())
         return program
 
     def clear(self) -> None:
@@ -321,7 +322,7 @@ class _StageQueue:
         self._runner.shutdown()
 
 
-def _compute(written: Future[ParallelProgram], *, copied: bool) -> Hidden:
-    program = written.result()
+def _compute(written: Future[StageProgram], *, copied: bool) -> Hidden:
+    program = written.result().program
     program.compute()
     return program.result().copy() if copied else program.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,38 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.kv_length import KVLength
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.trace import ParallelTrace
 
-_PROGRAMS = 32  # largest number of kept programs
+_PROGRAMS = 64  # largest number of kept programs
+_EXACT = 8  # largest number of tokens for which GPUs have kernels of their own
+_BUCKET = 16  # smallest difference between larger numbers of tokens
 
-#: Sizes of a batch, on which the graph depends: tokens, KV slots that attention reads, tokens with an output.
+#: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output.
 Key = tuple[int, int, int]
 
 
-def key_of(batch: Batch) -> Key:
-    """Return the sizes of a batch."""
-    return len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
+def bucket(n: int) -> int:
+    """Return the number of tokens of the graph for ``n`` tokens: larger by at most a quarter, or 15 tokens."""
+    if n <= _EXACT:
+        return n
+    step = max(1 << n.bit_length() >> 3, _BUCKET)
+    return -(-n // step) * step
+
+
+def fill(target: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+    """Write the values of a batch into an input for at least as many tokens; repeat the last token in the others.
+
+    A repeated token writes the same keys and values to the same KV slot again.
+    """
+    n = len(values)
+    target[:n] = values
+    if n < len(target):
+        target[n:] = values[-1]
 
 
 class StageGraph:
@@ -59,6 +77,8 @@ class StageGraph:
     ) -> None:
         self.architecture, self.layers, self.weights, self.caches = architecture, layers, weights, caches
         self.is_first, self.is_last = layers.start == 0, layers.stop == architecture.n_layers
+        self.is_resizable = not any(own[i].v_transposed for own in caches for i in layers)
+        """True if one graph serves all numbers of KV slots, and batches with fewer tokens than it has."""
         self._all_reduced = all_reduced
 
     @classmethod
@@ -76,30 +96,40 @@ class StageGraph:
     def input_types(self, n: int, n_kv: int, n_out: int) -> list[tuple[tuple[int, ...], Type]]:
         """Return the shape and the type of each input."""
         start = ((n,), Type.I32) if self.is_first else ((n, self.architecture.n_embd), Type.F32)
-        found: list[tuple[tuple[int, ...], Type]] = [start, ((n,), Type.I32), ((n,), Type.I64), ((n, n_kv), Type.F16)]
-        if self.architecture.window:
-            found.append(((n, n_kv), Type.F16))
+        found: list[tuple[tuple[int, ...], Type]] = [start, ((n,), Type.I32), ((n,), Type.I64)]
         if self.is_last:
             found.append(((n_out,), Type.I32))
-        return found
+        return found + [((n, n_kv), Type.F16)] * self.n_masks
+
+    @property
+    def n_masks(self) -> int:
+        """Number of masks. They are the last inputs."""
+        return 2 if self.architecture.window else 1
 
     def input_values(self, batch: Batch) -> list[npt.NDArray[Any]]:
         """Return the inputs for a batch without the first one: tokens, or the result of the previous stage."""
-        found: list[npt.NDArray[Any]] = [batch.positions, batch.kv_slots, batch.mask]
-        if self.architecture.window:
-            found.append(batch.mask if batch.window_mask is None else batch.window_mask)
+        found: list[npt.NDArray[Any]] = [batch.positions, batch.kv_slots]
         if self.is_last:
             found.append(batch.output_ids)
+        found.append(batch.mask)
+        if self.architecture.window:
+            found.append(batch.mask if batch.window_mask is None else batch.window_mask)
         return found
 
-    def trace(self, rank: Rank, *inputs: Tensor) -> Tensor | AllGather:
-        """Build the graph of one device: to logits ``(n_out, n_vocab)``, or the next stage's input ``(n, n_embd)``."""
+    def trace(
+        self, rank: Rank, *inputs: Tensor, kv_views: list[tuple[Tensor, int]] | None = None
+    ) -> Tensor | AllGather:
+        """Build the graph of one device: to logits ``(n_out, n_vocab)``, or the next stage's input ``(n, n_embd)``.
+
+        ``kv_views`` receives the views that :class:`KVLength` needs.
+        """
         architecture, weights, cache = self.architecture, self.weights[rank.index], self.caches[rank.index]
-        start, positions, kv_slots, mask, *more = inputs
-        window_mask = more.pop(0) if architecture.window else None
-        output_ids = more.pop() if self.is_last else positions  # only the last layer reads it
+        start, positions, kv_slots, *more = inputs
+        output_ids = more.pop(0) if self.is_last else positions  # only the last layer reads it
+        mask, window_mask = more[0], more[1] if len(more) > 1 else None
         sums = dict.fromkeys(self._all_reduced, rank.all_reduce)
-        given = Inputs(start, positions, kv_slots, mask, output_ids, window_mask, sums=sums)
+        views = [] if kv_views is None else kv_views
+        given = Inputs(start, positions, kv_slots, mask, output_ids, window_mask, sums=sums, kv_views=views)
         x = architecture.embed(weights, given) if self.is_first else start
         x = architecture.build_layers(self.layers, x, weights, cache, given)
         if not self.is_last:
@@ -112,6 +142,60 @@ class StageGraph:
         """Return the graph without memory, with the number of bytes that it needs."""
         n = len(backends)
         return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.input_types(*key))
+
+
+class StageProgram(Closing):
+    """The traced program of a stage, for batches up to some number of tokens.
+
+    Parameters
+    ----------
+    graph
+        The graph of the layers.
+    group
+        The devices.
+    key
+        Sizes of the graph.
+    slot
+        Number of the block of host memory for inputs and results.
+    """
+
+    def __init__(self, graph: StageGraph, group: Group, key: Key, slot: int) -> None:
+        n = len(group.backends)
+        ranks = [Rank(r, n, group.half_above) for r in range(n)]
+        views: list[tuple[Tensor, int]] = []
+        trace = partial(graph.trace, kv_views=views)
+        self.graph = graph
+        self.program = ParallelProgram(group, ranks, trace, graph.input_types(*key), slot, ahead=not graph.is_first)
+        """The program."""
+        masks = [mask for own in self.program.inputs for mask in own[-graph.n_masks :]]
+        self._length = KVLength(views, masks, key[1])
+        self._masks = self.program.input_arrays[-graph.n_masks :]  # for all KV slots
+
+    def write(self, batch: Batch) -> None:
+        """Write all inputs of a batch that do not depend on the previous stage."""
+        arrays, n_kv = self.program.input_arrays, batch.mask.shape[1]
+        if n_kv != self._length.n_kv:
+            self._length.set(n_kv)
+            arrays[-len(self._masks) :] = [_shortened(mask, n_kv) for mask in self._masks]
+            self.program.shorten_last_input(arrays[-1].nbytes)
+        for target, values in zip(arrays[1:], self.graph.input_values(batch), strict=True):
+            fill(target, values)
+
+    def write_start(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> None:
+        """Write the first input: tokens, or ``x``, the result of the previous stage."""
+        if x is None:
+            fill(self.program.input_arrays[0], batch.tokens)
+        else:
+            self.program.input_arrays[0][...] = x
+
+    def close(self) -> None:
+        """Free the program."""
+        self.program.close()
+
+
+def _shortened(mask: npt.NDArray[Any], n_kv: int) -> npt.NDArray[Any]:
+    """Return the beginning of a mask's memory as a mask of ``n_kv`` KV slots."""
+    return mask.reshape(-1)[: len(mask) * n_kv].reshape(len(mask), n_kv)
 
 
 class Stage(Closing):
@@ -127,8 +211,11 @@ class Stage(Closing):
 
     def __init__(self, graph: StageGraph, group: Group) -> None:
         self.graph, self.group = graph, group
-        self._programs: LRU[tuple[Key, int], ParallelProgram] = LRU(_PROGRAMS)
-        self._prepared: tuple[Batch, ParallelProgram] | None = None  # inputs are written
+        self.n_built = 0
+        """Number of programs built so far."""
+        self._n_batch = self._n_slots = 0
+        self._programs: LRU[tuple[Key, int], StageProgram] = LRU(_PROGRAMS)
+        self._prepared: tuple[Batch, StageProgram] | None = None  # inputs are written
 
     def reserve(self, n_batch: int, n_slots: int) -> list[int]:
         """Allocate memory for the largest batch now, so that loading fails if there is too little.
@@ -143,10 +230,21 @@ class Stage(Closing):
         OutOfMemoryError
             If a device has too little memory.
         """
-        self._new_program((n_batch, n_slots, 1), 0).close()
+        self._n_batch, self._n_slots = n_batch, n_slots
+        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0).close()
         return self.group.arena_bytes()
 
-    def prepare(self, batch: Batch, slot: int = 0) -> ParallelProgram:
+    def key_of(self, batch: Batch) -> Key:
+        """Return the sizes of the graph that computes a batch."""
+        n, n_kv, n_out = len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
+        if not self.graph.is_resizable:
+            return n, n_kv, n_out
+        n_rows = min(bucket(n), self._n_batch)
+        if n_out not in (1, n) and n > _EXACT:
+            n_out = bucket(max(n_out, _EXACT + 1))
+        return n_rows, self._n_slots, n_rows if n_out == n else min(n_out, n_rows)
+
+    def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
         """Return the program for a batch, after writing all inputs that do not depend on the previous stage.
 
         Parameters
@@ -154,15 +252,14 @@ class Stage(Closing):
         slot
             Number of the block of host memory for inputs and results. One is written while a program uses the other.
         """
-        program = self.program(key_of(batch), slot)
-        for target, value in zip(program.input_arrays[1:], self.graph.input_values(batch), strict=True):
-            target[...] = value
+        program = self.program(batch, slot)
+        program.write(batch)
         self._prepared = batch, program
         return program
 
     def prepare_and_record(self, batch: Batch) -> None:
         """Prepare a batch, and record the beginning of its program ahead; see ``RecordAhead.record``."""
-        self.prepare(batch).record()
+        self.prepare(batch).program.record()
 
     def run(
         self,
@@ -182,7 +279,8 @@ class Stage(Closing):
         """
         program = self._ready(batch, x)
         program.compute(meanwhile)
-        return program.result()
+        result: npt.NDArray[np.float32] = program.result()
+        return result[: len(batch.output_ids)] if self.graph.is_last else result
 
     def run_and_poll(
         self,
@@ -214,23 +312,22 @@ class Stage(Closing):
             self.prepare(batch)
         assert self._prepared is not None
         (_, program), self._prepared = self._prepared, None
-        program.input_arrays[0][...] = batch.tokens if x is None else x
-        return program
+        program.write_start(batch, x)
+        return program.program
 
-    def program(self, key: Key, slot: int = 0) -> ParallelProgram:
-        """Return the program for batches of one size. The last few programs are kept."""
+    def program(self, batch: Batch, slot: int = 0) -> StageProgram:
+        """Return the program for a batch. The last few programs are kept."""
+        key = self.key_of(batch)
         return self._programs.get((key, slot), lambda: self._new_program(key, slot))
 
-    def _new_program(self, key: Key, slot: int) -> ParallelProgram:
-        group, graph = self.group, self.graph
-        n = len(group.backends)
-        ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        return ParallelProgram(group, ranks, graph.trace, graph.input_types(*key), slot, ahead=not graph.is_first)
+    def _new_program(self, key: Key, slot: int) -> StageProgram:
+        self.n_built += 1
+        return StageProgram(self.graph, self.group, key, slot)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
         """The kept programs, from the least to the most recently used."""
-        return self._programs.values
+        return tuple(each.program for each in self._programs.values)
 
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """Return the nodes that the last run computed, each with its backend."""

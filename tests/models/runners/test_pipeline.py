@@ -1,10 +1,11 @@
-"""Pipeline stages of one device each: failures. ``tests/internals/test_models_pipeline.py`` has the order of work."""
+"""Pipeline stages: failures, graphs for all lengths. ``tests/internals/test_models_pipeline.py`` has the order of work."""
 
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.parallel.program import ParallelProgram
+from tests.support import relative_error
 from tests.support.splits import PROMPT, answers
 
 
@@ -37,3 +38,24 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
         monkeypatch.undo()
         assert model.batchers[0].cache.slots.n_free == model.batchers[0].cache.slots.sequence.size
         assert answers(model, [PROMPT * 4]) == want
+
+
+def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
+    ids = [int(t) for t in rng.integers(0, 50, 200)]
+    lengths = [1, 2, 7, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 129, 200]
+    with models.load(path, ["CPU"], n_ctx=512) as model:
+        want = [model.forward(ids[:n]) for n in lengths]
+    for split in ("layer", "pipeline", "tensor"):
+        with models.load(path, two_gpus, split, n_ctx=512, n_batch=64) as model:
+            stages = model.batchers[0].runner.stages
+            for n in (*range(1, 9), 16, 32, 48, 64, 128, 200):
+                model.forward(ids[:n])
+                model.forward(ids[:n], last=True)
+            built = [stage.n_built for stage in stages]
+            got = [model.forward(ids[:n]) for n in lengths]
+            last = [model.forward(ids[:n], last=True) for n in lengths]
+            list(model.generate_tokens(ids[:100], 200, stop_at_end=False))  # through the limit of 256 KV slots
+            assert [stage.n_built for stage in stages] == built
+        for a, b, c in zip(got, last, want, strict=True):
+            assert relative_error(a, c) < 5e-3
+            assert relative_error(b, c[-1]) < 5e-3
