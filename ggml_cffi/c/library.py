@@ -120,7 +120,7 @@ def load_plugins(names: Collection[str] | None = None) -> None:
         for name in files:
             if name not in _plugins:
                 _plugins[name] = _try_plugin(name, files[name], chosen, source)
-        for name in sorted(names and chosen or ()):
+        for name in sorted((names and chosen) or ()):
             load(name)  # raises with the reason
 
 
@@ -209,9 +209,7 @@ def place_label() -> str:
 
 
 def refused_places() -> list[RefusedPlace]:
-    """Load the core, and return the places before its own that have no usable one. They are known after an error too."""
-    if "base" not in _loaded:
-        load("base")
+    """Return the places that the search for the core has refused so far."""
     return list(_refused)
 
 
@@ -347,6 +345,10 @@ def _try_plugin(name: str, files: list[str], chosen: frozenset[str] | None, sour
     logger = logging.getLogger("ggml_cffi")
     if chosen is not None and name not in chosen:
         return Plugin(name, files[0], reason=f"{source} excludes it")
+    linked = next(filter(_is_linked, files), None)
+    if linked:  # ggml registered its devices with the core
+        _loaded[name] = _dlopen(linked)
+        return Plugin(name, linked, loaded=True)
     plugin = _open_plugin(name, files[0] if len(files) == 1 else max(files, key=_score))
     if plugin.loaded:
         logger.info("loaded the %s plug-in from %s", name, plugin.file)
@@ -357,9 +359,6 @@ def _try_plugin(name: str, files: list[str], chosen: frozenset[str] | None, sour
 
 
 def _open_plugin(name: str, file: str) -> Plugin:
-    if _is_linked(file):  # ggml registered its devices with the core
-        _loaded[name] = _dlopen(file)
-        return Plugin(name, file, loaded=True)
     try:
         _check_version(file)
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
