@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 from ggml_cffi.c import log, versions
 from ggml_cffi.c._decl import VERSIONS, ffi
-from ggml_cffi.c.places import PREFIX, backend_folders, folder_of, path, places, plugin_files, version_of_file, wheel
+from ggml_cffi.c.places import (
+    PREFIX,
+    backend_folders,
+    files_of_plugins,
+    folder_of,
+    path,
+    places,
+    version_of_file,
+    wheel,
+)
 from ggml_cffi.errors import GgmlError, LibraryMismatchError, LibraryNotFoundError
 
 #: Plug-ins whose C functions :mod:`ggml_cffi.c` declares.
@@ -39,8 +48,12 @@ class Plugin:
     """Path of its file."""
     loaded: bool = False
     """True if it was loaded."""
+    n_devices: int | None = None
+    """Number of its devices; None if it was not loaded, or is linked to the core, which loads it."""
     reason: str = ""
     """Reason why it was not loaded; empty if it was."""
+    excluded: bool = False
+    """True if it was not tried, because ``$GGML_CFFI_BACKENDS`` or ``load_backends`` excludes it."""
     messages: tuple[str, ...] = ()
     """Messages of ggml and of the plug-in while it was loaded."""
 
@@ -114,7 +127,7 @@ def load_plugins(names: Collection[str] | None = None) -> None:
             raise GgmlError("the plug-ins are loaded already: choose them before the first use of a device")
         if _process is not None:
             return
-        files = plugin_files(_place)
+        files = plugin_files()
         chosen, source = _chosen(names, files)
         _process = os.getpid()
         for name in files:
@@ -124,10 +137,16 @@ def load_plugins(names: Collection[str] | None = None) -> None:
             load(name)  # raises with the reason
 
 
+def plugin_files() -> dict[str, list[str]]:
+    """Load the core, and return the files of its plug-ins, several of one name if it has variants."""
+    load("base")
+    return files_of_plugins(_place)
+
+
 def plugins() -> list[Plugin]:
     """Load the plug-ins as :func:`load_plugins` does, and return all that were found, in the order of loading."""
     load_plugins()
-    return [_plugins[name] for name in plugin_files(_place) if name in _plugins]
+    return [_plugins[name] for name in plugin_files() if name in _plugins]
 
 
 def function(place: str, name: str) -> Any:
@@ -310,7 +329,7 @@ def _score(variant: str) -> int:
 def _load_plugin(name: str) -> None:
     """Load one plug-in if that was not tried yet; raise if it is not loaded."""
     if name not in _plugins:
-        files = plugin_files(_place)
+        files = plugin_files()
         if name not in files:
             raise LibraryNotFoundError(
                 f"there is no {name} plug-in for {description()}: build it with ./build_lib.sh, or set "
@@ -344,7 +363,7 @@ def _try_plugin(name: str, files: list[str], chosen: frozenset[str] | None, sour
 
     logger = logging.getLogger("ggml_cffi")
     if chosen is not None and name not in chosen:
-        return Plugin(name, files[0], reason=f"{source} excludes it")
+        return Plugin(name, files[0], reason=f"{source} excludes it", excluded=True)
     linked = next(filter(_is_linked, files), None)
     if linked:  # ggml registered its devices with the core
         _loaded[name] = _dlopen(linked)
@@ -371,7 +390,8 @@ def _open_plugin(name: str, file: str) -> Plugin:
         reason = last.partition(f" from {file}: ")[2] or last.removeprefix("load_backend: ")
         return Plugin(name, file, reason=reason, messages=tuple(messages))
     _loaded[name] = library
-    return Plugin(name, file, loaded=True, messages=tuple(messages))
+    n_devices = _loaded["base"].ggml_backend_reg_dev_count(registered)
+    return Plugin(name, file, loaded=True, n_devices=n_devices, messages=tuple(messages))
 
 
 def _is_linked(file: str) -> bool:

@@ -77,7 +77,7 @@ def backend_folders(folder: str | None) -> list[str]:
     return [candidate for candidate in candidates if os.path.isdir(candidate)]
 
 
-def plugin_files(place: str | None) -> dict[str, list[str]]:
+def files_of_plugins(place: str | None) -> dict[str, list[str]]:
     """Return the plug-ins of a core in ggml's order of loading: for each name the file, or the files of its variants.
 
     A file that ``$GGML_BACKEND_PATH`` names comes before the core's folders, and a folder that it names after them. If

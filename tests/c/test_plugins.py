@@ -7,7 +7,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi.c import library
-from ggml_cffi.c.places import plugin_files, version_of_file
+from ggml_cffi.c.places import files_of_plugins, version_of_file
 from tests.support import run_python
 from tests.support.libraries import compile_stub, compile_with_missing_dependency, copy_libraries
 
@@ -226,7 +226,7 @@ def test_files_of_the_core_are_no_plugins(tmp_path, monkeypatch):
         *("libggml-vulkan.so", "libggml-rpc.so.0", "libggml-cuda-12.so", "libggml-cuda-13.so", "libggml-blas.txt"),
     ):
         (tmp_path / name).touch()
-    names = {name: [os.path.basename(f) for f in files] for name, files in plugin_files(str(tmp_path)).items()}
+    names = {name: [os.path.basename(f) for f in files] for name, files in files_of_plugins(str(tmp_path)).items()}
     assert names == {
         "cuda": ["libggml-cuda-12.so", "libggml-cuda-13.so"],
         "rpc": ["libggml-rpc.so.0"],
@@ -239,6 +239,6 @@ def test_links_to_one_file_are_one_plugin(tmp_path, monkeypatch):
     (tmp_path / "libggml-hip.so.0.27.0").touch()
     (tmp_path / "libggml-hip.so.0").symlink_to("libggml-hip.so.0.27.0")
     (tmp_path / "libggml-hip.so").symlink_to("libggml-hip.so.0")
-    (file,) = plugin_files(str(tmp_path))["hip"]
+    (file,) = files_of_plugins(str(tmp_path))["hip"]
     assert version_of_file(file) == "0.27.0"
     assert version_of_file(str(tmp_path / "libggml-cuda.so")) is None
