@@ -35,7 +35,7 @@ PLUGINS = ("vulkan", "rpc")
 #: Environment variable with the names of the plug-ins to load, separated by commas.
 BACKENDS = "GGML_CFFI_BACKENDS"
 #: The end of a message about a missing GPU or plug-in.
-ADVICE = "run `ggml-cffi doctor` to see why"
+ADVICE = "run `ggml-cffi doctor` to see what is missing"
 
 
 @dataclass(frozen=True)

@@ -292,5 +292,4 @@ def device(which: str | Device | int) -> Device:
     elif 0 <= which < len(known):
         return known[which]
     names = ", ".join(d.name for d in known)
-    advice = f"; {library.ADVICE}" if not gpus() else ""
-    raise ValueError(f"there is no device {which!r}; this machine has {names}{advice}")
+    raise ValueError(f"there is no device {which!r}; this machine has {names}; {library.ADVICE}")

@@ -23,7 +23,7 @@ _PREFIXES = ("GGML_", "VK_", "CUDA_", "HIP_", "ROCR_", "NVIDIA_", "MESA_VK_", "O
 _NAMES = ("DRI_PRIME", "LD_LIBRARY_PATH", "XDG_DATA_DIRS", "XDG_CONFIG_DIRS")
 
 # One device in the messages of the Vulkan plug-in: its number, its name, and "key: value" pairs.
-_DEVICE_LINE = re.compile(r"ggml_vulkan: (\d+) = .*? \| (.+)")
+_DEVICE_LINE = re.compile(r"ggml_vulkan: (\d+) = .*? \| (\w[\w ]*: .+)")
 _EMULATED = "Device type is CPU"
 
 
