@@ -10,6 +10,8 @@ devices are first listed: until then, no GPU driver is loaded. ``$GGML_CFFI_BACK
 from __future__ import annotations
 
 import os
+import re
+import sys
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -380,9 +382,11 @@ def _try_plugin(name: str, files: list[str], chosen: frozenset[str] | None, sour
 def _open_plugin(name: str, file: str) -> Plugin:
     try:
         _check_version(file)
+        if name == "vulkan" and sys.platform == "linux":
+            _dlopen("libvulkan.so.1")  # a wheel's plug-in loads without it, but has no device then
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except (OSError, LibraryMismatchError) as error:
-        return Plugin(name, file, reason=str(error).removeprefix(f"cannot load library '{file}': "))
+        return Plugin(name, file, reason=re.sub("^cannot load library '[^']*': ", "", str(error)))
     with log.captured() as messages:
         registered = _loaded["ggml"].ggml_backend_load(os.fsencode(file))
     if registered == ffi.NULL:
@@ -413,7 +417,7 @@ def _check_version(file: str) -> None:
     """
     known = version_of_file(file)
     folder = os.path.realpath(os.path.dirname(file))
-    if known is None and folder not in map(os.path.realpath, backend_folders(_place)):
+    if known is None and os.path.dirname(file) and folder not in map(os.path.realpath, backend_folders(_place)):
         try:
             known = ffi.string(_dlopen(path(folder, "ggml-base")).ggml_version()).decode()
         except OSError:

@@ -103,6 +103,8 @@ class Device:
     @property
     def backend_name(self) -> str:
         """Name of the part of ggml that drives it, such as ``"Vulkan"``. C: ``ggml_backend_reg_name``."""
+        if self.is_remote:
+            return "RPC"
         name: bytes = c.ffi.string(c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(self.ptr)))
         return name.decode()
 
@@ -226,13 +228,12 @@ def gpus() -> list[Device]:
     reach one GPU, the device of the first is returned, as llama.cpp does.
     """
     found = [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
-    backends = {d: "" if d.is_remote else d.backend_name for d in found}
-    if len(set(backends.values())) < 2:
+    local = {d: d.backend_name for d in found if not d.is_remote}
+    if len(set(local.values())) < 2:
         return found
-    # One backend may list a GPU several times on purpose.
-    first: dict[str, str] = {}
-    addresses = {d: None if d.is_remote else d.pci_id for d in found}
-    return [d for d in found if not (a := addresses[d]) or first.setdefault(a, backends[d]) == backends[d]]
+    first: dict[str, str] = {}  # the backend that reaches a GPU first: it may list the GPU several times on purpose
+    chosen = {d: first.setdefault(address, name) for d, name in local.items() if (address := d.pci_id)}
+    return [d for d in found if d not in chosen or chosen[d] == local[d]]
 
 
 def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:

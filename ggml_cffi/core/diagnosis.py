@@ -203,7 +203,7 @@ def _device(found: Device, reports: Mapping[str, tuple[dict[str, str], bool]]) -
     return DeviceFacts(
         found.name,
         found.type.name,
-        "RPC" if found.is_remote else found.backend_name,
+        found.backend_name,
         found.description,
         memory.free,
         memory.total,

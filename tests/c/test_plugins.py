@@ -67,7 +67,7 @@ def test_each_failure_has_its_reason_and_the_others_are_loaded(core):
     assert reasons["hip"] == "incompatible API version (backend: 1, current: 2)"
     assert "is not supported on this system" in reasons["sycl"]
     assert reasons["opencl"] == ""
-    assert "libggml-musa.so" in reasons["musa"] or "invalid ELF" in reasons["musa"]
+    assert reasons["musa"].startswith(f"{core}/libggml-musa.so: file too short")
     assert messages == ""  # nobody has asked for these plug-ins
 
 
@@ -121,12 +121,12 @@ def test_an_accelerator_is_listed_with_its_type_and_is_no_gpu(core):
 
 
 def test_a_gpu_that_two_plugins_reach_is_used_once(core):
-    compile_stub(core / "libggml-vulkan.so", ADDRESS="0000:01:00.0")
+    compile_stub(core / "libggml-opencl.so", ADDRESS="0000:01:00.0")
     compile_stub(core / "libggml-cuda.so", ADDRESS="0000:01:00.0")
     compile_stub(core / "libggml-sycl.so", ADDRESS="0000:02:00.0")
     compile_stub(core / "libggml-hip.so")
     found, _ = listing(core)
-    assert set(found["devices"]) == {"CUDA0", "HIP0", "SYCL0", "VULKAN0", "CPU"}
+    assert set(found["devices"]) == {"CUDA0", "HIP0", "SYCL0", "OPENCL0", "CPU"}
     assert found["gpus"] == ["CUDA0", "HIP0", "SYCL0"]
 
 

@@ -27,6 +27,13 @@ def test_the_facts_are_those_of_the_library_and_of_the_devices():
     assert set(found.python.packages) == {"cffi", "numpy"}
 
 
+def test_the_package_and_the_command_do_not_import_it():
+    done = run_python("import sys, ggml_cffi.cli; print(*sys.modules)")
+    imported = set(done.stdout.split())
+    assert "ggml_cffi.cli.doctor" in imported
+    assert not {f"ggml_cffi.core.{name}" for name in ("diagnosis", "gaps", "vulkan_setup")} & imported
+
+
 def test_the_environment_has_the_variables_that_matter(tmp_path):
     environ = {"VK_DRIVER_FILES": str(tmp_path / "x"), "GGML_VK_VISIBLE_DEVICES": "", "HOME": "/", "SECRET": "1"}
     found = collect(environ=environ, root=tmp_path)

@@ -54,7 +54,7 @@ FIRST_PART = 64
 
 def is_vulkan(device: Device) -> bool:
     """Return whether ggml's Vulkan backend drives a device."""
-    return not device.is_remote and device.backend_name == "Vulkan"
+    return device.backend_name == "Vulkan"
 
 
 def can_record_ahead(device: Device) -> bool:
