@@ -80,7 +80,8 @@ _place: str | None = None
 _label = ""
 _version = ""
 _cpu_file = ""
-_process: int | None = None  # the process in which all plug-ins were loaded
+_pids: list[int] = []  # the process of each plug-in with devices that was loaded
+_all_tried = False  # all plug-ins were loaded, have failed or are excluded
 
 
 def load(name: str) -> Any:
@@ -122,19 +123,19 @@ def load_plugins(names: Collection[str] | None = None) -> None:
     LibraryNotFoundError
         If a plug-in of ``names`` cannot be loaded.
     """
-    global _process
+    global _all_tried
     with _lock:
         load("base")
-        if names is not None and (_process is not None or _plugins):
+        if names is not None and (_all_tried or _plugins):
             raise GgmlError("the plug-ins are loaded already: choose them before the first use of a device")
-        if _process is not None:
+        if _all_tried:
             return
         files = plugin_files()
         chosen, source = _chosen(names, files)
-        _process = os.getpid()
         for name in files:
             if name not in _plugins:
                 _plugins[name] = _try_plugin(name, files[name], chosen, source)
+        _all_tried = True
         for name in sorted((names and chosen) or ()):
             load(name)  # raises with the reason
 
@@ -213,8 +214,8 @@ def available(plugin: str) -> bool:
 
 
 def inherited() -> bool:
-    """Return whether plug-ins were loaded before this process was forked: their drivers do not work here."""
-    return _process not in (None, os.getpid())
+    """Return whether a plug-in was loaded before this process was forked: its driver does not work here."""
+    return any(pid != os.getpid() for pid in _pids)
 
 
 def location() -> str | None:
@@ -368,10 +369,13 @@ def _try_plugin(name: str, files: list[str], chosen: frozenset[str] | None, sour
         return Plugin(name, files[0], reason=f"{source} excludes it", excluded=True)
     linked = next(filter(_is_linked, files), None)
     if linked:  # ggml registered its devices with the core
+        plugin = Plugin(name, linked, loaded=True)
         _loaded[name] = _dlopen(linked)
-        return Plugin(name, linked, loaded=True)
-    plugin = _open_plugin(name, files[0] if len(files) == 1 else max(files, key=_score))
+    else:
+        plugin = _open_plugin(name, files[0] if len(files) == 1 else max(files, key=_score))
     if plugin.loaded:
+        if plugin.n_devices != 0:
+            _pids.append(os.getpid())
         logger.info("loaded the %s plug-in from %s", name, plugin.file)
     else:
         level = logging.INFO if chosen is None else logging.WARNING

@@ -136,10 +136,8 @@ def _library(found: Diagnosis) -> Iterator[str]:
 
 def _plugins(found: Diagnosis) -> Iterator[str]:
     for plugin in found.plugins:
-        if plugin.loaded and plugin.n_devices != 0:
+        if plugin.loaded:
             yield f"  ok   {plugin.name}: {plugin.file}"
-        elif plugin.loaded and plugin.name == "rpc":
-            yield f"  ok   {plugin.name}: {plugin.file} (its devices are those of servers)"
         elif plugin.excluded:
             yield f"  -    {plugin.name}: {plugin.reason}"
 

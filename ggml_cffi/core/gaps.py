@@ -87,7 +87,7 @@ def _plugins(found: Diagnosis) -> Iterator[Gap]:
             problem = f"{plugin.name} is not loaded: {plugin.reason} ({plugin.file})"
             ends = "ends the process" in plugin.reason
             yield Gap("plugins", problem, _plugin_remedy(plugin, found), asked or ends)
-        elif plugin.n_devices == 0 and plugin.name != "rpc":
+        elif plugin.n_devices == 0 and plugin.name not in _HELPERS:
             yield Gap("plugins", f"{plugin.name} has no device", _plugin_remedy(plugin, found), asked)
     if not any(plugin.name not in _HELPERS for plugin in found.plugins):
         yield Gap(

@@ -197,26 +197,41 @@ def test_an_excluded_plugin_is_not_loaded_for_its_functions_either(core):
     assert "is not loaded: $GGML_CFFI_BACKENDS excludes it" in run_python(code, **env).stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
-def test_a_device_of_any_plugin_is_refused_in_a_forked_process(core):
-    compile_stub(core / "libggml-cuda.so")
-    fork = """
+_FORK = """
 import os, warnings
 import ggml_cffi as ggml
+from ggml_cffi.c import library
 warnings.simplefilter("ignore")
-found = ggml.device("CUDA0")
+{before}
 child = os.fork()
 if child:
     os.waitpid(child, 0)
 try:
-    ggml.Backend(found)
+    ggml.Backend("CUDA0")
 except ggml.GgmlError as error:
-    print("child" if child == 0 else "parent", error, flush=True)
+    print("parent" if child else "child", error, flush=True)
 """
-    done = run_python(fork, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
+@pytest.mark.parametrize(
+    ("before", "usable"),
+    [
+        ("ggml.devices()", False),
+        ("library.load('cuda')", False),
+        ("library.load('rpc')", True),  # it opens no driver
+        ("ggml.device('CPU')", True),
+    ],
+)
+def test_a_device_of_any_plugin_is_refused_in_a_process_forked_after_its_loading(core, before, usable):
+    compile_stub(core / "libggml-cuda.so")
+    compile_stub(core / "libggml-rpc.so", DEVICES=0)
+    done = run_python(_FORK.format(before=before), GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="")
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert lines["child"].startswith("CUDA0 cannot be used in a forked process whose parent used the driver")
-    assert lines["parent"].startswith("the driver refused to open CUDA0")
+    refused = "CUDA0 cannot be used in a forked process whose parent used the driver"
+    opened = "the driver refused to open CUDA0"
+    assert lines["child"].startswith(opened if usable else refused)
+    assert lines["parent"].startswith(opened)
 
 
 def test_files_of_the_core_are_no_plugins(tmp_path, monkeypatch):

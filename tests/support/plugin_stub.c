@@ -1,5 +1,6 @@
-// A plug-in of ggml with one device that computes nothing, for tests of the loader. The structs are the start of ggml's
-// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, TYPE, ADDRESS, API, SCORE, FAILS.
+// A plug-in of ggml with a device that computes nothing, for tests of the loader. The structs are the start of ggml's
+// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, TYPE, ADDRESS, DEVICES, API, SCORE,
+// FAILS, NEEDS.
 #include <stddef.h>
 
 #ifndef TYPE
@@ -7,6 +8,9 @@
 #endif
 #ifndef ADDRESS
 #define ADDRESS NULL
+#endif
+#ifndef DEVICES
+#define DEVICES 1
 #endif
 #ifndef API
 #define API 2
@@ -64,7 +68,7 @@ static struct device only = {
 };
 
 static const char *reg_name(struct reg *r) { return NAME; }
-static size_t device_count(struct reg *r) { return 1; }
+static size_t device_count(struct reg *r) { return DEVICES; }
 static struct device *get_device(struct reg *r, size_t i) { return &only; }
 static void *get_address(struct reg *r, const char *name) { return NULL; }
 static struct reg registry = {API, reg_name, device_count, get_device, get_address, NULL};
