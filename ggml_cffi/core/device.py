@@ -184,7 +184,7 @@ def load_backends(names: Collection[str]) -> None:
     ----------
     names
         Names of plug-ins, such as ``["vulkan", "rpc"]``; none for the CPU alone. They replace those of the environment
-        variable ``GGML_CFFI_BACKENDS``, which restricts the plug-ins of a whole program.
+        variable ``GGML_CFFI_BACKENDS``, which restricts those of child processes too.
 
     Raises
     ------

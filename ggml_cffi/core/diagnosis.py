@@ -26,6 +26,9 @@ _NAMES = ("DRI_PRIME", "LD_LIBRARY_PATH", "XDG_DATA_DIRS", "XDG_CONFIG_DIRS")
 _DEVICE_LINE = re.compile(r"ggml_vulkan: (\d+) = .*? \| (\w[\w ]*: .+)")
 _EMULATED = "Device type is CPU"
 
+#: The start of a plug-in's ``reason`` if it ended an earlier process.
+CRASHES = "loading it ends the process"
+
 
 @dataclass(frozen=True)
 class LibraryFacts:
@@ -159,7 +162,7 @@ def collect(
 def _with_crash(plugin: Plugin, crashes: Mapping[str, str]) -> Plugin:
     if plugin.name not in crashes:
         return plugin
-    return Plugin(plugin.name, plugin.file, reason=f"loading it ends the process ({crashes[plugin.name]})")
+    return Plugin(plugin.name, plugin.file, reason=f"{CRASHES} ({crashes[plugin.name]})")
 
 
 def vulkan_features(messages: Iterable[str]) -> dict[str, tuple[dict[str, str], bool]]:

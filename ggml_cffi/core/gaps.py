@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ggml_cffi.c.library import BACKENDS, Plugin
-from ggml_cffi.core.diagnosis import Diagnosis
+from ggml_cffi.core.diagnosis import CRASHES, Diagnosis
 from ggml_cffi.core.vulkan_setup import VulkanDriver
 
 #: Plug-ins without GPUs of their own.
@@ -85,11 +85,11 @@ def _plugins(found: Diagnosis) -> Iterator[Gap]:
             continue
         if not plugin.loaded:
             problem = f"{plugin.name} is not loaded: {plugin.reason} ({plugin.file})"
-            ends = "ends the process" in plugin.reason
-            yield Gap("plugins", problem, _plugin_remedy(plugin, found), asked or ends)
+            crashes = plugin.reason.startswith(CRASHES)
+            yield Gap("plugins", problem, _plugin_remedy(plugin, found), asked or crashes)
         elif plugin.n_devices == 0 and plugin.name not in _HELPERS:
             yield Gap("plugins", f"{plugin.name} has no device", _plugin_remedy(plugin, found), asked)
-    if not any(plugin.name not in _HELPERS for plugin in found.plugins):
+    if not found.gpus and all(plugin.name in _HELPERS for plugin in found.plugins):
         yield Gap(
             "plugins",
             "there is no plug-in for GPUs",
@@ -98,7 +98,7 @@ def _plugins(found: Diagnosis) -> Iterator[Gap]:
 
 
 def _plugin_remedy(plugin: Plugin, found: Diagnosis) -> str:
-    if "ends the process" in plugin.reason:
+    if plugin.reason.startswith(CRASHES):
         others = ",".join(p.name for p in found.plugins if p != plugin)
         return f"update or remove its driver, or exclude the plug-in: {BACKENDS}={others}"
     if any(text in plugin.reason for text in _OTHER_BUILD):
@@ -136,7 +136,7 @@ def _vulkan(found: Diagnosis) -> Iterator[Gap]:
             problem = f"the driver {driver.manifest} cannot be used: {driver.error}"
             yield Gap("vulkan", problem, f"correct {given}, or unset it" if given else remedy)
     yield from _cards(found)
-    if not any(not driver.error for driver in setup.drivers) and not setup.cards and not given:
+    if all(driver.error for driver in setup.drivers) and not setup.cards and not given:
         remedy = "install the driver of the GPU; Mesa's (mesa-vulkan-drivers) has a software device too"
         yield Gap("vulkan", "there is no Vulkan driver", remedy)
     if setup.closed_files:
