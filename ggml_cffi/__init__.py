@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Capabilities, Device, DeviceType, Memory, device, devices, find_remote_with
+from ggml_cffi.core.device import (
+    Capabilities,
+    Device,
+    DeviceType,
+    Memory,
+    device,
+    devices,
+    find_remote_with,
+    load_backends,
+)
 from ggml_cffi.core.lazy_names import lazy_names
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import HostBlock, pinned, transfer
@@ -157,6 +166,7 @@ __all__ = [
     "devices",
     "from_safetensors",
     "gradients",
+    "load_backends",
     "pinned",
     "plan",
     "quantize",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ggml_cffi.c._decl import ffi
@@ -26,12 +28,26 @@ def _receive(level: int, text: Any, _data: Any) -> None:
     if level != LogLevel.CONT:
         _line.level = _LEVELS.get(LogLevel(level), _DEBUG)
         _line.text = ""
-    if not hasattr(_line, "level") or not _logger.isEnabledFor(_line.level):
+    captured = getattr(_line, "captured", None)
+    if not hasattr(_line, "level") or (captured is None and not _logger.isEnabledFor(_line.level)):
         return
     _line.text += ffi.string(text).decode("utf-8", "replace")
     if _line.text.endswith("\n"):
-        _logger.log(_line.level, "%s", _line.text.rstrip())
+        message = _line.text.rstrip()
         _line.text = ""
+        if captured is not None:
+            captured.append(message)
+        _logger.log(_line.level if captured is None else _DEBUG, "%s", message)
+
+
+@contextmanager
+def captured() -> Iterator[list[str]]:
+    """Collect the messages of this thread in a list. The log has them too, at level DEBUG."""
+    outer, _line.captured = getattr(_line, "captured", None), []
+    try:
+        yield _line.captured
+    finally:
+        _line.captured = outer
 
 
 def install(base: Any) -> None:

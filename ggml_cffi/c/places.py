@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -11,6 +12,17 @@ SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 #: Folders of backends beside the core: Debian's.
 _BACKEND_FOLDERS = (os.path.join("ggml", "backends0"),)
+
+#: ggml's order of plug-ins. Where two reach the same GPU, the first one's device is used.
+_ORDER = (
+    *("blas", "zendnn", "cann", "cuda", "hip", "metal", "rpc", "sycl", "vulkan", "virtgpu", "opencl", "hexagon"),
+    *("musa", "openvino"),
+)
+
+#: The name of a plug-in's file: ``libggml-NAME.so``, or ``libggml-NAME-VARIANT.so``.
+_FILE = re.compile(rf"{PREFIX}ggml-([a-z0-9_]+)(?:-[\w-]+)?(?:\.0)?\.(?:so|dylib|dll)(?:\.0)?")
+_VERSIONED = re.compile(r"\.(\d+\.\d+\.\d+)(?:\.dylib)?$")
+_CORE = ("base", "cpu")
 
 
 def places() -> Iterator[tuple[str, str | None]]:
@@ -65,17 +77,35 @@ def backend_folders(folder: str | None) -> list[str]:
     return [candidate for candidate in candidates if os.path.isdir(candidate)]
 
 
-def plugin_path(place: str | None, name: str) -> str:
-    """Return the path of a plug-in, or the name that the system's loader knows it by."""
+def files_of_plugins(place: str | None) -> dict[str, list[str]]:
+    """Return the plug-ins of a core in ggml's order of loading: for each name the file, or the files of its variants.
+
+    A file that ``$GGML_BACKEND_PATH`` names comes before the core's folders, and a folder that it names after them. If
+    the system does not tell the core's folder, the values are the names that the system's loader knows the files by.
+    """
+    if place is None:
+        return {name: [path(None, f"ggml-{name}")] for name in ("rpc", "vulkan")}
     given = os.environ.get("GGML_BACKEND_PATH", "")
-    if given and os.path.basename(given).startswith(f"{PREFIX}ggml-{name}"):
-        return given
+    found: dict[str, list[str]] = {}
+    if os.path.isfile(given):
+        named = _FILE.fullmatch(os.path.basename(given))
+        found[named[1] if named else os.path.basename(given).partition(".")[0]] = [given]
     for folder in [*backend_folders(place), *([given] if os.path.isdir(given) else ())]:
-        try:
-            return path(folder, f"ggml-{name}")
-        except OSError:
-            continue
-    return path(place, f"ggml-{name}")
+        here: dict[str, list[str]] = {}
+        for file in sorted(os.listdir(folder)):
+            named = _FILE.fullmatch(file)
+            if named and named[1] not in _CORE:
+                here.setdefault(named[1], []).append(os.path.join(folder, file))
+        for name, files in here.items():
+            found.setdefault(name, list({os.path.realpath(file): file for file in files}.values()))
+    order = {name: i for i, name in enumerate(_ORDER)}
+    return {name: found[name] for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}
+
+
+def version_of_file(file: str) -> str | None:
+    """Return the version in the name of a library's real file, as in ``libggml-cuda.so.0.25.3``; None without one."""
+    named = _VERSIONED.search(os.path.basename(os.path.realpath(file)))
+    return named[1] if named else None
 
 
 def folder_of(address: int) -> str | None:

@@ -12,10 +12,23 @@ from typing import Any, NoReturn
 
 import ggml_cffi
 from ggml_cffi.c import library
-from ggml_cffi.cli import bench, convert, devices, embed, fetch, gguf, perplexity, plan, quantize, rpc_server, run
+from ggml_cffi.cli import (
+    bench,
+    convert,
+    devices,
+    doctor,
+    embed,
+    fetch,
+    gguf,
+    perplexity,
+    plan,
+    quantize,
+    rpc_server,
+    run,
+)
 from ggml_cffi.cli._output import print_error, replace_unwritable
 
-_COMMANDS = (devices, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
+_COMMANDS = (devices, doctor, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -101,6 +101,14 @@ class Device:
         return DeviceType(c.ggml_backend_dev_type(self.ptr))
 
     @property
+    def backend_name(self) -> str:
+        """Name of the part of ggml that drives it, such as ``"Vulkan"``. C: ``ggml_backend_reg_name``."""
+        if self.is_remote:
+            return "RPC"
+        name: bytes = c.ffi.string(c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(self.ptr)))
+        return name.decode()
+
+    @property
     def is_cpu(self) -> bool:
         """True for the CPU."""
         return self.type is DeviceType.CPU
@@ -162,20 +170,52 @@ def check_process(found: Device) -> None:
     """Raise ``GgmlError`` if ``found`` is lost, or its driver was opened before this process was forked."""
     if found.is_remote:
         _remote[found.ptr].lock.check()
-    elif not found.is_cpu and library.inherited("vulkan"):
+    elif not found.is_cpu and library.inherited():
         raise GgmlError(
             f"{found.name} cannot be used in a forked process whose parent used the driver: "
             'start processes with multiprocessing.get_context("spawn")'
         )
 
 
+def load_backends(names: Collection[str]) -> None:
+    """Load some of ggml's plug-ins, and no others, instead of all of them when devices are first listed.
+
+    Parameters
+    ----------
+    names
+        Names of plug-ins, such as ``["vulkan", "rpc"]``; none for the CPU alone. They replace those of the environment
+        variable ``GGML_CFFI_BACKENDS``, which restricts those of child processes too.
+
+    Raises
+    ------
+    ValueError
+        If there is no such plug-in. The message lists those that there are.
+    LibraryNotFoundError
+        If a plug-in cannot be loaded. The message has the reason.
+    GgmlError
+        If plug-ins have been loaded already.
+
+    C: ``ggml_backend_load``.
+    """
+    if isinstance(names, str):
+        raise TypeError("names is a sequence: put the one name in a list")
+    with registry_lock:
+        library.load_plugins(names)
+
+
 def devices() -> list[Device]:
     """Return all devices: GPUs in the driver's order, then connected remote devices, the CPU last.
 
-    The first call loads the Vulkan plug-in. Without Vulkan, only the CPU and connected remote devices are listed.
+    The first call loads ggml's plug-ins; see :func:`load_backends`. Without one, only the CPU and connected remote
+    devices are listed.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable ``GGML_CFFI_BACKENDS`` names a plug-in that is not there.
     """
     with registry_lock:
-        library.available("vulkan")
+        library.load_plugins()
         found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
         found += [Device(pointer) for pointer, remote in _remote.items() if remote.lock.usable]
     return sorted(found, key=lambda d: _ORDER[d.type])
@@ -184,9 +224,16 @@ def devices() -> list[Device]:
 def gpus() -> list[Device]:
     """Return every GPU in the order of :func:`devices`: the default wherever no devices are named.
 
-    Remote devices that were connected are among them. The CPU and its helpers (``ACCEL``) are not.
+    Remote devices that were connected are among them. The CPU and its helpers (``ACCEL``) are not. If two plug-ins
+    reach one GPU, the device of the first is returned, as llama.cpp does.
     """
-    return [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
+    found = [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
+    local = {d: d.backend_name for d in found if not d.is_remote}
+    if len(set(local.values())) < 2:
+        return found
+    first: dict[str, str] = {}  # the backend that reaches a GPU first: it may list the GPU several times on purpose
+    chosen = {d: first.setdefault(address, name) for d, name in local.items() if (address := d.pci_id)}
+    return [d for d in found if d not in chosen or chosen[d] == local[d]]
 
 
 def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:
@@ -246,4 +293,4 @@ def device(which: str | Device | int) -> Device:
     elif 0 <= which < len(known):
         return known[which]
     names = ", ".join(d.name for d in known)
-    raise ValueError(f"there is no device {which!r}; this machine has {names}")
+    raise ValueError(f"there is no device {which!r}; this machine has {names}; {library.ADVICE}")

@@ -29,7 +29,7 @@ __all__ = [
 
 
 def ggml_vulkan_available() -> bool:
-    """Return whether the Vulkan plug-in can be loaded. Even then there may be no device."""
+    """Return whether the Vulkan plug-in can be loaded. Even then there may be no device: ``ggml-cffi doctor`` tells."""
     return library.available("vulkan")
 
 
@@ -41,7 +41,7 @@ def ggml_vulkan_device_count() -> int:
 def _vulkan(i: int) -> Device:
     n = ggml_vulkan_device_count()
     if not 0 <= index(i) < n:
-        raise IndexError(f"there is no Vulkan device {i}: this machine has {n}, counted from 0")
+        raise IndexError(f"there is no Vulkan device {i}: this machine has {n}, counted from 0; {library.ADVICE}")
     return core_device.device(f"Vulkan{index(i)}")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.c.library import ADVICE
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
@@ -217,7 +218,7 @@ class TensorParallel(Group):
 def check_devices(devices: Sequence[Device]) -> None:
     """Raise ValueError if these devices cannot share layers."""
     if not devices:
-        raise ValueError("tensor parallelism needs a device, and there is no GPU: use ['CPU'], alone")
+        raise ValueError(f"tensor parallelism needs a device, and there is no GPU: use ['CPU'], alone; {ADVICE}")
     if len(set(devices)) < len(devices):
         raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
     if len(devices) > 1 and any(d.is_cpu for d in devices):

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,6 +13,7 @@ from ggml_cffi.c import library
 from ggml_cffi.c.places import wheel
 from ggml_cffi.c.versions import SINCE, VERSIONS
 from tests.support import ROOT, run_python
+from tests.support.libraries import copy_libraries
 
 _NO_OTHER_PLACE = """
 import ggml_cffi.c.library as lib
@@ -63,23 +63,6 @@ def test_another_version_is_a_mismatch(tmp_path):
     )
     assert done.stdout.startswith("LibraryMismatchError")
     assert "it is version 0.19.0; supported are 0.20.2 to 0.27" in done.stdout
-
-
-def copy_libraries(target, *, changed=()):
-    """Copy the core and the RPC plug-in, with texts of libggml-base replaced by others of the same length."""
-    folder = Path(library.location() or "missing")
-    if not any(folder.glob("libggml-cpu*")):
-        pytest.skip("needs a library with its CPU backend in the same folder, such as that of build_lib.sh")
-    target.mkdir(exist_ok=True)
-    for file in folder.glob("libggml*"):
-        if "vulkan" in file.name:
-            continue
-        data = file.read_bytes()
-        for old, new in changed if "base" in file.name else ():
-            assert old in data
-            assert len(old) == len(new)
-            data = data.replace(old, new)
-        (target / file.name).write_bytes(data)
 
 
 _VERSION = """

@@ -20,6 +20,7 @@ def test_a_device_has_a_name_a_type_and_memory(devices):
         d = ggml.device(name.lower())
         assert d.name == name
         assert d.description
+        assert d.backend_name == name.rstrip("01")
         memory = d.memory()
         assert 0 < memory.free <= memory.total
         assert d.pci_id is None or ":" in d.pci_id

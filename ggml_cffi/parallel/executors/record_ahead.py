@@ -54,10 +54,7 @@ FIRST_PART = 64
 
 def is_vulkan(device: Device) -> bool:
     """Return whether ggml's Vulkan backend drives a device."""
-    if device.is_cpu or device.is_remote:
-        return False
-    name: bytes = c.ffi.string(c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(device.ptr)))
-    return name == b"Vulkan"
+    return device.backend_name == "Vulkan"
 
 
 def can_record_ahead(device: Device) -> bool:

@@ -1,0 +1,61 @@
+"""Copies of the loaded libraries, and plug-ins that tests compile: working ones, and broken ones of each kind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ggml_cffi.c import library
+
+
+def copy_libraries(
+    target: Path, *, changed: Sequence[tuple[bytes, bytes]] = (), plugins: Sequence[str] = ("rpc",)
+) -> Path:
+    """Copy the core and some plug-ins, with texts of libggml-base replaced by others of the same length."""
+    folder = Path(library.location() or "missing")
+    if not any(folder.glob("libggml-cpu*")):
+        pytest.skip("needs a library with its CPU backend in the same folder, such as that of build_lib.sh")
+    target.mkdir(exist_ok=True)
+    for file in folder.glob("libggml*"):
+        if not any(part in file.name for part in ("libggml.", "libggml-base", "libggml-cpu", *plugins)):
+            continue
+        data = file.read_bytes()
+        for old, new in changed if "base" in file.name else ():
+            assert old in data
+            assert len(old) == len(new)
+            data = data.replace(old, new)
+        (target / file.name).write_bytes(data)
+    return target
+
+
+def compile_stub(file: Path, *, dependency: Path | None = None, **macros: object) -> Path:
+    """Compile ``plugin_stub.c``. Macros are its names, such as ``API=1``; a text is passed as a C string."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler to make a plug-in")
+    values = {"NAME": file.name.removeprefix("libggml-").partition(".")[0].upper(), **macros}
+    defines = [f'-D{k}="{v}"' if isinstance(v, str) else f"-D{k}={v}" for k, v in values.items()]
+    source = Path(__file__).with_name("plugin_stub.c")
+    command = [compiler, "-shared", "-fPIC", "-o", file, *defines, source, *([dependency] if dependency else [])]
+    subprocess.run(command, check=True)
+    return file
+
+
+def compile_with_missing_dependency(file: Path) -> Path:
+    """Compile a stub that needs the library ``libneeded-by-test.so``, which is not there."""
+    needed = file.with_name("libneeded-by-test.so")
+    source = file.with_name("needed.c")
+    source.write_text("int needed(void) { return 1; }\n")
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler to make a plug-in")
+    options = ["-shared", "-fPIC", f"-Wl,-soname,{needed.name}"]
+    subprocess.run([compiler, *options, "-o", needed, source], check=True)
+    compile_stub(file, dependency=needed, NEEDS=1)
+    needed.unlink()
+    source.unlink()
+    return file
