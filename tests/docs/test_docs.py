@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from markdown_it import MarkdownIt
 
 import ggml_cffi
 from ggml_cffi import flat, isolate, models, parallel, rpc, viz
+from ggml_cffi.cli import make_parser
 from tests.support import PATIENCE, ROOT, need, run_python
 
 DOCS = ROOT / "docs"
@@ -95,6 +98,17 @@ def test_the_reference_has_all_public_names(site):
 
 def test_the_table_of_operations_is_part_of_the_site(site):
     assert "ggml_soft_max_ext" in (site / "operations.html").read_text()
+
+
+def test_the_page_of_a_command_has_all_its_options(site):
+    # Those of `ggml-cffi quantize` stand for all: one directive makes every table from the parser.
+    page = (site / "commands" / "quantize.html").read_text()
+    parser = make_parser()
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+        parser.parse_args(["quantize", "--help"])
+    options = set(re.findall(r"--[a-z-]+", printed.getvalue())) - {"--help"}
+    assert len(options) > 5
+    assert [option for option in sorted(options) if option not in page] == []
 
 
 def test_links_to_files_of_the_repository_lead_somewhere():
