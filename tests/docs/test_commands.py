@@ -42,7 +42,7 @@ def calls(text):
 
 def test_each_command_has_a_page():
     assert len(commands()) > 10
-    assert COMMAND_PAGES == sorted(f"commands/{name}.md" for name in ("index", *commands()))
+    assert sorted(f"commands/{name}.md" for name in ("index", *commands())) == COMMAND_PAGES
 
 
 @pytest.mark.parametrize("page", [name for name in COMMAND_PAGES if name != "commands/index.md"])

@@ -111,6 +111,19 @@ def test_the_page_of_a_command_has_all_its_options(site):
     assert [option for option in sorted(options) if option not in page] == []
 
 
+def test_no_text_installs_the_package_from_an_index_that_lacks_it():
+    # From a checkout: `pip install .`, `pip install '.[models]'`.
+    files = [
+        *(DOCS / name for name in PAGES),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("examples/*.py"),
+        *ROOT.glob("tests/*.md"),
+    ]
+    files += ROOT.glob("ggml_cffi/**/*.py")
+    wrong = re.compile(r"pip install [^`\n]*\bggml-cffi\b")
+    assert [str(path) for path in files if wrong.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_links_to_files_of_the_repository_lead_somewhere():
     # Sphinx does not follow these.
     for name in PAGES:
