@@ -33,7 +33,7 @@ environment:
   VULKAN_SDK        a Vulkan SDK to compile the shaders with
   CC, CXX           compilers
   PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
-  GGML_CFFI_CACHE   folder of finished builds (default: the user's cache folder)
+  GGML_CFFI_CACHE   folder of sources, tools and finished builds (default: \${XDG_CACHE_HOME:-~/.cache}/ggml_cffi)
 USAGE
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import builtins
 import importlib
@@ -9,9 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.ext.napoleon import Config, NumpyDocstring
+from sphinx.util.docutils import SphinxDirective
 
 import ggml_cffi
+from ggml_cffi.cli import make_parser
 
 project = "ggml_cffi"
 copyright = "the ggml_cffi authors"  # noqa: A001 - Sphinx's name
@@ -20,6 +24,7 @@ version = release = ggml_cffi.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nitpicky = True
+smartquotes = False  # would turn the two hyphens of options into a dash
 
 html_theme = "furo"
 html_title = f"ggml_cffi {release}"
@@ -74,6 +79,63 @@ def _flat_numbers() -> str:
     names = [name for name in flat.__all__ if not callable(getattr(flat, name))]
     lines = [f".. py:data:: {name}\n   :value: {int(getattr(flat, name))}" for name in names]
     return "\n".join(["", "## Numbers", "", "```{eval-rst}", ".. currentmodule:: ggml_cffi.flat", *lines, "```", ""])
+
+
+class CommandDirective(SphinxDirective):
+    """The directive ``command``: the usage line of a command and a table of its arguments, from its parser."""
+
+    optional_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the usage line and the tables of the command that the argument names, such as ``gguf show``.
+
+        Without an argument it is the command ``ggml-cffi`` itself.
+        """
+        parser = make_parser()
+        for word in " ".join(self.arguments).split():
+            parser = next(action for action in parser._actions if _is_commands(action)).choices[word]
+        formatter = argparse.HelpFormatter(parser.prog, width=88)  # the default width depends on the terminal
+        formatter.add_usage(None, parser._actions, parser._mutually_exclusive_groups, prefix="")
+        usage = formatter.format_help().strip()
+        commands = [
+            (c.dest, c.help) for action in filter(_is_commands, parser._actions) for c in action._choices_actions
+        ]
+        shown = [action for action in parser._actions if action.help and "--help" not in action.option_strings]
+        arguments = [(_invocation(action), _help(action, parser)) for action in shown]
+        tables = [
+            _table((head, "meaning"), rows) for head, rows in (("command", commands), ("argument", arguments)) if rows
+        ]
+        return [nodes.literal_block(usage, usage, language="text"), *tables]
+
+
+def _is_commands(action: argparse.Action) -> bool:
+    return isinstance(action, argparse._SubParsersAction)
+
+
+def _invocation(action: argparse.Action) -> str:
+    """Return an argument as users write it: ``-p, --prompt PROMPT``."""
+    name = str(action.metavar or (action.dest.upper() if action.option_strings else action.dest))
+    value = {"+": f"{name}...", "?": f"[{name}]", 0: ""}.get(action.nargs, name)  # type: ignore[arg-type]
+    return f"{', '.join(action.option_strings)} {value}".strip()
+
+
+def _help(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
+    text = (action.help or "") % {**vars(action), "prog": parser.prog}
+    return f"{text} (required)" if action.required and action.option_strings else text
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> nodes.table:
+    """Return a table whose first column is code and whose other columns are plain text."""
+    group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in head), cols=len(head))
+    for kind, lines in ((nodes.thead, [head]), (nodes.tbody, rows)):
+        part = kind()
+        for line in lines:
+            first = nodes.Text(line[0]) if kind is nodes.thead else nodes.literal(line[0], line[0])
+            cells = [first, *map(nodes.Text, line[1:])]
+            part += nodes.row("", *(nodes.entry("", nodes.paragraph("", "", cell)) for cell in cells))
+        group += part
+    return nodes.table("", group)
 
 
 def _is_all(node: ast.stmt) -> bool:
@@ -192,6 +254,7 @@ def _foreign(target: str) -> bool:
 
 def setup(app: Any) -> None:
     """Connect the functions of this file to Sphinx."""
+    app.add_directive("command", CommandDirective)
     app.connect("source-read", _complete)
     app.connect("autodoc-process-docstring", _docstring)
     app.connect("autodoc-process-signature", _signature)

@@ -2,7 +2,7 @@
 
 ``curl -N 127.0.0.1:8000/generate --json '{"messages": [{"role": "user", "content": "Who are you?"}]}'``.
 
-Needs ``pip install ggml-cffi[serve]``.
+Needs ``pip install '.[serve]'`` in the checkout.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs tests with Debian's own ggml (libggml0) and Python, in a root folder made by debootstrap. As root on Debian or
-# Ubuntu only. The machine's system does not change, apart from debootstrap itself.
+# Ubuntu only, and run on x86-64 only. The machine's system does not change, apart from debootstrap itself.
 #
 #     tools/debian_ggml.sh [--suite forky] [--root FOLDER] [PYTEST ARGUMENTS...]
 set -euo pipefail

@@ -6,7 +6,8 @@ Mesa compiles shaders with LLVM. The driver of Debian 12's backports uses LLVM 1
 shaders with barriers as LLVM 19. Debian 12 has LLVM 19, and Debian 13 has the same version of Mesa for it. That
 driver asks for two things that Debian 12 lacks and that it can do without: five names of glibc 2.38 for ``strtol``
 and its kin, and newer functions of window systems. This program writes a copy of the driver to FOLDER that asks for
-the old names and tolerates missing window functions, with a manifest for the Vulkan loader beside it.
+the old names and tolerates missing window functions, with a manifest for the Vulkan loader beside it. It was run on
+x86-64 only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,6 @@ A command's module has ``register``, which adds its arguments to the parser, and
 exit code. Modules with an underscore are shared by the commands.
 """
 
-from ggml_cffi.cli.main import main
+from ggml_cffi.cli.main import main, make_parser
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]

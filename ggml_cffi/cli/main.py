@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments
         The words of the command line; default those of this process.
     """
-    parser = _parser()
+    parser = make_parser()
     replace_unwritable()
     args = parser.parse_args(arguments)
     try:
@@ -71,7 +71,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with a parser of its own for each command."""
     parser = argparse.ArgumentParser(prog="ggml-cffi", description="ggml on every GPU of the machine.")
     parser.add_argument("--version", action=_Version, help="print the versions of this package and of ggml, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

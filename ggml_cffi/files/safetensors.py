@@ -199,5 +199,5 @@ def _library() -> tuple[Any, type[Exception]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ImportError("reading safetensors needs a library: pip install 'ggml-cffi[models]'") from None
+        raise ImportError("reading safetensors needs the library of that name: pip install safetensors") from None
     return safe_open, SafetensorError

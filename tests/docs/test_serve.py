@@ -16,7 +16,7 @@ import pytest
 from ggml_cffi import models
 from tests.support import PATIENCE, ROOT
 
-_WHY = "needs pip install ggml-cffi[serve]"
+_WHY = "needs pip install '.[serve]'"
 pytest.importorskip("fastapi", reason=_WHY)
 httpx, uvicorn = (pytest.importorskip(name, reason=_WHY) for name in ("httpx", "uvicorn"))
 

@@ -30,8 +30,9 @@ _RUNS = 5
 def seconds(backend: Backend, dtype: Type) -> float:
     """Return the seconds for each element of a weight and each token: the geometric mean of decode and prefill.
 
-    The first call measures. Later calls read ``calibration.json`` in the cache folder, which has the results by the
-    device's description, its number of threads, the type and the version of ggml.
+    The first call measures. Later calls read ``calibration.json`` in the cache folder (``~/.cache/ggml_cffi``, or
+    ``$GGML_CFFI_CACHE``), which has the results by the device's description, its number of threads, the type and the
+    version of ggml.
     """
     known = _known()
     found = known.get(key(backend, dtype))
