@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import c
+from ggml_cffi.core.text import nearest
 from ggml_cffi.enums import Type
 
 _NUMPY: dict[Type, np.dtype[Any]] = {
@@ -52,8 +53,9 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
             return Type[dtype.upper()]
         return _FROM_NUMPY[np.dtype(cast(Any, dtype)).newbyteorder("=")]
     except (ValueError, KeyError, TypeError):
-        known = ", ".join(t.name for t in Type)
-        raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None
+        known = [t.name for t in Type]
+        hint = nearest(dtype, known) if isinstance(dtype, str) else ""
+        raise TypeError(f"ggml has no element type for {dtype!r}{hint}; it has {', '.join(known)}") from None
 
 
 def as_array(values: Any) -> npt.NDArray[Any]:
