@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ggml_cffi.core.backend import Backend, open_backends
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DevicesLike, device_list
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.enums import Type
@@ -14,7 +14,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.model import Model
-from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload, check_options
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.placement.plan import Planner
 from ggml_cffi.models.runners.base import Runner
@@ -24,8 +24,8 @@ from ggml_cffi.models.runners.scheduled import ScheduledRunner
 
 def load(
     path: str | os.PathLike[str],
-    devices: Sequence[Device | str] | None = None,
-    split: str = "layer",
+    devices: DevicesLike | None = None,
+    split: SplitMode = "layer",
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
@@ -43,8 +43,8 @@ def load(
     path
         Path of the file.
     devices
-        Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have no memory
-        for, and embeddings or an output head whose type a GPU does not support.
+        Devices or names, or one of them; default every GPU. The CPU is added last: it holds the layers that the GPUs
+        have no memory for, and embeddings or an output head whose type a GPU does not support.
     split
         ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
         several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
@@ -84,6 +84,7 @@ def load(
         :func:`~ggml_cffi.models.plan`.
     """
     check_options(split, n_batch)
+    chosen = None if devices is None else device_list(devices)
     workload, dtype = Workload(n_sequences, expected_tokens), as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
@@ -91,8 +92,8 @@ def load(
     try:
         architecture = architecture_of(file)
         options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
-        backends = open_backends(devices, n_threads)
-        planner = Planner(architecture, backends, options, balance, devices, split, workload)
+        backends = open_backends(chosen, n_threads)
+        planner = Planner(architecture, backends, options, balance, chosen, split, workload)
         found = planner.place_or_raise()
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)

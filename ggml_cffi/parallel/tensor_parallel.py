@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device, gpus
+from ggml_cffi.core.device import Device, DeviceLike, gpus
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
@@ -64,20 +64,18 @@ class TensorParallel(Group):
 
     def __init__(
         self,
-        devices: Iterable[Backend | Device | str] | None = None,
+        devices: DeviceLike | Iterable[Backend | DeviceLike] | None = None,
         *,
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
     ) -> None:
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
         self._compiled: list[ParallelFunction] = []
         try:
             chosen: list[Backend] = []
-            for which in gpus() if devices is None else devices:
+            for which in gpus() if devices is None else [devices] if isinstance(devices, DeviceLike) else devices:
                 if not isinstance(which, Backend):
                     which = Backend(which, n_threads=n_threads)
                     self._opened.append(which)

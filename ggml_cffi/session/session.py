@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import Device, DevicesLike
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
@@ -38,8 +38,8 @@ class Session(Closing):
     Parameters
     ----------
     devices
-        Devices or their names, the preferred first. Default all GPUs in order. The CPU is added last: it computes the
-        operations that no GPU supports.
+        Devices or their names, the preferred first; or one device. Default all GPUs in order. The CPU is added last: it
+        computes the operations that no GPU supports.
     n_threads
         Threads of the CPU; default all that this process may use.
     max_programs
@@ -57,7 +57,7 @@ class Session(Closing):
 
     def __init__(
         self,
-        devices: Iterable[Device | str] | None = None,
+        devices: DevicesLike | None = None,
         *,
         n_threads: int | None = None,
         max_programs: int = 16,
