@@ -8,7 +8,7 @@ program has one step more than it has all-reduces. Between two steps, the device
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFTensor
 from ggml_cffi.parallel.function import ParallelFunction
 from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.rank import AllGather
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
 
@@ -72,7 +73,7 @@ class TensorParallel(Group):
     ) -> None:
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
-        self._compiled: list[ParallelFunction] = []
+        self._compiled: list[ParallelFunction[Any]] = []
         try:
             chosen: list[Backend] = []
             for which in gpus() if devices is None else [devices] if isinstance(devices, DeviceLike) else devices:
@@ -179,7 +180,15 @@ class TensorParallel(Group):
             made.append(t)
         return made
 
-    def compile(self, function: Callable[..., Any]) -> ParallelFunction:
+    @overload
+    def compile(self, function: Callable[..., Tensor | AllGather]) -> ParallelFunction[npt.NDArray[Any]]: ...
+    @overload
+    def compile(
+        self, function: Callable[..., tuple[Tensor | AllGather, ...]]
+    ) -> ParallelFunction[tuple[npt.NDArray[Any], ...]]: ...
+    @overload
+    def compile(self, function: Callable[..., Any]) -> ParallelFunction[Any]: ...
+    def compile(self, function: Callable[..., Any]) -> ParallelFunction[Any]:
         """Return ``function(rank, *tensors)`` as a function of arrays.
 
         ``function`` is traced for each device, once for each signature (shapes and types of the arrays), with a
@@ -190,7 +199,7 @@ class TensorParallel(Group):
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):
             raise TypeError(f"compile takes a function, not {type(function).__name__}")
-        made = ParallelFunction(self, function)
+        made: ParallelFunction[Any] = ParallelFunction(self, function)
         with self.lock:
             self._compiled.append(made)
         return made

@@ -67,7 +67,7 @@ class SessionPlan:
 
 
 def plan(
-    make: Callable[[Session], CompiledFunction],
+    make: Callable[[Session], CompiledFunction[Any]],
     *args: Any,
     devices: DevicesLike | None = None,
     **kwargs: Any,
