@@ -69,7 +69,7 @@ def parse_devices(text: str | None) -> list[str] | None:
 
 
 def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
-    """Load the model that the arguments describe, with a progress bar.
+    """Load the model that the arguments describe, with a progress bar. An encoder is refused: it generates no text.
 
     Parameters
     ----------
@@ -93,5 +93,6 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
             progress=progress,
+            generates=True,
             **options,
         )

@@ -35,6 +35,7 @@ def load(
     balance: Balance = "memory",
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
+    generates: bool = False,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -70,6 +71,8 @@ def load(
     expected_tokens
         Usual tokens of a prompt and of its answer, such as ``(4096, 128)``, for ``split="auto"``, which chooses the
         fastest split for these numbers. By default it chooses the split that is never far from the fastest.
+    generates
+        True to refuse an encoder, which generates no text, before anything is loaded.
 
     Raises
     ------
@@ -77,6 +80,8 @@ def load(
         If there is no such file.
     FormatError
         If the file is malformed, or its architecture is unknown.
+    GgmlError
+        If the model is an encoder, and ``generates`` is true.
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
@@ -91,6 +96,8 @@ def load(
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
+        if generates:
+            architecture.check_decoder()
         options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
         backends = open_backends(chosen, n_threads)
         planner = Planner(architecture, backends, options, balance, chosen, split, workload)

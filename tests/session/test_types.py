@@ -11,7 +11,7 @@ from tests.support import PATIENCE
 _ARRAY = "numpy.ndarray[tuple[Any, ...], numpy.dtype[Any]]"
 
 # Each line that ends with a comment reveals this type.
-CODE = f'''\
+CODE = f"""\
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ with parallel.TensorParallel("CPU") as group:
         return rank.all_reduce(a)
 
     reveal_type(shared(x))  # {_ARRAY}
-'''
+"""
 
 WRONG = {
     'models.load("m.gguf", split="sideways")': "split",
