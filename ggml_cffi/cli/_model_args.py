@@ -72,7 +72,7 @@ def parse_devices(text: str | None) -> list[str] | None:
 
 
 def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
-    """Load the model that the arguments describe, with a progress bar.
+    """Load the model that the arguments describe, with a progress bar. An encoder is refused: it generates no text.
 
     Parameters
     ----------
@@ -97,5 +97,6 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             kv_dtype=args.kv_type,
             deterministic=args.deterministic,
             progress=progress,
+            generates=True,
             **options,
         )

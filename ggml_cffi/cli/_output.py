@@ -55,19 +55,27 @@ def speed_line(model: Model) -> str:
     )
 
 
-def progress_bar(label: str) -> AbstractContextManager[Progress | None]:
+def progress_bar(label: str, unit: str = "B") -> AbstractContextManager[Progress | None]:
     """Return a context manager that shows a progress bar on standard error, if that is a terminal.
 
     It yields the function ``progress(done, total)``, or None without a terminal.
+
+    Parameters
+    ----------
+    label
+        The text before the bar.
+    unit
+        Unit of the numbers: bytes, or another such as ``"tok"``.
     """
-    return _Bar(label) if sys.stderr.isatty() else nullcontext()
+    return _Bar(label, unit) if sys.stderr.isatty() else nullcontext()
 
 
 class _Bar(AbstractContextManager["Progress | None"]):
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, unit: str) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+        divisor = 1024 if unit == "B" else 1000
+        self.bar = tqdm(desc=label, unit=unit, unit_scale=True, unit_divisor=divisor, leave=False)
 
     def __enter__(self) -> Progress:
         return self.update

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._model_args import add_model_arguments, open_model
+from ggml_cffi.cli._output import progress_bar
 from ggml_cffi.core.text import size, table, to_json
 
 if TYPE_CHECKING:
+    from ggml_cffi.core.progress import Progress
     from ggml_cffi.models import Model
 
 _TOKEN = 1  # any token will do: the speed does not depend on it
@@ -54,7 +56,8 @@ def _measure(args: argparse.Namespace, devices: str | None) -> list[dict[str, An
         for test, n, measure in (("pp", args.prompt, _prefill_rates), ("tg", args.decode, _decode_rates)):
             if not n:
                 continue
-            rates = measure(model, n, args.rounds)
+            with progress_bar(f"measuring {test}{n} on {used}", "tok") as progress:
+                rates = measure(model, n, args.rounds, progress)
             deviation = statistics.stdev(rates) if len(rates) > 1 else 0.0
             results.append(
                 {
@@ -70,22 +73,26 @@ def _measure(args: argparse.Namespace, devices: str | None) -> list[dict[str, An
     return results
 
 
-def _prefill_rates(model: Model, n: int, rounds: int) -> list[float]:
+def _prefill_rates(model: Model, n: int, rounds: int, progress: Progress | None) -> list[float]:
     """Return the tokens per second of prompts of ``n`` tokens, without the first round, which warms up."""
     rates = []
-    for _ in range(rounds + 1):
+    for i in range(rounds + 1):
         start = time.perf_counter()
         model.forward([_TOKEN] * n, last=True)
         rates.append(n / (time.perf_counter() - start))
+        if progress is not None:
+            progress((i + 1) * n, (rounds + 1) * n)
     return rates[1:]
 
 
-def _decode_rates(model: Model, n: int, rounds: int) -> list[float]:
+def _decode_rates(model: Model, n: int, rounds: int, progress: Progress | None) -> list[float]:
     """Return the tokens per second of decoding ``n`` tokens one by one, without the first round, which warms up."""
     rates = []
-    for _ in range(rounds + 1):
+    for i in range(rounds + 1):
         model.clear_cache()
         for _token in model.generate_tokens([_TOKEN], n + 1, stop_at_end=False):
             pass
         rates.append(model.timings.decode_rate)
+        if progress is not None:  # between rounds, not between tokens: a bar takes time
+            progress((i + 1) * n, (rounds + 1) * n)
     return rates[1:]

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from ggml_cffi.cli._output import progress_bar
 from ggml_cffi.core.text import size
 
 
@@ -24,7 +25,8 @@ def _convert(args: argparse.Namespace) -> int:
     from ggml_cffi.files.gguf import GGUFFile
     from ggml_cffi.models.convert.convert import convert
 
-    convert(args.folder, args.target, args.type)
+    with progress_bar("converting") as progress:
+        convert(args.folder, args.target, args.type, progress=progress)
     with GGUFFile(args.target) as file:
         architecture, n = file.metadata["general.architecture"], len(file.tensors)
     print(f"{args.target}: {architecture}, {n} tensors, {size(os.path.getsize(args.target))}")

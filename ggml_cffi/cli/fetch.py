@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ggml_cffi.cli._output import progress_bar
+
 
 def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
@@ -16,5 +18,7 @@ def register(commands: Any) -> None:
 def _fetch(args: argparse.Namespace) -> int:
     from ggml_cffi.models import fetch
 
-    print(fetch(args.name))
+    with progress_bar("downloading") as progress:
+        path = fetch(args.name, progress=progress)
+    print(path)
     return 0

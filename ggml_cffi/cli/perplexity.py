@@ -26,7 +26,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     text = sys.stdin.read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8", errors="replace")
     with (
         open_model(args, args.devices, max(args.ctx, 2), n_batch=min(args.ctx, 512)) as model,
-        progress_bar("scoring") as progress,
+        progress_bar("scoring", "tok") as progress,
     ):
         result = model.perplexity(text, n_ctx=args.ctx, progress=progress)
     if args.json:

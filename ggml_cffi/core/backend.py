@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.core.buffer import BufferType
-from ggml_cffi.core.device import Device, check_process, device_lock, gpus
+from ggml_cffi.core.device import DeviceLike, DevicesLike, check_process, device_list, device_lock, gpus
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import DeviceLock
@@ -23,7 +22,7 @@ class Backend(Handle):
     Parameters
     ----------
     device
-        A :class:`Device`, or its name.
+        A :class:`Device`, its name, or its position in :func:`devices`.
     n_threads
         CPU only: largest number of threads, 1 to 512, kept from run to run; default one for each processor that this
         process may use. Fewer compute while other processes use these processors, see :attr:`follows_load`.
@@ -40,7 +39,7 @@ class Backend(Handle):
 
     __slots__ = ("_abort_flag", "_kept", "_pool", "aborting", "device", "follows_load", "load", "lock")
 
-    def __init__(self, device: Device | str | int, *, n_threads: int | None = None) -> None:
+    def __init__(self, device: DeviceLike, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
         """The device that was opened."""
         # Backends of one GPU share its staging buffer; backends of the CPU share nothing.
@@ -183,28 +182,26 @@ def _free(pool: list[Any], _abort_flag: Any, pointer: Any) -> None:
         c.ggml_threadpool_free(pool[0])
 
 
-def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int | None = None) -> list[Backend]:
+def open_backends(chosen: DevicesLike | None = None, n_threads: int | None = None) -> list[Backend]:
     """Open devices in order, by default every GPU. A missing CPU is added last, for the work that no GPU can do.
 
     Parameters
     ----------
     chosen
-        Devices or their names, the preferred first.
+        Devices or their names, the preferred first; or one device.
     n_threads
         Largest number of threads of the CPU; default one for each processor that this process may use.
 
     Raises
     ------
     TypeError
-        If ``chosen`` is one device instead of a sequence.
+        If an item is no device.
     ValueError
         If there is no such device, or the CPU is not last.
     """
-    if isinstance(chosen, str | Device):
-        raise TypeError("devices is a sequence: put the one device in a list")
     opened: list[Backend] = []
     try:
-        for which in gpus() if chosen is None else chosen:
+        for which in gpus() if chosen is None else device_list(chosen):
             opened.append(Backend(which))
         if any(b.device.is_cpu for b in opened[:-1]):
             raise ValueError("the CPU comes last: it does the work that the devices before it cannot compute or hold")
@@ -219,7 +216,7 @@ def open_backends(chosen: Iterable[Device | str] | None = None, n_threads: int |
     return opened
 
 
-def open_backend(which: Backend | Device | str | int) -> tuple[Backend, bool]:
+def open_backend(which: Backend | DeviceLike) -> tuple[Backend, bool]:
     """Return a backend of ``which``, and True if this call opened it and the caller must therefore close it."""
     if isinstance(which, Backend):
         return which, False

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ggml_cffi import c
-from ggml_cffi.core.device import Device, check_process, device, device_lock
+from ggml_cffi.core.device import Device, DeviceLike, check_process, device, device_lock
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import RemoteLock, free_when_unlocked
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -25,7 +25,7 @@ class BufferType:
         """The C pointer (``ggml_backend_buffer_type_t``)."""
 
     @classmethod
-    def of(cls, which: BufferType | Device | str) -> BufferType:
+    def of(cls, which: BufferType | DeviceLike) -> BufferType:
         """Return ``which`` if it is a buffer type, else the default buffer type of that device."""
         if isinstance(which, cls):
             return which
@@ -97,7 +97,7 @@ class Buffer(Handle):
     __slots__ = ("_on_close",)
 
     def __init__(
-        self, buffer_type: BufferType | Device | str, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
+        self, buffer_type: BufferType | DeviceLike, size: int, *, usage: Usage = Usage.ANY, zero: bool = True
     ) -> None:
         kind = BufferType.of(buffer_type)
         usage = Usage(usage)
@@ -154,7 +154,7 @@ class Buffer(Handle):
         return self
 
     @classmethod
-    def empty(cls, which: BufferType | Device | str, *, usage: Usage = Usage.ANY) -> Buffer:
+    def empty(cls, which: BufferType | DeviceLike, *, usage: Usage = Usage.ANY) -> Buffer:
         """Return a buffer of no bytes, which stands for a device's memory in a dry run.
 
         C: ``ggml_backend_buft_alloc_buffer``.
@@ -168,7 +168,7 @@ class Buffer(Handle):
         return self
 
     @classmethod
-    def imported(cls, which: Device | str, memory: Any) -> Buffer | None:
+    def imported(cls, which: DeviceLike, memory: Any) -> Buffer | None:
         """Return a device's buffer over host memory that the device reads and writes itself; None if it cannot.
 
         Parameters

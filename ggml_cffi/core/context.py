@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.buffer import Buffer, BufferType
-from ggml_cffi.core.device import Device, device_lock
+from ggml_cffi.core.device import DeviceLike, device_lock
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Handle, Owner
 from ggml_cffi.core.shapes import check_bytes, check_shape, fits_in_32_bits, ne_of
@@ -122,7 +122,7 @@ class Context(Handle):
         TypeError, ValueError
             If the values cannot be stored as ``dtype``.
         """
-        array = np.asarray(values)
+        array = dtypes.as_array(values)
         data = dtypes.to_bytes(array, as_type(dtype)).copy()
         tensor = self.new_tensor(dtype, array.shape)
         self.set_on_alloc(tensor, data)
@@ -215,7 +215,7 @@ class Context(Handle):
 
     def alloc(
         self,
-        on: BufferType | Device | str,
+        on: BufferType | DeviceLike,
         tensors: Iterable[Tensor] | None = None,
         *,
         usage: Usage = Usage.ANY,

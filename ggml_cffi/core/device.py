@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -166,6 +167,22 @@ class Device:
         return f"<Device {self.name}: {self.description}>"
 
 
+#: A device: the object, its name, or its position in :func:`devices`.
+DeviceLike = Device | str | int
+#: One device, or several, the preferred first.
+DevicesLike = DeviceLike | Iterable[DeviceLike]
+
+
+def device_list(devices: DevicesLike) -> list[DeviceLike]:
+    """Return one device, or several, as a list. No device is looked for."""
+    return [devices] if isinstance(devices, DeviceLike) else list(devices)
+
+
+def device_name(which: DeviceLike) -> str:
+    """Return the name of a device. A name is returned as it is: it may be a device of another process."""
+    return which if isinstance(which, str) else device(which).name
+
+
 def check_process(found: Device) -> None:
     """Raise ``GgmlError`` if ``found`` is lost, or its driver was opened before this process was forked."""
     if found.is_remote:
@@ -262,7 +279,18 @@ def devices_of(lock: RemoteLock) -> list[Device]:
         return [Device(pointer) for pointer, remote in _remote.items() if remote.lock is lock]
 
 
-def device(which: str | Device | int) -> Device:
+# Devices in the names of other libraries: kinds of hardware or of drivers, alone or with a number.
+_FOREIGN = re.compile(
+    r"(auto|cpu|cuda|directml|gpu|hip|ipu|meta|metal|mps|npu|opencl|rocm|sycl|tpu|vulkan|xla|xpu)(:\d{1,3})?", re.I
+)
+
+
+def is_remote_name(name: str) -> bool:
+    """Return whether ``name`` is that of a remote device (``host:port``), and not another library's (``cuda:0``)."""
+    return ":" in name and not _FOREIGN.fullmatch(name)
+
+
+def device(which: DeviceLike) -> Device:
     """Return the device of a name (in any case), or at a position of :func:`devices`.
 
     A name ``rpc://host:port`` (or ``host:port``) is the first device of a server there, and ``rpc://host:port/1`` its
@@ -277,7 +305,7 @@ def device(which: str | Device | int) -> Device:
     """
     if isinstance(which, Device):
         return which
-    if isinstance(which, str) and ":" in which:
+    if isinstance(which, str) and is_remote_name(which):
         return _find_remote(which)
     # Finding the CPU must not load a GPU driver.
     if isinstance(which, str) and which.upper() == "CPU":
@@ -292,5 +320,8 @@ def device(which: str | Device | int) -> Device:
         raise TypeError(f"a device is given by its name, position or Device object, not {which!r}")
     elif 0 <= which < len(known):
         return known[which]
-    names = ", ".join(d.name for d in known)
-    raise ValueError(f"there is no device {which!r}; this machine has {names}; {library.ADVICE}")
+    names = ", ".join(f"{d.name} ({d.description})" for d in known)
+    hint = ""
+    if isinstance(which, str) and _FOREIGN.fullmatch(which):
+        hint = ": use these names, or name no device for every GPU"
+    raise ValueError(f"there is no device {which!r}; this machine has {names}{hint}; {library.ADVICE}")

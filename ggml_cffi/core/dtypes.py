@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi import c
+from ggml_cffi.core.text import nearest
 from ggml_cffi.enums import Type
 
 _NUMPY: dict[Type, np.dtype[Any]] = {
@@ -52,29 +53,55 @@ def as_type(dtype: Type | int | str | npt.DTypeLike) -> Type:
             return Type[dtype.upper()]
         return _FROM_NUMPY[np.dtype(cast(Any, dtype)).newbyteorder("=")]
     except (ValueError, KeyError, TypeError):
-        known = ", ".join(t.name for t in Type)
-        raise TypeError(f"ggml has no element type for {dtype!r}; it has {known}") from None
+        known = [t.name for t in Type]
+        hint = nearest(dtype, known) if isinstance(dtype, str) else ""
+        raise TypeError(f"ggml has no element type for {dtype!r}{hint}; it has {', '.join(known)}") from None
 
 
 def as_array(values: Any) -> npt.NDArray[Any]:
     """Return ``values`` (anything that numpy takes, or host memory by DLPack) as an array, if possible without a copy.
+
+    ``bfloat16`` numbers, which numpy lacks, become ``float32``. A PyTorch tensor that requires gradients gives its
+    values.
 
     Raises
     ------
     TypeError
         If they are not numbers, or not in host memory.
     """
-    if isinstance(values, np.ndarray):
-        return values
-    if hasattr(values, "__dlpack__") and not hasattr(values, "__array__"):
+    array, is_bfloat16 = read_array(values)
+    return decode_bfloat16(array) if is_bfloat16 else array
+
+
+def read_array(values: Any) -> tuple[npt.NDArray[Any], bool]:
+    """Return ``values`` as :func:`as_array` does; ``bfloat16`` numbers as their bits in ``uint16``, and True."""
+    if isinstance(values, np.ndarray) and values.dtype.kind != "V":
+        return values, False
+    if getattr(values, "requires_grad", False):
+        values = values.detach()  # PyTorch exports no tensor that requires gradients
+    is_bfloat16 = str(getattr(values, "dtype", "")).endswith("bfloat16")
+    if (
+        hasattr(values, "__dlpack__")
+        and not isinstance(values, np.ndarray)
+        and (is_bfloat16 or not hasattr(values, "__array__"))
+    ):
+        from ggml_cffi.core.dlpack import read  # imports ctypes
+
         try:
-            return np.from_dlpack(values)
+            return read(values)
         except (BufferError, RuntimeError) as error:
             raise TypeError(f"{type(values).__name__} cannot be read by numpy: {error}") from error
     array = np.asarray(values)
+    if is_bfloat16:
+        return array.view(np.uint16), True
     if array.dtype.kind not in "fiub":
         raise TypeError(f"numbers are needed, not {type(values).__name__} ({array.dtype})")
-    return array
+    return array, False
+
+
+def decode_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Return the ``bfloat16`` numbers with these bits as ``float32``, which holds them exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def as_viewed(array: npt.NDArray[Any], dtype: npt.DTypeLike | None) -> npt.NDArray[Any]:

@@ -20,45 +20,55 @@ class TensorOperators:
 
     __iter__ = None  # a loop over rows would build one node per row, which is almost always a mistake
 
-    def __add__(self, other: Any) -> Any:
+    def __add__(self, other: Any) -> Self:
         """Return ``a + b`` by numpy's rules; ``b`` may be a number or an array."""
-        return _operators().add(self, other)
+        out: Self = _operators().add(self, other)
+        return out
 
     __radd__ = __add__
 
-    def __sub__(self, other: Any) -> Any:
+    def __sub__(self, other: Any) -> Self:
         """Return ``a - b``."""
-        return _operators().sub(self, other)
+        out: Self = _operators().sub(self, other)
+        return out
 
-    def __rsub__(self, other: Any) -> Any:
-        return _operators().sub(other, self)
+    def __rsub__(self, other: Any) -> Self:
+        out: Self = _operators().sub(other, self)
+        return out
 
-    def __mul__(self, other: Any) -> Any:
+    def __mul__(self, other: Any) -> Self:
         """Return ``a * b``, element by element."""
-        return _operators().mul(self, other)
+        out: Self = _operators().mul(self, other)
+        return out
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: Any) -> Any:
+    def __truediv__(self, other: Any) -> Self:
         """Return ``a / b``, element by element."""
-        return _operators().div(self, other)
+        out: Self = _operators().div(self, other)
+        return out
 
-    def __rtruediv__(self, other: Any) -> Any:
-        return _operators().div(other, self)
+    def __rtruediv__(self, other: Any) -> Self:
+        out: Self = _operators().div(other, self)
+        return out
 
-    def __matmul__(self, other: Any) -> Any:
+    def __matmul__(self, other: Any) -> Self:
         """Return ``a @ b`` of vectors, matrices or stacks of matrices; ``x @ w.T`` makes no copy."""
-        return _operators().matmul(self, other)
+        out: Self = _operators().matmul(self, other)
+        return out
 
-    def __rmatmul__(self, other: Any) -> Any:
-        return _operators().matmul(other, self)
+    def __rmatmul__(self, other: Any) -> Self:
+        out: Self = _operators().matmul(other, self)
+        return out
 
-    def __pow__(self, other: Any) -> Any:
+    def __pow__(self, other: Any) -> Self:
         """Return ``a ** b``; integers are computed by products, other exponents by ``exp(b * log(a))``."""
-        return _operators().power(self, other)
+        out: Self = _operators().power(self, other)
+        return out
 
-    def __rpow__(self, other: Any) -> Any:
-        return _operators().power(other, self)
+    def __rpow__(self, other: Any) -> Self:
+        out: Self = _operators().power(other, self)
+        return out
 
     def __neg__(self) -> Self:
         """Return ``-a``."""

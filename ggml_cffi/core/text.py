@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 # Marks that reverse the direction of writing: one in a name would reverse the rest of the line.
@@ -41,6 +41,15 @@ def shorten(text: str, width: int) -> str:
 def count(n: int, noun: str) -> str:
     """Return ``n`` with a noun that forms its plural with an s."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the part of an error's text with the known names that are most like ``name``; empty if none is."""
+    from difflib import get_close_matches  # only errors need it
+
+    by_key = {each.lower(): each for each in known}
+    found = [by_key[key] for key in get_close_matches(name.lower(), by_key)]
+    return f"; nearest: {', '.join(found)}" if found else ""
 
 
 def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:

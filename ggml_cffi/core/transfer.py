@@ -8,7 +8,7 @@ another through the block in chunks: one device fills one half while the other d
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from math import prod
 from typing import Any
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer, BufferType, HostMemory
-from ggml_cffi.core.device import Device, device_lock, registry_lock
+from ggml_cffi.core.device import Device, DeviceLike, DevicesLike, device_list, device_lock, registry_lock
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.dtypes import INTEGERS
 from ggml_cffi.core.handle import Closing
@@ -38,7 +38,7 @@ class HostBlock(Closing):
     size
         Bytes; rounded up to whole pages of 64 KiB.
     devices
-        Devices to import the block. A device that cannot is left out of :attr:`buffers`.
+        Devices to import the block, or one device. A device that cannot is left out of :attr:`buffers`.
 
     Raises
     ------
@@ -48,7 +48,7 @@ class HostBlock(Closing):
     C: ``ggml_backend_dev_buffer_from_host_ptr``.
     """
 
-    def __init__(self, size: int, devices: Iterable[Device | str]) -> None:
+    def __init__(self, size: int, devices: DevicesLike) -> None:
         if size <= 0:
             raise ValueError(f"size must be at least 1 byte, not {size}")
         page = 64 << 10  # at least the granularity of every known device
@@ -56,7 +56,7 @@ class HostBlock(Closing):
         """The block as host memory."""
         self.buffers: dict[Device, Buffer] = {}
         """The block as a buffer of each device."""
-        for which in devices:
+        for which in device_list(devices):
             if (buffer := Buffer.imported(which, self.memory)) is not None:
                 self.buffers[buffer.buffer_type.device] = buffer
 
@@ -67,7 +67,7 @@ class HostBlock(Closing):
         self.buffers.clear()
 
 
-def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: Device | str) -> npt.NDArray[Any]:
+def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: DeviceLike) -> npt.NDArray[Any]:
     """Return an array in host memory that a device reads and writes itself, quicker than other memory.
 
     ``Tensor.set_async`` and ``get_async`` need such memory to be asynchronous. ggml's Vulkan backend takes it from the

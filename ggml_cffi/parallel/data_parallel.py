@@ -9,7 +9,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DevicesLike, device_list, device_name
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.parallel.replicas import Replica, Replicas, Task
@@ -62,15 +62,13 @@ class DataParallel(Closing):
     def __init__(
         self,
         make: Callable[[str], Any],
-        devices: Iterable[Device | str] | None = None,
+        devices: DevicesLike | None = None,
         *,
         executor: TaskExecutor | None = None,
     ) -> None:
         if not callable(make):
             raise TypeError(f"make must be a function of a device's name, not {type(make).__name__}")
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
-        names = None if devices is None else [d.name if isinstance(d, Device) else d for d in devices]
+        names = None if devices is None else [device_name(d) for d in device_list(devices)]
         if names is not None and not names:
             raise ValueError("devices is empty: name a device for each replica")
         self._lock = threading.Lock()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,11 @@ from ggml_cffi.parallel.rank import Rank
 
 _PROGRAMS = 16
 
+_R = TypeVar("_R", covariant=True)
+"""The result of a function: an array, or a tuple of arrays."""
 
-class ParallelFunction:
+
+class ParallelFunction(Generic[_R]):
     """A function of arrays that several devices compute, made by ``TensorParallel.compile``.
 
     ``float64`` arrays are computed in F32. Others keep their type: F32, F16, I32 and I64.
@@ -29,7 +32,7 @@ class ParallelFunction:
         self._programs: LRU[Any, ParallelProgram] = LRU(_PROGRAMS)
         self._lock = group.lock
 
-    def __call__(self, *arrays: npt.ArrayLike) -> Any:
+    def __call__(self, *arrays: npt.ArrayLike) -> _R:
         """Run, and wait for the result: an array for each tensor that the function returns.
 
         Raises
@@ -45,7 +48,8 @@ class ParallelFunction:
         """
         given = [as_array(a) for a in arrays]
         with self._lock:
-            return self._find(given).run(given)
+            out: _R = self._find(given).run(given)
+        return out
 
     def trace(self, *arrays: npt.ArrayLike) -> ParallelProgram:
         """Return the program for arrays of these shapes and types, traced but not run."""

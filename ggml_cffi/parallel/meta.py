@@ -9,7 +9,7 @@ operations that are known to work, those of feed-forward networks, and refuses o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ggml_cffi import c, ops
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device, check_process, device_lock, registry_lock
+from ggml_cffi.core.device import Device, DevicesLike, check_process, device_list, device_lock, registry_lock
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.handle import Closing, Handle
@@ -77,10 +77,8 @@ class MetaDevice(Closing):
     C: ``ggml_backend_meta_device``.
     """
 
-    def __init__(self, devices: Iterable[Device | str]) -> None:
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
-        self.devices = [find_device(d) for d in devices]
+    def __init__(self, devices: DevicesLike) -> None:
+        self.devices = [find_device(d) for d in device_list(devices)]
         """The devices."""
         if not 1 <= len(self.devices) <= c.GGML_BACKEND_META_MAX_DEVICES:
             raise ValueError(f"{len(self.devices)} devices; a meta device has 1 to {c.GGML_BACKEND_META_MAX_DEVICES}")

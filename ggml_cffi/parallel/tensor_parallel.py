@@ -8,7 +8,7 @@ program has one step more than it has all-reduces. Between two steps, the device
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from ggml_cffi.c.library import ADVICE
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device, gpus
+from ggml_cffi.core.device import Device, DeviceLike, gpus
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
@@ -26,6 +26,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFTensor
 from ggml_cffi.parallel.function import ParallelFunction
 from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.rank import AllGather
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
 
@@ -65,20 +66,18 @@ class TensorParallel(Group):
 
     def __init__(
         self,
-        devices: Iterable[Backend | Device | str] | None = None,
+        devices: DeviceLike | Iterable[Backend | DeviceLike] | None = None,
         *,
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
     ) -> None:
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
-        self._compiled: list[ParallelFunction] = []
+        self._compiled: list[ParallelFunction[Any]] = []
         try:
             chosen: list[Backend] = []
-            for which in gpus() if devices is None else devices:
+            for which in gpus() if devices is None else [devices] if isinstance(devices, DeviceLike) else devices:
                 if not isinstance(which, Backend):
                     which = Backend(which, n_threads=n_threads)
                     self._opened.append(which)
@@ -182,7 +181,15 @@ class TensorParallel(Group):
             made.append(t)
         return made
 
-    def compile(self, function: Callable[..., Any]) -> ParallelFunction:
+    @overload
+    def compile(self, function: Callable[..., Tensor | AllGather]) -> ParallelFunction[npt.NDArray[Any]]: ...
+    @overload
+    def compile(
+        self, function: Callable[..., tuple[Tensor | AllGather, ...]]
+    ) -> ParallelFunction[tuple[npt.NDArray[Any], ...]]: ...
+    @overload
+    def compile(self, function: Callable[..., Any]) -> ParallelFunction[Any]: ...
+    def compile(self, function: Callable[..., Any]) -> ParallelFunction[Any]:
         """Return ``function(rank, *tensors)`` as a function of arrays.
 
         ``function`` is traced for each device, once for each signature (shapes and types of the arrays), with a
@@ -193,7 +200,7 @@ class TensorParallel(Group):
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):
             raise TypeError(f"compile takes a function, not {type(function).__name__}")
-        made = ParallelFunction(self, function)
+        made: ParallelFunction[Any] = ParallelFunction(self, function)
         with self.lock:
             self._compiled.append(made)
         return made

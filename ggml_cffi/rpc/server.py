@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ggml_cffi import c
 from ggml_cffi.c import library
 from ggml_cffi.core.child_process import ChildProcess
-from ggml_cffi.core.device import Device, gpus
+from ggml_cffi.core.device import Device, DevicesLike, device_list, device_name, gpus, is_remote_name
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.threads import check_threads, default_threads
@@ -30,7 +30,7 @@ _SHOWN_LINES = 20
 
 
 def serve(
-    devices: Sequence[Device | str] | None = None,
+    devices: DevicesLike | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 50052,
@@ -47,7 +47,7 @@ def serve(
     Parameters
     ----------
     devices
-        Devices or names; default every GPU, or the CPU if there is none.
+        Devices or names, or one of them; default every GPU, or the CPU if there is none.
     host
         Address to listen on, four numbers; default a loopback address. With any other address, everybody who can reach
         it can use the devices and may take over the process: the protocol has no authentication. A malformed message
@@ -131,14 +131,13 @@ def warn_if_open(host: str) -> None:
         )
 
 
-def _devices_to_offer(devices: Sequence[Device | str] | None) -> list[Device]:
-    if isinstance(devices, str | Device):
-        raise TypeError("devices is a sequence: put the one device in a list")
+def _devices_to_offer(devices: DevicesLike | None) -> list[Device]:
     if devices is None:
         return [d for d in gpus() if not d.is_remote] or [find_device("CPU")]
     # Remote names are refused without connecting: in a chain of servers the loss of one would be hidden.
-    remote = [d for d in devices if isinstance(d, str) and ":" in d]
-    found = [] if remote else [find_device(d) for d in devices]
+    chosen = device_list(devices)
+    remote = [d for d in chosen if isinstance(d, str) and is_remote_name(d)]
+    found = [] if remote else [find_device(d) for d in chosen]
     remote += [d.name for d in found if d.is_remote]
     if remote:
         raise ValueError(f"{remote[0]} is remote: a server offers devices of its own machine only")
@@ -191,7 +190,7 @@ class Server(Closing):
 
     def __init__(
         self,
-        devices: Sequence[Device | str] | None = None,
+        devices: DevicesLike | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -200,12 +199,10 @@ class Server(Closing):
         timeout: float = 60.0,
     ) -> None:
         warn_if_open(host)
-        if isinstance(devices, str | Device):
-            raise TypeError("devices is a sequence: put the one device in a list")
         command = [sys.executable, "-m", "ggml_cffi", "rpc-server", "--stop-with-stdin"]
         command += ["--host", host, "--port", str(port)]
         if devices is not None:
-            command += ["--devices", ",".join(d if isinstance(d, str) else d.name for d in devices)]
+            command += ["--devices", ",".join(device_name(d) for d in device_list(devices))]
         if n_threads is not None:
             command += ["--threads", str(n_threads)]
         if cache is not None:

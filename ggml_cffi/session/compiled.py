@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy.typing as npt
 
@@ -22,6 +22,10 @@ from ggml_cffi.session.trace import Signature, Trace, TracedProgram, flatten
 if TYPE_CHECKING:
     # Importing futures takes longer than importing this package.
     from concurrent.futures import Future
+
+
+_R = TypeVar("_R", covariant=True)
+"""The result of a compiled function: the user's result with an array in place of each tensor."""
 
 
 class SessionInterface(Protocol):
@@ -40,14 +44,18 @@ class SessionInterface(Protocol):
         """Close the session."""
 
 
-class CompiledFunction:
+class CompiledFunction(Generic[_R]):
     """A function of arrays, made by :meth:`Session.compile`.
+
+    Type checkers know the result if the user's function is annotated: ``CompiledFunction[NDArray[Any]]`` for one that
+    returns a tensor.
 
     Arguments may be arrays, or objects that numpy or DLPack can read, alone or in tuples, lists and dicts. Other values
     (numbers, strings, None) are constants of the trace. The result has the structure that the function returned, with
     an array in place of each tensor: of the tensor's type if numpy has it (``float16``, ``int32``), else ``float32``.
 
-    ``float64`` arrays are computed in F32, integers in I32.
+    ``float64`` and ``bfloat16`` arrays are computed in F32, integers in I32. PyTorch tensors that require gradients are
+    constants: no gradient flows back to them.
     """
 
     def __init__(self, session: SessionInterface, function: Callable[..., Any]) -> None:
@@ -65,7 +73,7 @@ class CompiledFunction:
         with self._lock:
             return self._programs.values
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> _R:
         """Run, and wait for the result.
 
         Raises
@@ -78,39 +86,38 @@ class CompiledFunction:
         last = self._last
         try:
             if last is not None and not kwargs:  # the fast path: the signature of the last call
-                out = last.replay(args)
+                out: _R | None = last.replay(args)
                 if out is not None:
                     return out
-            program, arrays = self._find(args, kwargs)
-            return program.run(arrays)
+            return self._run(args, kwargs)
         except ClosedError:
             # Another thread may have closed the program: each new signature closes the least recently used one.
             self.session.backends  # noqa: B018 - raises when closed
-            program, arrays = self._find(args, kwargs)
-            return program.run(arrays)
+            return self._run(args, kwargs)
 
-    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, *args: Any, **kwargs: Any) -> Future[_R]:
         """Run in the session's thread, after all calls that were submitted earlier.
 
         The arrays must not change until the future is done.
         """
         return self.session.submit(lambda: self(*args, **kwargs))
 
-    async def run_async(self, *args: Any, **kwargs: Any) -> Any:
+    async def run_async(self, *args: Any, **kwargs: Any) -> _R:
         """Run without blocking the event loop.
 
         Cancelling the task cancels a run that has not started, and stops one that runs on the CPU.
         """
         import asyncio
 
-        program, arrays = None, None
+        program: TracedProgram | None = None
 
-        def call() -> Any:
-            nonlocal program, arrays
+        def call() -> _R:
+            nonlocal program
             program, arrays = self._find(args, kwargs)
-            return program.run(arrays)
+            out: _R = program.run(arrays)
+            return out
 
-        future = self.session.submit(call)
+        future: Future[_R] = self.session.submit(call)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -151,6 +158,11 @@ class CompiledFunction:
         with self._lock:
             self._last = None
             self._programs.discard(lambda program: context in program.context.reachable())
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _R:
+        program, arrays = self._find(args, kwargs)
+        out: _R = program.run(arrays)
+        return out
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TracedProgram, list[npt.NDArray[Any]]]:
         """Return the program for these arguments, traced if it is new, and the arrays of the arguments."""

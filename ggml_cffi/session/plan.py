@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core import text as _text
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DevicesLike
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.sources import StoredTensor
@@ -67,9 +67,9 @@ class SessionPlan:
 
 
 def plan(
-    make: Callable[[Session], CompiledFunction],
+    make: Callable[[Session], CompiledFunction[Any]],
     *args: Any,
-    devices: Iterable[Device | str] | None = None,
+    devices: DevicesLike | None = None,
     **kwargs: Any,
 ) -> SessionPlan:
     """Return the bytes that a session with its weights, and a run of its function, would take on each device.
@@ -120,7 +120,7 @@ def plan(
 class _DryRunSession(Session):
     """A session whose tensors have a device but no memory."""
 
-    def __init__(self, devices: Iterable[Device | str] | None) -> None:
+    def __init__(self, devices: DevicesLike | None) -> None:
         super().__init__(devices)
         self._dry_run = DryRunContext()
         self._contexts.add(self._dry_run)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import Device, DevicesLike
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     # Importing futures takes longer than importing this package.
     from concurrent.futures import Future, ThreadPoolExecutor
 
+_Array = npt.NDArray[Any]
+_K = TypeVar("_K")
+
 _ALIGNMENT = 32  # bytes: the alignment of memory that a buffer can wrap
 
 
@@ -38,8 +41,8 @@ class Session(Closing):
     Parameters
     ----------
     devices
-        Devices or their names, the preferred first. Default all GPUs in order. The CPU is added last: it computes the
-        operations that no GPU supports.
+        Devices or their names, the preferred first; or one device. Default all GPUs in order. The CPU is added last: it
+        computes the operations that no GPU supports.
     n_threads
         Threads of the CPU; default all that this process may use.
     max_programs
@@ -57,7 +60,7 @@ class Session(Closing):
 
     def __init__(
         self,
-        devices: Iterable[Device | str] | None = None,
+        devices: DevicesLike | None = None,
         *,
         n_threads: int | None = None,
         max_programs: int = 16,
@@ -66,7 +69,7 @@ class Session(Closing):
             raise ValueError(f"max_programs must be at least 1, not {max_programs}")
         self.max_programs = max_programs
         self._lock = threading.RLock()
-        self._compiled: weakref.WeakSet[CompiledFunction] = weakref.WeakSet()
+        self._compiled: weakref.WeakSet[CompiledFunction[Any]] = weakref.WeakSet()
         self._pool: ThreadPoolExecutor | None = None
         self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()  # one for each weight that is still in use
         self._closed = False
@@ -219,12 +222,28 @@ class Session(Closing):
 
     # ------------------------------------------------------------------ functions
 
-    def compile(self, function: Callable[..., Any]) -> CompiledFunction:
+    @overload
+    def compile(self, function: Callable[..., Tensor]) -> CompiledFunction[_Array]: ...
+    @overload
+    def compile(self, function: Callable[..., tuple[Tensor, Tensor]]) -> CompiledFunction[tuple[_Array, _Array]]: ...
+    @overload
+    def compile(
+        self, function: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    ) -> CompiledFunction[tuple[_Array, _Array, _Array]]: ...
+    @overload
+    def compile(self, function: Callable[..., tuple[Tensor, ...]]) -> CompiledFunction[tuple[_Array, ...]]: ...
+    @overload
+    def compile(self, function: Callable[..., list[Tensor]]) -> CompiledFunction[list[_Array]]: ...
+    @overload
+    def compile(self, function: Callable[..., dict[_K, Tensor]]) -> CompiledFunction[dict[_K, _Array]]: ...
+    @overload
+    def compile(self, function: Callable[..., Any]) -> CompiledFunction[Any]: ...
+    def compile(self, function: Callable[..., Any]) -> CompiledFunction[Any]:
         """Return a function of arrays that runs ``function``, a function of tensors.
 
         The first call with each signature traces ``function``: it is called with tensors in place of arrays. Later
         calls replay the traced program. The signature consists of the shapes and types of the arrays and the values of
-        the other arguments. See :class:`CompiledFunction`.
+        the other arguments. See :class:`CompiledFunction`. Works as a decorator, too.
 
         Raises
         ------
@@ -236,7 +255,7 @@ class Session(Closing):
         self.backends  # noqa: B018 - raises when closed
         if not callable(function):
             raise TypeError(f"compile takes a function, not {type(function).__name__}")
-        compiled = CompiledFunction(self, function)
+        compiled: CompiledFunction[Any] = CompiledFunction(self, function)
         with self._lock:
             self._compiled.add(compiled)
         return compiled

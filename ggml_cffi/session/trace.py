@@ -247,7 +247,7 @@ def flatten(value: Any, arrays: list[npt.NDArray[Any]]) -> Any:
     TypeError
         If ``value`` contains a tensor, or an object that numpy cannot read as numbers.
     """
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind != "V":
         arrays.append(value)
         return np.ndarray, value.shape, value.dtype.char
     if isinstance(value, tuple):

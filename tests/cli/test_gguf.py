@@ -77,7 +77,7 @@ def test_bad_input_is_one_line_and_exit_code_2(path, run_main):
         ):
             assert message in run_main(*(str(part).format(source) for part in command), code=2)
     for arguments, message in (
-        (("--type", "q9"), "no element type for 'q9'"),
+        (("--type", "q9"), "weights have no type 'q9'"),
         (("--type", "i32"), "weights are not stored as I32"),
         (("--type", "q4_k", "--only", "x"), "no tensor that matches 'x'"),
         (("--type", "q4_k", "--threads", "0"), "threads must be at least 1"),

@@ -17,10 +17,20 @@ from tests.support import PATIENCE
 def test_quantize_writes_the_types_that_are_asked_for(path, run_main):
     target = path.with_name("q.gguf")
     out = run_main("quantize", path, target, "--type", "q4_k", "--threads", 1)
-    assert out == f"{target}: {size(os.path.getsize(target))}\n"
+    n = 8 * 256 + 4 * 256 + 256 + 1
+    before = f"{size(4 * n)} (32.00 bits per weight)"
+    after = 8 * 210 + 4 * 144 + 4 * (256 + 1)
+    assert out.splitlines() == [
+        f"{target}: {size(os.path.getsize(target))}",
+        f"weights: {before} before, {size(after)} ({8 * after / n:.2f} bits per weight) after",
+    ]
     with ggml.GGUFFile(target) as f:
         assert [info.dtype.name for info in f.tensors.values()] == ["Q6_K", "Q4_K", "F32", "F32"]
         assert f.metadata["general.file_type"] == 14
+    error = run_main("quantize", target, path.with_name("r.gguf"), "--type", "q5_k_m", code=2)
+    assert "1 weight would be quantized a second time (from Q4_K)" in error
+    assert error.endswith("allow it with allow_requantize (--allow-requantize)\n")
+    run_main("quantize", target, path.with_name("r.gguf"), "--type", "q5_k_m", "--allow-requantize")
     assert "q.gguf exists already; --force replaces it" in run_main("quantize", path, target, "--type", "f16", code=2)
     run_main("quantize", path, target, "--type", "F16", "--force", "--keep", "token*")
     with ggml.GGUFFile(target) as f:
@@ -45,7 +55,9 @@ def test_quantize_uses_an_importance_matrix(path, run_main):
 )
 def test_max_size_takes_binary_units(path, run_main, monkeypatch, text, n_bytes):
     seen = []
-    monkeypatch.setattr("ggml_cffi.files.quantize_file", lambda *a, max_bytes, **kw: seen.append(max_bytes) or ())
+    monkeypatch.setattr(
+        "ggml_cffi.files.quantize_file", lambda source, *a, max_bytes, **kw: seen.append(max_bytes) or (source,)
+    )
     run_main("quantize", path, "q", "--type", "q4_k", "--max-size", text)
     assert seen == [n_bytes]
 

@@ -41,6 +41,14 @@ def test_an_unknown_device_name_raises_with_the_list_of_devices(which):
         ggml.device(which)
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "CUDA:12", "mps", "gpu", "cpu:0", "vulkan", "vulkan:0", "auto"])
+def test_a_name_of_another_library_gets_the_names_of_the_devices(name):
+    message = f"there is no device '{name}'; this machine has .*CPU.*: use these names, or name no device for every GPU"
+    for use in (ggml.device, ggml.Session, ggml.Backend, lambda which: ggml.Session([which])):
+        with pytest.raises(ValueError, match=message):
+            use(name)
+
+
 def test_a_backend_has_its_device_and_buffer_type(devices):
     with ggml.Backend(devices[0]) as backend:
         assert backend.name == devices[0]

@@ -1,7 +1,9 @@
 """Quantization of model files: the types of the tensors, their values, and the memory that it takes."""
 
+import json
 import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import GGUFType, Type, models
 from ggml_cffi.core import dtypes
-from ggml_cffi.files.requantize import FILE_TYPES
+from ggml_cffi.files.file_types import FILE_TYPES, MIXTURES
 from tests.support import llama_float64, relative_error
+
+LLAMA_CPP = json.loads((Path(__file__).parents[1] / "data" / "mixtures.json").read_text())
+DIGITS = {"2": "Q2_K", "3": "Q3_K", "4": "Q4_K", "5": "Q5_K", "6": "Q6_K", "8": "Q8_0"}
 
 WIDE, NARROW, ODD = 256, 96, 40
 SHAPES = {
@@ -117,6 +122,73 @@ def test_every_type_has_a_number_for_the_file():
     assert len(set(FILE_TYPES.values())) == len(FILE_TYPES)
 
 
+@pytest.mark.parametrize("case", LLAMA_CPP)
+def test_mixtures_have_the_types_that_llama_cpp_chooses(tmp_path, case):
+    model = LLAMA_CPP[case]
+    name, n, experts = model["architecture"], model["layers"], model["experts"]
+    keys = {"block_count": n, "attention.head_count": model["heads"], "attention.head_count_kv": model["kv_heads"]}
+    keys |= {"expert_count": experts} if experts else {}
+    values = {f"{name}.{key}": number for key, number in keys.items()} | {"general.architecture": name}
+    parts = [part for part in model["types"]["q4_k_m"] if "_" in part and part != "token_embd"]
+    exps = {part: "_exps" if experts and part.startswith("ffn") else "" for part in parts}
+    zeros = ggml.LazyTensor((1, 2, 256), "f16", lambda: np.zeros((1, 2, 256)))
+    names = ["token_embd.weight", "output.weight"]
+    # The file's order does not matter: llama.cpp sorts tensors by layer.
+    names += [f"blk.{i}.{part}{exps[part]}.weight" for part in parts for i in reversed(range(n))]
+    path = tmp_path / "m.gguf"
+    ggml.write_gguf(path, values, dict.fromkeys(names, zeros))
+    assert set(model["types"]) == {mixture.lower() for mixture in MIXTURES}
+    with ggml.GGUFFile(path) as f:
+        for mixture, want in model["types"].items():
+            types = ggml.choose_types(f, mixture)
+            assert types["output.weight"].name == want["output"]
+            assert types["token_embd.weight"].name == want["token_embd"]
+            for part in parts:
+                got = [types[f"blk.{i}.{part}{exps[part]}.weight"].name for i in range(n)]
+                assert got == [DIGITS[digit] for digit in want[part]], (mixture, part)
+
+
+def test_a_file_that_llama_cpp_quantized_has_the_same_types():
+    with ggml.GGUFFile(models.fetch("gemma3")) as f:
+        assert f.metadata["general.file_type"] == MIXTURES["Q4_K_M"].number
+        assert ggml.choose_types(f, "q4_k_m") == {name: info.dtype for name, info in f.tensors.items()}
+
+
+def test_mixtures_are_written(tmp_path, target, rng):
+    path = tmp_path / "m.gguf"
+    tensors = {
+        f"blk.{i}.{part}.weight": rng.standard_normal((2, 256)) for i in range(8) for part in ("attn_v", "attn_q")
+    }
+    ggml.write_gguf(path, {"general.architecture": "llama", "llama.block_count": 8}, tensors)
+    ggml.quantize_file(path, target, "Q4_K_M")
+    with ggml.GGUFFile(target) as f:
+        assert f.metadata["general.file_type"] == 15
+        assert [f.tensors[f"blk.{i}.attn_v.weight"].dtype.name[1] for i in range(8)] == list("64464466")
+        assert {f.tensors[f"blk.{i}.attn_q.weight"].dtype.name for i in range(8)} == {"Q4_K"}
+        name = "blk.0.attn_v.weight"
+        assert f.raw(name).tobytes() == ggml.quantize(tensors[name].astype(np.float32), "q6_k").tobytes()
+    with pytest.raises(ValueError, match=r"'blk.0.attn_v.weight': Q2_K_S needs importances, but imatrix is missing"):
+        ggml.quantize_file(path, target, "q2_k_s")
+    imatrix = dict.fromkeys(tensors, np.ones(256))
+    ggml.quantize_file(path, target, "q2_k_s", imatrix=imatrix)
+    ggml.quantize_file(path, target, ggml.Q2_K)
+    with ggml.GGUFFile(target) as f:
+        assert f.metadata["general.file_type"] == 10
+        assert f.tensors["blk.0.attn_v.weight"].dtype is ggml.Q3_K
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("q4_k_l", "q4_k_s, q4_k_m, q3_k_l"), ("q4km", "q4_k_m, q4_k, q5_k_m"), ("Q8", "q8_0"), ("fp16", "f16, bf16")],
+)
+def test_an_unknown_type_gets_the_nearest_names(path, target, name, nearest):
+    with pytest.raises(TypeError, match=f"weights have no type '{name}'; nearest: {nearest}; they can be f32, f16"):
+        ggml.quantize_file(path, target, name)
+    with pytest.raises(TypeError, match="weights have no type 'beautiful'; they can be f32"):
+        ggml.quantize_file(path, target, "beautiful")
+    assert os.listdir(target.parent) == []
+
+
 def test_only_and_keep_select_tensors(path):
     with ggml.GGUFFile(path) as f:
         changed = lambda **kw: {n for n, t in ggml.choose_types(f, "q8_0", **kw).items() if t is ggml.Q8_0}  # noqa: E731
@@ -133,10 +205,8 @@ def test_only_and_keep_select_tensors(path):
 
 @pytest.mark.parametrize("dtype", ["i32", "f64", "q8_1", "q8_k"])
 def test_types_that_weights_cannot_have_are_refused(path, target, dtype):
-    with pytest.raises(TypeError, match=f"weights are not stored as {dtype.upper()}; they can be F32"):
+    with pytest.raises(TypeError, match=f"weights are not stored as {dtype.upper()}; they can be f32"):
         ggml.quantize_file(path, target, dtype)
-    with pytest.raises(TypeError, match="ggml has no element type for 'q4_k_m'"):
-        ggml.quantize_file(path, target, "q4_k_m")
 
 
 # ---------------------------------------------------------------------- the file
@@ -155,11 +225,16 @@ def test_values_and_metadata_are_written(path, target, arrays):
         assert f.metadata["words"] == ["a", ""]
 
 
-def test_quantized_weights_can_be_quantized_again(path, target, arrays):
+def test_quantized_weights_are_quantized_again_only_if_that_is_allowed(path, target, arrays):
     """Copy tensors that have the type already; decode the others first."""
     first = target.with_name("first.gguf")
     ggml.quantize_file(path, first, "q8_0")
-    ggml.quantize_file(first, target, "q4_k")
+    with pytest.raises(ValueError, match=r"5 weights would be quantized a second time \(from Q8_0\).*allow_requantize"):
+        ggml.quantize_file(first, target, "q4_k")
+    assert os.listdir(target.parent) == ["first.gguf"]
+    ggml.quantize_file(first, target, "f32")  # decodes
+    ggml.quantize_file(first, target, "q4_k", only="*norm*")  # changes nothing
+    ggml.quantize_file(first, target, "q4_k", allow_requantize=True)
     with ggml.GGUFFile(first) as a, ggml.GGUFFile(target) as b:
         name = "blk.0.attn_q.weight"
         assert b.raw(name).tobytes() == ggml.quantize(a.array(name), "q4_k").tobytes()
@@ -308,7 +383,7 @@ def test_quantization_needs_little_memory(tmp_path, target):
     ggml.write_gguf(path, {}, {"w.weight": (np.broadcast_to(row, (16384, 1024)), "q8_0")})
     tracemalloc.start()
     try:
-        ggml.quantize_file(path, target, "q4_0", threads=2)  # 64 MiB of float32
+        ggml.quantize_file(path, target, "q4_0", threads=2, allow_requantize=True)  # 64 MiB of float32
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

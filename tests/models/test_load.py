@@ -50,7 +50,10 @@ def test_wrong_arguments_of_load_are_refused(tmp_path, rng):
     for arguments, message in (
         ({"devices": ["Vulkan99"]}, "there is no device 'Vulkan99'"),
         ({"devices": ["CPU", "CPU"]}, "the CPU comes last"),
-        ({"split": "sideways"}, "split 'sideways' does not exist"),
+        (
+            {"split": "sideways"},
+            "split 'sideways' does not exist: use one of 'layer', 'pipeline', 'data', 'tensor', 'auto'",
+        ),
         ({"n_ctx": 513}, "n_ctx must be 1 to 512"),
         ({"n_ctx": 0}, "n_ctx must be 1 to 512"),
         ({"n_batch": 0}, "n_batch must be at least 1"),
@@ -58,8 +61,8 @@ def test_wrong_arguments_of_load_are_refused(tmp_path, rng):
     ):
         with pytest.raises(ValueError, match=message):
             models.load(path, **arguments)
-    with pytest.raises(TypeError, match="put the one device in a list"):
-        models.load(path, "CPU")
+    with pytest.raises(TypeError, match="a device is given by its name, position or Device object, not 1"):
+        models.load(path, [1.5])
     with pytest.raises(FileNotFoundError):
         models.load(tmp_path / "none.gguf")
 

@@ -112,8 +112,13 @@ def test_devices_that_cannot_share_layers():
     ):
         with pytest.raises(ValueError, match=message):
             parallel.TensorParallel(given_)
-    with pytest.raises(TypeError, match="put the one device in a list"):
-        parallel.TensorParallel("CPU")
+    with pytest.raises(TypeError, match="a device is given by its name, position or Device object, not 1"):
+        parallel.TensorParallel([1.5])
+
+
+def test_one_device_needs_no_list():
+    with parallel.TensorParallel("CPU") as one, parallel.TensorParallel(ggml.device("CPU")) as same:
+        assert [b.name for b in one.backends] == [b.name for b in same.backends] == ["CPU"]
 
 
 def test_the_cpu_cannot_share_layers_with_a_gpu(two_gpus):

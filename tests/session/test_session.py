@@ -9,6 +9,7 @@ import pytest
 
 import ggml_cffi as ggml
 from tests.support import gguf_writer, relative_error
+from tests.support.other_arrays import Bfloat16, OnlyDLPack, Parameter
 
 
 def test_weights_are_stored_in_the_type_that_is_asked_for(session, tmp_path, rng):
@@ -31,25 +32,43 @@ def test_weights_are_stored_in_the_type_that_is_asked_for(session, tmp_path, rng
     assert session.weight(np.zeros((0, 3))).shape == (0, 3)
 
 
-class OnlyDLPack:
-    """An array that offers DLPack and no other protocol."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **kwargs):
-        return self.array.__dlpack__(**kwargs)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
-
-
 def test_objects_that_only_speak_dlpack_are_accepted(session):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     w = session.weight(OnlyDLPack(values))
     np.testing.assert_array_equal(w.numpy(), values)
     f = session.compile(lambda x: ggml.scale(x, 2.0))
     np.testing.assert_array_equal(f(OnlyDLPack(values)), 2 * values)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (3,), (0, 3), ()])
+def test_bfloat16_arrays_enter_without_loss(session, shape):
+    values = np.full(shape, -1.5, np.float32)
+    with pytest.raises((BufferError, RuntimeError)):
+        np.from_dlpack(Bfloat16(values))  # the reason for our own reader
+    w = session.weight(Bfloat16(values))
+    assert w.dtype is ggml.BF16
+    np.testing.assert_array_equal(w.numpy(), values)
+    w.set(Bfloat16(values * 2))
+    np.testing.assert_array_equal(w.numpy(), values * 2)
+    f = session.compile(lambda x, y: {"doubled": ggml.scale(x, 2.0), "sum": x + y})
+    got = f(Bfloat16(values), [Bfloat16(values)][0])
+    np.testing.assert_array_equal(got["doubled"], 2 * values)
+    np.testing.assert_array_equal(got["sum"], 2 * values)
+    assert got["sum"].dtype == np.float32
+    assert len(f.programs) == 1
+    f(values, values)
+    assert len(f.programs) == 1  # the same program as for float32
+
+
+def test_arrays_that_require_gradients_enter_as_constants(session):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    w = session.weight(Parameter(values))
+    assert w.dtype is ggml.F32
+    np.testing.assert_array_equal(w.numpy(), values)
+    np.testing.assert_array_equal(session.compile(lambda x: x * 2)(Parameter(values)), 2 * values)
+    np.testing.assert_array_equal(session.compile(lambda x: x + Parameter(values))(values), 2 * values)
+    np.testing.assert_array_equal(session.compile(lambda x: x @ w.T)(Parameter(Bfloat16(values))), values @ values.T)
+    assert session.weight(Parameter(Bfloat16(values))).dtype is ggml.BF16
 
 
 def test_operations_run_on_the_device_of_their_weights(two_gpus, rng):
@@ -124,12 +143,23 @@ def test_a_session_that_is_never_closed_warns_and_is_freed(devices):
     assert {w.category for w in caught} == {ResourceWarning}
 
 
+def test_one_device_needs_no_list(devices):
+    first, *_, last = ggml.devices()
+    for one, names in (("cpu", ["CPU"]), (last, ["CPU"]), (devices[0], list(dict.fromkeys([devices[0], "CPU"])))):
+        with ggml.Session(one) as session:
+            assert [d.name for d in session.devices] == names
+    with ggml.Session(0) as session:
+        assert session.devices[0] == first
+    report = ggml.plan(lambda s: s.compile(lambda x: x + 1), np.ones(3), devices="CPU")
+    assert [d.device for d in report.devices] == ["CPU"]
+
+
 def test_wrong_arguments_are_refused(session):
     with pytest.raises(TypeError, match="compile takes a function, not int"):
         session.compile(3)
     with pytest.raises(ValueError, match="max_programs must be at least 1"):
         ggml.Session(max_programs=0)
-    with pytest.raises(TypeError, match="put the one device in a list"):
-        ggml.Session("CPU")
+    with pytest.raises(TypeError, match="a device is given by its name, position or Device object, not 1"):
+        ggml.Session([1.5])
     with pytest.raises(ValueError, match="no device 'Nope'"):
         ggml.Session(["Nope"])

@@ -16,7 +16,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import FormatError
+from ggml_cffi.errors import FormatError, GgmlError
 from ggml_cffi.files.gguf import GGUFFile, TensorInfo
 from ggml_cffi.parallel.shard import ShardSpec
 
@@ -271,6 +271,7 @@ class Architecture(ABC):
 
     def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Build the graph from the result of :meth:`hidden` to logits ``(n_out, n_vocab)``."""
+        self.check_decoder()
         return ops.mul_mat(weights["output.weight"], hidden)
 
     def tensor_parallel(self, n: int, *, whole_attention: bool = False) -> TensorParallelSpec:
@@ -289,6 +290,14 @@ class Architecture(ABC):
             If the architecture has no tensor parallelism, or the model is too small for ``n`` devices.
         """
         raise ValueError(f"architecture {self.name!r} has no tensor parallelism: use one device, or pipeline stages")
+
+    def check_decoder(self) -> None:
+        """Raise ``GgmlError`` if the model is an encoder, which has no logits and generates no text."""
+        if not self.causal:
+            raise GgmlError(
+                f"{self.file.path}: {self.name!r} is an encoder, which turns texts into vectors, and has no logits and "
+                "generates no text: use Model.embed (ggml-cffi embed), or load a decoder"
+            )
 
     @property
     def output_tensor(self) -> str:

@@ -10,7 +10,7 @@ from math import sqrt
 
 from ggml_cffi import ops
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.errors import FormatError, GgmlError
+from ggml_cffi.errors import FormatError
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata
 
 #: Key of a converted model for the number of tokens at which sentence-transformers cuts a text. GGUF defines none.
@@ -102,9 +102,6 @@ class Bert(Architecture):
             x = self._norm(f"blk.{i}.layer_output_norm", ops.add(x, h), weights)
             x.name = f"layer {i}"
         return x
-
-    def logits(self, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        raise GgmlError(f"{self.file.path}: an encoder has no logits and generates no text: use it for embeddings")
 
     def _attention(self, i: int, x: Tensor, weights: Mapping[str, Tensor], mask: Tensor) -> Tensor:
         n, size = x.shape[0], self.n_embd // self.n_heads

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from ggml_cffi.core import dtypes
+from ggml_cffi.core.progress import Progress
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.writer import write_gguf
@@ -21,7 +22,13 @@ MODEL_FAMILIES: dict[str, ModelFamily] = {"BertModel": BERT, "BertForMaskedLM": 
 _FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.BF16: 32, Type.Q8_0: 7}
 
 
-def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtype: Type | str = Type.F16) -> None:
+def convert(
+    folder: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: Type | str = Type.F16,
+    *,
+    progress: Progress | None = None,
+) -> None:
     """Convert a Hugging Face folder to a GGUF file.
 
     Parameters
@@ -34,6 +41,8 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
         The file to write. The write is atomic: the name appears when the file is complete.
     dtype
         Type of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``. Norms, biases and position tables stay F32.
+    progress
+        Called with the bytes written so far and the bytes in all.
 
     Raises
     ------
@@ -74,4 +83,4 @@ def convert(folder: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
             known = family.rename(name)
             if known is not None:
                 tensors[known] = tensor, family.type_of(known, tensor.shape, chosen)
-        write_gguf(target, metadata, tensors)
+        write_gguf(target, metadata, tensors, progress=progress)

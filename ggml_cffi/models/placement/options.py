@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ggml_cffi.enums import Type
 
 #: The division of layers: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
-Balance = str | Sequence[float]
+Balance = Literal["memory", "speed"] | Sequence[float]
 
-#: Ways to split a model over devices.
-SPLITS = ("layer", "pipeline", "data", "tensor", "auto")
+#: Way to split a model over devices.
+SplitMode = Literal["layer", "pipeline", "data", "tensor", "auto"]
+
+SPLITS: tuple[str, ...] = get_args(SplitMode)
 
 
 @dataclass(frozen=True)

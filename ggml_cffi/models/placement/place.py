@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import inf, isfinite
 
 from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DeviceLike
 from ggml_cffi.core.dtypes import row_size
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
@@ -193,7 +193,7 @@ def proportions_of(
     balance: Balance,
     architecture: Architecture,
     backends: Sequence[Backend],
-    chosen: Sequence[Device | str] | None,
+    chosen: Sequence[DeviceLike] | None,
 ) -> tuple[list[float] | None, bool]:
     """Return the proportions for a balance (None for free memory), and whether the caller gave numbers.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ggml_cffi.core import text
 from ggml_cffi.core.backend import Backend, open_backends
-from ggml_cffi.core.device import Device
+from ggml_cffi.core.device import DeviceLike, DevicesLike, device_list
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
@@ -18,7 +18,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.placement.auto import choose_split
-from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload, check_options
 from ggml_cffi.models.placement.place import place_layers, place_on_one, place_replicas, place_shards, proportions_of
 from ggml_cffi.models.placement.placement import DevicePlan, Placement
 from ggml_cffi.models.placement.proposals import Proposer
@@ -79,8 +79,8 @@ class ModelPlan:
 
 def plan(
     path: str | os.PathLike[str],
-    devices: Sequence[Device | str] | None = None,
-    split: str = "layer",
+    devices: DevicesLike | None = None,
+    split: SplitMode = "layer",
     n_ctx: int | None = None,
     *,
     n_batch: int = 512,
@@ -115,13 +115,14 @@ def plan(
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
     check_options(split, n_batch)
+    chosen = None if devices is None else device_list(devices)
     workload = Workload(n_sequences, expected_tokens)
     with GGUFFile(path) as file:
         architecture = architecture_of(file)
         options = LoadOptions(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype))
-        backends = open_backends(devices)
+        backends = open_backends(chosen)
         try:
-            planner = Planner(architecture, backends, options, balance, devices, split, workload)
+            planner = Planner(architecture, backends, options, balance, chosen, split, workload)
             return planner.plan(planner.place())
         finally:
             for backend in backends:
@@ -143,8 +144,8 @@ class Planner:
         backends: Sequence[Backend],
         options: LoadOptions,
         balance: Balance = "memory",
-        chosen: Sequence[Device | str] | None = None,
-        split: str = "layer",
+        chosen: Sequence[DeviceLike] | None = None,
+        split: SplitMode = "layer",
         workload: Workload = _ANY_WORKLOAD,
     ) -> None:
         check_cache_dtype(options.kv_dtype, architecture.kv_sizes)

@@ -19,7 +19,7 @@ from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import AbortedError, GgmlError
+from ggml_cffi.errors import AbortedError
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import KV_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.inputs import GraphInputs
@@ -180,8 +180,7 @@ class ScheduledRunner(Runner):
         return self.scheduler.assignment()
 
     def run(self, batch: Batch) -> Logits:
-        if not self.architecture.causal:
-            raise GgmlError("this model is an encoder, which has no logits and generates no text: use embed()")
+        self.architecture.check_decoder()
         with self.scheduler.lock:  # embeddings are computed with the same scheduler
             return self._compute(batch)
 

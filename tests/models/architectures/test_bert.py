@@ -66,8 +66,16 @@ def test_embeddings_on_the_cpu_are_exact(tmp_path, rng):
 def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
     path = bert_float64.random_model(tmp_path / "m.gguf", rng)
     with models.load(path, ["CPU"], n_threads=1) as model:
-        for call in (lambda: model.forward([1]), lambda: next(model.generate_tokens([1], stop_at_end=False))):
-            with pytest.raises(ggml.GgmlError, match="is an encoder, which has no logits and generates no text"):
+        message = r"m.gguf: 'bert' is an encoder, .* use Model.embed \(ggml-cffi embed\)"
+        for call in (
+            lambda: model.forward([1]),
+            lambda: model.generate_tokens([1], stop_at_end=False),
+            lambda: model.generate("a text"),
+            lambda: model.generate([{"role": "user", "content": "a text"}]),
+            lambda: model.perplexity([1] * 64, n_ctx=8),
+            lambda: model.scheduler and model.batchers[0].logits([1], 1),
+        ):
+            with pytest.raises(ggml.GgmlError, match=message):
                 call()
         with pytest.raises(TypeError, match="put the one text in a list"):
             model.embed("a text")
@@ -78,6 +86,10 @@ def test_an_encoder_refuses_to_generate_text(tmp_path, rng):
         with pytest.raises(ggml.FormatError, match="tokenizer 'no_vocab'"):
             model.embed(["a text"])
         model.embed([[1]])
+    opened = []
+    with pytest.raises(ggml.GgmlError, match=message):
+        models.load(path, "CPU", generates=True, progress=lambda *x: opened.append(x))
+    assert not opened  # nothing was loaded
     with pytest.raises(ggml.ClosedError, match="model is closed"):
         model.embed([[1]])
     with pytest.raises(ValueError, match="n_ctx must be 1 to 40"):

@@ -153,5 +153,5 @@ def test_wrong_texts_and_arguments_are_refused(tmp_path, rng):
         with pytest.raises(ValueError, match="50"):
             model.embed([[50]])
         np.testing.assert_array_equal(model.embed([[1]]), model.embed(np.array([[1]])))
-        with pytest.raises(ggml.GgmlError, match="an encoder has no logits"):
+        with pytest.raises(ggml.GgmlError, match="'bert' is an encoder"):
             model.architecture.logits(model.weights.tensors, model.weights.tensors["token_embd.weight"])
