@@ -69,6 +69,7 @@ class TensorParallel(Group):
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
+        precision: str = "default",
     ) -> None:
         if isinstance(devices, str | Device):
             raise TypeError("devices is a sequence: put the one device in a list")
@@ -83,7 +84,7 @@ class TensorParallel(Group):
                     self._opened.append(which)
                 chosen.append(which)
             check_devices([b.device for b in chosen])
-            super().__init__(chosen, half_above=half_above, threads=threads)
+            super().__init__(chosen, half_above=half_above, threads=threads, precision=precision)
             self._contexts = [Context() for _ in chosen]
         except BaseException:
             for backend in self._opened:
