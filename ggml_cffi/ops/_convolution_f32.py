@@ -15,20 +15,6 @@ from ggml_cffi.ops.matmul import mul_mat
 from ggml_cffi.ops.shape import cont, permute, reshape
 
 
-def is_f32(op: str, prec: Prec, ctx: Context) -> bool:
-    """Return whether a convolution is to have the accuracy of F32.
-
-    Raises
-    ------
-    ValueError
-        If ``prec`` is neither ``DEFAULT`` nor ``F32``.
-    """
-    prec = Prec(prec)
-    if prec not in (Prec.DEFAULT, Prec.F32):
-        raise ValueError(f"{op}: prec must be DEFAULT or F32, not {prec.name}")
-    return Prec.F32 in (prec, ctx.prec)
-
-
 def conv_1d_f32(kernel: Tensor, x: Tensor, window: Window, ctx: Context) -> Tensor:
     """Return the convolution of one signal."""
     rows = _gathered(kernel, x, window, ctx)

@@ -14,13 +14,27 @@ from collections.abc import Callable
 
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.enums import Type
+from ggml_cffi.enums import Prec, Type
 from ggml_cffi.ops.elementwise import add, sub
 from ggml_cffi.ops.shape import cast
 
 _PARTS = 3
 #: Parts that hold all bits of a type.
 _NEEDED = {Type.BF16: 1, Type.F16: 2}
+
+
+def is_f32(op: str, prec: Prec, ctx: Context) -> bool:
+    """Return whether the accuracy of F32 is requested, by ``prec`` or as the default of the context.
+
+    Raises
+    ------
+    ValueError
+        If ``prec`` is neither ``DEFAULT`` nor ``F32``.
+    """
+    prec = Prec(prec)
+    if prec not in (Prec.DEFAULT, Prec.F32):
+        raise ValueError(f"{op}: prec must be DEFAULT or F32, not {prec.name}")
+    return Prec.F32 in (prec, ctx.prec)
 
 
 def decoded(t: Tensor, ctx: Context) -> Tensor:

@@ -1,5 +1,4 @@
-"""Convolutions through windows: the windows of ``x`` are gathered, by default **rounded to F16**, and multiplied by the
-kernels.
+"""Convolutions through windows: these are gathered, by default **rounded to F16**, and multiplied by the kernels.
 
 A *kernel* ``(out, in, ..., height, width)`` slides over ``x``, ``(batch, in, ..., height, width)``. As in
 ``torch.nn.functional``, ``x`` comes first (in C the kernel does), and the kernel is not mirrored. ``stride``,
@@ -26,8 +25,8 @@ from ggml_cffi.ops._convolution_f32 import (
     conv_2d_dw_f32,
     conv_2d_f32,
     conv_3d_f32,
-    is_f32,
 )
+from ggml_cffi.ops._f32 import is_f32
 from ggml_cffi.ops._operands import (
     F32_F16,
     check_groups,

@@ -8,11 +8,12 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._f32 import decoded, split_product
+from ggml_cffi.ops._f32 import decoded, is_f32, split_product
 from ggml_cffi.ops._operands import check_result, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import MAX_GROUPS
 from ggml_cffi.ops.elementwise import add
 from ggml_cffi.ops.rows import limit_row_numbers
+from ggml_cffi.ops.shape import cont, transpose
 
 __all__ = [
     "linear",
@@ -99,11 +100,11 @@ def mul_mat(
     digits remain, and values beyond 65504 become infinite. CUDA rounds them to TF32, with an error of about 3e-4. If
     ``a`` is F16, GPUs may also sum in F16, and the CPU rounds ``b`` to F16.
 
-    With ``prec=Prec.F32``, the error of an element is at most about 1e-6 of the product of the norms of its two rows,
-    for operands of F32, F16 and BF16 and values up to 3.38e38. Infinite values give NaN. Below 1e-33 fewer bits of an
-    operand count. Where a device rounds F32 operands, the product consists of six products of BF16 parts, which takes
-    six to ten times as long. Products on the CPU alone, and on Vulkan those of at most 8 rows, stay one node. F16 and
-    BF16 operands are converted to F32 in each run.
+    With ``prec=Prec.F32``, the error of an element is below 1e-5 of the product of the norms of its two rows, usually
+    below 1e-6, for operands of F32, F16 and BF16 up to 3.38e38. Infinite values give NaN. Below 1e-33 fewer bits of an
+    operand count. If a device of the context rounds F32 operands, the result is the sum of six products of BF16 parts.
+    On the CPU alone, and with at most 8 rows on Vulkan, it is one product. Operands of F16 and BF16 are converted to
+    F32 in each run.
 
     If ``a`` is quantized, ``prec=Prec.F32`` requests sums in F32 only: backends round ``b`` to 8 bits or to F16.
     ``mul_mat(cast(a, F32), b, prec=Prec.F32)`` does not.
@@ -116,6 +117,8 @@ def mul_mat(
     if known is None:
         known = _check_product(a, b)
     ctx = ctx or a.context
+    if known[1].dtype is Type.BF16:  # ggml's Vulkan backend ends the process if there are few rows
+        return mul_mat(a, decoded(b, ctx), prec=prec, b_prec=b_prec, ctx=ctx)
     if prec is Prec.DEFAULT:
         prec = ctx.prec
     if prec is Prec.F32 and _needs_f32(a, b, b_prec):
@@ -280,7 +283,7 @@ def _mul_mat_id_f32(a: Tensor, b: Tensor, ids: Tensor, ctx: Context) -> Tensor:
     return split_product(multiply, a, b, ctx)
 
 
-def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+def out_prod(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
     """Sum the outer products of the rows of ``b`` and ``a``: ``b.T @ a``.
 
     Parameters
@@ -289,6 +292,8 @@ def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
         ``(..., k, n)``, F32, F16 or quantized, contiguous rows.
     b
         ``(..., k, m)``, F32. Its leading sizes equal those of ``a``, or are multiples of them if ``a`` is F32.
+    prec
+        As for :func:`mul_mat`, but ``DEFAULT`` or ``F32``.
 
     Returns
     -------
@@ -315,4 +320,8 @@ def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     if not contiguous_rows(a) or a.nb[0] > a.nb[1]:
         raise op_error("out_prod", "the rows of a must be contiguous (use cont)", a=a, b=b)
     check_result("out_prod", (an[0], bn[0], *bn[2:]))
+    # Where products of one row keep F32, so do outer products of any size.
+    if is_f32("out_prod", prec, ctx) and _needs_f32(a, b, Prec.DEFAULT) and not ctx.keeps_f32(1, 1):
+        a, b = (cont(transpose(t, ctx=ctx), ctx=ctx) for t in (a, b))
+        return mul_mat(a, b, prec=Prec.F32, ctx=ctx)
     return ctx.build(c.ggml_out_prod, max(a.ndim, b.ndim, 2), a.ptr, b.ptr)

@@ -39,9 +39,7 @@ class Rank:
     A rank can be used as an index: ``weights[rank]``.
     """
 
-    def __init__(
-        self, index: int, n: int, half_above: int | None = None, context: Context | None = None
-    ) -> None:
+    def __init__(self, index: int, n: int, half_above: int | None = None, context: Context | None = None) -> None:
         self.index = index
         """Number of the device, from 0."""
         self.n = n

@@ -44,11 +44,14 @@ class TensorParallel(Group):
         each device if the processor has enough cores.
     n_threads
         Threads of the CPU, if it computes; default all that this process may use.
+    precision
+        ``"f32"`` for products with the accuracy of F32; see :class:`ggml_cffi.Session`.
 
     Raises
     ------
     ValueError
-        If there are no devices, one is listed twice, the CPU is among several, or a GPU cannot use host memory.
+        If there are no devices, one is listed twice, the CPU is among several, a GPU cannot use host memory, or there
+        is no such precision.
 
     Examples
     --------
