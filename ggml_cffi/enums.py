@@ -70,7 +70,7 @@ class Prec(NamedEnum):
     DEFAULT = 0
     """Precision that the backend chooses."""
     F32 = 10
-    """In C, sums in F32. Operations with ``prec`` also keep the operands: see :func:`ggml_cffi.mul_mat`."""
+    """In C, sums in F32. Operations with ``prec`` keep the operands too: see ``ggml_cffi.mul_mat``."""
     UNDEFINED = 0
     BF16 = 15
     F16 = 20
