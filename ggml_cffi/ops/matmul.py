@@ -117,10 +117,9 @@ def mul_mat(
     if known is None:
         known = _check_product(a, b)
     ctx = ctx or a.context
-    if known[1].dtype is Type.BF16:  # ggml's Vulkan backend ends the process if there are few rows
+    if known[1].dtype is Type.BF16 and b.size:  # ggml's Vulkan backend ends the process if there are few rows
         return mul_mat(a, decoded(b, ctx), prec=prec, b_prec=b_prec, ctx=ctx)
-    if prec is Prec.DEFAULT:
-        prec = ctx.prec
+    prec = (prec if prec.__class__ is Prec else Prec(prec)) or ctx.prec
     if prec is Prec.F32 and _needs_f32(a, b, b_prec):
         return _mul_mat_f32(a, b, ctx)
     # If b is a vector, so is the result: (k,) -> (n,).
@@ -257,12 +256,13 @@ def mul_mat_id(
         raise op_error("mul_mat_id", f"more than {MAX_GROUPS} experts, or experts per token", a=a, b=b, ids=ids)
     limit_row_numbers("mul_mat_id", ids, an[2], "experts")
     check_result("mul_mat_id", (an[1], rn[0], bn[2], 1))
-    if prec is Prec.DEFAULT:
-        prec = ctx.prec
-    if prec is Prec.F32 and ids.size and _needs_f32(a, b, b_prec):
+    prec = Prec(prec)
+    if (prec or ctx.prec) is Prec.F32 and ids.size and _needs_f32(a, b, b_prec):
         return _mul_mat_id_f32(a, b, ids, ctx)
     if prec is not Prec.DEFAULT:
         library.require("ggml_prec_set_acc", "mul_mat_id with prec")
+    elif library.provides("ggml_prec_set_acc"):
+        prec = ctx.prec
     out = ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
     if prec is not Prec.DEFAULT or b_prec is not Prec.DEFAULT:
         _set_precision("mul_mat_id", out, prec, b_prec)

@@ -112,6 +112,13 @@ def test_a_product_may_be_less_precise_than_its_session(rng):
         assert len(f.trace(drawn(rng, 100, 32)).graph) == 1
 
 
+def test_the_precision_may_be_a_number_of_c(devices, rng):
+    x, w = drawn(rng, 20, 64, scale=1e6), drawn(rng, 24, 64)
+    with ggml.Session(devices) as session:
+        weight = session.weight(w)
+        assert error(session.compile(lambda x: ggml.mul_mat(weight, x, prec=int(Prec.F32)))(x), x, w) <= LIMIT
+
+
 def test_empty_operands_need_no_parts(rng):
     with ggml.Session(precision="f32") as session:
         weight = session.weight(np.zeros((0, 32), np.float32))
