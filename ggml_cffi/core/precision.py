@@ -8,7 +8,9 @@ from ggml_cffi.enums import Prec
 
 _NAMES = {"default": Prec.DEFAULT, "f32": Prec.F32}
 _EXACT = frozenset({"CPU", "BLAS"})
-_VULKAN_ROWS = 8  # with more, ggml's Vulkan kernels multiply tiles of F16
+
+#: Most rows of a matrix that ggml's Vulkan kernels multiply without rounding; kernels for more use tiles of F16.
+FEW_ROWS = 8
 
 
 def as_prec(precision: str) -> Prec:
@@ -40,5 +42,5 @@ def keeps_f32(device: Device, rows: int, matrices: int) -> bool:
     registry = c.ggml_backend_dev_backend_reg(device.ptr)
     name = c.ffi.string(c.ggml_backend_reg_name(registry)).decode()
     if name == "Vulkan":
-        return rows == 1 or (rows <= _VULKAN_ROWS and matrices == 1)
+        return rows == 1 or (rows <= FEW_ROWS and matrices == 1)
     return name in _EXACT

@@ -8,7 +8,7 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import Prec, Type
-from ggml_cffi.ops._f32 import decoded, is_f32, split_product
+from ggml_cffi.ops._f32 import batched_product, decoded, fits_batches, is_f32, split_product
 from ggml_cffi.ops._operands import check_result, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import MAX_GROUPS
 from ggml_cffi.ops.elementwise import add
@@ -102,9 +102,9 @@ def mul_mat(
 
     With ``prec=Prec.F32``, the error of an element is below 1e-5 of the product of the norms of its two rows, usually
     below 1e-6, for operands of F32, F16 and BF16 up to 3.38e38. Infinite values give NaN. Below 1e-33 fewer bits of an
-    operand count. If a device of the context rounds F32 operands, the result is the sum of six products of BF16 parts.
-    On the CPU alone, and with at most 8 rows on Vulkan, it is one product. Operands of F16 and BF16 are converted to
-    F32 in each run.
+    operand count. On the CPU alone, and with at most 8 rows on Vulkan, the result is one product. Up to 128 rows of a
+    matrix are multiplied in batches of 8 on Vulkan. Otherwise, if a device of the context rounds F32 operands, the
+    result is the sum of six products of BF16 parts. Operands of F16 and BF16 are converted to F32 in each run.
 
     If ``a`` is quantized, ``prec=Prec.F32`` requests sums in F32 only: backends round ``b`` to 8 bits or to F16.
     ``mul_mat(cast(a, F32), b, prec=Prec.F32)`` does not.
@@ -147,7 +147,10 @@ def _mul_mat_f32(a: Tensor, b: Tensor, ctx: Context) -> Tensor:
     ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
     if ctx.keeps_f32(b.ne[1], b.ne[2] * b.ne[3]):
         return multiply(decoded(a, ctx), decoded(b, ctx))
-    out = split_product(multiply, a, b, ctx)
+    if fits_batches(b, ctx):
+        out = batched_product(multiply, decoded(a, ctx), decoded(b, ctx), ctx)
+    else:
+        out = split_product(multiply, a, b, ctx)
     ctx.products[out.ptr] = a.ptr, b.ptr
     return out
 
@@ -278,7 +281,7 @@ def _mul_mat_id_f32(a: Tensor, b: Tensor, ids: Tensor, ctx: Context) -> Tensor:
             _set_precision("mul_mat_id", out, Prec.F32, Prec.DEFAULT)
         return out
 
-    if ctx.keeps_f32(ids.ne[1], a.ne[2]):
+    if ctx.keeps_f32(ids.ne[1], 1):  # the kernels for few tokens take any number of experts
         return multiply(decoded(a, ctx), b)
     return split_product(multiply, a, b, ctx)
 

@@ -65,7 +65,7 @@ CASES = [
     *(
         case("mul_mat", EXACT, a=In((33, 512), dtype), b=In((m, 512)), prec=Prec.F32)
         for dtype in (Type.F32, F16, Type.BF16)
-        for m in (3, 9)
+        for m in (3, 9, 129)
     ),
     case("mul_mat", EXACT, a=In((3, 33, 65)), b=In((2, 3, 9, 65)), prec=Prec.F32),
     case("mul_mat", EXACT, a=In((1, 2, 5, 32)), b=In((3, 4, 7, 32)), prec=Prec.F32),
@@ -73,6 +73,7 @@ CASES = [
     case("mul_mat", EXACT, a=In((2, 15, 32), F16, "permuted"), b=In((2, 17, 32), F16), prec=Prec.F32),
     case("mul_mat", EXACT, a=In((9, 33)), b=In((33,)), prec=Prec.F32, b_prec=Prec.F32),
     case("mul_mat", COARSE, a=In((16, 256), Q8_0), b=In((9, 256)), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((9, 33)), b=In((20, 33), layout="gaps"), prec=Prec.F32),
     case("linear", EXACT, x=In((19, 70)), weight=In((31, 70)), bias=In((31,)), prec=Prec.F32),
     case("linear", EXACT, x=In((2, 11, 32)), weight=In((6, 32), F16), prec=Prec.F32),
     case("mul_mat", ROUNDED, a=In((1, 2, 5, 32)), b=In((3, 4, 7, 32))),

@@ -47,7 +47,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("shape", [(9, 33, 65), (17, 9, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 33, 65), (17, 9, 256), (130, 10, 72)], ids=str)
 def test_a_session_of_f32_is_as_accurate_as_f32(devices, values, shape, rng):
     m, n, k = shape
     make_x, make_w = VALUES[values]
@@ -66,7 +66,7 @@ def test_weights_of_half_precision_do_not_round_the_other_operand(devices, dtype
         weight = session.weight(drawn(rng, 31, 96), dtype=dtype)
         decoded = session.compile(lambda x: ggml.add(ggml.cast(weight, ggml.F32), x))(np.zeros((31, 96)))
         f = session.compile(lambda x: ggml.linear(x, weight, prec=Prec.F32))
-        for rows in (1, 8, 9, 20):
+        for rows in (1, 8, 9, 20, 128, 129):
             x = drawn(rng, rows, 96, scale=1e6)
             assert error(f(x), x, decoded) <= LIMIT
 
@@ -74,7 +74,12 @@ def test_weights_of_half_precision_do_not_round_the_other_operand(devices, dtype
 def test_stacks_of_matrices_are_as_accurate(devices, rng):
     with ggml.Session(devices, precision="f32") as session:
         f = session.compile(lambda x, y: x @ y)
-        for left, right in (((3, 4, 7, 32), (1, 4, 32, 5)), ((2, 3, 40), (2, 40, 9)), ((5, 1, 12), (5, 12, 3))):
+        for left, right in (
+            ((3, 4, 7, 32), (1, 4, 32, 5)),
+            ((2, 3, 40), (2, 40, 9)),
+            ((5, 1, 12), (5, 12, 3)),
+            ((1, 11, 24), (24, 9)),
+        ):
             x, y = drawn(rng, *left, scale=1e6), drawn(rng, *right)
             assert error(f(x, y), x, np.swapaxes(y, -1, -2)) <= LIMIT
 
@@ -84,7 +89,7 @@ def test_experts_are_as_accurate(devices, rng):
     with ggml.Session(devices, precision="f32") as session:
         weight = session.weight(a)
         f = session.compile(lambda b, ids: ggml.mul_mat_id(weight, b, ids))
-        for n_tokens in (1, 11):
+        for n_tokens in (1, 8, 11):
             b, chosen = drawn(rng, n_tokens, 1, 64, scale=1e3), ids[:n_tokens].astype(np.int32)
             with skip_if_newer_needed():
                 got = f(b, chosen)
@@ -103,6 +108,16 @@ def test_few_rows_need_one_node_on_a_gpu(devices, rng):
         weight = session.weight(drawn(rng, 16, 32))
         f = session.compile(lambda x: ggml.linear(x, weight))
         assert [len(f.trace(drawn(rng, rows, 32)).graph) for rows in (1, 8)] == [1, 1]
+
+
+def test_batches_of_rows_may_start_anywhere(devices, rng):
+    """Compute with rows that begin inside another tensor, with and without gaps after each row."""
+    x, w = drawn(rng, 30, 21, scale=1e6), drawn(rng, 7, 21)
+    with ggml.Session(devices, precision="f32") as session:
+        weight, narrow = session.weight(w), session.weight(w[:, :13])
+        got, part = session.compile(lambda x: (x[3:] @ weight.T, ggml.linear(x[3:, :13], narrow)))(x)
+    assert error(got, x[3:], w) <= LIMIT
+    assert error(part, x[3:, :13], w[:, :13]) <= LIMIT
 
 
 def test_a_product_may_be_less_precise_than_its_session(rng):
@@ -127,7 +142,7 @@ def test_empty_operands_need_no_parts(rng):
 
 def test_a_plan_counts_the_parts(rng):
     """Compare with the bytes that the same function takes with the default precision."""
-    x = drawn(rng, 64, 256)
+    x = drawn(rng, 200, 256)
 
     def make(session):
         weight = session.weight(drawn(rng, 128, 256))
@@ -141,8 +156,9 @@ def test_a_plan_counts_the_parts(rng):
         ggml.plan(make, x, precision="f64")
 
 
-def test_gradients_are_as_accurate(devices, rng):
-    x, w, out = drawn(rng, 20, 40, scale=1e6), drawn(rng, 12, 40), drawn(rng, 20, 12)
+@pytest.mark.parametrize("rows", [20, 130])
+def test_gradients_are_as_accurate(devices, rows, rng):
+    x, w, out = drawn(rng, rows, 40, scale=1e6), drawn(rng, 12, 40), drawn(rng, rows, 12)
     for precision, prec in (("f32", Prec.DEFAULT), ("default", Prec.F32)):
         with ggml.Session(devices, precision=precision) as session:
 
@@ -156,7 +172,7 @@ def test_gradients_are_as_accurate(devices, rng):
 
 
 def test_ranks_are_as_accurate(devices, rng):
-    x, up, down = drawn(rng, 20, 32, scale=1e6), drawn(rng, 48, 32), drawn(rng, 10, 48)
+    x, up, down = drawn(rng, 130, 32, scale=1e6), drawn(rng, 48, 32), drawn(rng, 10, 48)
     with parallel.TensorParallel(devices, precision="f32") as group:
         first, second = group.weight(up, parallel.ROWS), group.weight(down, parallel.COLUMNS)
         f = group.compile(lambda rank, x: rank.all_reduce(ggml.linear(ggml.linear(x, first[rank]), second[rank])))
