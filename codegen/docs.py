@@ -31,7 +31,7 @@ ENUM_DOCS = {
 MEMBER_DOCS = {
     "GGML_STATUS_ABORTED": "An abort callback stopped the computation.",
     "GGML_PREC_DEFAULT": "Precision that the backend chooses.",
-    "GGML_PREC_F32": "At least 32-bit accumulation.",
+    "GGML_PREC_F32": "In C, sums in F32. Operations with ``prec`` keep the operands too: see ``ggml_cffi.mul_mat``.",
     "GGML_BACKEND_DEVICE_TYPE_CPU": "The processor, with system memory.",
     "GGML_BACKEND_DEVICE_TYPE_GPU": "A GPU with memory of its own.",
     "GGML_BACKEND_DEVICE_TYPE_IGPU": "An integrated GPU that shares the host's memory.",

@@ -70,7 +70,7 @@ class Prec(NamedEnum):
     DEFAULT = 0
     """Precision that the backend chooses."""
     F32 = 10
-    """At least 32-bit accumulation."""
+    """In C, sums in F32. Operations with ``prec`` keep the operands too: see ``ggml_cffi.mul_mat``."""
     UNDEFINED = 0
     BF16 = 15
     F16 = 20

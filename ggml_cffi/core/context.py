@@ -15,9 +15,10 @@ import numpy.typing as npt
 from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.buffer import Buffer, BufferType
-from ggml_cffi.core.device import DeviceLike, device_lock
+from ggml_cffi.core.device import Device, DeviceLike, device_lock, devices
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Handle, Owner
+from ggml_cffi.core.precision import as_prec, keeps_f32
 from ggml_cffi.core.shapes import check_bytes, check_shape, fits_in_32_bits, ne_of
 from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
@@ -35,6 +36,16 @@ class Context(Handle):
     ----------
     capacity
         Number of tensors for which there is room at first.
+    precision
+        ``"f32"`` makes ``prec=Prec.F32`` the default of all products here; see :func:`ggml_cffi.mul_mat`.
+    devices
+        The devices that will compute these tensors, if they are known: products of full precision need fewer nodes if
+        these keep F32. Default all devices.
+
+    Raises
+    ------
+    ValueError
+        If there is no such precision.
 
     C: ``ggml_init``, ``ggml_free``.
     """
@@ -44,11 +55,14 @@ class Context(Handle):
         "_capacity",
         "_chunks",
         "_constants",
+        "_devices",
         "_lock",
         "_released",
         "_room",
         "calls",
         "held",
+        "prec",
+        "products",
         "row_limits",
         "serial",
         "traced",
@@ -59,7 +73,16 @@ class Context(Handle):
     readable: ClassVar[bool] = True
     """True if tensors with a buffer have values; False in a dry run, which reserves no memory."""
 
-    def __init__(self, capacity: int = _FIRST_CHUNK) -> None:
+    def __init__(
+        self,
+        capacity: int = _FIRST_CHUNK,
+        *,
+        precision: str = "default",
+        devices: Iterable[Device] | None = None,
+    ) -> None:
+        self.prec = as_prec(precision)
+        """Precision of the products made here, if they name none."""
+        self._devices = None if devices is None else tuple(devices)
         self._chunks = [_chunk(capacity)]
         self._room = capacity
         self._lock = threading.RLock()
@@ -73,6 +96,8 @@ class Context(Handle):
         """Other contexts whose tensors are operands here."""
         self.held: dict[Any, frozenset[Any]] = {}
         """Graphs that schedulers hold (``HeldGraph``) with tensors of this context, and C pointers of their nodes."""
+        self.products: dict[Any, tuple[Any, Any]] = {}
+        """C pointers of the operands of each product that consists of several nodes, by C pointer of the result."""
         self.row_limits: dict[Any, int] = {}
         """Number of rows that each integer tensor of row numbers may refer to, by C pointer."""
         self.traced = False
@@ -180,6 +205,12 @@ class Context(Handle):
     def n_tensors(self) -> int:
         """Number of tensors made so far; it may be a few too high."""
         return self._capacity - self._room
+
+    def keeps_f32(self, rows: int, matrices: int) -> bool:
+        """Return whether all devices of this context multiply F32 operands of these sizes without rounding them."""
+        if self._devices is None:
+            self._devices = tuple(devices())
+        return all(keeps_f32(device, rows, matrices) for device in self._devices)
 
     def use(self, other: Context) -> None:
         """Keep ``other`` alive for as long as this context: its tensors are operands here."""

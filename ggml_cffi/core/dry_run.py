@@ -9,6 +9,7 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context, pack
+from ggml_cffi.core.device import Device
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
 
@@ -24,8 +25,8 @@ class DryRunContext(Context):
     __slots__ = ("_places", "taken")
     readable = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, precision: str = "default", devices: Iterable[Device] | None = None) -> None:
+        super().__init__(precision=precision, devices=devices)
         self._places: dict[tuple[BufferType, Usage], Buffer] = {}
         self.taken: Counter[BufferType] = Counter()
         """Bytes of the buffers that a real context would have made, by buffer type."""

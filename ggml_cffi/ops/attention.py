@@ -11,8 +11,12 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized, type_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Prec, Type
+from ggml_cffi.ops import elementwise, shape
+from ggml_cffi.ops._f32 import decoded, is_f32
 from ggml_cffi.ops._operands import contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import MAX_GROUPS, check_integer, check_real
+from ggml_cffi.ops.matmul import mul_mat
+from ggml_cffi.ops.unary import tanh
 
 __all__ = [
     "diag_mask_inf",
@@ -190,6 +194,7 @@ def flash_attn_ext(
     scale: float,
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
+    prec: Prec = Prec.DEFAULT,
     ctx: Context | None = None,
 ) -> Tensor:
     """Compute attention ``softmax(scale * q @ k.T + mask) @ v`` in one pass, without storing the scores.
@@ -212,6 +217,10 @@ def flash_attn_ext(
         Largest slope of ALiBi, which needs a mask.
     logit_softcap
         Cap of the scores: they become ``cap * tanh(score / cap)``; 0 for none.
+    prec
+        By default backends round ``q`` to F16, and GPUs also ``k`` and ``v``. ``Prec.F32`` gives the accuracy of F32,
+        as in :func:`~ggml_cffi.mul_mat`, unless ``k`` or ``v`` is quantized. Attention then consists of two products
+        and a softmax, with the scores in memory. The context may make this the default.
 
     Returns
     -------
@@ -259,6 +268,8 @@ def flash_attn_ext(
     logit_softcap = check_real("flash_attn_ext", "logit_softcap", logit_softcap, lowest=0.0)
     if max_bias and mask is None:
         raise ValueError("flash_attn_ext: max_bias needs a mask")
+    if is_f32("flash_attn_ext", prec, ctx) and not (is_quantized(k.dtype) or is_quantized(v.dtype)):
+        return _attention_f32(q, k, v, mask, sinks, scale, max_bias, logit_softcap, ctx)
     out = ctx.build(
         c.ggml_flash_attn_ext,
         max(q.ndim, 3),
@@ -275,6 +286,31 @@ def flash_attn_ext(
     if sinks is not None:
         c.ggml_flash_attn_ext_add_sinks(out.ptr, sinks.ptr)
     return out
+
+
+def _attention_f32(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    max_bias: float,
+    logit_softcap: float,
+    ctx: Context,
+) -> Tensor:
+    """Compute attention in steps, with products that do not round their operands."""
+    scores = mul_mat(decoded(k, ctx), q, prec=Prec.F32, ctx=ctx)
+    if logit_softcap:
+        scores = elementwise.scale(scores, scale / logit_softcap, ctx=ctx)
+        scores = elementwise.scale(tanh(scores, ctx=ctx), logit_softcap, ctx=ctx)
+        scale = 1.0
+    weights = soft_max_ext(scores, mask, sinks, scale=scale, max_bias=max_bias, ctx=ctx)
+    turned = shape.cont(shape.transpose(decoded(v, ctx), ctx=ctx), ctx=ctx)
+    out = mul_mat(turned, weights, prec=Prec.F32, ctx=ctx)  # (..., n_heads, n_tokens, v_size)
+    n = max(q.ndim, 3)
+    out = shape.reshape(out, out.ne[n - 1 :: -1], ctx=ctx)
+    return shape.cont(shape.permute(out, (*range(n - 3), n - 2, n - 3, n - 1), ctx=ctx), ctx=ctx)
 
 
 def _rows_in_fours(t: Tensor) -> bool:

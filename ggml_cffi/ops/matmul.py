@@ -8,10 +8,12 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
 from ggml_cffi.enums import Prec, Type
+from ggml_cffi.ops._f32 import batched_product, decoded, fits_batches, is_f32, split_product
 from ggml_cffi.ops._operands import check_result, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import MAX_GROUPS
 from ggml_cffi.ops.elementwise import add
 from ggml_cffi.ops.rows import limit_row_numbers
+from ggml_cffi.ops.shape import cont, transpose
 
 __all__ = [
     "linear",
@@ -73,9 +75,9 @@ def mul_mat(
         ``(..., m, k)``, F32 (or the type of ``a`` if that is F16 or BF16). Its leading sizes are multiples of those of
         ``a``, which is repeated.
     prec
-        ``Prec.F32`` requests sums in F32. By default GPUs may sum in F16, which is faster, with errors of about 1e-3 to
-        1e-2. For products of more than 8 rows, ggml's Vulkan backend rounds operands to F16 in any case, also F32 ones:
-        values beyond 65504 become infinite. ``GGML_VK_DISABLE_F16=1`` in the environment keeps them F32.
+        ``Prec.F32`` gives the accuracy of F32 on every device; see Notes. The default is that of the context, which is
+        ``DEFAULT`` unless ``Session(precision="f32")`` or ``Context(precision="f32")`` says otherwise. ``BF16`` and
+        ``F16`` allow sums in these types.
     b_prec
         Least precision that the backend may convert ``b`` to: ``Prec.F32``, ``BF16``, ``F16``, ``Q8`` or ``Q4``. A
         backend may convert to less than its default only if this allows it. It needs ggml 0.25.3.
@@ -92,6 +94,21 @@ def mul_mat(
     ValueError
         If the sizes or types do not fit.
 
+    Notes
+    -----
+    **By default GPUs round F32 operands.** With more than 8 rows of ``b``, Vulkan rounds both operands to F16: three
+    digits remain, and values beyond 65504 become infinite. CUDA rounds them to TF32, with an error of about 3e-4. If
+    ``a`` is F16, GPUs may also sum in F16, and the CPU rounds ``b`` to F16.
+
+    With ``prec=Prec.F32``, the error of an element is below 1e-5 of the product of the norms of its two rows, usually
+    below 1e-6, for operands of F32, F16 and BF16 up to 3.38e38. Infinite values give NaN. Below 1e-33 fewer bits of an
+    operand count. On the CPU alone, and with at most 8 rows on Vulkan, the result is one product. Up to 128 rows of a
+    matrix are multiplied in batches of 8 on Vulkan. Otherwise, if a device of the context rounds F32 operands, the
+    result is the sum of six products of BF16 parts. Operands of F16 and BF16 are converted to F32 in each run.
+
+    If ``a`` is quantized, ``prec=Prec.F32`` requests sums in F32 only: backends round ``b`` to 8 bits or to F16.
+    ``mul_mat(cast(a, F32), b, prec=Prec.F32)`` does not.
+
     C: ``ggml_mul_mat``, ``ggml_prec_set_acc`` (``ggml_mul_mat_set_prec`` before ggml 0.25.3), ``ggml_prec_set_src``.
     """
     if not (ctx is None and a.__class__ is Tensor and b.__class__ is Tensor and a.context is b.context):
@@ -99,11 +116,42 @@ def mul_mat(
     known = _products.get((id(a._head), id(b._head)))
     if known is None:
         known = _check_product(a, b)
+    ctx = ctx or a.context
+    if known[1].dtype is Type.BF16 and b.size:  # ggml's Vulkan backend ends the process if there are few rows
+        return mul_mat(a, decoded(b, ctx), prec=prec, b_prec=b_prec, ctx=ctx)
+    prec = (prec if prec.__class__ is Prec else Prec(prec)) or ctx.prec
+    if prec is Prec.F32 and _needs_f32(a, b, b_prec):
+        return _mul_mat_f32(a, b, ctx)
     # If b is a vector, so is the result: (k,) -> (n,).
     ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
-    out = (ctx or a.context).emit(c.ggml_mul_mat, ndim, known[2], a.ptr, b.ptr)
+    out = ctx.emit(c.ggml_mul_mat, ndim, known[2], a.ptr, b.ptr)
     if prec is not Prec.DEFAULT or b_prec is not Prec.DEFAULT:
         _set_precision("mul_mat", out, prec, b_prec)
+    return out
+
+
+def _needs_f32(a: Tensor, b: Tensor, b_prec: Prec) -> bool:
+    """Return whether a product of full precision needs more than sums in F32."""
+    return not is_quantized(a.dtype) and a.size > 0 and b.size > 0 and b_prec in (Prec.DEFAULT, Prec.F32)
+
+
+def _mul_mat_f32(a: Tensor, b: Tensor, ctx: Context) -> Tensor:
+    """Multiply as :func:`mul_mat` does, without rounding the operands."""
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        *_, head = _products.get((id(x.head), id(y.head))) or _check_product(x, y)
+        out = ctx.emit(c.ggml_mul_mat, ndim, head, x.ptr, y.ptr)
+        _set_precision("mul_mat", out, Prec.F32, Prec.DEFAULT)
+        return out
+
+    ndim = a.ndim if 2 < a.ndim > b.ndim else b.ndim
+    if ctx.keeps_f32(b.ne[1], b.ne[2] * b.ne[3]):
+        return multiply(decoded(a, ctx), decoded(b, ctx))
+    if fits_batches(b, ctx):
+        out = batched_product(multiply, decoded(a, ctx), decoded(b, ctx), ctx)
+    else:
+        out = split_product(multiply, a, b, ctx)
+    ctx.products[out.ptr] = a.ptr, b.ptr
     return out
 
 
@@ -120,7 +168,14 @@ def _set_precision(op: str, out: Tensor, prec: Prec, b_prec: Prec) -> None:
         c.ggml_prec_set_src(out.ptr, b_prec, 1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Context | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    prec: Prec = Prec.DEFAULT,
+    ctx: Context | None = None,
+) -> Tensor:
     """Apply a linear layer: ``x @ weight.T + bias``, as ``torch.nn.functional.linear`` does.
 
     Parameters
@@ -131,6 +186,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
         ``(n_out, n_in)``, any float or quantized type.
     bias
         ``(n_out,)``, F32.
+    prec
+        As for :func:`mul_mat`: by default GPUs round F32 operands too.
 
     Returns
     -------
@@ -141,7 +198,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, ctx: Contex
     """
     if isinstance(weight, Tensor) and weight.ndim != 2:
         raise op_error("linear", "weight must be a matrix", weight=weight)
-    y = mul_mat(weight, x, ctx=ctx)
+    y = mul_mat(weight, x, prec=prec, ctx=ctx)
     if bias is None:
         return y
     if isinstance(bias, Tensor) and not bias.ne[0] == y.ne[0] == bias.size:
@@ -172,7 +229,7 @@ def mul_mat_id(
         scores. Values must be 0 to ``n_experts - 1``; an input is checked when its values are set. No token may have
         the same expert twice: backends differ then.
     prec, b_prec
-        As for :func:`mul_mat`; both need ggml 0.25.3.
+        As for :func:`mul_mat`. ``b_prec``, and ``prec`` other than F32, need ggml 0.25.3.
 
     Returns
     -------
@@ -202,15 +259,34 @@ def mul_mat_id(
         raise op_error("mul_mat_id", f"more than {MAX_GROUPS} experts, or experts per token", a=a, b=b, ids=ids)
     limit_row_numbers("mul_mat_id", ids, an[2], "experts")
     check_result("mul_mat_id", (an[1], rn[0], bn[2], 1))
+    prec = Prec(prec)
+    if (prec or ctx.prec) is Prec.F32 and ids.size and _needs_f32(a, b, b_prec):
+        return _mul_mat_id_f32(a, b, ids, ctx)
     if prec is not Prec.DEFAULT:
         library.require("ggml_prec_set_acc", "mul_mat_id with prec")
+    elif library.provides("ggml_prec_set_acc"):
+        prec = ctx.prec
     out = ctx.build(c.ggml_mul_mat_id, 3, a.ptr, b.ptr, ids.ptr)
     if prec is not Prec.DEFAULT or b_prec is not Prec.DEFAULT:
         _set_precision("mul_mat_id", out, prec, b_prec)
     return out
 
 
-def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
+def _mul_mat_id_f32(a: Tensor, b: Tensor, ids: Tensor, ctx: Context) -> Tensor:
+    """Multiply as :func:`mul_mat_id` does, without rounding the operands."""
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        out = ctx.build(c.ggml_mul_mat_id, 3, x.ptr, y.ptr, ids.ptr)
+        if library.provides("ggml_prec_set_acc"):
+            _set_precision("mul_mat_id", out, Prec.F32, Prec.DEFAULT)
+        return out
+
+    if ctx.keeps_f32(ids.ne[1], 1):  # the kernels for few tokens take any number of experts
+        return multiply(decoded(a, ctx), b)
+    return split_product(multiply, a, b, ctx)
+
+
+def out_prod(a: Tensor, b: Tensor, *, prec: Prec = Prec.DEFAULT, ctx: Context | None = None) -> Tensor:
     """Sum the outer products of the rows of ``b`` and ``a``: ``b.T @ a``.
 
     Parameters
@@ -219,6 +295,8 @@ def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
         ``(..., k, n)``, F32, F16 or quantized, contiguous rows.
     b
         ``(..., k, m)``, F32. Its leading sizes equal those of ``a``, or are multiples of them if ``a`` is F32.
+    prec
+        As for :func:`mul_mat`, but ``DEFAULT`` or ``F32``.
 
     Returns
     -------
@@ -245,4 +323,8 @@ def out_prod(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
     if not contiguous_rows(a) or a.nb[0] > a.nb[1]:
         raise op_error("out_prod", "the rows of a must be contiguous (use cont)", a=a, b=b)
     check_result("out_prod", (an[0], bn[0], *bn[2:]))
+    # Where products of one row keep F32, so do outer products of any size.
+    if is_f32("out_prod", prec, ctx) and _needs_f32(a, b, Prec.DEFAULT) and not ctx.keeps_f32(1, 1):
+        a, b = (cont(transpose(t, ctx=ctx), ctx=ctx) for t in (a, b))
+        return mul_mat(a, b, prec=Prec.F32, ctx=ctx)
     return ctx.build(c.ggml_out_prod, max(a.ndim, b.ndim, 2), a.ptr, b.ptr)

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import as_array, as_type
 from ggml_cffi.core.lru import LRU
 from ggml_cffi.enums import Type
@@ -71,7 +72,9 @@ class ParallelFunction(Generic[_R]):
         key = tuple((a.shape, Type.F32 if a.dtype == np.float64 else as_type(a.dtype)) for a in arrays)
 
         def make() -> ParallelProgram:
-            ranks = [Rank(r, n, self.group.half_above) for r in range(n)]
+            group = self.group
+            contexts = [Context(precision=group.precision, devices=group.devices) for _ in range(n)]
+            ranks = [Rank(r, n, group.half_above, context) for r, context in enumerate(contexts)]
             return ParallelProgram(self.group, ranks, self.function, key)
 
         return self._programs.get(key, make)

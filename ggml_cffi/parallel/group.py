@@ -9,6 +9,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.precision import as_prec
 from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.parallel.executors import Executor, choose_executor
@@ -21,19 +22,26 @@ class Group(Closing):
     ----------
     backends
         Backends of different devices.
-    half_above, threads
+    half_above, threads, precision
         As for :class:`~ggml_cffi.parallel.TensorParallel`.
 
     Raises
     ------
     ValueError
-        If a device cannot read and write memory of the host.
+        If a device cannot read and write memory of the host, or there is no such precision.
     """
 
     def __init__(
-        self, backends: Sequence[Backend], *, half_above: int | None = None, threads: bool | None = None
+        self,
+        backends: Sequence[Backend],
+        *,
+        half_above: int | None = None,
+        threads: bool | None = None,
+        precision: str = "default",
     ) -> None:
+        as_prec(precision)  # raises if there is no such precision
         self.half_above = half_above
+        self.precision = precision
         self.lock = threading.RLock()
         """The lock that every run of a compiled function holds."""
         self._backends = tuple(backends)

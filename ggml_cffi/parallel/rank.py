@@ -39,12 +39,12 @@ class Rank:
     A rank can be used as an index: ``weights[rank]``.
     """
 
-    def __init__(self, index: int, n: int, half_above: int | None = None) -> None:
+    def __init__(self, index: int, n: int, half_above: int | None = None, context: Context | None = None) -> None:
         self.index = index
         """Number of the device, from 0."""
         self.n = n
         """Number of devices."""
-        self.context = Context()
+        self.context = context or Context()
         """Context of the traced tensors."""
         self.all_reduces: list[AllReduce] = []
         """The sums over devices, in order."""

@@ -46,11 +46,14 @@ class TensorParallel(Group):
         each device if the processor has enough cores.
     n_threads
         Threads of the CPU, if it computes; default all that this process may use.
+    precision
+        ``"f32"`` for products with the accuracy of F32; see :class:`ggml_cffi.Session`.
 
     Raises
     ------
     ValueError
-        If there are no devices, one is listed twice, the CPU is among several, or a GPU cannot use host memory.
+        If there are no devices, one is listed twice, the CPU is among several, a GPU cannot use host memory, or there
+        is no such precision.
 
     Examples
     --------
@@ -71,6 +74,7 @@ class TensorParallel(Group):
         half_above: int | None = None,
         threads: bool | None = None,
         n_threads: int | None = None,
+        precision: str = "default",
     ) -> None:
         self._opened: list[Backend] = []
         self._contexts: list[Context] = []
@@ -83,7 +87,7 @@ class TensorParallel(Group):
                     self._opened.append(which)
                 chosen.append(which)
             check_devices([b.device for b in chosen])
-            super().__init__(chosen, half_above=half_above, threads=threads)
+            super().__init__(chosen, half_above=half_above, threads=threads, precision=precision)
             self._contexts = [Context() for _ in chosen]
         except BaseException:
             for backend in self._opened:

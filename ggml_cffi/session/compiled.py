@@ -32,6 +32,7 @@ class SessionInterface(Protocol):
     """The part of a :class:`~ggml_cffi.Session` that a compiled function uses."""
 
     max_programs: int
+    precision: str
 
     @property
     def backends(self) -> tuple[Backend, ...]:
@@ -139,7 +140,7 @@ class CompiledFunction(Generic[_R]):
         C: ``ggml_backend_sched_reserve_size``.
         """
         backends = self.session.backends
-        context = DryRunContext()
+        context = DryRunContext(precision=self.session.precision, devices=[b.device for b in backends])
         with Trace(self.function, _signature(args, kwargs, []), context) as trace:
             sizes = dict.fromkeys(backends, 0)
             if trace.graph is not None:
@@ -177,7 +178,7 @@ class CompiledFunction(Generic[_R]):
         return program, arrays
 
     def _traced(self, signature: Signature) -> TracedProgram:
-        return TracedProgram(self.session.backends, self.function, signature)
+        return TracedProgram(self.session.backends, self.function, signature, self.session.precision)
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any], arrays: list[npt.NDArray[Any]]) -> Signature:

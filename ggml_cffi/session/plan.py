@@ -70,6 +70,7 @@ def plan(
     make: Callable[[Session], CompiledFunction[Any]],
     *args: Any,
     devices: DevicesLike | None = None,
+    precision: str = "default",
     **kwargs: Any,
 ) -> SessionPlan:
     """Return the bytes that a session with its weights, and a run of its function, would take on each device.
@@ -83,7 +84,7 @@ def plan(
         compiled. No values are copied. Only the headers of files are read.
     args, kwargs
         The arguments that the function would be called with.
-    devices
+    devices, precision
         As for :class:`Session`.
 
     Raises
@@ -102,7 +103,7 @@ def plan(
     >>> cpu.weight_bytes
     4194304
     """
-    with _DryRunSession(devices) as session:
+    with _DryRunSession(devices, precision) as session:
         function = make(session)
         if not isinstance(function, CompiledFunction) or function.session is not session:
             raise TypeError(
@@ -120,8 +121,8 @@ def plan(
 class _DryRunSession(Session):
     """A session whose tensors have a device but no memory."""
 
-    def __init__(self, devices: DevicesLike | None) -> None:
-        super().__init__(devices)
+    def __init__(self, devices: DevicesLike | None, precision: str) -> None:
+        super().__init__(devices, precision=precision)
         self._dry_run = DryRunContext()
         self._contexts.add(self._dry_run)
 

@@ -17,6 +17,7 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device, DevicesLike
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.precision import as_prec
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
@@ -48,6 +49,15 @@ class Session(Closing):
     max_programs
         Number of traced programs that each compiled function keeps, one for each signature. Beyond it the function
         closes the least recently used one.
+    precision
+        ``"f32"`` gives all products of the session's functions the accuracy of F32, as ``prec=Prec.F32`` does in
+        :func:`~ggml_cffi.mul_mat`, which names the cost. **By default GPUs round F32 operands** of products of more
+        than 8 rows, to F16 (Vulkan) or TF32 (CUDA).
+
+    Raises
+    ------
+    ValueError
+        If a device or the precision is unknown.
 
     Examples
     --------
@@ -64,10 +74,13 @@ class Session(Closing):
         *,
         n_threads: int | None = None,
         max_programs: int = 16,
+        precision: str = "default",
     ) -> None:
         if max_programs < 1:
             raise ValueError(f"max_programs must be at least 1, not {max_programs}")
+        as_prec(precision)  # raises if there is no such precision
         self.max_programs = max_programs
+        self.precision = precision
         self._lock = threading.RLock()
         self._compiled: weakref.WeakSet[CompiledFunction[Any]] = weakref.WeakSet()
         self._pool: ThreadPoolExecutor | None = None

@@ -93,12 +93,20 @@ class TracedProgram(Trace):
         The backends in order of preference, the CPU last.
     function, signature
         As for :class:`Trace`.
+    precision
+        As for :class:`~ggml_cffi.Session`.
     """
 
-    def __init__(self, backends: Sequence[Backend], function: Callable[..., Any], signature: Signature) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        function: Callable[..., Any],
+        signature: Signature,
+        precision: str = "default",
+    ) -> None:
         self.scheduler: Scheduler | None = None
         """The scheduler that holds the graph; None if the function computes nothing."""
-        super().__init__(function, signature, Context())
+        super().__init__(function, signature, Context(precision=precision, devices=[b.device for b in backends]))
         try:
             if self.graph is not None:
                 self.scheduler = Scheduler(backends)

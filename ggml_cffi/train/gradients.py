@@ -8,14 +8,14 @@ when it runs, on the gradient of a transposition. ggml's kernels for backward pa
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 from ggml_cffi import c, ops
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.enums import GluOp, Op, Type, UnaryOp
+from ggml_cffi.enums import GluOp, Op, Prec, Type, UnaryOp
 from ggml_cffi.errors import UnsupportedOpError
 from ggml_cffi.scheduler.graph import steps
 
@@ -56,10 +56,11 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = N
     ctx = ctx or loss.context
     ctx.use(loss.context)
     order = list(steps(loss))
+    products = {out: operands for each in loss.context.reachable() for out, operands in each.products.items()}
     wanted = {p.ptr for p in params}
     needed = set(wanted)
     for p in order:
-        if any(src in needed for src in _differentiable(p)):
+        if any(src in needed for src in _differentiable(products.get(p, p.src))):
             needed.add(p)
     reached = set(order)
     for param in params:
@@ -68,8 +69,8 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = N
     found: dict[Any, Tensor] = {loss.ptr: ops.fill(_whole(ctx, loss.ptr), 1.0, ctx=ctx)}
     for p in reversed(order):
         if p in needed and p.op != Op.NONE and p in found:
-            node = _Node(ctx, p, found[p])
-            for src, rule in zip(p.src, _rule(node), strict=False):
+            node = _Node(ctx, p, found[p], products.get(p))
+            for src, rule in zip(node.src, _rule(node), strict=False):
                 if src and src in needed and rule is not None:
                     _add(ctx, found, src, rule())
     missing = [param for param in params if param.ptr not in found]
@@ -78,8 +79,8 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, ctx: Context | None = N
     return [ops.reshape(found[param.ptr], param.shape, ctx=ctx) for param in params]
 
 
-def _differentiable(p: Any) -> list[Any]:
-    return [src for src in p.src if src and src.type not in (Type.I32, Type.I64)]
+def _differentiable(operands: Iterable[Any]) -> list[Any]:
+    return [src for src in operands if src and src.type not in (Type.I32, Type.I64)]
 
 
 def _add(ctx: Context, found: dict[Any, Tensor], src: Any, grad: Tensor) -> None:
@@ -100,10 +101,16 @@ def _whole(ctx: Context, p: Any) -> Tensor:
 class _Node:
     """A computed tensor with its operands, and its own gradient."""
 
-    def __init__(self, ctx: Context, p: Any, grad: Tensor) -> None:
+    def __init__(self, ctx: Context, p: Any, grad: Tensor, product: tuple[Any, Any] | None = None) -> None:
         self.ctx = ctx
         self.p = p
         self.g = grad
+        self.op = Op(p.op) if product is None else Op.MUL_MAT
+        self.src = product or p.src
+        """The operands. A product that consists of several nodes has those of the whole."""
+        f32 = product is not None or (self.op is Op.MUL_MAT and p.op_params[0] == Prec.F32)
+        self.prec = Prec.F32 if f32 else Prec.DEFAULT
+        """The precision of a matrix product, which is that of its gradients too."""
 
     def _plain(self, p: Any) -> Tensor:
         """Return a tensor as contiguous F32."""
@@ -114,11 +121,11 @@ class _Node:
 
     @cached_property
     def a(self) -> Tensor:
-        return self._plain(self.p.src[0])
+        return self._plain(self.src[0])
 
     @cached_property
     def b(self) -> Tensor:
-        return self._plain(self.p.src[1])
+        return self._plain(self.src[1])
 
     @cached_property
     def out(self) -> Tensor:
@@ -141,7 +148,7 @@ class _Node:
 
 
 def _rule(node: _Node) -> Sequence[Callable[[], Tensor] | None]:
-    op = Op(node.p.op)
+    op = node.op
     if node.p.view_src and op not in _VIEWS:
         raise UnsupportedOpError(f"{node} is in place: its gradient needs the values that it overwrites")
     if op is Op.UNARY:
@@ -220,7 +227,7 @@ def _mul_mat(n: _Node) -> Sequence[Callable[[], Tensor]]:
         return ops.cont(ops.transpose(t, ctx=n.ctx), ctx=n.ctx)
 
     def of_a() -> Tensor:
-        each = ops.mul_mat(turned(n.b), turned(n.g))
+        each = ops.mul_mat(turned(n.b), turned(n.g), prec=n.prec)
         outer, inner, rows, columns = n.a.shape
         if inner in (1, each.shape[1]) and outer in (1, each.shape[0]):
             return each  # _add sums it up
@@ -229,7 +236,7 @@ def _mul_mat(n: _Node) -> Sequence[Callable[[], Tensor]]:
         grouped = ops.reshape(each, (inner, -1, rows, columns))
         return ops.reshape(ops.repeat_back(grouped, (inner, 1, rows, columns)), n.a.shape)
 
-    return of_a, lambda: ops.mul_mat(turned(n.a), n.g)
+    return of_a, lambda: ops.mul_mat(turned(n.a), n.g, prec=n.prec)
 
 
 def _soft_max(n: _Node) -> Sequence[Callable[[], Tensor] | None]:

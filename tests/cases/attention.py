@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
-from ggml_cffi import Type
+from ggml_cffi import Prec, Type
 from tests.cases import Array, In, case, reference
 
 
@@ -83,6 +83,7 @@ def flash_attn_ext(
     scale: float = 1.0,
     max_bias: float = 0.0,
     logit_softcap: float = 0.0,
+    prec: Prec = Prec.DEFAULT,
 ) -> Array:
     q, k, v = (t.reshape((1,) * (3 - t.ndim) + t.shape) for t in (q, k, v))
     groups = q.shape[-3] // k.shape[-3]
@@ -101,6 +102,7 @@ def causal(m: int, n: int, *leading: int) -> Array:
 F16 = Type.F16
 #: Tolerance for keys and values of half precision, in which GPUs sum.
 HALF = 3e-3
+EXACT = 1e-5
 
 CASES = [
     case("soft_max", a=In((33,))),
@@ -150,6 +152,20 @@ CASES = [
         scale=0.125,
         logit_softcap=5.0,
     ),
+    case("flash_attn_ext", EXACT, q=In((2, 13, 40)), k=In((2, 50, 40)), v=In((2, 50, 24)), scale=0.2, prec=Prec.F32),
+    case(
+        "flash_attn_ext",
+        EXACT,
+        q=In((2, 6, 9, 64)),
+        k=In((2, 3, 33, 64), F16, "permuted"),
+        v=In((2, 3, 33, 64), F16, "permuted"),
+        mask=In((2, 1, 10, 33), F16),
+        sinks=In((6,), values=(-1, 3)),
+        scale=0.125,
+        max_bias=4.0,
+        logit_softcap=5.0,
+        prec=Prec.F32,
+    ),
 ]
 
 NAN = float("nan")
@@ -185,6 +201,9 @@ WRONG = {
     ),
     "flash_attn_ext: the mask does not fit": lambda t: ggml.flash_attn_ext(
         t(2, 3, 8), t(2, 4, 8), t(2, 4, 8), t(1, 4, dtype="f16"), scale=1
+    ),
+    "flash_attn_ext: prec must be DEFAULT or F32, not F16": lambda t: ggml.flash_attn_ext(
+        t(2, 1, 8), t(2, 4, 8), t(2, 4, 8), scale=1, prec=Prec.F16
     ),
     "flash_attn_ext: max_bias": lambda t: ggml.flash_attn_ext(t(2, 1, 8), t(2, 4, 8), t(2, 4, 8), scale=1, max_bias=8),
     "flash_attn_ext: scale must be a number": lambda t: ggml.flash_attn_ext(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import ggml_cffi as ggml
+from ggml_cffi import Prec
 from tests.cases import Array, In, case, reference
 from tests.cases.im2col import BF16, F16, channels_after_places, windows
 
@@ -30,50 +31,66 @@ def halves(kernel: Array, n: int) -> tuple[int, ...]:
 
 
 @reference
-def conv_1d(x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
+def conv_1d(
+    x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1, prec: Prec = Prec.DEFAULT
+) -> Array:
     out = convolve(kernel, x.reshape(1, *x.shape[-2:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-2], *out.shape[-2:])
 
 
 @reference
-def conv_1d_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+def conv_1d_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1, prec: Prec = Prec.DEFAULT) -> Array:
     return conv_1d(x, kernel, stride, kernel.shape[-1] // 2, dilation)
 
 
 @reference
-def conv_1d_dw(x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1) -> Array:
+def conv_1d_dw(
+    x: Array, kernel: Array, stride: int = 1, padding: int = 0, dilation: int = 1, prec: Prec = Prec.DEFAULT
+) -> Array:
     return depthwise(kernel, x[None], stride, padding, dilation)[0]
 
 
 @reference
-def conv_1d_dw_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1) -> Array:
+def conv_1d_dw_ph(x: Array, kernel: Array, stride: int = 1, dilation: int = 1, prec: Prec = Prec.DEFAULT) -> Array:
     return conv_1d_dw(x, kernel, stride, kernel.shape[-1] // 2, dilation)
 
 
 @reference
-def conv_2d(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_2d(
+    x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1, prec: Prec = Prec.DEFAULT
+) -> Array:
     out = convolve(kernel, x.reshape(-1, *x.shape[-3:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-3], *out.shape[-3:])
 
 
 @reference
-def conv_2d_sk_p0(x: Array, kernel: Array) -> Array:
+def conv_2d_sk_p0(x: Array, kernel: Array, prec: Prec = Prec.DEFAULT) -> Array:
     return conv_2d(x, kernel, kernel.shape[-2:])
 
 
 @reference
-def conv_2d_s1_ph(x: Array, kernel: Array) -> Array:
+def conv_2d_s1_ph(x: Array, kernel: Array, prec: Prec = Prec.DEFAULT) -> Array:
     return conv_2d(x, kernel, 1, halves(kernel, 2))
 
 
 @reference
-def conv_2d_dw(x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_2d_dw(
+    x: Array, kernel: Array, stride: Any = 1, padding: Any = 0, dilation: Any = 1, prec: Prec = Prec.DEFAULT
+) -> Array:
     out = depthwise(kernel, x.reshape(-1, *x.shape[-3:]), stride, padding, dilation)
     return out.reshape(*x.shape[:-3], *out.shape[-3:])
 
 
 @reference
-def conv_3d(x: Array, kernel: Array, channels: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Array:
+def conv_3d(
+    x: Array,
+    kernel: Array,
+    channels: int,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    prec: Prec = Prec.DEFAULT,
+) -> Array:
     out = convolve(
         kernel.reshape(-1, channels, *kernel.shape[1:]),
         x.reshape(-1, channels, *x.shape[1:]),
@@ -86,6 +103,8 @@ def conv_3d(x: Array, kernel: Array, channels: int, stride: Any = 1, padding: An
 
 # Windows are F16 for operands of any type.
 ROUNDED = 2e-3
+EXACT = 1e-5
+F32 = Prec.F32
 
 # Most cases have nine output channels: ggml compiles another kernel for each smaller number, slowly without a GPU.
 CASES = [
@@ -128,9 +147,22 @@ CASES = [
         dilation=(2, 1, 1),
     ),
     case("conv_3d", ROUNDED, kernel=In((27, 1, 1, 3)), x=In((6, 3, 2, 5), layout="gaps"), channels=3, padding=1),
+    case("conv_1d", EXACT, kernel=In((9, 3, 3)), x=In((1, 3, 11)), padding=1, prec=F32),
+    case("conv_1d", EXACT, kernel=In((9, 2, 4), F16), x=In((2, 16), F16), stride=3, dilation=2, prec=F32),
+    case("conv_1d_ph", EXACT, kernel=In((9, 3, 5)), x=In((3, 12)), prec=F32),
+    case("conv_1d_dw", EXACT, kernel=In((6, 1, 4), F16), x=In((3, 17)), stride=2, padding=3, dilation=2, prec=F32),
+    case("conv_1d_dw_ph", EXACT, kernel=In((3, 1, 3)), x=In((3, 10)), prec=F32),
+    case("conv_2d", EXACT, kernel=In((9, 3, 3, 2)), x=In((2, 3, 7, 9)), stride=(2, 1), padding=(1, 0), prec=F32),
+    case("conv_2d", EXACT, kernel=In((9, 2, 3, 3), F16), x=In((2, 5, 5)), dilation=(1, 2), prec=F32),
+    case("conv_2d_sk_p0", EXACT, kernel=In((9, 3, 4, 2)), x=In((2, 3, 8, 8)), prec=F32),
+    case("conv_2d_s1_ph", EXACT, kernel=In((9, 2, 3, 5), F16), x=In((2, 10, 11), F16), prec=F32),
+    case("conv_2d_dw", EXACT, kernel=In((3, 1, 3, 2)), x=In((2, 3, 7, 5)), padding=(1, 0), stride=2, prec=F32),
+    case("conv_2d_dw", EXACT, kernel=In((2, 1, 2, 3), BF16), x=In((2, 9, 8)), dilation=(1, 3), prec=F32),
+    case("conv_3d", EXACT, kernel=In((18, 2, 3, 2)), x=In((4, 4, 5, 6)), channels=2, padding=(0, 1, 2), prec=F32),
 ]
 
 WRONG = {
+    "conv_1d: prec must be DEFAULT or F32, not BF16": lambda t: ggml.conv_1d(t(3, 8), t(4, 3, 3), prec=Prec.BF16),
     "conv_1d: x must be one signal: ggml mixes up batches": lambda t: ggml.conv_1d(t(2, 3, 8), t(4, 3, 3)),
     "conv_1d: the kernel has 3 channels, x 2": lambda t: ggml.conv_1d(t(2, 8), t(4, 3, 3)),
     "conv_1d: kernel must be F32 or F16": lambda t: ggml.conv_1d(t(3, 8), t(4, 3, 3, dtype="bf16")),

@@ -23,7 +23,7 @@ def mul_mat(a: Array, b: Array, prec: Prec = Prec.DEFAULT, b_prec: Prec = Prec.D
 
 
 @reference
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(x: Array, weight: Array, bias: Array | None = None, prec: Prec = Prec.DEFAULT) -> Array:
     return x @ weight.T + (0 if bias is None else bias)
 
 
@@ -35,13 +35,14 @@ def mul_mat_id(a: Array, b: Array, ids: Array, prec: Prec = Prec.DEFAULT, b_prec
 
 
 @reference
-def out_prod(a: Array, b: Array) -> Array:
+def out_prod(a: Array, b: Array, prec: Prec = Prec.DEFAULT) -> Array:
     return np.swapaxes(b, -1, -2) @ repeated(a, b)
 
 
 F16, Q8_0, I32 = Type.F16, Type.Q8_0, Type.I32
 #: Backends may round operands to half precision, or to 8 bits if weights are quantized, and sum in F16.
 ROUNDED = 5e-3
+EXACT = 1e-5
 COARSE = 1e-2
 
 CASES = [
@@ -59,7 +60,22 @@ CASES = [
     case("linear", COARSE, x=In((9, 512)), weight=In((33, 512), Type.BF16), bias=In((33,))),
     case("linear", ROUNDED, x=In((32,)), weight=In((6, 32))),
     case("linear", ROUNDED, x=In((2, 3, 32)), weight=In((6, 32)), bias=In((6,))),
-    case("mul_mat", 1e-3, a=In((33, 512), F16), b=In((9, 512)), prec=Prec.F32),
+    *(case("mul_mat", COARSE, a=In((5, 32), Type.BF16), b=In((m, 32), Type.BF16)) for m in (1, 8, 9)),
+    # The accuracy of F32 also for operands of half precision, without tolerances of their types.
+    *(
+        case("mul_mat", EXACT, a=In((33, 512), dtype), b=In((m, 512)), prec=Prec.F32)
+        for dtype in (Type.F32, F16, Type.BF16)
+        for m in (3, 9, 129)
+    ),
+    case("mul_mat", EXACT, a=In((3, 33, 65)), b=In((2, 3, 9, 65)), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((1, 2, 5, 32)), b=In((3, 4, 7, 32)), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((5, 32), layout="gaps"), b=In((4, 17, 32), layout="permuted"), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((2, 15, 32), F16, "permuted"), b=In((2, 17, 32), F16), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((9, 33)), b=In((33,)), prec=Prec.F32, b_prec=Prec.F32),
+    case("mul_mat", COARSE, a=In((16, 256), Q8_0), b=In((9, 256)), prec=Prec.F32),
+    case("mul_mat", EXACT, a=In((9, 33)), b=In((20, 33), layout="gaps"), prec=Prec.F32),
+    case("linear", EXACT, x=In((19, 70)), weight=In((31, 70)), bias=In((31,)), prec=Prec.F32),
+    case("linear", EXACT, x=In((2, 11, 32)), weight=In((6, 32), F16), prec=Prec.F32),
     case("mul_mat", ROUNDED, a=In((1, 2, 5, 32)), b=In((3, 4, 7, 32))),
     case("mul_mat", ROUNDED, a=In((5, 32), layout="gaps"), b=In((4, 7, 32), layout="permuted")),
     case("mul_mat", ROUNDED, a=In((2, 5, 32), F16, "permuted"), b=In((2, 7, 32), F16)),
@@ -67,19 +83,22 @@ CASES = [
     case("mul_mat", COARSE, a=In((16, 256), Q8_0), b=In((2, 256)), b_prec=Prec.Q8),
     case(
         "mul_mat_id",
-        1e-3,
+        EXACT,
         a=In((4, 6, 32)),
         b=In((3, 2, 32)),
         ids=In((3, 2), I32, values=4),
         prec=Prec.F32,
         b_prec=Prec.F32,
     ),
+    case("mul_mat_id", EXACT, a=In((3, 16, 64), F16), b=In((12, 1, 64)), ids=In((12, 2), I32, values=3), prec=Prec.F32),
+    case("mul_mat_id", EXACT, a=In((2, 7, 33)), b=In((1, 1, 33)), ids=In((1, 1), I32, values=2), prec=Prec.F32),
     case("mul_mat_id", ROUNDED, a=In((4, 6, 32)), b=In((3, 2, 32)), ids=In((3, 2), I32, values=4)),
     case("mul_mat_id", ROUNDED, a=In((3, 16, 64), F16), b=In((12, 1, 64)), ids=In((12, 2), I32, values=3)),
     case("mul_mat_id", COARSE, a=In((4, 6, 64), Q8_0), b=In((5, 2, 64)), ids=In((5, 4), I32, values=4)),
     case("mul_mat_id", COARSE, a=In((8, 32, 256), Type.Q4_K), b=In((40, 1, 256)), ids=In((40, 2), I32, values=8)),
     case("mul_mat_id", COARSE, a=In((2, 7, 33), Type.BF16), b=In((2, 1, 33)), ids=In((2, 1), I32, values=2)),
     case("out_prod", a=In((5, 7)), b=In((5, 4))),
+    case("out_prod", a=In((17, 33)), b=In((3, 17, 20)), prec=Prec.F32),
     case("out_prod", a=In((1, 2, 3, 5)), b=In((2, 4, 3, 6))),
     case("out_prod", a=In((2, 6, 8), layout="gaps"), b=In((2, 6, 3), layout="transposed")),
     case("out_prod", a=In((2, 3, 8), F16), b=In((2, 3, 4), layout="permuted")),
@@ -104,6 +123,7 @@ WRONG = {
     ),
     "mul_mat: a must be a float or quantized": lambda t: ggml.mul_mat(t(4, 8, dtype="i32"), t(3, 8)),
     "mul_mat: prec must be F32, BF16 or F16, not Q8": lambda t: ggml.mul_mat(t(4, 8), t(3, 8), prec=Prec.Q8),
+    "out_prod: prec must be DEFAULT or F32, not F16": lambda t: ggml.out_prod(t(4, 8), t(4, 3), prec=Prec.F16),
     "mul_mat_id: a must be a float or quantized type, b F32": lambda t: ggml.mul_mat_id(
         t(4, 6, 8), t(3, 2, 8, dtype="f16"), ids(t, 3, 2)
     ),

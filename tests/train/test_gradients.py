@@ -22,6 +22,8 @@ CASES = [
     case("mul_mat", a=In((5, 8)), b=In((3, 8))),
     case("mul_mat", a=In((2, 5, 8)), b=In((6, 3, 8))),
     case("mul_mat", a=In((5, 8)), b=In((2, 2, 3, 8))),
+    case("mul_mat", a=In((5, 8)), b=In((9, 8)), prec=ggml.Prec.F32),
+    case("mul_mat", a=In((2, 5, 8)), b=In((6, 3, 8)), prec=ggml.Prec.F32),
     case("soft_max_ext", a=In((3, 7)), scale=0.5),
     case("repeat", a=In((2, 3)), shape=(4, 6)),
     case("concat", a=In((2, 3)), b=In((4, 3)), axis=0),
