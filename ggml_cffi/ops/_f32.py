@@ -12,6 +12,7 @@ GPUs round F32 operands to F16 or TF32. There are two ways around that:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, reduce
 
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.precision import FEW_ROWS
@@ -24,6 +25,8 @@ from ggml_cffi.ops.shape import cast, concat, cont, view
 _MOST_BATCHES = 16
 _ALIGNMENT = 256  # bytes: the largest that a GPU may need for the start of an operand
 _PARTS = 3
+#: Longest sum that a GPU may compute at once: matrix units cut off the last bits of each partial sum.
+_LONGEST_SUM = 2048
 #: Parts that hold all bits of a type.
 _NEEDED = {Type.BF16: 1, Type.F16: 2}
 
@@ -77,6 +80,11 @@ def split_product(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Te
     a, b
         F32, F16 or BF16, not empty.
     """
+    k = a.ne[0]
+    if k > _LONGEST_SUM:
+        ranges = [(first, min(first + _LONGEST_SUM, k)) for first in range(0, k, _LONGEST_SUM)]
+        columns = [(_columns(a, *each, ctx), _columns(b, *each, ctx)) for each in ranges]
+        return reduce(partial(add, ctx=ctx), [split_product(multiply, x, y, ctx) for x, y in columns])
     parts_a = [part for part, _ in _split(a, ctx)]
     parts_b = [decoded(part, ctx) if wide is None else wide for part, wide in _split(b, ctx)]
     pairs = [(i, j) for i in range(len(parts_a)) for j in range(len(parts_b)) if i + j < _PARTS]
@@ -86,6 +94,13 @@ def split_product(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Te
     for i, j in rest:
         out = add(out, multiply(parts_a[i], parts_b[j]), ctx=ctx)
     return out
+
+
+def _columns(t: Tensor, first: int, end: int, ctx: Context) -> Tensor:
+    """Return some columns of ``t``. Parts of F32 and F16 are copies anyway, and BF16 is copied here."""
+    strides = tuple(reversed(t.nb[: t.ndim]))
+    found = view(t, (*t.shape[:-1], end - first), strides=strides, offset=first * t.nb[0], ctx=ctx)
+    return cont(found, ctx=ctx) if t.dtype is Type.BF16 else found
 
 
 def _split(t: Tensor, ctx: Context) -> list[tuple[Tensor, Tensor | None]]:

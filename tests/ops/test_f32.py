@@ -60,6 +60,17 @@ def test_a_session_of_f32_is_as_accurate_as_f32(devices, values, shape, rng):
             assert error(got, x, w) <= LIMIT
 
 
+def test_long_sums_of_positive_numbers_are_as_accurate(devices, rng):
+    x, w = np.abs(drawn(rng, 130, 4100)), np.abs(drawn(rng, 6, 4100))
+    with ggml.Session(devices, precision="f32") as session:
+        for dtype in ("f32", "bf16"):
+            weight = session.weight(w, dtype=dtype)
+            decoded = session.compile(lambda x, weight=weight: ggml.add(ggml.cast(weight, ggml.F32), x))(
+                np.zeros(w.shape)
+            )
+            assert error(session.compile(lambda x, weight=weight: ggml.linear(x, weight))(x), x, decoded) <= LIMIT
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_weights_of_half_precision_do_not_round_the_other_operand(devices, dtype, rng):
     with ggml.Session(devices) as session:
