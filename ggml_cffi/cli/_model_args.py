@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
 _DEVICES_HELP = "names, separated by commas (default: every GPU, then the CPU)"
+_RESERVE_HELP = "free memory of each GPU to leave free, such as 1G (default: 512M, less on GPUs with less than 8G free)"
 
 
 def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
@@ -19,13 +20,19 @@ def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: boo
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
 
 
-def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
+def add_placement_arguments(
+    command: argparse.ArgumentParser,
+    *,
+    repeat_devices: bool = False,
+    model_help: str = "a GGUF file",
+    devices_help: str = _DEVICES_HELP,
+) -> None:
     """Add the arguments for the model file and its placement on devices."""
-    command.add_argument("model", help="a GGUF file")
+    command.add_argument("model", help=model_help)
     if repeat_devices:
-        command.add_argument("--devices", action="append", help=f"{_DEVICES_HELP}; may be repeated")
+        command.add_argument("--devices", action="append", help=f"{devices_help}; may be repeated")
     else:
-        command.add_argument("--devices", help=_DEVICES_HELP)
+        command.add_argument("--devices", help=devices_help)
     command.add_argument(
         "--split",
         default="layer",
@@ -44,6 +51,12 @@ def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices:
         help="usual tokens of a prompt and of its answer, such as 4096,128, for --split auto (default: unknown)",
     )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
+    add_reserve_argument(command)
+
+
+def add_reserve_argument(command: argparse.ArgumentParser) -> None:
+    """Add the argument for the memory that stays free."""
+    command.add_argument("--reserve", metavar="SIZE", help=_RESERVE_HELP)
 
 
 def parse_balance(text: str) -> str | list[float]:
@@ -92,6 +105,7 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             expected_tokens=args.expect,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
+            reserve=args.reserve,
             progress=progress,
             **options,
         )

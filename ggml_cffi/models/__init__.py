@@ -20,6 +20,7 @@ from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
+from ggml_cffi.models.placement.speed import SpeedEstimate
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Perplexity",
     "Sampler",
     "SamplingParams",
+    "SpeedEstimate",
     "Timings",
     "Tokenizer",
     "convert",

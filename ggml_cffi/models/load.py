@@ -14,9 +14,11 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.model import Model
-from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
+from ggml_cffi.models.placement.options import Balance, LoadOptions, Workload, check_options, parse_reserve
 from ggml_cffi.models.placement.placement import Placement
-from ggml_cffi.models.placement.plan import Planner
+from ggml_cffi.models.placement.plan import place_or_raise, report
+from ggml_cffi.models.placement.planner import Planner
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.scheduled import ScheduledRunner
@@ -35,6 +37,7 @@ def load(
     balance: Balance = "memory",
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
+    reserve: int | str | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -70,13 +73,17 @@ def load(
     expected_tokens
         Usual tokens of a prompt and of its answer, such as ``(4096, 128)``, for ``split="auto"``, which chooses the
         fastest split for these numbers. By default it chooses the split that is never far from the fastest.
+    reserve
+        Free memory of each GPU that the model does not use, in bytes or as a text such as ``"1G"``. Default 512 MiB,
+        and a sixteenth of the free memory of a GPU with less than 8 GiB: for the driver, compiled kernels, and other
+        programs.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     FormatError
-        If the file is malformed, or its architecture is unknown.
+        If the file is malformed or incomplete, or its architecture is unknown.
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
@@ -84,19 +91,20 @@ def load(
         :func:`~ggml_cffi.models.plan`.
     """
     check_options(split, n_batch)
-    workload, dtype = Workload(n_sequences, expected_tokens), as_type(kv_dtype)
+    workload, dtype, kept = Workload(n_sequences, expected_tokens), as_type(kv_dtype), parse_reserve(reserve)
+    refuse_hypothetical(devices)
     file = GGUFFile(path)
     backends: list[Backend] = []
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
-        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
+        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype, kept)
         backends = open_backends(devices, n_threads)
         planner = Planner(architecture, backends, options, balance, devices, split, workload)
-        found = planner.place_or_raise()
+        found = place_or_raise(planner)
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)
-        plan = planner.plan(found, propose=False)
+        plan = report(planner, found, propose=False)
         return Model(file, architecture, backends, runners, plan, n_ctx=options.n_ctx, n_batch=n_batch)
     except BaseException:
         for part in (*runners, *backends, file):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ggml_cffi.core import text
 from ggml_cffi.enums import Type
 
 #: The division of layers: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
@@ -13,14 +14,32 @@ Balance = str | Sequence[float]
 #: Ways to split a model over devices.
 SPLITS = ("layer", "pipeline", "data", "tensor", "auto")
 
+#: Bytes of each GPU's free memory that no placement uses: for the driver's own memory, compiled kernels, the rounding
+#: of allocations to pages, and changes of the free memory while a model loads. On H100 and H200, a model of 8 GiB took
+#: some 30 MiB more than its plan counts; the rest is for other programs, such as a desktop.
+RESERVE = 512 << 20
+#: Part of the free memory that is the reserve of a GPU with less than 8 GiB free.
+SMALL_RESERVE = 1 / 16
+
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Sizes of a model's context, batches and cache."""
+    """Sizes of a model's context, batches and cache, and the memory that stays free."""
 
     n_ctx: int
     n_batch: int
     kv_dtype: Type
+    reserve: int | None = None
+    """Bytes of each GPU's free memory that stay free; None for the default."""
+
+    def reserve_of(self, free: int, *, is_cpu: bool) -> int:
+        """Return the bytes that stay free on a device with ``free`` bytes; 0 on the CPU.
+
+        The system can take the CPU's memory back: it drops mapped weights, or swaps.
+        """
+        if is_cpu:
+            return 0
+        return min(RESERVE, int(free * SMALL_RESERVE)) if self.reserve is None else self.reserve
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,20 @@ class Workload:
             raise ValueError(
                 f"expected_tokens must be the tokens of a prompt and of an answer, not both 0, not {expected!r}"
             )
+
+
+def parse_reserve(reserve: int | str | None) -> int | None:
+    """Return a reserve in bytes, from bytes or a text such as ``"1G"``; None for the default.
+
+    Raises
+    ------
+    ValueError
+        If it is not a size.
+    """
+    try:
+        return None if reserve is None else text.parse_size(reserve)
+    except ValueError as error:
+        raise ValueError(f"reserve {error}") from None
 
 
 def check_options(split: str, n_batch: int) -> None:

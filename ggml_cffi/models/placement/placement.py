@@ -25,12 +25,14 @@ class DevicePlan:
     """Estimate of the memory that a GPU's backend allocates itself."""
     free: int
     """Free memory that the device reports."""
+    reserve: int
+    """Part of ``free`` that stays free."""
     has_output: bool
     has_embeddings: bool
 
     @classmethod
-    def of(cls, placement: DevicePlacement, free: int, input_bytes: int = 0) -> DevicePlan:
-        """Return the plan for the contents of a device with ``free`` bytes."""
+    def of(cls, placement: DevicePlacement, free: int, reserve: int = 0, input_bytes: int = 0) -> DevicePlan:
+        """Return the plan for the contents of a device with ``free`` bytes, of which ``reserve`` stay free."""
         return cls(
             device=placement.device,
             layers=tuple(placement.layers),
@@ -41,6 +43,7 @@ class DevicePlan:
             input_bytes=input_bytes,
             workspace_bytes=placement.workspace_bytes,
             free=free,
+            reserve=reserve,
             has_output=placement.has_output,
             has_embeddings=placement.has_embeddings,
         )
@@ -51,13 +54,23 @@ class DevicePlan:
         return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes + self.workspace_bytes
 
     @property
+    def available(self) -> int:
+        """Free bytes without the reserve."""
+        return max(self.free - self.reserve, 0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of free memory that the contents need: all but mapped weights."""
+        return self.total - self.mapped_bytes
+
+    @property
     def missing(self) -> int:
-        """Bytes that the device lacks. Mapped weights need no free memory."""
-        return max(self.total - self.mapped_bytes - self.free, 0)
+        """Bytes that the device lacks."""
+        return max(self.needed - self.available, 0)
 
     @property
     def fits(self) -> bool:
-        """True if the device has enough free memory."""
+        """True if the device has enough free memory besides the reserve."""
         return not self.missing
 
     @property
