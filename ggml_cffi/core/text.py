@@ -89,7 +89,7 @@ def parse_size(given: int | str) -> int:
         If it is none of these, or negative.
     """
     found = _SIZE.fullmatch(str(given).strip())
-    if found is None or isinstance(given, bool):
+    if found is None:
         raise ValueError(f"{given!r} is no size: use a number of bytes, or a text such as 512M or 24G (GiB)")
     number, unit = found.groups()
     return round(float(number) * _UNITS[unit.upper()]) if unit else round(float(number))

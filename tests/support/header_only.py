@@ -59,8 +59,7 @@ def llama_header(
             f"blk.{i}.ffn_up.weight": (n_ff, n_embd),
             f"blk.{i}.ffn_down.weight": (n_embd, n_ff),
         }
-    plans = [
-        PlannedTensor(name, ggml.F32 if len(shape) == 1 else dtype, shape, np.empty(0)) for name, shape in shapes.items()
-    ]
+    types = {name: ggml.F32 if len(shape) == 1 else dtype for name, shape in shapes.items()}
+    plans = [PlannedTensor(name, types[name], shape, np.empty(0)) for name, shape in shapes.items()]
     path.write_bytes(header_bytes(metadata, plans, 32))
     return path

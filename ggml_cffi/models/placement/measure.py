@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.dry_run import DryRunContext
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement.hypothetical import is_hypothetical
 from ggml_cffi.models.placement.options import LoadOptions
@@ -75,21 +77,18 @@ def measure(
     hypothetical = any(is_hypothetical(b) for b in backends if not b.device.is_cpu)
     key = min(options.n_batch, options.n_ctx), n_slots, 1
     try:
-        if pipeline is None:
-            pipeline = (
-                architecture.causal and not weights.placement[-1].layers if hypothetical else can_pipeline(weights)
-            )
+        if pipeline is None and hypothetical:
+            pipeline = architecture.causal and not weights.placement[-1].layers
+        elif pipeline is None:
+            pipeline = can_pipeline(weights)
         if pipeline:
             _measure_stages(weights, key)
         elif weights.placement[-1].cache_bytes <= backends[-1].device.memory().free:
             # Else the graph may be larger than operations can be.
             if hypothetical and architecture.causal:
-                _measure_apart(weights, key)
-                if op_offload and key[0] >= _OFFLOADED_BATCH:
-                    _count_offloaded(weights)
+                _measure_apart(weights, key, op_offload=op_offload)
             else:
-                # For an encoder, each device with layers counts the intermediates of the whole graph.
-                with Scheduler(backends[-1:] if hypothetical else backends, op_offload=op_offload) as scheduler:
+                with Scheduler(backends, op_offload=op_offload) as scheduler:
                     _measure_scheduled(weights, scheduler, options, new_context)
     finally:
         weights.close()
@@ -113,8 +112,9 @@ def _measure_stages(weights: Weights, key: Key) -> None:
                     placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
 
 
-def _measure_apart(weights: Weights, key: Key) -> None:
+def _measure_apart(weights: Weights, key: Key, *, op_offload: bool) -> None:
     """Count the intermediate tensors of each stage by a scheduler of its one device alone."""
+    workspace = 0
     for stage in weights.stages:
         (device,) = stage.devices
         backend, placement, graph = weights.backends[device], weights.placement[device], StageGraph.of(weights, stage)
@@ -127,15 +127,20 @@ def _measure_apart(weights: Weights, key: Key) -> None:
             result = graph.trace(rank, *inputs)
             with Graph(result.part if isinstance(result, AllGather) else result) as built:
                 placement.compute_bytes = scheduler.reserve_size(built)[backend] + sum(t.nbytes for t in inputs)
-                if not placement.is_cpu:
-                    placement.workspace_bytes = workspace_bytes(built.node_pointers())
+                workspace = max(workspace, workspace_bytes(built.node_pointers()))
+    for placement in weights.placement[:-1]:
+        placement.workspace_bytes = workspace if placement.layers else 0
+    if op_offload and key[0] >= _OFFLOADED_BATCH:
+        _count_offloaded(weights, key[0])
 
 
-def _count_offloaded(weights: Weights) -> None:
-    """Add the intermediates and the copies of weights with which the first GPU computes the CPU's layers."""
+def _count_offloaded(weights: Weights, n_batch: int) -> None:
+    """Count the intermediates of the CPU's layers, and the largest copies, on the first GPU, which computes them."""
     first, cpu = weights.placement[0], weights.placement[-1]
     copied = [t.nbytes for name, t in weights.by_device[-1].items() if t.ndim > 1 and name != "token_embd.weight"]
-    first.compute_bytes = max(first.compute_bytes, cpu.compute_bytes) + max(copied, default=0)
+    hidden = n_batch * weights.architecture.n_embd * type_size(Type.F32)  # to the GPU and back
+    first.compute_bytes = max(first.compute_bytes, cpu.compute_bytes) + max(copied, default=0) + 2 * hidden
+    cpu.compute_bytes = 2 * hidden
 
 
 def _measure_scheduled(
@@ -153,7 +158,9 @@ def _measure_scheduled(
             _inputs, result = logits_graph(context, weights, n_batch, n_slots, 1)
             with Graph(result) as graph:
                 sizes, workspace = scheduler.reserve_size(graph), workspace_bytes(graph.node_pointers())
+    # The scheduler puts an encoder for hypothetical devices on the first one. Each may have to hold all intermediates.
+    hypothetical = is_hypothetical(weights.backends[0])
     for backend, placement in zip(weights.backends, weights.placement, strict=True):
-        placement.compute_bytes = sizes.get(backend, max(sizes.values()) if placement.layers else 0)
+        placement.compute_bytes = max(sizes.values()) * bool(placement.layers) if hypothetical else sizes[backend]
         if placement.layers and not placement.is_cpu:
             placement.workspace_bytes = workspace
