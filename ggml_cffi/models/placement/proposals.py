@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import ceil
 
 from ggml_cffi.core import text
 from ggml_cffi.core.device import gpus
@@ -17,6 +18,7 @@ from ggml_cffi.models.placement.planner import Planner
 
 _SMALLEST_CTX, _SMALLEST_BATCH = 256, 32
 _SIZES = 12  # of one more device that are tried, each a quarter larger than the one before
+_HALVINGS = 4  # of the difference between a size that is good and a smaller one that is not
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Proposer:
         names = [d.name for d in own if not d.is_cpu]
         helpful = [d for d in others if fits(HypotheticalDevice(d.name, d.memory().free))]
         for device in helpful:
-            yield f"devices={[*names, device.name]!r}{by_memory} ({text.size(device.memory().free)} free)"
+            yield f"devices={[*names, device.name]!r}{by_memory}"
         if helpful:
             return
         if found.fits:  # the new device would hold the CPU's layers
@@ -188,15 +190,24 @@ def _largest(n: int, smallest: int, good: Callable[[int], bool]) -> int | None:
 
 
 def _smallest_size(start: int, good: Callable[[int], bool]) -> int | None:
-    """Return a size that is ``good``, the first of some rising ones from ``start``; None if none of them is.
+    """Return about the smallest size from ``start`` that is ``good``, None if none of :data:`_SIZES` rising ones is.
 
     The size is what :func:`~ggml_cffi.core.text.size` writes.
     """
-    tried = max(start, 1 << 20)
+    low, high = start, _written(max(start, 1 << 20))
     for _ in range(_SIZES):
-        step = (1 << 30 if tried >= 1 << 30 else 1 << 20) // 10
-        rounded = -(-tried // step) * step
-        if good(rounded):
-            return rounded
-        tried = tried * 5 // 4
-    return None
+        if good(high):
+            break
+        low, high = high, _written(high * 5 // 4)
+    else:
+        return None
+    for _ in range(_HALVINGS):
+        middle = _written((low + high) // 2)
+        low, high = (low, middle) if good(middle) else (middle, high)
+    return high
+
+
+def _written(size: int) -> int:
+    """Return the next larger size that has one decimal in GiB or MiB."""
+    step = (1 << 30 if size >= 1 << 30 else 1 << 20) / 10
+    return ceil(ceil(size / step) * step)
