@@ -26,6 +26,7 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 _SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for software devices
 _TOKENS = (1, 512)  # of decode, and of prefill
 _PRODUCTS = 8  # in one run
+_PRODUCTS_ON_CPU = 64  # in one run of decode, with smaller weights
 _RUNS = 5
 
 
@@ -79,11 +80,13 @@ def key(backend: Backend, dtype: Type) -> str:
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:
     """Return the seconds of a product, for each element of the weight and each token, in the fastest of a few runs.
 
-    A run has several products, so that the time for submitting it counts little, and no cache holds all weights.
+    A run has several products, so that the time for submitting it counts little, and few caches hold all weights.
     """
-    n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not backend.device.is_cpu else _SIZE // 4
+    on_cpu = backend.device.is_cpu
+    n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not on_cpu else _SIZE // 4
+    n_products = _PRODUCTS_ON_CPU if on_cpu and tokens == 1 else _PRODUCTS
     with Context() as context:
-        weights = [context.new_tensor(dtype, (n, n), name=f"weight {i}") for i in range(_PRODUCTS)]
+        weights = [context.new_tensor(dtype, (n, n), name=f"weight {i}") for i in range(n_products)]
         context.alloc(backend.buffer_type, weights, usage=Usage.WEIGHTS)  # zeros take as long as other values
         x = context.new_tensor(Type.F32, (tokens, n), name="x")
         context.alloc(backend.buffer_type, [x])
@@ -95,7 +98,7 @@ def measure(backend: Backend, dtype: Type, tokens: int) -> float:
                 began = perf_counter()
                 scheduler.compute(graph)
                 times.append(perf_counter() - began)
-    return max(min(times), 1e-9) / (_PRODUCTS * n * n * tokens)
+    return max(min(times), 1e-9) / (n_products * n * n * tokens)
 
 
 def path() -> Path:

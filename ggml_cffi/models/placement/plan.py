@@ -65,7 +65,7 @@ class ModelPlan:
         """Return the plan as a dictionary that JSON can hold."""
         found = asdict(self) | {"fits": self.fits}
         for device, entry in zip(self.devices, found["devices"], strict=True):
-            entry |= {"total": device.total, "fits": device.fits}
+            entry |= {"total": device.total, "missing": device.missing, "fits": device.fits}
         return found
 
     def __str__(self) -> str:

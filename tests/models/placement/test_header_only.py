@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import cli, models
+from tests.support import gguf_writer
 from tests.support.header_only import llama_header
 
 SIZES = {"n_layers": 2, "n_embd": 256, "n_ff": 512, "n_vocab": 1000, "n_heads": 2, "n_kv": 1}
@@ -50,6 +52,22 @@ def test_the_plan_is_that_of_the_whole_file(path, tmp_path):
         cut.write_bytes(whole[:n])
         with pytest.raises(ggml.FormatError, match=r"cut short|too few"):
             models.plan(cut, ["CPU"])
+
+
+def test_parts_of_a_split_model_may_lack_data(tmp_path):
+    for i, name in enumerate("ab"):
+        values = {"split.no": i, "split.count": 2, "split.tensors.count": 2}
+        part = tmp_path / f"m-{i + 1:05d}-of-00002.gguf"
+        gguf_writer.write(part, values, {name: (ggml.F32, np.arange(8.0))})
+        part.write_bytes(part.read_bytes()[: -8 * i or None])
+    first = tmp_path / "m-00001-of-00002.gguf"
+    with ggml.GGUFFile(first, header_only=True) as file:
+        assert file.missing_bytes == 8
+        assert file.array("a").tolist() == [*range(8)]
+        with pytest.raises(ggml.FormatError, match=r"m-00002-of-00002.gguf: the data of tensor 'b' is missing"):
+            file.array("b")
+    with pytest.raises(ggml.FormatError, match=r"m-00002-of-00002.gguf: cut short: 8 bytes are missing"):
+        ggml.GGUFFile(first)
 
 
 def test_impossible_sizes_are_refused_without_data_too(tmp_path):
