@@ -63,10 +63,12 @@ def split_layers(sizes: Sequence[int], proportions: Sequence[float], capacity: S
         rest = sum(sizes[: layer + 1])
         return layer_devices, layer < 0 or rest - sizes[layer] / 2 <= scale * proportions[cpu]
 
-    # The smallest scale for which all layers have a device, and the largest one that makes a difference.
+    # The largest scale that makes a difference fills the GPUs. The smallest one that is enough is in proportion.
     low, high = 0.0, total / min((part for part in proportions if part), default=1.0)
     found, enough = divide(high)
-    for _ in range(_STEPS * enough):
+    if not enough:
+        return found
+    for _ in range(_STEPS):
         middle = (low + high) / 2
         tried, enough = divide(middle)
         if enough:

@@ -12,6 +12,12 @@ from tests.support.web_server import serve
 DATA = 24 << 20  # bytes of the tensors' data
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """Reach servers of this machine without a proxy."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Return a folder with a model whose header is larger than one request, and whose data are larger still."""

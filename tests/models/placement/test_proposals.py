@@ -88,6 +88,7 @@ def evaluated(proposal):
     ("devices", "options", "kinds"),
     [
         (["4G", "3G", "CPU:8G"], {"balance": [1, 3]}, {"balance"}),
+        (["3G", "1G", "CPU:8G"], {"balance": [1, 1]}, {"balance"}),
         (["2G", "2G", "CPU:8G"], {}, set()),
         (["2.9G", "2.9G", "CPU:8G"], {}, {"n_ctx", "kv_dtype", "n_batch"}),
         (["4G", "2.5G", "CPU:8G"], {"split": "tensor"}, {"split"}),
