@@ -19,9 +19,9 @@ _UNKNOWN_SIZE = 2**62  # of a file whose server does not tell
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
-def is_url(path: str) -> bool:
+def is_url(path: object) -> bool:
     """Return whether a path is an HTTP address."""
-    return path.lower().startswith(("http://", "https://"))
+    return isinstance(path, str) and path.lower().startswith(("http://", "https://"))
 
 
 def remote_header(url: str, part: int = 0) -> tuple[Header, int]:
@@ -55,18 +55,23 @@ def _blocks(url: str) -> Generator[tuple[bytes, int], None, None]:
 
     If the server ignores ranges, the blocks are read from one answer, which ends when the generator is closed.
     """
+    from http.client import HTTPException  # its import takes as long as the package's
+
     start, n, size = 0, FIRST_REQUEST, _UNKNOWN_SIZE
-    while start < size:
-        with _open(url, start, n) as answer:
-            ranged = answer.status == 206
-            size = _size_by_range(answer, url, start) if ranged else _size_by_length(answer)
-            while block := answer.read(n):
-                start, n = start + len(block), start + len(block)
-                yield block, size
-                if ranged:
-                    break
-            if not block:
-                return
+    try:
+        while start < size:
+            with _open(url, start, n) as answer:
+                ranged = answer.status == 206
+                size = _size_by_range(answer, url, start) if ranged else _size_by_length(answer)
+                while block := answer.read(n):
+                    start, n = start + len(block), start + len(block)
+                    yield block, size
+                    if ranged:
+                        break
+                if not block:
+                    return
+    except HTTPException as error:
+        raise OSError(f"{url} cannot be read: {error}") from None
 
 
 def _size_by_range(answer: Any, url: str, start: int) -> int:
@@ -92,7 +97,7 @@ def _open(url: str, start: int, n: int) -> Any:
     FileNotFoundError, OSError
         If there is no such file, or the server cannot be reached.
     """
-    from urllib.error import HTTPError, URLError  # their import takes as long as the package's
+    from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
     try:

@@ -106,6 +106,8 @@ def test_wrong_answers_are_refused(folder, monkeypatch):
         monkeypatch.setattr(remote, "LARGEST_HEADER", remote.FIRST_REQUEST)
         refused(ggml.FormatError, "the header is larger than 1,048,576 bytes")
         address = web.url
+    with pytest.raises(OSError, match="cannot be read: URL can't contain control characters"):
+        ggml.GGUFFile(f"{address}/a model.gguf", header_only=True)
     with pytest.raises(OSError, match="cannot be reached: "):
         ggml.GGUFFile(f"{address}/m.gguf", header_only=True)
 
