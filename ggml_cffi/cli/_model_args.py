@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
 _DEVICES_HELP = "names, separated by commas (default: every GPU, then the CPU)"
+_RESERVE_HELP = "free memory of each GPU to leave free, such as 1G (default: 512M, less on GPUs with less than 8G free)"
 
 
 def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
@@ -22,13 +23,19 @@ def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: boo
     )
 
 
-def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
+def add_placement_arguments(
+    command: argparse.ArgumentParser,
+    *,
+    repeat_devices: bool = False,
+    model_help: str = "a GGUF file",
+    devices_help: str = _DEVICES_HELP,
+) -> None:
     """Add the arguments for the model file and its placement on devices."""
-    command.add_argument("model", help="a GGUF file")
+    command.add_argument("model", help=model_help)
     if repeat_devices:
-        command.add_argument("--devices", action="append", help=f"{_DEVICES_HELP}; may be repeated")
+        command.add_argument("--devices", action="append", help=f"{devices_help}; may be repeated")
     else:
-        command.add_argument("--devices", help=_DEVICES_HELP)
+        command.add_argument("--devices", help=devices_help)
     command.add_argument(
         "--split",
         default="layer",
@@ -47,6 +54,12 @@ def add_placement_arguments(command: argparse.ArgumentParser, *, repeat_devices:
         help="usual tokens of a prompt and of its answer, such as 4096,128, for --split auto (default: unknown)",
     )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
+    add_reserve_argument(command)
+
+
+def add_reserve_argument(command: argparse.ArgumentParser) -> None:
+    """Add the argument for the memory that stays free."""
+    command.add_argument("--reserve", metavar="SIZE", help=_RESERVE_HELP)
 
 
 def parse_balance(text: str) -> str | list[float]:
@@ -84,7 +97,11 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
         Further arguments of :func:`ggml_cffi.models.load`.
     """
     from ggml_cffi import models
+    from ggml_cffi.files import GGUFFile
+    from ggml_cffi.models.architectures import architecture_of
 
+    with GGUFFile(args.model) as file:
+        architecture_of(file).check_decoder()
     with progress_bar("loading") as progress:
         return models.load(
             args.model,
@@ -96,7 +113,7 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
             n_threads=args.threads,
             kv_dtype=args.kv_type,
             deterministic=args.deterministic,
+            reserve=args.reserve,
             progress=progress,
-            generates=True,
             **options,
         )

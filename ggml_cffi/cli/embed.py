@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ggml_cffi.cli._model_args import parse_devices
+from ggml_cffi.cli._model_args import add_reserve_argument, parse_devices
 from ggml_cffi.cli._output import progress_bar
 from ggml_cffi.core.text import to_json
 
@@ -23,6 +23,7 @@ def register(commands: Any) -> None:
     command.add_argument("--raw", action="store_true", help="do not normalize the vectors to length 1")
     command.add_argument("--devices", help="names, separated by commas (default: every GPU, then the CPU)")
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    add_reserve_argument(command)
     command.set_defaults(run=_embed)
 
 
@@ -32,7 +33,13 @@ def _embed(args: argparse.Namespace) -> int:
     from ggml_cffi import models
 
     with progress_bar("loading") as progress:
-        model = models.load(args.model, parse_devices(args.devices), n_threads=args.threads, progress=progress)
+        model = models.load(
+            args.model,
+            parse_devices(args.devices),
+            n_threads=args.threads,
+            reserve=args.reserve,
+            progress=progress,
+        )
     with model:
         texts = args.text or [line.rstrip("\r\n") for line in sys.stdin]
         vectors = model.embed(texts, pooling=args.pooling, normalize=not args.raw)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
     files = commands.add_parser("gguf", help="inspect GGUF files").add_subparsers(required=True, metavar="ACTION")
     command = files.add_parser("show", help="print metadata and tensors")
-    command.add_argument("file", help="a GGUF file; the first file of a split model")
+    command.add_argument("file", help="a GGUF file or its URL; the first file of a split model")
     command.add_argument("--metadata", action="store_true", help="only the metadata")
     command.add_argument("--tensors", action="store_true", help="only the tensors")
     command.add_argument("--json", action="store_true", help="print JSON, with values at full length")
@@ -28,7 +27,7 @@ def register(commands: Any) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     both = args.metadata == args.tensors
-    with GGUFFile(args.file) as file:
+    with GGUFFile(args.file, header_only=True) as file:
         if args.json:
             print(to_json(_as_dict(file, both or args.metadata, both or args.tensors), indent=2))
             return 0
@@ -43,7 +42,11 @@ def _show(args: argparse.Namespace) -> int:
 
 def _as_dict(file: GGUFFile, metadata: bool, tensors: bool) -> dict[str, Any]:
     """Return the content of a file for JSON, with or without its metadata and its tensors."""
-    found: dict[str, Any] = {"files": list(file.paths), "version": file.version}
+    found: dict[str, Any] = {
+        "files": list(file.paths),
+        "version": file.version,
+        "missing_bytes": file.missing_bytes,
+    }
     if metadata:
         found["metadata"] = {key: _without_arrays(value) for key, value in file.metadata.items()}
     if tensors:
@@ -71,13 +74,15 @@ def _without_arrays(value: Any) -> Any:
 def _summary(file: GGUFFile) -> str:
     n = sum(_element_count(info.shape) for info in file.tensors.values())
     nbytes = sum(info.nbytes for info in file.tensors.values())
-    file_bytes = sum(os.path.getsize(path) for path in file.paths)
     files = f"{len(file.paths)} files, " if len(file.paths) > 1 else ""
     bits = f", {8 * nbytes / n:.2f} bits each" if n else ""
-    return (
-        f"{_printable(file.path)}: GGUF version {file.version}, {files}{size(file_bytes)}, "
+    summary = (
+        f"{_printable(file.path)}: GGUF version {file.version}, {files}{size(sum(file.file_bytes))}, "
         f"{len(file.tensors):,} tensors, {n:,} weights{bits}"
     )
+    if file.missing_bytes:
+        summary += f"\nThe file is incomplete: {size(file.missing_bytes)} of the tensors' data are missing."
+    return summary
 
 
 def _element_count(shape: tuple[int, ...]) -> int:

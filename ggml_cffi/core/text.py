@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -82,6 +83,25 @@ def size(n: int) -> str:
         if n >= unit:
             return f"{n / unit:.1f} {name}"
     return f"{n / 2**10:.1f} KiB"
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:i?B)?)?", re.IGNORECASE)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(given: int | str) -> int:
+    """Return the bytes of a size: a number of bytes, or a text such as ``"24G"`` (24 GiB), ``"512M"`` or ``"1.5GiB"``.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these, or negative.
+    """
+    found = _SIZE.fullmatch(str(given).strip())
+    if found is None:
+        raise ValueError(f"{given!r} is no size: use a number of bytes, or a text such as 512M or 24G (GiB)")
+    number, unit = found.groups()
+    return round(float(number) * _UNITS[unit.upper()]) if unit else round(float(number))
 
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:

@@ -22,6 +22,7 @@ from ggml_cffi.models.perplexity import Perplexity
 from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
+from ggml_cffi.models.placement.speed import SpeedEstimate
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Perplexity",
     "Sampler",
     "SamplingParams",
+    "SpeedEstimate",
     "SplitMode",
     "Stream",
     "Timings",

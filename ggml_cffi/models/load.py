@@ -14,9 +14,18 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.model import Model
-from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload, check_options
+from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
+from ggml_cffi.models.placement.options import (
+    Balance,
+    LoadOptions,
+    SplitMode,
+    Workload,
+    check_options,
+    parse_reserve,
+)
 from ggml_cffi.models.placement.placement import Placement
-from ggml_cffi.models.placement.plan import Planner
+from ggml_cffi.models.placement.plan import place_or_raise, report
+from ggml_cffi.models.placement.planner import Planner
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.scheduled import ScheduledRunner
@@ -35,8 +44,8 @@ def load(
     balance: Balance = "memory",
     n_sequences: int = 1,
     expected_tokens: tuple[int, int] | None = None,
+    reserve: int | str | None = None,
     deterministic: bool = False,
-    generates: bool = False,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -72,22 +81,22 @@ def load(
     expected_tokens
         Usual tokens of a prompt and of its answer, such as ``(4096, 128)``, for ``split="auto"``, which chooses the
         fastest split for these numbers. By default it chooses the split that is never far from the fastest.
+    reserve
+        Free memory of each GPU that the model does not use, in bytes or as a text such as ``"1G"``. Default 512 MiB,
+        and a sixteenth of the free memory of a GPU with less than 8 GiB: for the driver, compiled kernels, and other
+        programs.
     deterministic
         True if equal calls must have equal results, bit for bit. They then do not depend on the contents of the KV
         cache, on other texts or threads, or on the load of the processors. This holds for the same file, devices,
         placement, ``n_ctx``, ``n_batch``, ``kv_dtype`` and ``n_threads``, with the same drivers. Each device generates
         one text at a time, and of earlier texts it reuses only whole batches of a prompt.
-    generates
-        True to refuse an encoder, which generates no text, before anything is loaded.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     FormatError
-        If the file is malformed, or its architecture is unknown.
-    GgmlError
-        If the model is an encoder, and ``generates`` is true.
+        If the file is malformed or incomplete, or its architecture is unknown.
     ValueError
         If a device does not exist or a parameter is out of range.
     OutOfMemoryError
@@ -96,23 +105,22 @@ def load(
     """
     check_options(split, n_batch)
     chosen = None if devices is None else device_list(devices)
-    workload, dtype = Workload(n_sequences, expected_tokens), as_type(kv_dtype)
+    refuse_hypothetical(chosen)
+    workload, dtype, kept = Workload(n_sequences, expected_tokens), as_type(kv_dtype), parse_reserve(reserve)
     file = GGUFFile(path)
     backends: list[Backend] = []
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
-        if generates:
-            architecture.check_decoder()
-        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype)
+        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype, kept)
         backends = open_backends(chosen, n_threads)
         planner = Planner(architecture, backends, options, balance, chosen, split, workload)
-        found = planner.place_or_raise()
+        found = place_or_raise(planner)
         if deterministic:
             _make_deterministic(backends, found)
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)
-        plan = planner.plan(found, propose=False)
+        plan = report(planner, found, propose=False)
         sizes = {"n_ctx": options.n_ctx, "n_batch": n_batch}
         return Model(file, architecture, backends, runners, plan, **sizes, deterministic=deterministic)
     except BaseException:

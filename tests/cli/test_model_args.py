@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import ggml_cffi
 from ggml_cffi import cli, models
 
 
@@ -30,6 +31,30 @@ def planned(monkeypatch):
 def test_a_balance_is_a_name_or_numbers(planned):
     assert planned("--balance", "3,1")["balance"] == [3, 1]
     assert planned("--balance", "speed")["balance"] == "speed"
+
+
+def test_a_reserve_is_a_size(planned):
+    assert planned("--reserve", "1G")["reserve"] == "1G"
+    assert planned()["reserve"] is None
+    assert planned()["measure_speed"] is False
+    assert planned("--measure-speed")["measure_speed"] is True
+
+
+def test_every_command_that_loads_a_model_takes_a_reserve(monkeypatch, capsys):
+    loaded = []
+
+    def load(path, *_, **options):
+        loaded.append(options["reserve"])
+        raise ggml_cffi.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(models, "load", load)
+    for command in (["run", "-p", "a"], ["bench"], ["embed", "-t", "a"], ["perplexity"]):
+        name, *rest = command
+        more = [__file__] if name == "perplexity" else []
+        assert cli.main([name, "m.gguf", *more, *rest, "--reserve", "1G"]) == 2
+    assert loaded == ["1G"] * 4
+    assert cli.main(["plan", __file__, "--devices", "24G", "--reserve", "much"]) == 2
+    assert "reserve 'much' is no size" in capsys.readouterr().err
 
 
 def test_expected_tokens_are_two_numbers(planned):

@@ -21,7 +21,8 @@ def embedder(path, devices=("CPU",), n_ctx=40, n_batch=64, architecture=Bert):
     with ggml.GGUFFile(path) as file, ggml.Scheduler(devices) as scheduler:
         scheduler.backends[-1].n_threads = 1
         model = architecture(file)
-        stages = stages_of(split_layers(model, scheduler.backends, 0))
+        n = len(scheduler.backends) - 1
+        stages = stages_of(split_layers([1] * model.n_layers, [*[1] * n, 0], [model.n_layers] * (n + 1)))
         weights = Weights(model, scheduler.backends, 256, ggml.F16, stages)
         try:
             with Embedder(model, weights, scheduler, n_ctx, n_batch) as found:

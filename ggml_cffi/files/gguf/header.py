@@ -1,7 +1,7 @@
 """Header of a GGUF file.
 
 ggml's own reader accepts impossible shapes, and ends the process on some files. So the header is parsed here, and every
-count and size is checked against the size of the file before use.
+count and size is checked against the size of the file before use. The start of a file is enough.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ggml_cffi.files.gguf.values import MAX_NESTING, SCALAR_DTYPES, GGUFValue
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+_LARGEST_FILE = 2**63  # bytes
 _TYPE_NUMBERS = frozenset(Type)
 
 
@@ -49,24 +50,44 @@ class Header(NamedTuple):
     version: int
     fields: dict[str, GGUFValue]
     tensors: dict[str, TensorInfo]
+    missing_bytes: int
+    """Bytes of the tensors' data beyond the end of the file."""
 
 
-def read_header(data: mmap.mmap, path: str, part: int = 0) -> Header:
-    """Read the header of the file that ``data`` maps.
+class HeaderIncompleteError(FormatError):
+    """The header is longer than the bytes that were given, which are only the start of the file."""
+
+
+def read_header(
+    data: mmap.mmap | bytes, path: str, part: int = 0, *, size: int | None = None, header_only: bool = False
+) -> Header:
+    """Read the header of a file.
+
+    Parameters
+    ----------
+    data
+        The file, or its start.
+    size
+        Bytes of the whole file; default those of ``data``.
+    header_only
+        True if the data of the tensors may be missing.
 
     Raises
     ------
+    HeaderIncompleteError
+        If ``data`` ends before the header does, and the file is larger.
     FormatError
         If the file is not GGUF, is cut short, or declares impossible shapes or sizes.
     """
-    return _Reader(data, path, part).header()
+    return _Reader(data, path, part, len(data) if size is None else size, header_only).header()
 
 
 class _Reader:
-    """Parser of a header. It never reads past the end of the file."""
+    """Parser of a header. It never reads past the end of the data."""
 
-    def __init__(self, data: mmap.mmap, path: str, part: int) -> None:
-        self.data, self.path, self.part, self.at, self.size = data, path, part, 0, len(data)
+    def __init__(self, data: mmap.mmap | bytes, path: str, part: int, size: int, header_only: bool) -> None:
+        self.data, self.path, self.part, self.at, self.size = data, path, part, 0, size
+        self.header_only = header_only
 
     def error(self, problem: str) -> FormatError:
         return FormatError(f"{self.path}: {problem}")
@@ -74,10 +95,16 @@ class _Reader:
     def take(self, n: int) -> int:
         """Step over ``n`` bytes, and return the position of the first."""
         start = self.at
-        if n > self.size - start:
-            raise self.error(f"cut short: {n} more bytes are declared at byte {start} of {self.size}")
+        if n > len(self.data) - start:
+            self.check_size(start, n)
         self.at = start + n
         return start
+
+    def check_size(self, start: int, n: int) -> None:
+        """Raise the error for ``n`` bytes at ``start`` that are beyond the end of the data."""
+        if n > self.size - start:
+            raise self.error(f"cut short: {n} more bytes are declared at byte {start} of {self.size}")
+        raise HeaderIncompleteError(f"{self.path}: the header is longer than {len(self.data)} bytes")
 
     def number(self, code: str) -> int:
         """Read one unsigned integer, by its struct code."""
@@ -108,7 +135,7 @@ class _Reader:
             if key in fields:
                 raise self.error(f"key {key!r} occurs twice")
             fields[key] = self.value(self.number("<I"))
-        return Header(version, fields, self.tensor_infos(n_tensors, fields))
+        return Header(version, fields, *self.tensor_infos(n_tensors, fields))
 
     def value(self, value_type: int) -> GGUFValue:
         if value_type == GGUFType.STRING:
@@ -141,19 +168,20 @@ class _Reader:
 
     def strings(self, n: int) -> list[str]:
         # A vocabulary has 10**5 strings: the loop avoids method calls.
-        data, size, at = self.data, self.size, self.at
+        data, size, at = self.data, len(self.data), self.at
+        begin = at
         length = struct.Struct("<Q").unpack_from
         found = []
         for _ in range(n):
             start = at + 8
-            at = start + length(data, at)[0] if start <= size else size + 1
+            at = start + length(data, at)[0] if start <= size else start
             if at > size:
-                raise self.error("cut short inside an array of strings")
+                self.check_size(begin, at - begin)
             found.append(data[start:at].decode("utf-8", "surrogateescape"))
         self.at = at
         return found
 
-    def tensor_infos(self, n: int, fields: dict[str, GGUFValue]) -> dict[str, TensorInfo]:
+    def tensor_infos(self, n: int, fields: dict[str, GGUFValue]) -> tuple[dict[str, TensorInfo], int]:
         alignment = fields["general.alignment"].value if "general.alignment" in fields else DEFAULT_ALIGNMENT
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self.error(f"general.alignment is {alignment!r}, not a power of two")
@@ -171,9 +199,13 @@ class _Reader:
         base = -(-self.at // alignment) * alignment
         return self.checked(found, base)
 
-    def checked(self, found: list[tuple[str, Type, tuple[int, ...], int]], base: int) -> dict[str, TensorInfo]:
+    def checked(
+        self, found: list[tuple[str, Type, tuple[int, ...], int]], base: int
+    ) -> tuple[dict[str, TensorInfo], int]:
+        """Return the tensors, and the bytes of their data beyond the end of the file."""
         tensors: dict[str, TensorInfo] = {}
         ends = [*sorted(offset for *_, offset in found), self.size - base]
+        end = self.size
         for name, dtype, shape, offset in found:
             if name in tensors:
                 raise self.error(f"tensor {name!r} occurs twice")
@@ -186,8 +218,14 @@ class _Reader:
                     raise self.error(f"tensor {name!r}: {error}") from None
                 nbytes = row * prod(shape[:-1])
             else:  # up to the next tensor
-                nbytes = ends[bisect_right(ends, offset, hi=len(found))] - offset
-            if nbytes < 0 or base + offset + nbytes > self.size:
-                raise self.error(f"cut short: tensor {name!r} {dtype.name} {shape} reaches beyond the end of the file")
+                nbytes = max(ends[bisect_right(ends, offset, hi=len(found))] - offset, 1)
+            end = max(end, base + offset + nbytes)
             tensors[name] = TensorInfo(name, dtype, shape, base + offset, nbytes, self.part)
-        return tensors
+        missing = end - self.size
+        if missing and (not self.header_only or end >= _LARGEST_FILE):
+            t = next(t for t in tensors.values() if t.offset + t.nbytes > self.size)
+            raise self.error(
+                f"cut short: {missing:,} bytes are missing: tensor {t.name!r} {t.dtype.name} {t.shape} reaches beyond "
+                "the end of the file"
+            )
+        return tensors, missing

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ggml_cffi.enums import GGUFType
 from ggml_cffi.errors import FormatError
 from ggml_cffi.files.gguf.header import Header, TensorInfo
+from ggml_cffi.files.gguf.remote import is_url
 from ggml_cffi.files.gguf.values import GGUFValue
 
 #: Keys of a part: its number, the number of parts, and the number of tensors in all parts.
@@ -27,6 +28,8 @@ def part_path(prefix: str, part: int, count: int) -> str:
 def part_paths(path: str, first: Header) -> list[str]:
     """Return the files of the model of which ``path``, with the header ``first``, is the first part.
 
+    The query of a URL (``?download=true``) is the same for all parts.
+
     Raises
     ------
     FormatError
@@ -36,16 +39,17 @@ def part_paths(path: str, first: Header) -> list[str]:
     if count <= 1:
         return [path]
     part = integer_field(first, SPLIT_NO, path)
-    match = _PART_NAME.fullmatch(path)
+    name, mark, query = path.partition("?") if is_url(path) else (path, "", "")
+    match = _PART_NAME.fullmatch(name)
     if match is None or count > MAX_PARTS or (int(match[2]) - 1, int(match[3])) != (part, count):
         name = part_path("", part, count)
         raise FormatError(
             f"{path} is part {part + 1} of {count}: its name must end in {name}, so that the others can be found"
         )
     if part:
-        first_path = part_path(match[1], 0, count)
+        first_path = part_path(match[1], 0, count) + mark + query
         raise FormatError(f"{path} is part {part + 1} of {count}: open the first part, {first_path}")
-    return [part_path(match[1], i, count) for i in range(count)]
+    return [part_path(match[1], i, count) + mark + query for i in range(count)]
 
 
 def check_part(header: Header, part: int, paths: Sequence[str], first: Header, known: Mapping[str, TensorInfo]) -> None:

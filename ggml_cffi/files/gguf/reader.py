@@ -18,6 +18,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import ClosedError, FormatError
 from ggml_cffi.files.gguf.header import Header, TensorInfo, read_header
 from ggml_cffi.files.gguf.parts import SPLIT_TENSORS, check_part, integer_field, part_paths
+from ggml_cffi.files.gguf.remote import is_url, remote_header
 from ggml_cffi.files.gguf.values import GGUFValue
 from ggml_cffi.files.sources import StoredTensor
 
@@ -32,14 +33,20 @@ class GGUFFile(Closing):
     ----------
     path
         The file.
+    header_only
+        True if metadata and descriptions of tensors are enough. The data of tensors may then be missing
+        (:attr:`missing_bytes`), and ``path`` may be a URL, of which only the header is read, by HTTP range requests.
 
     Raises
     ------
     FileNotFoundError, OSError
-        If the file cannot be opened.
+        If the file cannot be opened, or its server cannot be reached.
     FormatError
         If the file is not GGUF, is cut short, or declares impossible shapes or sizes; if it is not the first part of a
-        split model, or another part is missing or belongs to another model. The message names the file.
+        split model, or another part is missing or belongs to another model. The message names the file, and the number
+        of missing bytes.
+    ValueError
+        If ``path`` is a URL, and ``header_only`` is False.
 
     Examples
     --------
@@ -47,17 +54,22 @@ class GGUFFile(Closing):
     ...     f.metadata["general.architecture"], f.tensors["output.weight"].shape
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, header_only: bool = False) -> None:
         self.path = os.fspath(path)
         """Path of the file; of several files, the first."""
+        if is_url(self.path) and not header_only:
+            raise ValueError(f"{self.path} is a URL, of which only the header can be read: download the file first")
         maps: list[mmap.mmap] = []
         try:
-            first = _open(self.path, 0, maps)
+            first, size = _open(self.path, 0, maps, header_only)
             self.paths = tuple(part_paths(self.path, first))
             """Paths of all files: more than one if the model is split."""
-            tensors = first.tensors
+            sizes, missing, tensors = [size], first.missing_bytes, first.tensors
             for part in range(1, len(self.paths)):
-                tensors |= _open_part(self.paths, part, first, tensors, maps)
+                header, size = _open_part(self.paths, part, first, tensors, maps, header_only)
+                sizes.append(size)
+                missing += header.missing_bytes
+                tensors |= header.tensors
             if len(self.paths) > 1 and (n := integer_field(first, SPLIT_TENSORS, self.path)) != len(tensors):
                 raise FormatError(f"{self.path}: the {len(self.paths)} parts have {len(tensors)} tensors, not {n}")
         except BaseException:
@@ -66,6 +78,10 @@ class GGUFFile(Closing):
         self._maps: tuple[mmap.mmap, ...] | None = tuple(maps)
         self.version = first.version
         """Version of the format."""
+        self.file_bytes: tuple[int, ...] = tuple(sizes)
+        """Bytes of each file."""
+        self.missing_bytes: int = missing
+        """Bytes of tensors that are not in the files: 0 unless the file was opened with ``header_only``."""
         self.fields: Mapping[str, GGUFValue] = MappingProxyType(first.fields)
         """Key to value with its type in the file, as :func:`write_gguf` accepts it."""
         self.metadata: Mapping[str, Any] = MappingProxyType({key: v.plain() for key, v in first.fields.items()})
@@ -87,7 +103,15 @@ class GGUFFile(Closing):
         return self._maps
 
     def map_of(self, info: TensorInfo) -> mmap.mmap:
-        """Return the mapping that holds a tensor; ``info.offset`` counts from its start."""
+        """Return the mapping that holds a tensor; ``info.offset`` counts from its start.
+
+        Raises
+        ------
+        FormatError
+            If the file lacks the tensor's data.
+        """
+        if is_url(self.path) or info.offset + info.nbytes > self.file_bytes[info.part]:
+            raise FormatError(f"{self.paths[info.part]}: the data of tensor {info.name!r} is missing")
         return self.maps[info.part]
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
@@ -130,13 +154,15 @@ class GGUFFile(Closing):
         return f"<GGUFFile {os.path.basename(self.path)}: {len(self.tensors)} tensors>"
 
 
-def _open(path: str, part: int, maps: list[mmap.mmap]) -> Header:
-    """Map one file, add the mapping to ``maps``, and return the header of the file."""
+def _open(path: str, part: int, maps: list[mmap.mmap], header_only: bool) -> tuple[Header, int]:
+    """Return the header of one file and the file's bytes. Add the mapping of a local file to ``maps``."""
+    if is_url(path):
+        return remote_header(path, part)
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             raise FormatError(f"{path}: 0 bytes are too few for a GGUF file")
         maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    return read_header(maps[-1], path, part)
+    return read_header(maps[-1], path, part, header_only=header_only), len(maps[-1])
 
 
 def _close(maps: Iterable[mmap.mmap]) -> None:
@@ -146,15 +172,20 @@ def _close(maps: Iterable[mmap.mmap]) -> None:
 
 
 def _open_part(
-    paths: Sequence[str], part: int, first: Header, known: Mapping[str, TensorInfo], maps: list[mmap.mmap]
-) -> dict[str, TensorInfo]:
-    """Map another part than the first, check that it belongs to the model, and return its tensors."""
+    paths: Sequence[str],
+    part: int,
+    first: Header,
+    known: Mapping[str, TensorInfo],
+    maps: list[mmap.mmap],
+    header_only: bool,
+) -> tuple[Header, int]:
+    """Open another part than the first, check that it belongs to the model, and return its header and its bytes."""
     try:
-        header = _open(paths[part], part, maps)
+        header, size = _open(paths[part], part, maps, header_only)
     except FileNotFoundError:
         raise FormatError(f"{paths[part]} is missing: it is part {part + 1} of the model in {paths[0]}") from None
     check_part(header, part, paths, first, known)
-    return header.tensors
+    return header, size
 
 
 class GGUFTensor(StoredTensor):

@@ -4,12 +4,15 @@
 model, and ``calibration`` measures the speed of matrix products on a device.
 """
 
-from ggml_cffi.models.placement.options import SPLITS, Balance, LoadOptions, Workload, check_options
+from ggml_cffi.models.placement.options import RESERVE, SPLITS, Balance, LoadOptions, Workload, check_options
 from ggml_cffi.models.placement.place import place_layers, split_layers
 from ggml_cffi.models.placement.placement import DevicePlan, Placement
-from ggml_cffi.models.placement.plan import ModelPlan, Planner, plan
+from ggml_cffi.models.placement.plan import ModelPlan, plan
+from ggml_cffi.models.placement.planner import Planner
+from ggml_cffi.models.placement.speed import SpeedEstimate
 
 __all__ = [
+    "RESERVE",
     "SPLITS",
     "Balance",
     "DevicePlan",
@@ -17,6 +20,7 @@ __all__ = [
     "ModelPlan",
     "Placement",
     "Planner",
+    "SpeedEstimate",
     "Workload",
     "check_options",
     "place_layers",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,36 +25,51 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 
 _SIZE, _SMALL = 4096, 256  # rows and columns of the weight; the small one for software devices
 _TOKENS = (1, 512)  # of decode, and of prefill
+_PRODUCTS = 8  # in one run
+_PRODUCTS_ON_CPU = 64  # in one run of decode, with smaller weights
 _RUNS = 5
 
 
+class Speed(NamedTuple):
+    """Seconds for each element of a weight and each token."""
+
+    decode: float
+    prefill: float
+
+
 def seconds(backend: Backend, dtype: Type) -> float:
-    """Return the seconds for each element of a weight and each token: the geometric mean of decode and prefill.
+    """Return the seconds for each element of a weight and each token: the geometric mean of decode and prefill."""
+    return float(np.sqrt(np.prod(speed(backend, dtype))))
+
+
+def speed(backend: Backend, dtype: Type) -> Speed:
+    """Return the speed of products with weights of a type.
 
     The first call measures. Later calls read ``calibration.json`` in the cache folder (``~/.cache/ggml_cffi``, or
     ``$GGML_CFFI_CACHE``), which has the results by the device's description, its number of threads, the type and the
     version of ggml.
     """
-    known = _known()
-    found = known.get(key(backend, dtype))
-    if isinstance(found, float) and 0 < found < np.inf:
-        return found
-    each = [measure(backend, dtype, tokens) for tokens in _TOKENS]
-    result = float(np.exp(np.mean(np.log(each))))
-    _remember(known | {key(backend, dtype): result})
-    return result
+    found = known_speed(backend, dtype)
+    if found is None:
+        found = Speed(*(measure(backend, dtype, tokens) for tokens in _TOKENS))
+        _remember(_known() | {key(backend, dtype): list(found)})
+    return found
+
+
+def known_speed(backend: Backend, dtype: Type) -> Speed | None:
+    """Return the stored speed; None if it was not measured."""
+    found = _numbers(_known().get(key(backend, dtype)))
+    return Speed(*found) if len(found) == len(_TOKENS) and all(found) else None
 
 
 def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
     """Return the numbers stored as ``name``. If there are none, measure and store them."""
     name = f"{name}, ggml {library.version()}"
-    known = _known()
-    found = known.get(name)
-    if isinstance(found, list) and found and all(isinstance(x, float) and 0 <= x < np.inf for x in found):
-        return found
-    result = measure()
-    _remember(_known() | {name: result})
-    return result
+    found = _numbers(_known().get(name))
+    if not found:
+        found = measure()
+        _remember(_known() | {name: found})
+    return found
 
 
 def key(backend: Backend, dtype: Type) -> str:
@@ -63,14 +79,19 @@ def key(backend: Backend, dtype: Type) -> str:
 
 
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:
-    """Return the seconds of a product, for each element of the weight and each token, in the fastest of a few runs."""
-    n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not backend.device.is_cpu else _SIZE // 4
+    """Return the seconds of a product, for each element of the weight and each token, in the fastest of a few runs.
+
+    A run has several products, so that the time for submitting it counts little, and few caches hold all weights.
+    """
+    on_cpu = backend.device.is_cpu
+    n = _SMALL if "llvmpipe" in backend.device.description else _SIZE if not on_cpu else _SIZE // 4
+    n_products = _PRODUCTS_ON_CPU if on_cpu and tokens == 1 else _PRODUCTS
     with Context() as context:
-        weight = context.new_tensor(dtype, (n, n), name="weight")  # zeros take as long as other values
-        context.alloc(backend.buffer_type, [weight], usage=Usage.WEIGHTS)
+        weights = [context.new_tensor(dtype, (n, n), name=f"weight {i}") for i in range(n_products)]
+        context.alloc(backend.buffer_type, weights, usage=Usage.WEIGHTS)  # zeros take as long as other values
         x = context.new_tensor(Type.F32, (tokens, n), name="x")
         context.alloc(backend.buffer_type, [x])
-        with Graph(ops.mul_mat(weight, x)) as graph, Scheduler([backend]) as scheduler:
+        with Graph(*(ops.mul_mat(w, x) for w in weights)) as graph, Scheduler([backend]) as scheduler:
             scheduler.alloc(graph)
             scheduler.compute(graph)  # the first run compiles shaders
             times = []
@@ -78,7 +99,7 @@ def measure(backend: Backend, dtype: Type, tokens: int) -> float:
                 began = perf_counter()
                 scheduler.compute(graph)
                 times.append(perf_counter() - began)
-    return max(min(times), 1e-9) / (n * n * tokens)
+    return max(min(times), 1e-9) / (n_products * n * n * tokens)
 
 
 def path() -> Path:
@@ -93,6 +114,12 @@ def _known() -> dict[str, object]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+def _numbers(stored: object) -> list[float]:
+    """Return a list of finite numbers of 0 or more as it is, an empty one for anything else."""
+    valid = isinstance(stored, list) and all(isinstance(x, float) and 0 <= x < np.inf for x in stored)
+    return stored if isinstance(stored, list) and valid else []
 
 
 def _remember(known: dict[str, object]) -> None:

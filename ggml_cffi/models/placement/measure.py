@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.dry_run import DryRunContext
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.placement.hypothetical import is_hypothetical
 from ggml_cffi.models.placement.options import LoadOptions
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.workspace import workspace_bytes
@@ -16,10 +19,13 @@ from ggml_cffi.models.runners.base import kv_slots_for
 from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import logits_graph
-from ggml_cffi.models.runners.stage import StageGraph
+from ggml_cffi.models.runners.stage import Key, StageGraph
 from ggml_cffi.models.runners.weights import StageSpec, Weights
+from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
+
+_OFFLOADED_BATCH = 32  # tokens from which ggml computes with the CPU's weights on a GPU
 
 
 def measure(
@@ -48,6 +54,9 @@ def measure(
     Notes
     -----
     If the CPU lacks the memory for its caches, intermediates count as 0 bytes: the caches alone are too large.
+
+    A scheduler cannot tell hypothetical GPUs from the CPU. If the CPU has layers beside them, the intermediates of each
+    device are counted alone.
     """
     dry_runs: list[DryRunContext] = []
 
@@ -65,25 +74,34 @@ def measure(
         whole_attention=whole_attention,
         context=DryRunContext(),
     )
+    hypothetical = any(is_hypothetical(b) for b in backends if not b.device.is_cpu)
+    key = min(options.n_batch, options.n_ctx), n_slots, 1
     try:
-        pipeline = can_pipeline(weights) if pipeline is None else pipeline
+        if pipeline is None and hypothetical:
+            pipeline = architecture.causal and not weights.placement[-1].layers
+        elif pipeline is None:
+            pipeline = can_pipeline(weights)
         if pipeline:
-            _measure_stages(weights, (min(options.n_batch, options.n_ctx), n_slots, 1))
+            _measure_stages(weights, key)
         elif weights.placement[-1].cache_bytes <= backends[-1].device.memory().free:
             # Else the graph may be larger than operations can be.
-            with Scheduler(backends, op_offload=op_offload) as scheduler:
-                _measure_scheduled(weights, scheduler, options, new_context)
+            if hypothetical and architecture.causal:
+                _measure_apart(weights, key, op_offload=op_offload)
+            else:
+                with Scheduler(backends, op_offload=op_offload) as scheduler:
+                    _measure_scheduled(weights, scheduler, options, new_context)
     finally:
         weights.close()
     inputs: Counter[BufferType] = sum((context.taken for context in dry_runs), start=Counter())
-    plans = [
-        DevicePlan.of(placement, backend.device.memory().free, inputs.pop(backend.buffer_type, 0))
-        for backend, placement in zip(backends, weights.placement, strict=True)
-    ]
+    plans = []
+    for backend, placement in zip(backends, weights.placement, strict=True):
+        free = backend.device.memory().free
+        reserve = options.reserve_of(free, is_cpu=backend.device.is_cpu)
+        plans.append(DevicePlan.of(placement, free, reserve, inputs.pop(backend.buffer_type, 0)))
     return plans, pipeline
 
 
-def _measure_stages(weights: Weights, key: tuple[int, int, int]) -> None:
+def _measure_stages(weights: Weights, key: Key) -> None:
     """Count the intermediate tensors of a pipeline runner."""
     for stage in weights.stages:
         own = [weights.placement[i] for i in stage.devices]
@@ -92,6 +110,37 @@ def _measure_stages(weights: Weights, key: tuple[int, int, int]) -> None:
                 placement.compute_bytes = size
                 if not placement.is_cpu:
                     placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
+
+
+def _measure_apart(weights: Weights, key: Key, *, op_offload: bool) -> None:
+    """Count the intermediate tensors of each stage by a scheduler of its one device alone."""
+    workspace = 0
+    for stage in weights.stages:
+        (device,) = stage.devices
+        backend, placement, graph = weights.backends[device], weights.placement[device], StageGraph.of(weights, stage)
+        rank = Rank(0, 1)
+        rank.context.close()
+        with DryRunContext() as context, Scheduler([backend]) as scheduler:
+            rank.context = context
+            inputs = [context.new_tensor(dtype, shape) for shape, dtype in graph.input_types(*key)]
+            context.alloc(backend.buffer_type, inputs)
+            result = graph.trace(rank, *inputs)
+            with Graph(result.part if isinstance(result, AllGather) else result) as built:
+                placement.compute_bytes = scheduler.reserve_size(built)[backend] + sum(t.nbytes for t in inputs)
+                workspace = max(workspace, workspace_bytes(built.node_pointers()))
+    for placement in weights.placement[:-1]:
+        placement.workspace_bytes = workspace if placement.layers else 0
+    if op_offload and key[0] >= _OFFLOADED_BATCH:
+        _count_offloaded(weights, key[0])
+
+
+def _count_offloaded(weights: Weights, n_batch: int) -> None:
+    """Count the intermediates of the CPU's layers, and the largest copies, on the first GPU, which computes them."""
+    first, cpu = weights.placement[0], weights.placement[-1]
+    copied = [t.nbytes for name, t in weights.by_device[-1].items() if t.ndim > 1 and name != "token_embd.weight"]
+    hidden = n_batch * weights.architecture.n_embd * type_size(Type.F32)  # to the GPU and back
+    first.compute_bytes = max(first.compute_bytes, cpu.compute_bytes) + max(copied, default=0) + 2 * hidden
+    cpu.compute_bytes = 2 * hidden
 
 
 def _measure_scheduled(
@@ -109,7 +158,9 @@ def _measure_scheduled(
             _inputs, result = logits_graph(context, weights, n_batch, n_slots, 1)
             with Graph(result) as graph:
                 sizes, workspace = scheduler.reserve_size(graph), workspace_bytes(graph.node_pointers())
+    # The scheduler puts an encoder for hypothetical devices on the first one. Each may have to hold all intermediates.
+    hypothetical = is_hypothetical(weights.backends[0])
     for backend, placement in zip(weights.backends, weights.placement, strict=True):
-        placement.compute_bytes = sizes[backend]
+        placement.compute_bytes = max(sizes.values()) * bool(placement.layers) if hypothetical else sizes[backend]
         if placement.layers and not placement.is_cpu:
             placement.workspace_bytes = workspace

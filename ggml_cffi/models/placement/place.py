@@ -1,8 +1,8 @@
 """The decision about the device of each layer.
 
-:func:`split_layers` divides the layers in proportion to free memory or to given numbers. :func:`place_layers` measures
-the result by a dry run and moves layers off a device that lacks memory, until all fits. Loading and planning both use
-this module, so that their results are the same.
+:func:`split_layers` divides the layers in given proportions, within the capacity of each device. :func:`place_layers`
+measures the result by a dry run and lowers the capacity of a device that lacks memory, until all fits. Loading and
+planning both use this module, so that their results are the same.
 """
 
 from __future__ import annotations
@@ -24,64 +24,58 @@ from ggml_cffi.models.runners.base import kv_slots_for
 from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
 from ggml_cffi.parallel.tensor_parallel import check_devices
 
-#: Part of a GPU's free memory that weights and caches may take. Intermediate tensors take the rest.
-USABLE = 0.85
+_STEPS = 60  # of a binary search: each halves an interval of floats
 
 
-def split_layers(
-    architecture: Architecture,
-    backends: Sequence[Backend],
-    layer_cache_bytes: int,
-    *,
-    proportions: Sequence[float] | None = None,
-    capacity: Sequence[float] | None = None,
-) -> list[int]:
-    """Return for each layer the number of its backend: GPUs in proportion to their free memory, the CPU for the rest.
+def split_layers(sizes: Sequence[int], proportions: Sequence[float], capacity: Sequence[float]) -> list[int]:
+    """Return for each layer the number of its device.
 
-    Layers that fit no GPU are the first ones, next to the embeddings, which the CPU then holds too.
+    Neighbouring layers stay together: the CPU, the last device, has the first layers, and the last GPU the last ones.
+    Each device's number of bytes is in proportion to its number, rounded as by Sainte-Laguë, as far as its capacity
+    allows. Other devices take the layers for which it has no room. The CPU takes the layers that fit no GPU.
 
     Parameters
     ----------
-    layer_cache_bytes
-        Bytes of one layer's cache.
+    sizes
+        Bytes of each layer.
     proportions
-        Proportion of the layers for each backend; default its capacity.
+        Proportion of the bytes for each device.
     capacity
-        Bytes of layers that each backend may hold. The last backend takes the rest, also beyond its capacity. Default
-        :func:`capacity_for_layers`.
+        Bytes of layers that each GPU may hold; the CPU's number is not used.
     """
-    if capacity is None:
-        capacity = capacity_for_layers(architecture, backends)
-    if proportions is None:
-        proportions = capacity
-    sizes = layer_bytes(architecture, layer_cache_bytes)
-    left, total = float(sum(sizes)), float(sum(proportions))
-    # From the last layer down: each GPU takes its part of the remaining layers, so that the last GPU has the output.
-    layer_devices = [len(backends) - 1] * architecture.n_layers
-    layer = architecture.n_layers - 1
-    for gpu in reversed(range(len(backends) - 1)):
-        part = left * proportions[gpu] / total if total > 0 else 0.0
-        taken = 0
-        # Until half of the next layer would exceed the part of this GPU.
-        while layer >= 0 and taken + sizes[layer] <= capacity[gpu] and taken + sizes[layer] / 2 <= part:
-            taken += sizes[layer]
-            layer_devices[layer] = gpu
-            layer -= 1
-        left, total = left - taken, total - proportions[gpu]
-    return layer_devices
+    cpu, total = len(proportions) - 1, sum(sizes)
 
+    def divide(scale: float) -> tuple[list[int], bool]:
+        """Give each GPU ``scale`` times its proportion. Return True if the CPU then has no more than its part."""
+        layer_devices = [cpu] * len(sizes)
+        layer = len(sizes) - 1
+        for gpu in reversed(range(cpu)):
+            taken = 0
+            # Until half of the next layer would exceed the part of this GPU.
+            while (
+                layer >= 0
+                and taken + sizes[layer] <= capacity[gpu]
+                and taken + sizes[layer] / 2 <= scale * proportions[gpu]
+            ):
+                taken += sizes[layer]
+                layer_devices[layer] = gpu
+                layer -= 1
+        rest = sum(sizes[: layer + 1])
+        return layer_devices, layer < 0 or rest - sizes[layer] / 2 <= scale * proportions[cpu]
 
-def capacity_for_layers(architecture: Architecture, backends: Sequence[Backend]) -> list[int]:
-    """Return for each backend the bytes of layers and caches that fit it; 0 for the CPU, the last.
-
-    The first GPU keeps memory for the embeddings, the last one for the output head.
-    """
-    capacity = [0 if b.device.is_cpu else int(b.device.memory().free * USABLE) for b in backends]
-    gpus = [i for i, b in enumerate(backends) if not b.device.is_cpu]
-    if gpus:
-        capacity[gpus[-1]] -= architecture.tensor_info(architecture.output_tensor).nbytes
-        capacity[gpus[0]] -= architecture.tensor_info("token_embd.weight").nbytes
-    return [max(n, 0) for n in capacity]
+    # The largest scale that makes a difference fills the GPUs. The smallest one that is enough is in proportion.
+    low, high = 0.0, total / min((part for part in proportions if part), default=1.0)
+    found, enough = divide(high)
+    if not enough:
+        return found
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        tried, enough = divide(middle)
+        if enough:
+            found, high = tried, middle
+        else:
+            low = middle
+    return found
 
 
 def place_layers(
@@ -101,24 +95,58 @@ def place_layers(
     strict
         True to keep to ``proportions`` even if they do not fit.
     """
-    per_layer = layer_cache_bytes(architecture, options.kv_dtype, kv_slots_for(options.n_ctx))
-    sizes = layer_bytes(architecture, per_layer)
-    capacity: list[float] = [inf] * len(backends) if strict else [*capacity_for_layers(architecture, backends)]
-    proportions, op_offload = capacity if proportions is None else proportions, True
-    while True:
-        layer_devices = split_layers(architecture, backends, per_layer, proportions=proportions, capacity=capacity)
-        stages = stages_of(layer_devices)
-        plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
-        over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
-        full = [i for i in over if plans[i].layers and not strict]
-        if full:
-            for i in full:  # at least one layer fewer, until none is left
-                capacity[i] = max(sum(sizes[layer] for layer in plans[i].layers) - plans[i].missing, 0)
-        elif over and op_offload:
-            op_offload = False  # a GPU without layers need not take part
-        else:
-            members = tuple(range(len(backends)))
-            return Placement(layer_devices, op_offload, plans, stages if pipeline else (), members=members)
+    sizes = layer_bytes(architecture, layer_cache_bytes(architecture, options.kv_dtype, kv_slots_for(options.n_ctx)))
+    available = _available(backends, options)
+    if proportions is None:
+        proportions = _room_for_layers(architecture, available)
+
+    def fit(capacity: list[float]) -> Placement:
+        """Lower the capacity of devices that lack memory, until all fit."""
+        op_offload = True
+        while True:
+            layer_devices = split_layers(sizes, proportions, capacity)
+            stages = stages_of(layer_devices)
+            plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
+            over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
+            full = [i for i in over if plans[i].layers and not strict]
+            if full:
+                for i in full:  # at least one layer fewer, until none is left
+                    capacity[i] = max(sum(sizes[layer] for layer in plans[i].layers) - plans[i].missing, 0)
+            elif over and op_offload:
+                op_offload = False  # a GPU without layers need not take part
+            else:
+                members = tuple(range(len(backends)))
+                return Placement(layer_devices, op_offload, plans, stages if pipeline else (), members=members)
+
+    found = fit([inf] * len(backends) if strict else available)
+    # The embeddings are beside the CPU's first layers, so that the first GPU may now have room for more layers.
+    while not strict and not proportions[-1] and found.devices[-1].layers:
+        room = [sum(sizes[i] for i in plan.layers) + plan.available - plan.needed for plan in found.devices]
+        wider: list[float] = [max(n, 0) for n in room]
+        if split_layers(sizes, proportions, wider) == found.layer_devices:
+            break
+        other = fit(wider)
+        if len(other.devices[-1].layers) >= len(found.devices[-1].layers):
+            break
+        found = other
+    return found
+
+
+def _available(backends: Sequence[Backend], options: LoadOptions) -> list[float]:
+    """Return the free bytes of each GPU without the reserve; 0 for the CPU, the last."""
+    free = [backend.device.memory().free for backend in backends[:-1]]
+    return [*(float(max(n - options.reserve_of(n, is_cpu=False), 0)) for n in free), 0.0]
+
+
+def _room_for_layers(architecture: Architecture, available: Sequence[float]) -> list[float]:
+    """Return the bytes for layers if the first GPU has the embeddings, and the last one the output head."""
+    room = list(available)
+    if len(room) > 1:
+        room[0] -= architecture.tensor_info("token_embd.weight").nbytes
+        if len(room) > 2 or architecture.output_tensor != "token_embd.weight":  # one GPU has tied tensors once
+            room[-2] -= architecture.tensor_info(architecture.output_tensor).nbytes
+    # A GPU whose memory the ends would fill has layers if other devices hold the ends: its part is small, not 0.
+    return [max(n, 1.0) if has else 0.0 for n, has in zip(room, available, strict=True)]
 
 
 def place_on_one(

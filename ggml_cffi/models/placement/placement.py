@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ggml_cffi.core import text
+from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.runners.weights import DevicePlacement, StageSpec
 
 
@@ -25,12 +26,14 @@ class DevicePlan:
     """Estimate of the memory that a GPU's backend allocates itself."""
     free: int
     """Free memory that the device reports."""
+    reserve: int
+    """Part of ``free`` that stays free."""
     has_output: bool
     has_embeddings: bool
 
     @classmethod
-    def of(cls, placement: DevicePlacement, free: int, input_bytes: int = 0) -> DevicePlan:
-        """Return the plan for the contents of a device with ``free`` bytes."""
+    def of(cls, placement: DevicePlacement, free: int, reserve: int = 0, input_bytes: int = 0) -> DevicePlan:
+        """Return the plan for the contents of a device with ``free`` bytes, of which ``reserve`` stay free."""
         return cls(
             device=placement.device,
             layers=tuple(placement.layers),
@@ -41,6 +44,7 @@ class DevicePlan:
             input_bytes=input_bytes,
             workspace_bytes=placement.workspace_bytes,
             free=free,
+            reserve=reserve,
             has_output=placement.has_output,
             has_embeddings=placement.has_embeddings,
         )
@@ -51,13 +55,23 @@ class DevicePlan:
         return self.weight_bytes + self.cache_bytes + self.compute_bytes + self.input_bytes + self.workspace_bytes
 
     @property
+    def available(self) -> int:
+        """Free bytes without the reserve."""
+        return max(self.free - self.reserve, 0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of free memory that the contents need: all but mapped weights."""
+        return self.total - self.mapped_bytes
+
+    @property
     def missing(self) -> int:
-        """Bytes that the device lacks. Mapped weights need no free memory."""
-        return max(self.total - self.mapped_bytes - self.free, 0)
+        """Bytes that the device lacks."""
+        return max(self.needed - self.available, 0)
 
     @property
     def fits(self) -> bool:
-        """True if the device has enough free memory."""
+        """True if the device has enough free memory besides the reserve."""
         return not self.missing
 
     @property
@@ -79,7 +93,7 @@ class Placement:
     """The devices in order, the CPU last."""
     stages: tuple[StageSpec, ...] = ()
     """Stages of a pipeline runner, with devices numbered as in ``members``; empty if the model needs a scheduler."""
-    split: str = "layer"
+    split: SplitMode = "layer"
     members: tuple[int, ...] = ()
     """Numbers of the backends that take part."""
     replicas: tuple[Placement, ...] = ()
