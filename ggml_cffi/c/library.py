@@ -221,7 +221,9 @@ def _load_plugin(name: str) -> None:
             + f"Build it with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml-{name}."
         )
         raise _missing[name] from None
-    if _loaded["ggml"].ggml_backend_load(os.fsencode(file)) == ffi.NULL:
+    with log.without_missing_devices():
+        loaded = _loaded["ggml"].ggml_backend_load(os.fsencode(file)) != ffi.NULL
+    if not loaded:
         _missing[name] = LibraryNotFoundError(f"the {name} plug-in was found at {file}, but it has no usable device")
         raise _missing[name]
     _pids[name] = os.getpid()

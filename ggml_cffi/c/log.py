@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ggml_cffi.c._decl import ffi
@@ -17,6 +20,9 @@ _LEVELS = {
     LogLevel.WARN: _WARNING,
     LogLevel.ERROR: _ERROR,
 }
+#: The beginning of the line that ggml prints for a number in ``GGML_VK_VISIBLE_DEVICES`` that no device has.
+_MISSING_DEVICE = b"ggml_vulkan: Invalid device index"
+
 _logger: Any = None
 _line = threading.local()  # messages come in fragments, separately on each thread
 
@@ -30,8 +36,54 @@ def _receive(level: int, text: Any, _data: Any) -> None:
         return
     _line.text += ffi.string(text).decode("utf-8", "replace")
     if _line.text.endswith("\n"):
-        _logger.log(_line.level, "%s", _line.text.rstrip())
+        _log(_line.level, _line.text.rstrip())
         _line.text = ""
+
+
+def _log(level: int, text: str) -> None:
+    held: list[tuple[int, str]] | None = getattr(_line, "held", None)
+    if held is not None:
+        held.append((level, text))
+    else:
+        _logger.log(level, "%s", text)
+
+
+@contextmanager
+def without_missing_devices() -> Iterator[None]:
+    """Log ggml's complaints about numbers in ``GGML_VK_VISIBLE_DEVICES`` that no device has at level DEBUG.
+
+    Such a number means that no GPU is wanted, which is no error. ggml prints one of the lines on standard error itself.
+    """
+    if not os.environ.get("GGML_VK_VISIBLE_DEVICES"):
+        yield
+        return
+    import tempfile
+
+    with tempfile.TemporaryFile() as printed:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # this process has no standard error
+            yield
+            return
+        os.dup2(printed.fileno(), 2)
+        held: list[tuple[int, str]] = []
+        _line.held = held
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            _line.held = None
+            printed.seek(0)
+            lines = printed.read().splitlines(keepends=True)
+            complaints = [line for line in lines if line.startswith(_MISSING_DEVICE)]
+            # Other lines, of other threads perhaps, are not lost.
+            if others := b"".join(line for line in lines if line not in complaints):
+                os.write(2, others)
+            for line in complaints:
+                _log(_DEBUG, line.decode("utf-8", "replace").rstrip())
+            for level, text in held:
+                _log(_DEBUG if complaints else level, text)
 
 
 def install(base: Any) -> None:
