@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import ggml_cffi
 from ggml_cffi.c import library
 from ggml_cffi.cli import bench, convert, devices, embed, fetch, gguf, perplexity, plan, quantize, rpc_server, run
-from ggml_cffi.cli._output import print_error, replace_unwritable
+from ggml_cffi.cli._output import notice_line, print_error, replace_unwritable
+from ggml_cffi.core.progress import display_notices
 
 _COMMANDS = (devices, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
 
@@ -30,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replace_unwritable()
     args = parser.parse_args(arguments)
     try:
-        code: int = args.run(args)
-        return code
+        with display_notices(notice_line) if sys.stderr.isatty() else nullcontext():
+            code: int = args.run(args)
+            return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.handle import Owner
+from ggml_cffi.core.shaders import first_run
 from ggml_cffi.enums import Status
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults
@@ -207,7 +208,9 @@ class ParallelProgram(ParallelTrace):
             return
         if meanwhile is not None:
             meanwhile()
-        _check(self.executor.run_first(self.steps))
+        nodes = (p for graph in self.step_graphs[0].graphs for p in graph.node_pointers())
+        with first_run([b.device for b in self.backends], nodes):
+            _check(self.executor.run_first(self.steps))
         self._is_new = False
 
     def record(self) -> None:

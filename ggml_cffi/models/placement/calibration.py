@@ -16,6 +16,7 @@ from ggml_cffi import ops
 from ggml_cffi.c import library
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.progress import notice
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.models.fetch import cache_folder
@@ -37,7 +38,8 @@ def seconds(backend: Backend, dtype: Type) -> float:
     found = known.get(key(backend, dtype))
     if isinstance(found, float) and 0 < found < np.inf:
         return found
-    each = [measure(backend, dtype, tokens) for tokens in _TOKENS]
+    with notice(f"measuring the speed of {backend.name} with {dtype.name}, once"):
+        each = [measure(backend, dtype, tokens) for tokens in _TOKENS]
     result = float(np.exp(np.mean(np.log(each))))
     _remember(known | {key(backend, dtype): result})
     return result
@@ -50,7 +52,8 @@ def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
     found = known.get(name)
     if isinstance(found, list) and found and all(isinstance(x, float) and 0 <= x < np.inf for x in found):
         return found
-    result = measure()
+    with notice("timing the model for the fastest split, once"):
+        result = measure()
     _remember(_known() | {name: result})
     return result
 
