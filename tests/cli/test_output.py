@@ -2,6 +2,7 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_commands_have_bars_on_a_terminal(monkeypatch, tmp_path, rng, open_termi
 
     def convert(_folder, target, _type, *, progress):
         progress(1, 2)
-        bert_float64.random_model(target, rng)
+        bert_float64.random_model(Path(target), rng)
 
     # The package ``models.convert`` has the function's name.
     monkeypatch.setattr(sys.modules["ggml_cffi.models.convert.convert"], "convert", convert)
