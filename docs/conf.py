@@ -20,6 +20,7 @@ version = release = ggml_cffi.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nitpicky = True
+nitpick_ignore = [("py:class", "_R")]  # a type variable beside a name that only type checkers import
 
 html_theme = "furo"
 html_title = f"ggml_cffi {release}"

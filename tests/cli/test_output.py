@@ -1,22 +1,14 @@
 """Progress bars and notices of the commands, on a terminal and without one."""
 
-import io
 import sys
 from pathlib import Path
 
 import pytest
 
 from ggml_cffi import cli, models
-from ggml_cffi.cli._output import notice_line, progress_bar
 from ggml_cffi.core.progress import notice
 from tests.support import bert_float64, llama_float64
-
-
-class Terminal(io.StringIO):
-    """A terminal as standard error."""
-
-    def isatty(self):
-        return True
+from tests.support.terminal import Terminal
 
 
 @pytest.fixture
@@ -29,32 +21,6 @@ def open_terminal(monkeypatch):
         return made
 
     return set_up
-
-
-def test_a_bar_counts_bytes_or_another_unit(open_terminal):
-    terminal = open_terminal()
-    with progress_bar("loading") as progress:
-        progress(3 << 20, 4 << 20)
-    assert "loading:" in terminal.getvalue()
-    with progress_bar("scoring", "tok") as progress:
-        progress(0, 1000)
-        progress(1000, 1000)
-    last = terminal.getvalue().split("scoring:")[-1]
-    assert "tok" in last
-    assert "B/s" not in last
-
-
-def test_there_is_no_bar_without_a_terminal(capsys):
-    with progress_bar("loading") as progress:
-        assert progress is None
-    assert capsys.readouterr().err == ""
-
-
-def test_a_notice_is_a_line_that_goes_away(open_terminal):
-    terminal = open_terminal()
-    with notice_line("compiling shaders for Vulkan0, once"):
-        assert terminal.getvalue().split("\r")[-1].startswith("compiling shaders for Vulkan0, once")
-    assert terminal.getvalue().split("\r")[-2].strip() == ""
 
 
 def test_commands_show_notices_on_a_terminal_only(monkeypatch, open_terminal, capsys):
