@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class ParallelProgram(ParallelTrace):
         self.steps = [graphs.steps for graphs in self.step_graphs]
         """The steps of each device."""
         self._is_new = any(step.deferred for own in self.steps for step in own)
+        self._compiles = True  # until the first run, in which the drivers compile shaders
         self.polled_sums = self._polled_sums(memory)
         """Places of the partial sums, None if they cannot be polled."""
         self.polled_output = self._polled_output()
@@ -203,19 +205,27 @@ class ParallelProgram(ParallelTrace):
         AbortedError, GgmlError
             If a device reports failure.
         """
+        if self._compiles:
+            with self._compiling():
+                self.compute(meanwhile)
+            return
         if not self._is_new:
             _check(self.executor.run(self.steps, meanwhile, self.polled_sums))
             return
         if meanwhile is not None:
             meanwhile()
-        nodes = (p for graph in self.step_graphs[0].graphs for p in graph.node_pointers())
-        with first_run([b.device for b in self.backends], nodes):
-            _check(self.executor.run_first(self.steps))
+        _check(self.executor.run_first(self.steps))
         self._is_new = False
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        """Return the context manager of the run that compiles shaders, if they are new to a device."""
+        self._compiles = False
+        nodes = (p for graph in self.step_graphs[0].graphs for p in graph.node_pointers())
+        return first_run([b.device for b in self.backends], nodes)
 
     def record(self) -> None:
         """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``."""
-        if not self._is_new:
+        if not (self._is_new or self._compiles):
             self.executor.record(self.steps)
 
     def submit_and_poll(
@@ -235,7 +245,7 @@ class ParallelProgram(ParallelTrace):
             a function that releases it before it waits for this device.
         """
         assert self.polled_output is not None
-        if self._is_new:
+        if self._is_new or self._compiles:
             self.compute()
             meanwhile()
             return self.result()
