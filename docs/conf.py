@@ -24,7 +24,7 @@ version = release = ggml_cffi.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore = [("py:class", "_R")]  # a type variable
+nitpick_ignore = [("py:class", "_R")]  # a type variable beside a name that only type checkers import
 smartquotes = False  # would turn the two hyphens of options into a dash
 
 html_theme = "furo"

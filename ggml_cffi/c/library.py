@@ -391,7 +391,7 @@ def _open_plugin(name: str, file: str) -> Plugin:
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except (OSError, LibraryMismatchError) as error:
         return Plugin(name, file, reason=re.sub("^cannot load library '[^']*': ", "", str(error)))
-    with log.captured() as messages:
+    with log.captured() as messages, log.without_missing_devices():
         registered = _loaded["ggml"].ggml_backend_load(os.fsencode(file))
     if registered == ffi.NULL:
         last = messages[-1] if messages else "ggml refused it"

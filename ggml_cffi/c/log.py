@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ _LEVELS = {
     LogLevel.WARN: _WARNING,
     LogLevel.ERROR: _ERROR,
 }
+#: The beginning of the line that ggml prints for a number in ``GGML_VK_VISIBLE_DEVICES`` that no device has.
+_MISSING_DEVICE = b"ggml_vulkan: Invalid device index"
+
 _logger: Any = None
 _line = threading.local()  # messages come in fragments, separately on each thread
 
@@ -48,6 +52,37 @@ def captured() -> Iterator[list[str]]:
         yield _line.captured
     finally:
         _line.captured = outer
+
+
+@contextmanager
+def without_missing_devices() -> Iterator[None]:
+    """Keep ggml's complaint about a number in ``GGML_VK_VISIBLE_DEVICES`` that no device has off standard error.
+
+    Such a number means that no GPU is wanted, which is no error. The complaint goes to the log at level DEBUG.
+    """
+    if not os.environ.get("GGML_VK_VISIBLE_DEVICES"):
+        yield
+        return
+    import tempfile
+
+    with tempfile.TemporaryFile() as printed:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # this process has no standard error
+            yield
+            return
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            printed.seek(0)
+            for line in printed.read().splitlines(keepends=True):
+                if line.startswith(_MISSING_DEVICE):
+                    _logger.log(_DEBUG, "%s", line.decode("utf-8", "replace").rstrip())
+                else:  # of another thread, perhaps
+                    os.write(2, line)
 
 
 def install(base: Any) -> None:

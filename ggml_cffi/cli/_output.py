@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import io
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from ggml_cffi.core.text import size, table
@@ -68,6 +69,18 @@ def progress_bar(label: str, unit: str = "B") -> AbstractContextManager[Progress
         Unit of the numbers: bytes, or another such as ``"tok"``.
     """
     return _Bar(label, unit) if sys.stderr.isatty() else nullcontext()
+
+
+@contextmanager
+def notice_line(text: str) -> Iterator[None]:
+    """Show a line on standard error, a terminal, while the block runs."""
+    from tqdm import tqdm
+
+    line = tqdm(desc=text, bar_format="{desc}", leave=False)
+    try:
+        yield
+    finally:
+        line.close()
 
 
 class _Bar(AbstractContextManager["Progress | None"]):

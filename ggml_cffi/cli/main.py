@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import ggml_cffi
@@ -26,7 +27,8 @@ from ggml_cffi.cli import (
     rpc_server,
     run,
 )
-from ggml_cffi.cli._output import print_error, replace_unwritable
+from ggml_cffi.cli._output import notice_line, print_error, replace_unwritable
+from ggml_cffi.core.progress import display_notices
 
 _COMMANDS = (devices, doctor, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
 
@@ -43,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     replace_unwritable()
     args = parser.parse_args(arguments)
     try:
-        code: int = args.run(args)
-        return code
+        with display_notices(notice_line) if sys.stderr.isatty() else nullcontext():
+            code: int = args.run(args)
+            return code
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

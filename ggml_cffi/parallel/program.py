@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.handle import Owner
+from ggml_cffi.core.shaders import first_run
 from ggml_cffi.enums import Status
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults
@@ -92,6 +94,7 @@ class ParallelProgram(ParallelTrace):
         self.steps = [graphs.steps for graphs in self.step_graphs]
         """The steps of each device."""
         self._is_new = any(step.deferred for own in self.steps for step in own)
+        self._compiles = True  # until the first run, in which the drivers compile shaders
         self.polled_sums = self._polled_sums(memory)
         """Places of the partial sums, None if they cannot be polled."""
         self.polled_output = self._polled_output()
@@ -210,6 +213,10 @@ class ParallelProgram(ParallelTrace):
         AbortedError, GgmlError
             If a device reports failure.
         """
+        if self._compiles:
+            with self._compiling():
+                self.compute(meanwhile)
+            return
         if not self._is_new:
             _check(self.executor.run(self.steps, meanwhile, self.polled_sums))
             return
@@ -218,9 +225,15 @@ class ParallelProgram(ParallelTrace):
         _check(self.executor.run_first(self.steps))
         self._is_new = False
 
+    def _compiling(self) -> AbstractContextManager[None]:
+        """Return the context manager of the run that compiles shaders, if they are new to a device."""
+        self._compiles = False
+        nodes = (p for graph in self.step_graphs[0].graphs for p in graph.node_pointers())
+        return first_run([b.device for b in self.backends], nodes)
+
     def record(self) -> None:
         """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``."""
-        if not self._is_new:
+        if not (self._is_new or self._compiles):
             self.executor.record(self.steps)
 
     def submit_and_poll(
@@ -240,7 +253,7 @@ class ParallelProgram(ParallelTrace):
             a function that releases it before it waits for this device.
         """
         assert self.polled_output is not None
-        if self._is_new:
+        if self._is_new or self._compiles:
             self.compute()
             meanwhile()
             return self.result()

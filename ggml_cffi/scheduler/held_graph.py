@@ -9,7 +9,9 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.core import interrupt
 from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Owner
+from ggml_cffi.core.shaders import first_run
 from ggml_cffi.enums import Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, OutOfMemoryError
 from ggml_cffi.scheduler.graph import Graph
@@ -41,7 +43,7 @@ class HeldGraph:
         Owners of the C objects that the graph uses. They are kept, since other threads may close their handles.
     """
 
-    __slots__ = ("_calls", "_cpu", "_owners", "_saved", "_seconds", "added", "graph")
+    __slots__ = ("_calls", "_cpu", "_is_new", "_owners", "_saved", "_seconds", "added", "graph")
 
     def __init__(self, graph: Graph, owners: list[Owner]) -> None:
         self.graph = graph
@@ -55,6 +57,7 @@ class HeldGraph:
             self._saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
         self._calls: list[Any] = []
         self._cpu: Backend | None = None
+        self._is_new = True
         self._seconds = _CTRL_C_DELAY  # duration of the last run; the first counts as long
 
     def add_operands(self, added: dict[Any, Any]) -> None:
@@ -123,6 +126,11 @@ class HeldGraph:
         Exception
             An exception of an operation written in Python.
         """
+        if self._is_new:
+            self._is_new = False
+            with first_run(_devices_of(scheduler), self.graph.node_pointers()):
+                self.compute(scheduler, start)
+            return
         graph, cpu = self.graph, self._cpu
         if cpu is None:
             status = start(scheduler, graph.ptr)
@@ -149,6 +157,12 @@ class HeldGraph:
                     raise error
         if status:
             _check_status(status)
+
+
+def _devices_of(scheduler: Any) -> list[Device]:
+    """Return the devices of a scheduler (a C pointer)."""
+    n = c.ggml_backend_sched_get_n_backends(scheduler)
+    return [Device(c.ggml_backend_get_device(c.ggml_backend_sched_get_backend(scheduler, i))) for i in range(n)]
 
 
 def _check_status(status: int) -> None:

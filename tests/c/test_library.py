@@ -34,6 +34,31 @@ def test_import_loads_no_library_and_no_driver():
     assert done.stderr.count("Error") == 0
 
 
+@pytest.mark.parametrize("numbers", ["99", "99,98", ""])
+def test_a_number_that_no_device_has_means_the_cpu_and_silence(numbers):
+    code = "import ggml_cffi as ggml\nwith ggml.Session() as s: print(*ggml.devices(), s, sep='\\n')"
+    done = run_python(code, GGML_VK_VISIBLE_DEVICES=numbers)
+    assert done.stderr == ""
+    assert re.fullmatch(r"<Device CPU: .*>\n<Session CPU>\n", done.stdout)
+
+
+def test_other_lines_on_standard_error_are_kept_while_a_driver_is_loaded():
+    code = (
+        "import logging, os, sys\n"
+        "from ggml_cffi.c import log, library\n"
+        "library.load('base')\n"
+        "logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format='%(levelname)s %(message)s')\n"
+        "with log.without_missing_devices():\n"
+        "    os.write(2, b'kept\\nggml_vulkan: Invalid device index 7 in GGML_VK_VISIBLE_DEVICES.\\nkept too\\n')\n"
+        "with log.without_missing_devices():\n"
+        "    library.load('ggml').ggml_backend_load(b'/none.so')\n"  # another error keeps its level
+    )
+    done = run_python(code, GGML_VK_VISIBLE_DEVICES="7")
+    assert done.stderr == "kept\nkept too\n"
+    assert "DEBUG ggml_vulkan: Invalid device index 7 in GGML_VK_VISIBLE_DEVICES." in done.stdout
+    assert "ERROR load_backend: failed to load /none.so" in done.stdout
+
+
 def test_nothing_found_lists_every_place_and_the_remedy(tmp_path):
     done = run_python(
         f"{_NO_OTHER_PLACE}\nfrom ggml_cffi import Context\n"

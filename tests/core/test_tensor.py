@@ -73,7 +73,7 @@ def test_shapes_are_numpys(shape):
         ("f32", (2.5,), TypeError, "sequence of integers"),
         ("q4_0", (33,), ValueError, "blocks of 32"),
         ("q4_k", (100,), ValueError, "blocks of 256"),
-        ("q4_2", (32,), TypeError, "no element type for 'q4_2'; it has F32"),
+        ("q4_2", (32,), TypeError, "no element type for 'q4_2'; nearest: Q4_K, Q4_1, Q4_0; it has F32"),
         (4, (32,), TypeError, "no element type for 4"),
         ("q8_k", (256,), TypeError, "internal format of ggml's"),
         (31, (32,), TypeError, "no element type"),

@@ -91,7 +91,7 @@ def test_bfloat16_arrays_are_written(path):
     by_dlpack = other_arrays.Parameter(other_arrays.Bfloat16([[1.0, -2.5]]))
     ggml.write_gguf(path, {}, {"t": Bfloat16([[1.0, -2.5]]), "half": (Bfloat16([1.0]), "f16"), "dlpack": by_dlpack})
     raw = ggml.quantize(other_arrays.Bfloat16(np.ones(32)), "q8_0")
-    assert ggml.dequantize(raw, "q8_0").tolist() == [1] * 32
+    assert raw.tobytes() == ggml.quantize(np.ones(32), "q8_0").tobytes()
     with ggml.GGUFFile(path) as f:
         assert (f.tensors["dlpack"].dtype, f.array("dlpack").tolist()) == (ggml.BF16, [[1, -2.5]])
         assert (f.tensors["t"].dtype, f.array("t").tolist()) == (ggml.BF16, [[1, -2.5]])

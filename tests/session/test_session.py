@@ -144,7 +144,7 @@ def test_a_session_that_is_never_closed_warns_and_is_freed(devices):
 
 
 def test_one_device_needs_no_list(devices):
-    first, *_, last = ggml.devices()
+    first, last = ggml.devices()[0], ggml.devices()[-1]
     for one, names in (("cpu", ["CPU"]), (last, ["CPU"]), (devices[0], list(dict.fromkeys([devices[0], "CPU"])))):
         with ggml.Session(one) as session:
             assert [d.name for d in session.devices] == names

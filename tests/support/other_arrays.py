@@ -12,7 +12,7 @@ class OnlyDLPack:
     """An array that offers DLPack and no other protocol."""
 
     def __init__(self, array):
-        self.array = array
+        self.array, self.ndim = array, array.ndim
 
     def __dlpack__(self, **options):
         return self.array.__dlpack__(**options)
@@ -25,7 +25,8 @@ class Bfloat16(OnlyDLPack):
     """An array of bfloat16 that offers DLPack only, as those of PyTorch. numpy refuses its capsules."""
 
     def __init__(self, values):
-        super().__init__((np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16))
+        bits = np.asarray(values, np.float32).view(np.uint32) >> 16
+        super().__init__(np.asarray(bits, np.uint16))  # an array even without axes
 
     def __dlpack__(self, **options):
         capsule = super().__dlpack__(**options)
@@ -45,6 +46,7 @@ class Parameter:
 
     def __init__(self, values):
         self.values = values
+        self.ndim = values.ndim
 
     def detach(self):
         return self.values

@@ -17,6 +17,7 @@ from ggml_cffi import ops
 from ggml_cffi.c import library
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.progress import notice
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.models.fetch import cache_folder
@@ -51,7 +52,8 @@ def speed(backend: Backend, dtype: Type) -> Speed:
     """
     found = known_speed(backend, dtype)
     if found is None:
-        found = Speed(*(measure(backend, dtype, tokens) for tokens in _TOKENS))
+        with notice(f"measuring the speed of {backend.name} with {dtype.name}, once"):
+            found = Speed(*(measure(backend, dtype, tokens) for tokens in _TOKENS))
         _remember(_known() | {key(backend, dtype): list(found)})
     return found
 
@@ -67,7 +69,8 @@ def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
     name = f"{name}, ggml {library.version()}"
     found = _numbers(_known().get(name))
     if not found:
-        found = measure()
+        with notice("timing the model for the fastest split, once"):
+            found = measure()
         _remember(_known() | {name: found})
     return found
 

@@ -237,6 +237,15 @@ def test_each_pooling_is_converted(folder, config, pooling):
         assert file.metadata["bert.pooling_type"] == pooling
 
 
+def test_progress_counts_the_bytes_of_all_tensors(folder):
+    seen = []
+    convert(folder, folder / "out.gguf", progress=lambda *x: seen.append(x))
+    with ggml.GGUFFile(folder / "out.gguf") as file:
+        total = sum(info.nbytes for info in file.tensors.values())
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
 def test_an_encoder_without_sentence_transformers_files_uses_the_mean(folder):
     (folder / "modules.json").unlink()
     (folder / "sentence_bert_config.json").unlink()
