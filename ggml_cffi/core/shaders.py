@@ -23,8 +23,7 @@ _used: dict[Device, set[Any]] = {}  # kinds of nodes that a device has computed
 def first_run(devices: Iterable[Device], nodes: Iterable[Any]) -> Iterator[None]:
     """Show a notice if the first run of a graph takes long and has kernels that are new to a device.
 
-    No call tells that the driver compiles. A long first run with kernels that come from the driver's
-    cache has the notice, too.
+    ggml does not tell that a driver compiles. A long first run with kernels from the driver's cache has the notice too.
 
     Parameters
     ----------
