@@ -5,17 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
-from ggml_cffi import c
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.progress import notice
 
 #: Seconds before the notice: shaders from the driver's cache take less.
 DELAY = 1.0
 
-_COMPILES = ("Vulkan", "Metal", "WebGPU")  # backends that compile kernels in the driver, by the name of their registry
+_COMPILES = ("Vulkan", "Metal", "WebGPU")  # backends that compile kernels in the driver, by their names
 _used: dict[Device, set[Any]] = {}  # kinds of nodes that a device has computed
 
 
@@ -32,7 +30,7 @@ def first_run(devices: Iterable[Device], nodes: Iterable[Any]) -> Iterator[None]
     nodes
         Nodes of the graph (C pointers).
     """
-    compiling = [d for d in devices if _compiles(d)]
+    compiling = [d for d in devices if d.backend_name in _COMPILES]
     kinds = {_kind(p) for p in nodes} if compiling else set()
     compiling = [d for d in compiling if kinds - _used.get(d, set())]
     if not compiling:
@@ -61,11 +59,3 @@ def _kind(p: Any) -> tuple[int, ...]:
     """Return the operation, the operands' types, and whether it has one row: a backend has a kernel for each."""
     types = [src.type for src in (p.src[0], p.src[1]) if src]
     return (p.op, p.type, int(p.ne[1] == 1), *types)
-
-
-@cache
-def _compiles(device: Device) -> bool:
-    if device.is_cpu or device.is_remote:
-        return False
-    name: bytes = c.ffi.string(c.ggml_backend_reg_name(c.ggml_backend_dev_backend_reg(device.ptr)))
-    return name.decode() in _COMPILES
