@@ -10,6 +10,7 @@ until then, no GPU driver is loaded.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from functools import cache
 from typing import Any
@@ -214,12 +215,15 @@ def _load_plugin(name: str) -> None:
     try:
         file = plugin_path(_place, name)
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
+        if name == "vulkan" and sys.platform == "linux":
+            _dlopen("libvulkan.so.1")  # a wheel's plug-in loads without it, but has no device then
     except OSError as error:
-        _missing[name] = LibraryNotFoundError(
-            f"the {name} plug-in of ggml cannot be loaded: {error}. "
-            + ("Install the Vulkan loader (libvulkan1). " if "libvulkan" in str(error) else "")
-            + f"Build it with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml-{name}."
-        )
+        remedy = "Install the Vulkan loader, Debian's package libvulkan1"
+        if "libvulkan" not in str(error):
+            remedy = (
+                f"Build it with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds libggml-{name}"
+            )
+        _missing[name] = LibraryNotFoundError(f"the {name} plug-in of ggml cannot be loaded: {error}. {remedy}.")
         raise _missing[name] from None
     if _loaded["ggml"].ggml_backend_load(os.fsencode(file)) == ffi.NULL:
         _missing[name] = LibraryNotFoundError(f"the {name} plug-in was found at {file}, but it has no usable device")
