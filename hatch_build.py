@@ -31,5 +31,7 @@ class Libraries(BuildHookInterface):
 
 def _platform(folder: Path) -> str:
     """Return the platform tag that ``build_lib.sh --portable`` noted, else that of this machine."""
-    notes = dict(line.split(maxsplit=1) for line in (folder / "BUILD").read_text().splitlines())
-    return notes.get("platform") or sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    notes = folder / "BUILD"
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    noted = dict(line.split(maxsplit=1) for line in lines)
+    return noted.get("platform") or sysconfig.get_platform().replace("-", "_").replace(".", "_")
