@@ -99,7 +99,7 @@ get_source() {
             fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/versions.txt: its tree digest is $(tree_digest "$source_dir")"
         return
     fi
-    if [ -d "$source_dir" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
+    if [ -f "$source_dir/LICENSE" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
     local requirement=${origin#pypi:} name archive tmp depth
     name=${requirement%%==*}; name=${name//-/_}-${requirement##*==}
     archive=$cache/source/$name.tar.gz
@@ -116,6 +116,8 @@ get_source() {
     mkdir "$tmp/tree"
     depth=$(tr -dc / <<<"$name/$folder" | wc -c)
     tar -xzf "$archive" -C "$tmp/tree" --strip-components=$((depth + 1)) "$name/$folder"
+    # llama.cpp has ggml's licence beside it.
+    [ -f "$tmp/tree/LICENSE" ] || tar -xzOf "$archive" "$name/$(dirname "$folder")/LICENSE" >"$tmp/tree/LICENSE"
     [ "$(tree_digest "$tmp/tree")" = "$tree_sha256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/tree")"
     rm -rf "$source_dir"; mkdir -p "$(dirname "$source_dir")"
     mv "$tmp/tree" "$source_dir"
@@ -189,9 +191,10 @@ install_tool() { # requirement, of PyPI
 # Zig is clang with the headers and the symbols of every glibc: CC and CXX compile for the oldest one, and the libraries run
 # with all newer ones. Its libc++ is linked into each library, since no two of them pass C++ objects to one another.
 get_zig() {
-    local tools=$cache/tools bin=$cache/zig-$zig-$arch-$glibc name
+    local tools=$cache/tools bin=$cache/zig-$zig-$arch-$glibc name folder
     "$tools/bin/python" -c "import ziglang, importlib.metadata as m; assert m.version('ziglang') == '$zig'" 2>/dev/null ||
         install_tool "ziglang==$zig"
+    folder=$("$tools/bin/python" -c "import ziglang; print(ziglang.__path__[0])")
     mkdir -p "$bin"
     for name in cc c++ ar ranlib; do
         # Zig knows a processor's features by LLVM's names, and no -march for aarch64.
@@ -212,7 +215,7 @@ case $name in
         done
         set -- -target $arch-linux-gnu.$glibc "\$@" ;;
 esac
-exec "$tools/bin/python" -m ziglang $name "\$@"
+exec "$folder/zig" $name "\$@"
 WRAPPER
         chmod +x "$bin/$name"
     done
@@ -239,8 +242,30 @@ use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true
         lib=""
     done
     [ -n "$lib" ] || return 1
-    vulkan_flags=("-DVulkan_GLSLC_EXECUTABLE=$1" "-DVulkan_INCLUDE_DIR=$2" "-DCMAKE_PREFIX_PATH=$3" "-DVulkan_LIBRARY=$lib")
+    vulkan_flags=("-DVulkan_GLSLC_EXECUTABLE=$(keeping_glslc "$1")" "-DVulkan_INCLUDE_DIR=$2" "-DCMAKE_PREFIX_PATH=$3" "-DVulkan_LIBRARY=$lib")
     vulkan_id=$({ "$1" --version; "$CC" -E -dM -I"$2" -include vulkan/vulkan_core.h -x c /dev/null | grep VK_HEADER_VERSION; } 2>/dev/null | digest)
+}
+
+# Print the path of a glslc that compiles each shader of this source once, for the builds of all processors.
+keeping_glslc() { # glslc
+    local kept; kept=$cache/shaders/$({ echo "$tree_sha256"; "$1" --version; } | digest | cut -c 1-16)
+    mkdir -p "$kept"
+    cat >"$kept/glslc.$$" <<WRAPPER
+#!/usr/bin/env bash
+set -eu
+key="" out="" before=""
+for argument; do
+    # Without the folders of the source and of the build, which differ between builds.
+    case \$before in -o) out=\$argument ;; -MF) ;; *) key+=" \${argument##*/}" ;; esac
+    before=\$argument
+done
+case \$out in "" | - | /dev/null) exec "$1" "\$@" ;; esac
+shader=$kept/\$(printf %s "\$key" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c 1-32).spv
+[ -f "\$shader" ] || { "$1" "\$@"; cp "\$out" "\$shader.\$\$"; mv "\$shader.\$\$" "\$shader"; }
+cp "\$shader" "\$out"
+WRAPPER
+    chmod +x "$kept/glslc.$$"; mv "$kept/glslc.$$" "$kept/glslc"
+    echo "$kept/glslc"
 }
 
 # Newer suites of Debian and Ubuntu have newer tools. They are unpacked into a private prefix and run through the dynamic
@@ -357,5 +382,7 @@ build_part rpc "$plugin_id" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
 [ $vulkan = no ] || get_vulkan_tools
 [ $vulkan = no ] || build_part vulkan "$plugin_id $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
 step="install"
+# Copies of ggml, such as those in a wheel, have its licence.
+for file in "$source_dir"/LICENSE "$source_dir"/../LICENSE; do [ ! -f "$file" ] || { cp "$file" "$out.tmp/LICENSE.ggml"; break; }; done
 rm -rf "$out"; mv "$out.tmp" "$out"
 say "done: $(cd "$out" && ls | tr '\n' ' ')"

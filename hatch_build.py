@@ -21,7 +21,7 @@ class Libraries(BuildHookInterface):
         """Add the libraries, the tag and the dependency; hatchling calls this before it builds."""
         folder = Path(os.environ.get("GGML_CFFI_WHEEL_LIBRARIES") or Path(self.root, "ggml_cffi", "lib"))
         files = sorted(folder.glob("*"))
-        if not any("ggml" in file.name for file in files):
+        if not any("ggml-base" in file.name for file in files):
             build_data["dependencies"] += self.metadata.core.optional_dependencies["prebuilt"]
         elif version == "standard":
             build_data["force_include"] |= {str(file): f"ggml_cffi/lib/{file.name}" for file in files}
