@@ -12,6 +12,8 @@ python=${PYTHON:-python3}
 mode=native arch=$(uname -m) vulkan=auto use_cache=yes only_source=no zig_flags=()
 # Zig's version, and the oldest glibc that a wheel runs with: the tag of the wheels says it too.
 zig=0.17.1 glibc=2.28
+# Zig's libraries do not run their destructors when they are closed, but at exit, so they must stay loaded.
+zig_link="-s -Wl,--gc-sections -Wl,-z,defs -Wl,-z,nodelete"
 jobs=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 step="start"
 
@@ -221,7 +223,7 @@ WRAPPER
     done
     CC=$bin/cc CXX=$bin/c++
     zig_flags=("-DCMAKE_AR=$bin/ar" "-DCMAKE_RANLIB=$bin/ranlib" -DVULKAN_AT_RUN_TIME=ON)
-    for name in SHARED MODULE; do zig_flags+=("-DCMAKE_${name}_LINKER_FLAGS=-s -Wl,--gc-sections -Wl,-z,defs"); done
+    for name in SHARED MODULE; do zig_flags+=("-DCMAKE_${name}_LINKER_FLAGS=$zig_link"); done
     if [ "$arch" != "$(uname -m)" ]; then zig_flags+=(-DCMAKE_SYSTEM_NAME=Linux "-DCMAKE_SYSTEM_PROCESSOR=$arch"); fi
 }
 
@@ -349,6 +351,8 @@ collect() { # build tree, destination
         case $name in
             # A plug-in build compiles the base too; only the copy of the core part is shipped.
             libggml.* | libggml-base.*) [[ $(basename "$2") == core-* ]] || continue ;;
+            # The variant with AMX; see no_amx below. The variant zen4 has everything else.
+            *-sapphirerapids.*) continue ;;
         esac
         case $name in
             libggml.so | libggml-base.so | libggml-cpu.so) name=$name.0 ;;
@@ -367,14 +371,15 @@ rm -rf "$out.tmp"; mkdir -p "$out.tmp"
 if [ $mode = native ]; then
     cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
     native=(-DGGML_NATIVE=ON)
-    # Without AMX, as in vendor/CMakeLists.txt.
+    # ggml 0.25.3's code for AMX ends the process with a general protection fault.
     no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
     build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
     plugin_id="plug-in"
 else
-    plugin_id="portable $arch $glibc $(digest <"$root/vendor/vulkan_loader.c")"
-    build_part core "portable $arch $glibc" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
+    portable_id="portable $arch $glibc $zig_link"
+    plugin_id="$portable_id $(digest <"$root/vendor/vulkan_loader.c")"
+    build_part core "$portable_id" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
     [ ${#zig_flags[@]} = 0 ] || echo "platform manylinux_${glibc/./_}_$arch" >>"$out.tmp/BUILD"
 fi
 plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF ${zig_flags[@]+"${zig_flags[@]}"})

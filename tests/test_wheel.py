@@ -94,6 +94,17 @@ def test_a_wheel_with_libraries_is_for_one_platform_and_needs_no_other_library(w
     assert wheel.stat().st_size < _LIMIT
 
 
+def test_auditwheel_finds_that_a_wheel_runs_with_the_glibc_of_its_tag(wheel):
+    tag = re.search(r"-manylinux_2_(\d+)_", wheel.name)
+    if tag is None:
+        pytest.skip("a wheel of libraries for this machine; make wheel makes one for others")
+    told = ask(Path(sys.executable), "-m", "auditwheel", "show", wheel)
+    found = re.search(r'platform tag:\s"manylinux_2_(\d+)_', told)
+    assert found, told
+    assert int(found[1]) <= int(tag[1])
+    assert "libvulkan" not in told
+
+
 def test_a_wheel_without_libraries_is_for_any_platform_and_brings_the_prebuilt_library(tmp_path):
     (tmp_path / "none").mkdir()
     made = build(tmp_path, tmp_path / "none")
