@@ -1,12 +1,15 @@
 # make demo: a real model over every GPU (or two software devices). make test: the whole test suite.
-# Both set up what they need: system packages (as root on Debian or Ubuntu), a venv, the libraries, the model.
+# make wheel: a wheel for other machines, in dist/.
+# Each sets up what it needs: system packages (as root on Debian or Ubuntu), a venv, the libraries, the model.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# What the package needs, and what its development needs beside it.
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 # make smoke: the tests that take under a minute, on the CPU alone.
-.PHONY: demo test test-all smoke check docs fuzz bench setup clean
+.PHONY: demo test test-all smoke check docs fuzz bench wheel setup clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -20,12 +23,12 @@ test-all: setup check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Under a minute: the CPU alone, no models, no processes.
-smoke: setup
+smoke: setup $(DEV)
 	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m pytest -x -p no:cacheprovider \
 		-m "not gpu and not model and not slow and not subprocess" tests/test_smoke.py tests/core tests/files tests/scheduler \
 		tests/session tests/train tests/viz
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh --source-only
@@ -33,24 +36,35 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 # The site, in docs/_build/index.html. It needs the CPU only.
-docs: $(STAMP)
+docs: $(DEV)
 	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build
 
-fuzz: setup
+fuzz: setup $(DEV)
 	$(BIN)/python -m benchmarks.fuzz --calls 100000
 
 bench: setup
 	$(BIN)/python -m benchmarks.llm
 
-setup: $(STAMP)
+# ARCH=aarch64 compiles for another processor. RELEASING.md tells how a wheel is checked.
+ARCH := $(shell uname -m)
+wheel: $(DEV)
+	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh --portable --arch $(ARCH) --out build/$(ARCH)
+	GGML_CFFI_WHEEL_LIBRARIES=$(CURDIR)/build/$(ARCH) $(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/auditwheel show dist/*_$(ARCH).whl
+
+setup: $(BASE)
 	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh
 
-$(STAMP): pyproject.toml tools/system.sh
+$(BASE): pyproject.toml tools/system.sh
 	PYTHON=$(PYTHON) tools/system.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e .
 	$(BIN)/python -m compileall -q ggml_cffi
 	touch $@
 
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) ggml_cffi/lib ggml_cffi/lib.tmp vendor/ggml
+	rm -rf $(VENV) build dist ggml_cffi/lib ggml_cffi/lib.tmp vendor/ggml

@@ -9,20 +9,28 @@ GGML_VERSION=$default_version
 out=$root/ggml_cffi/lib
 cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
 python=${PYTHON:-python3}
-mode=native vulkan=auto use_cache=yes only_source=no
+mode=native arch=$(uname -m) vulkan=auto use_cache=yes only_source=no zig_flags=()
+# Zig's version, and the oldest glibc that a wheel runs with: the tag of the wheels says it too.
+zig=0.17.1 glibc=2.28
+# Zig's libraries do not run their destructors when they are closed, but at exit, so they must stay loaded.
+zig_link="-s -Wl,--gc-sections -Wl,-z,defs -Wl,-z,nodelete"
 jobs=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 step="start"
 
 usage() {
     cat <<USAGE
-usage: ./build_lib.sh [--version V] [--native | --portable] [--no-vulkan] [--no-cache] [--jobs N] [--source-only]
+usage: ./build_lib.sh [--version V] [--native | --portable [--arch A]] [--out FOLDER] [--no-vulkan] [--no-cache]
+                      [--jobs N] [--source-only]
 
 Builds ggml into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
 backends as plug-ins that are loaded on first use. It is safe to run again.
 
   --version V    one of the versions in vendor/versions.txt (default: $default_version)
   --native       this machine's instructions (default)
-  --portable     all CPU variants; ggml chooses one when it loads. For wheels
+  --portable     all CPU variants, of which ggml chooses one when it loads. For wheels: on Linux, Zig (from PyPI) compiles
+                 for glibc $glibc or newer, with its own C++ library inside, and the Vulkan loader is found at run time
+  --arch A       with --portable on Linux, another processor: x86_64 or aarch64 (default: this machine's)
+  --out FOLDER   the folder to fill (default: ggml_cffi/lib)
   --no-vulkan    build without the Vulkan plug-in
   --no-cache     build even if the cache has a build with the same content key
   --jobs N       parallel compiler jobs (default: $jobs)
@@ -41,6 +49,8 @@ while [ $# -gt 0 ]; do
     case $1 in
         --version) GGML_VERSION=${2:?--version needs a version}; shift ;;
         --native | --portable) mode=${1#--} ;;
+        --arch) arch=${2:?--arch needs x86_64 or aarch64}; shift ;;
+        --out) mkdir -p "${2:?--out needs a folder}"; out=$(cd "$2" && pwd); shift ;;
         --no-vulkan) vulkan=no ;;
         --no-cache) use_cache=no ;;
         --source-only) only_source=yes ;;
@@ -91,7 +101,7 @@ get_source() {
             fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/versions.txt: its tree digest is $(tree_digest "$source_dir")"
         return
     fi
-    if [ -d "$source_dir" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
+    if [ -f "$source_dir/LICENSE" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
     local requirement=${origin#pypi:} name archive tmp depth
     name=${requirement%%==*}; name=${name//-/_}-${requirement##*==}
     archive=$cache/source/$name.tar.gz
@@ -108,6 +118,8 @@ get_source() {
     mkdir "$tmp/tree"
     depth=$(tr -dc / <<<"$name/$folder" | wc -c)
     tar -xzf "$archive" -C "$tmp/tree" --strip-components=$((depth + 1)) "$name/$folder"
+    # llama.cpp has ggml's licence beside it.
+    [ -f "$tmp/tree/LICENSE" ] || tar -xzOf "$archive" "$name/$(dirname "$folder")/LICENSE" >"$tmp/tree/LICENSE"
     [ "$(tree_digest "$tmp/tree")" = "$tree_sha256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/tree")"
     rm -rf "$source_dir"; mkdir -p "$(dirname "$source_dir")"
     mv "$tmp/tree" "$source_dir"
@@ -159,6 +171,7 @@ apt_download() { # suite, working folder, packages: the files are in its subfold
 # ---------------------------------------------------------------- tools
 get_build_tools() {
     step="build tools"
+    if [ $mode = portable ] && [ "$(uname -s)" = Linux ]; then get_zig; fi
     CC=${CC:-cc} CXX=${CXX:-c++}
     command -v "$CC" >/dev/null || fail "no C compiler ($CC); install gcc or set CC"
     command -v "$CXX" >/dev/null || fail "no C++ compiler ($CXX); install g++ or set CXX"
@@ -166,13 +179,52 @@ get_build_tools() {
     local tools=$cache/tools tool
     for tool in cmake ninja; do
         if command -v $tool >/dev/null && $tool --version >/dev/null 2>&1; then continue; fi
-        if [ ! -x "$tools/bin/$tool" ]; then
-            say "installing $tool from PyPI"
-            [ -x "$tools/bin/python" ] || quietly "$cache/log/venv.log" "$python" -m venv "$tools"
-            quietly "$cache/log/$tool.log" "$tools/bin/python" -m pip install -q $tool
-        fi
+        [ -x "$tools/bin/$tool" ] || install_tool $tool
         PATH=$tools/bin:$PATH
     done
+}
+
+install_tool() { # requirement, of PyPI
+    say "installing $1 from PyPI"
+    [ -x "$cache/tools/bin/python" ] || quietly "$cache/log/venv.log" "$python" -m venv "$cache/tools"
+    quietly "$cache/log/${1%%=*}.log" "$cache/tools/bin/python" -m pip install -q "$1"
+}
+
+# Zig is clang with the headers and the symbols of every glibc: CC and CXX compile for the oldest one, and the libraries run
+# with all newer ones. Its libc++ is linked into each library, since no two of them pass C++ objects to one another.
+get_zig() {
+    local tools=$cache/tools bin=$cache/zig-$zig-$arch-$glibc name folder
+    "$tools/bin/python" -c "import ziglang, importlib.metadata as m; assert m.version('ziglang') == '$zig'" 2>/dev/null ||
+        install_tool "ziglang==$zig"
+    folder=$("$tools/bin/python" -c "import ziglang; print(ziglang.__path__[0])")
+    mkdir -p "$bin"
+    for name in cc c++ ar ranlib; do
+        # Zig knows a processor's features by LLVM's names, and no -march for aarch64.
+        cat >"$bin/$name" <<WRAPPER
+#!/usr/bin/env bash
+case $name in
+    cc | c++)
+        for argument; do
+            shift
+            case \$argument in
+                -march=armv*)
+                    features=\${argument#-march=armv}
+                    version=\${features%%-a*} features=\${features#*-a}
+                    argument=-mcpu=generic\${features/+fp16/+fullfp16}
+                    [ \$version = 8 ] || argument=\$argument+v\${version/./_}a ;;
+            esac
+            set -- "\$@" "\$argument"
+        done
+        set -- -target $arch-linux-gnu.$glibc "\$@" ;;
+esac
+exec "$folder/zig" $name "\$@"
+WRAPPER
+        chmod +x "$bin/$name"
+    done
+    CC=$bin/cc CXX=$bin/c++
+    zig_flags=("-DCMAKE_AR=$bin/ar" "-DCMAKE_RANLIB=$bin/ranlib" -DVULKAN_AT_RUN_TIME=ON)
+    for name in SHARED MODULE; do zig_flags+=("-DCMAKE_${name}_LINKER_FLAGS=$zig_link"); done
+    if [ "$arch" != "$(uname -m)" ]; then zig_flags+=(-DCMAKE_SYSTEM_NAME=Linux "-DCMAKE_SYSTEM_PROCESSOR=$arch"); fi
 }
 
 glslc_compiles() { # glslc, name of one of ggml's feature tests
@@ -181,9 +233,7 @@ glslc_compiles() { # glslc, name of one of ggml's feature tests
 }
 
 headers_work() { # include folder: new enough for ggml-vulkan.cpp, SPIR-V headers beside
-    [ -f "$1/spirv/unified1/spirv.hpp" ] &&
-        printf '#include <vulkan/vulkan.h>\nVkLayerSettingsCreateInfoEXT a; VkPhysicalDeviceVulkan13Features b;\n' |
-        "$CC" -fsyntax-only -x c -I"$1" - >/dev/null 2>&1
+    [ -f "$1/spirv/unified1/spirv.hpp" ] && grep -q VkLayerSettingsCreateInfoEXT "$1/vulkan/vulkan_core.h" 2>/dev/null
 }
 
 use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true if the set is complete and works
@@ -194,8 +244,30 @@ use_vulkan() { # glslc, include folder, CMake prefix, folders of libvulkan: true
         lib=""
     done
     [ -n "$lib" ] || return 1
-    vulkan_flags=("-DVulkan_GLSLC_EXECUTABLE=$1" "-DVulkan_INCLUDE_DIR=$2" "-DCMAKE_PREFIX_PATH=$3" "-DVulkan_LIBRARY=$lib")
+    vulkan_flags=("-DVulkan_GLSLC_EXECUTABLE=$(keeping_glslc "$1")" "-DVulkan_INCLUDE_DIR=$2" "-DCMAKE_PREFIX_PATH=$3" "-DVulkan_LIBRARY=$lib")
     vulkan_id=$({ "$1" --version; "$CC" -E -dM -I"$2" -include vulkan/vulkan_core.h -x c /dev/null | grep VK_HEADER_VERSION; } 2>/dev/null | digest)
+}
+
+# Print the path of a glslc that compiles each shader of this source once, for the builds of all processors.
+keeping_glslc() { # glslc
+    local kept; kept=$cache/shaders/$({ echo "$tree_sha256"; "$1" --version; } | digest | cut -c 1-16)
+    mkdir -p "$kept"
+    cat >"$kept/glslc.$$" <<WRAPPER
+#!/usr/bin/env bash
+set -eu
+key="" out="" before=""
+for argument; do
+    # Without the folders of the source and of the build, which differ between builds.
+    case \$before in -o) out=\$argument ;; -MF) ;; *) key+=" \${argument##*/}" ;; esac
+    before=\$argument
+done
+case \$out in "" | - | /dev/null) exec "$1" "\$@" ;; esac
+shader=$kept/\$(printf %s "\$key" | { sha256sum 2>/dev/null || shasum -a 256; } | cut -c 1-32).spv
+[ -f "\$shader" ] || { "$1" "\$@"; cp "\$out" "\$shader.\$\$"; mv "\$shader.\$\$" "\$shader"; }
+cp "\$shader" "\$out"
+WRAPPER
+    chmod +x "$kept/glslc.$$"; mv "$kept/glslc.$$" "$kept/glslc"
+    echo "$kept/glslc"
 }
 
 # Newer suites of Debian and Ubuntu have newer tools. They are unpacked into a private prefix and run through the dynamic
@@ -279,6 +351,8 @@ collect() { # build tree, destination
         case $name in
             # A plug-in build compiles the base too; only the copy of the core part is shipped.
             libggml.* | libggml-base.*) [[ $(basename "$2") == core-* ]] || continue ;;
+            # The variant with AMX; see no_amx below. The variant zen4 has everything else.
+            *-sapphirerapids.*) continue ;;
         esac
         case $name in
             libggml.so | libggml-base.so | libggml-cpu.so) name=$name.0 ;;
@@ -301,13 +375,19 @@ if [ $mode = native ]; then
     no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
     build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
+    plugin_id="plug-in"
 else
-    build_part core portable all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON
+    portable_id="portable $arch $glibc $zig_link"
+    plugin_id="$portable_id $(digest <"$root/vendor/vulkan_loader.c")"
+    build_part core "$portable_id" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
+    [ ${#zig_flags[@]} = 0 ] || echo "platform manylinux_${glibc/./_}_$arch" >>"$out.tmp/BUILD"
 fi
-plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF)
-build_part rpc "plug-in" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
+plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF ${zig_flags[@]+"${zig_flags[@]}"})
+build_part rpc "$plugin_id" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
 [ $vulkan = no ] || get_vulkan_tools
-[ $vulkan = no ] || build_part vulkan "plug-in $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
+[ $vulkan = no ] || build_part vulkan "$plugin_id $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
 step="install"
+# Copies of ggml, such as those in a wheel, have its licence.
+for file in "$source_dir"/LICENSE "$source_dir"/../LICENSE; do [ ! -f "$file" ] || { cp "$file" "$out.tmp/LICENSE.ggml"; break; }; done
 rm -rf "$out"; mv "$out.tmp" "$out"
 say "done: $(cd "$out" && ls | tr '\n' ' ')"

@@ -9,6 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def missing_extra(purpose: str, package: str, extra: str) -> ImportError:
+    """Return the error for a package that is not installed, and that an extra of this package has.
+
+    Parameters
+    ----------
+    purpose
+        The subject of the sentence, such as ``"reading safetensors"``.
+    package
+        Its name on PyPI.
+    extra
+        The extra in ``pyproject.toml``.
+    """
+    return ImportError(
+        f"{purpose} needs {package}, of the extra {extra}: pip install '.[{extra}]' in a checkout, "
+        f"pip install './ggml_cffi-....whl[{extra}]' with a wheel",
+        name=package,
+    )
+
+
 class GgmlError(Exception):
     """A failure in ggml; base of the other exceptions."""
 

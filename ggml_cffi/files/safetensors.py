@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.enums import Type
-from ggml_cffi.errors import ClosedError, FormatError
+from ggml_cffi.errors import ClosedError, FormatError, missing_extra
 from ggml_cffi.files.sources import StoredTensor
 
 _GGML_TYPES = {
@@ -199,5 +199,5 @@ def _library() -> tuple[Any, type[Exception]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ImportError("reading safetensors needs the library of that name: pip install safetensors") from None
+        raise missing_extra("reading safetensors", "safetensors", "models") from None
     return safe_open, SafetensorError

@@ -143,5 +143,5 @@ def test_a_missing_file_is_an_os_error(tmp_path):
 
 def test_without_the_library_the_error_names_the_package_to_install(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install safetensors"):
+    with pytest.raises(ImportError, match=r"of the extra models: pip install '\.\[models\]'"):
         ggml.from_safetensors(path)

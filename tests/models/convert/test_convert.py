@@ -314,7 +314,7 @@ def test_folders_without_a_model_are_refused(folder, tmp_path, rng):
 
 def test_without_safetensors_the_error_names_the_package_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install safetensors"):
+    with pytest.raises(ImportError, match=r"of the extra models: pip install '\.\[models\]'"):
         convert(folder, folder / "out.gguf")
 
 

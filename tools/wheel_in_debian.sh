@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Installs a wheel in a root folder of Debian without a compiler, and runs the smoke tests there on the CPU and on the
+# Vulkan devices that there are. As root on Debian or Ubuntu only. The machine's system does not change, apart from
+# debootstrap itself. Debian 11 (bullseye) has no Python of this package: CPython is compiled in a second root.
+#
+#     tools/wheel_in_debian.sh [--suite bookworm] WHEEL [MODEL.gguf]
+set -euo pipefail
+
+say() { printf 'wheel_in_debian: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 1; }
+source_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+suite=bookworm
+while [ $# -gt 0 ]; do
+    case $1 in
+        --suite) suite=${2:?--suite needs a name}; shift 2 ;;
+        -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) break ;;
+    esac
+done
+wheel=$(realpath "${1:?needs a wheel}") model=${2:-}
+cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
+root=$cache/wheel-$suite
+[ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "needs root on Debian or Ubuntu"
+site=$(apt-get indextargets --format '$(LABEL) $(SITE)' 'Created-By: Packages' | awk '$1 == "Debian" { print $2; exit }')
+[ -n "$site" ] || fail "no Debian mirror is configured"
+
+make_root() { # folder, packages
+    [ ! -f "$1/.complete" ] || return 0
+    command -v debootstrap >/dev/null || apt-get -qq install -y --no-install-recommends debootstrap >/dev/null
+    say "making a root of Debian $suite in $1"
+    rm -rf "$1"; mkdir -p "$1"
+    # The script of sid serves suites that are newer than debootstrap.
+    debootstrap --variant=minbase --include="$2" "$suite" "$1" "$site" /usr/share/debootstrap/scripts/sid >"$1.log" 2>&1 ||
+        fail "debootstrap failed; its output: $1.log"
+    touch "$1/.complete"
+}
+
+compile_python() { # of Debian 12's sources, in a root of its own, into /opt/python of $root
+    local build=$root-compiler work
+    make_root "$build" ca-certificates,gcc,libc6-dev,make,libffi-dev,zlib1g-dev,libssl-dev
+    say "compiling Python 3.11"
+    work=$build/src; rm -rf "$work"; mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+    echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site bookworm main" >"$work/sources.list"
+    local apt=(-qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=)
+    (cd "$work" && apt-get "${apt[@]}" update && apt-get "${apt[@]}" source --download-only python3.11 &&
+        tar -xzf python3.11_*.orig.tar.gz --strip-components=1)
+    chroot "$build" sh -c 'cd /src && ./configure -q --prefix=/opt/python --disable-test-modules && make -s && make -s install' \
+        >"$build.log" 2>&1 || fail "Python cannot be compiled; the output: $build.log"
+    mkdir -p "$root/opt"; cp -a "$build/opt/python" "$root/opt/"
+}
+
+if [ "$suite" = bullseye ]; then
+    make_root "$root" ca-certificates,libvulkan1,libffi7,libssl1.1,zlib1g
+    [ -x "$root/opt/python/bin/python3" ] || compile_python
+    python=/opt/python/bin/python3
+else
+    make_root "$root" ca-certificates,python3,python3-venv,libvulkan1,mesa-vulkan-drivers
+    python=/usr/bin/python3
+fi
+! chroot "$root" sh -c 'command -v cc gcc g++ cmake' || fail "the root has a compiler"
+
+# With the cooperative matrices that Mesa 26's software device offers, products of more than 8 rows are wrong.
+inside() { env -i HOME=/root PATH=/usr/bin:/bin:/usr/sbin:/sbin LANG=C.UTF-8 GGML_VK_VISIBLE_DEVICES=0,0 GGML_VK_DISABLE_COOPMAT=1 \
+    PIP_CERT=/etc/ssl/certs/machine.crt PIP_DISABLE_PIP_VERSION_CHECK=1 chroot "$root" "$@"; }
+
+# pip trusts the certificates that this machine trusts.
+cp /etc/resolv.conf /etc/hosts "$root/etc/" 2>/dev/null || true
+cp "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" "$root/etc/ssl/certs/machine.crt"
+rm -rf "$root/src" "$root/venv"; mkdir -p "$root/src" "$root/proc" "$root/dev"
+cp "$wheel" "$root/src/"; cp -r "$source_dir/tests" "$root/src/"; [ -z "$model" ] || cp "$model" "$root/src/model.gguf"
+mountpoint -q "$root/proc" || mount --bind /proc "$root/proc" || say "no /proc in the root: some tests need it"
+mountpoint -q "$root/dev" || mount --bind /dev "$root/dev" || say "no /dev in the root: some tests need it"
+trap 'umount "$root/proc" "$root/dev" 2>/dev/null || true' EXIT
+
+inside $python -m venv /venv
+inside /venv/bin/python -m pip install -q "/src/$(basename "$wheel")" pytest
+inside sh -c 'ldd --version | head -n 1; /venv/bin/python --version; /venv/bin/ggml-cffi --version; /venv/bin/ggml-cffi devices'
+[ -z "$model" ] || inside /venv/bin/ggml-cffi run /src/model.gguf -n 12 -p "What is the capital of France?"
+inside sh -c 'cd /src && exec /venv/bin/python -m pytest -q -p no:cacheprovider tests/test_smoke.py'
