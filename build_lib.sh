@@ -39,7 +39,7 @@ backends as plug-ins that are loaded on first use. It is safe to run again.
 environment:
   GGML_SOURCE_DIR   a tree of that version of ggml to use instead of the download (verified like it)
   VULKAN_SDK        a Vulkan SDK to compile the shaders with
-  CC, CXX           compilers
+  CC, CXX           compilers (Zig is that of --portable on Linux)
   PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
   GGML_CFFI_CACHE   folder of sources, tools and finished builds (default: \${XDG_CACHE_HOME:-~/.cache}/ggml_cffi)
 USAGE
@@ -193,6 +193,7 @@ install_tool() { # requirement, of PyPI
 # Zig is clang with the headers and the symbols of every glibc: CC and CXX compile for the oldest one, and the libraries run
 # with all newer ones. Its libc++ is linked into each library, since no two of them pass C++ objects to one another.
 get_zig() {
+    case $arch in x86_64 | aarch64) ;; *) fail "--arch is x86_64 or aarch64, not $arch" ;; esac
     local tools=$cache/tools bin=$cache/zig-$zig-$arch-$glibc name folder
     "$tools/bin/python" -c "import ziglang, importlib.metadata as m; assert m.version('ziglang') == '$zig'" 2>/dev/null ||
         install_tool "ziglang==$zig"
