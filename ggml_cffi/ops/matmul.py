@@ -96,7 +96,7 @@ def mul_mat(
 
     Notes
     -----
-    **By default GPUs round F32 operands.** With more than 8 rows of ``b``, Vulkan rounds both operands to F16: three
+    **By default GPUs round F32 operands.** With more than 8 rows of ``b``, or several matrices, Vulkan rounds both operands to F16: three
     digits remain, and values beyond 65504 become infinite. CUDA rounds them to TF32, with an error of about 3e-4. If
     ``a`` is F16, GPUs may also sum in F16, and the CPU rounds ``b`` to F16.
 

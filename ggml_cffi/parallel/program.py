@@ -56,6 +56,7 @@ class ParallelProgram(ParallelTrace):
     ) -> None:
         self.executor = group.executor
         self._owners: list[Owner] = []
+        self._is_new = True
         ahead = self.executor.records_ahead and (ahead or len(ranks) > 1)
         super().__init__(group.backends, ranks, function, inputs, ahead=ahead)
         try:
@@ -93,7 +94,7 @@ class ParallelProgram(ParallelTrace):
         ]
         self.steps = [graphs.steps for graphs in self.step_graphs]
         """The steps of each device."""
-        self._is_new = any(step.deferred for own in self.steps for step in own)
+        self.renew()
         self._compiles = True  # until the first run, in which the drivers compile shaders
         self.polled_sums = self._polled_sums(memory)
         """Places of the partial sums, None if they cannot be polled."""
@@ -224,6 +225,10 @@ class ParallelProgram(ParallelTrace):
             meanwhile()
         _check(self.executor.run_first(self.steps))
         self._is_new = False
+
+    def renew(self) -> None:
+        """Run the program like a new one next time: its nodes have other sizes, for which a device may allocate."""
+        self._is_new = any(step.deferred for own in self.steps for step in own)
 
     def _compiling(self) -> AbstractContextManager[None]:
         """Return the context manager of the run that compiles shaders, if they are new to a device."""

@@ -123,7 +123,7 @@ class _DryRunSession(Session):
 
     def __init__(self, devices: DevicesLike | None, precision: str) -> None:
         super().__init__(devices, precision=precision)
-        self._dry_run = DryRunContext()
+        self._dry_run = DryRunContext(precision=precision, devices=[b.device for b in self.backends])
         self._contexts.add(self._dry_run)
 
     def _new_context(self) -> Context:

@@ -210,7 +210,7 @@ class Session(Closing):
 
     def _new_context(self) -> Context:
         """Return a context for one tensor."""
-        context = _TensorContext(1)
+        context = _TensorContext(1, precision=self.precision, devices=[b.device for b in self.backends])
         with self._lock:
             self.backends  # noqa: B018 - raises when closed
             self._contexts.add(context)

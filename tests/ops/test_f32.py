@@ -60,6 +60,14 @@ def test_a_session_of_f32_is_as_accurate_as_f32(devices, values, shape, rng):
             assert error(got, x, w) <= LIMIT
 
 
+def test_products_of_weights_alone_are_as_accurate(devices, rng):
+    x, w = drawn(rng, 20, 64, scale=1e6), drawn(rng, 12, 64)
+    with ggml.Session(devices, precision="f32") as session:
+        a, b = session.weight(w), session.weight(x)
+        got = session.compile(lambda zero: ggml.add(ggml.mul_mat(a, b), zero))(np.zeros((20, 12), np.float32))
+    assert error(got, x, w) <= LIMIT
+
+
 def test_long_sums_of_positive_numbers_are_as_accurate(devices, rng):
     x, w = np.abs(drawn(rng, 130, 4100)), np.abs(drawn(rng, 6, 4100))
     with ggml.Session(devices, precision="f32") as session:

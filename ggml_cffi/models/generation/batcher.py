@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from threading import Lock, RLock
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -51,9 +51,7 @@ class Batcher(Closing):
         """The lock that every user of the runner or the cache must hold. A step holds it."""
         self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one, alignment=alignment)
         self._finished: deque[TokenSequence] = deque()  # still in ``active``
-        self._running: list[TokenSequence] = []
-        # Held while ``_running`` changes. Reentrant: a signal handler may call cancel() at any point.
-        self._running_lock = RLock()
+        self._running: list[TokenSequence] = []  # changed with ``runner.abort_lock``
 
     @property
     def workload(self) -> int:
@@ -131,7 +129,7 @@ class Batcher(Closing):
         A run that computes cancelled sequences only is stopped, if the runner can stop it.
         """
         sequence.cancelled = True
-        with self._running_lock:
+        with self.runner.abort_lock:
             if self._running and all(s.cancelled for s in self._running):
                 self.runner.abort()
 
@@ -266,7 +264,9 @@ class Batcher(Closing):
     def _run_unless_cancelled(self, parts: list[tuple[TokenSequence, int]]) -> Logits | None:
         """Compute the parts. Return None if :meth:`cancel` stopped the run."""
         running = [sequence for sequence, _ in parts]
-        with self._running_lock:
+        with self.runner.abort_lock:
+            if all(sequence.cancelled for sequence in running):
+                return None
             self._running = running
         try:
             return self._run(parts)
@@ -275,8 +275,8 @@ class Batcher(Closing):
                 raise
             return None
         finally:
-            with self._running_lock:
-                self._running = []
+            with self.runner.abort_lock:
+                self._running, self.runner.abort_requested = [], False
 
     def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""

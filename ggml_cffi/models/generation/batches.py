@@ -33,7 +33,7 @@ class BatchBuilder:
 
     def __init__(self, runner: Runner, slots: KVSlots, *, one_by_one: bool = False, alignment: int = 0) -> None:
         self._runner, self._slots, self._alignment = runner, slots, alignment
-        self._few = _FEW_TOKENS if one_by_one else 0
+        self._few = _FEW_TOKENS if one_by_one and not 0 < alignment <= _FEW_TOKENS else 0
 
     # ------------------------------------------------------------------ sizes
 

@@ -48,7 +48,8 @@ class Request:
         """Return a new sequence of ``batcher`` for this request."""
         sequence = batcher.add(self.ids, self.sampler, reuse=self.reuse, timings=timings)
         self._begun = batcher, sequence
-        sequence.cancelled = self.cancelled  # by a thread that found ``_begun`` empty
+        if self.cancelled:  # by a thread that found ``_begun`` empty
+            sequence.cancelled = True
         return sequence
 
     @property
@@ -170,10 +171,11 @@ def generate_on_replicas(
             else:
                 yield item
     finally:
+        cancelled = all(request.cancelled for request in requests)
         for request in requests:
             request.cancel()
         for thread in threads:
-            if thread.ident is not None:
+            if thread.ident is not None and not cancelled:  # a caller that cancels does not wait
                 thread.join()
 
 

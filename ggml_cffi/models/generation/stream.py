@@ -41,10 +41,10 @@ class Stream(Iterator[T], Generic[T]):
         with self._lock:
             if not self.cancelled:
                 item = next(self._items)
-                if not self.cancelled:
-                    return item
-            self._items.close()
+        if self.cancelled:
+            self._close_if_idle()
             raise StopIteration
+        return item
 
     def cancel(self) -> None:
         """End the call now. The iterator yields nothing more, and the KV slots of its sequences may be used again.
@@ -56,7 +56,11 @@ class Stream(Iterator[T], Generic[T]):
         self.cancelled = True
         for request in self._requests:
             request.cancel()
-        if self._lock.acquire(blocking=False):  # otherwise the thread that iterates closes the generator
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        """Close the generator, unless a thread waits for its next item: that thread closes it afterwards."""
+        if self._lock.acquire(blocking=False):
             try:
                 self._items.close()
             finally:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +74,11 @@ class Runner(Closing, ABC):
     """Batch size at which one sequence's prefill is fastest, if that is less than :attr:`n_batch`."""
     n_in_flight: int = 1
     """Number of batches that are computed at the same time, if :meth:`run_all` gets that many."""
+    abort_lock: AbstractContextManager[Any]
+    """Lock to hold while a run is noted as begun or ended, and during :meth:`abort`. Reentrant: a signal handler may
+    abort at any point."""
+    abort_requested: bool = False
+    """True after :meth:`abort`, until the caller of the run has noted its end."""
     n_queued_batches: int = 1
     """Number of batches to pass to one :meth:`run_all`: the next is built while one is computed."""
 
@@ -117,8 +124,9 @@ class Runner(Closing, ABC):
     def abort(self) -> None:
         """Stop the run in progress, from any thread, if the device can: the run raises :class:`AbortedError`.
 
-        Only the CPU can. The call has no effect if no run is in progress.
+        Only the CPU can. The caller holds :attr:`abort_lock`.
         """
+        self.abort_requested = True
 
     @abstractmethod
     def assignment(self) -> list[tuple[Tensor, Backend]]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from itertools import pairwise, zip_longest
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,7 +133,7 @@ class PipelineRunner(Runner):
             stages = [StageSpec(range(architecture.n_layers), tuple(gpus))]
         check_stages(stages, architecture.n_layers, backends)
         self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
-        self._closed = False
+        self._closed, self.abort_lock = False, RLock()
         self._scheduler: Scheduler | None = None
         self.stages: list[Stage] = []
         """The stages in order."""

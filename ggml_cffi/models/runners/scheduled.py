@@ -144,8 +144,7 @@ class ScheduledRunner(Runner):
         stages = stages_of([0] * architecture.n_layers if layer_devices is None else layer_devices)
         self._graphs: LRU[tuple[int, int, int], _BatchGraph] = LRU(_GRAPHS)
         self._closed = False
-        self._computing = False
-        self._computing_lock = RLock()  # held while ``_computing`` changes; a signal handler may call abort()
+        self._computing, self.abort_lock = False, RLock()
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress)
         if all(backend.device.is_cpu for backend in backends):
@@ -194,7 +193,9 @@ class ScheduledRunner(Runner):
     @contextmanager
     def _abortable(self) -> Iterator[None]:
         """Let :meth:`abort` stop what the block computes, and nothing else."""
-        with self._computing_lock:
+        with self.abort_lock:
+            if self.abort_requested and self._cpu is not None:
+                raise AbortedError("the run was stopped before it began")
             self._computing = True
         try:
             yield
@@ -202,13 +203,13 @@ class ScheduledRunner(Runner):
             self._scheduler.synchronize()  # GPUs may still compute
             raise
         finally:
-            with self._computing_lock:
+            with self.abort_lock:
                 self._computing = False
 
     def abort(self) -> None:
-        with self._computing_lock:
-            if self._computing and self._cpu is not None:
-                self._cpu.abort()
+        super().abort()
+        if self._computing and self._cpu is not None:
+            self._cpu.abort()
 
     def allocated(self, key: tuple[int, int, int]) -> _BatchGraph:
         """Return the graph for these numbers of tokens, KV slots and outputs, allocated. The last few are kept."""

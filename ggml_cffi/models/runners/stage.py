@@ -170,6 +170,7 @@ class StageProgram(Closing):
         masks = [mask for own in self.program.inputs for mask in own[-graph.n_masks :]]
         self._length = KVLength(views, masks, key[1])
         self._masks = self.program.input_arrays[-graph.n_masks :]  # for all KV slots
+        self._lengths: set[int] = set()  # with which the program ran, or is about to run
 
     def write(self, batch: Batch) -> None:
         """Write all inputs of a batch that do not depend on the previous stage."""
@@ -178,15 +179,15 @@ class StageProgram(Closing):
             self._length.set(n_kv)
             arrays[-len(self._masks) :] = [_shortened(mask, n_kv) for mask in self._masks]
             self.program.shorten_last_input(arrays[-1].nbytes)
+        if n_kv not in self._lengths:  # flash attention may need more scratch memory than before
+            self._lengths.add(n_kv)
+            self.program.renew()
         for target, values in zip(arrays[1:], self.graph.input_values(batch), strict=True):
             fill(target, values)
 
     def write_start(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> None:
         """Write the first input: tokens, or ``x``, the result of the previous stage."""
-        if x is None:
-            fill(self.program.input_arrays[0], batch.tokens)
-        else:
-            self.program.input_arrays[0][...] = x
+        fill(self.program.input_arrays[0], batch.tokens if x is None else x[: len(batch.tokens)])
 
     def close(self) -> None:
         """Free the program."""
@@ -240,9 +241,11 @@ class Stage(Closing):
         if not self.graph.is_resizable:
             return n, n_kv, n_out
         n_rows = min(bucket(n), self._n_batch)
-        if n_out not in (1, n) and n > _EXACT:
-            n_out = bucket(max(n_out, _EXACT + 1))
-        return n_rows, self._n_slots, n_rows if n_out == n else min(n_out, n_rows)
+        if n_out == n:
+            n_out = n_rows
+        elif n_out > 1 and n > _EXACT:  # not all rows: an architecture would take them in the order of the tokens
+            n_out = min(bucket(max(n_out, _EXACT + 1)), n_rows - 1)
+        return n_rows, self._n_slots, n_out
 
     def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
         """Return the program for a batch, after writing all inputs that do not depend on the previous stage.

@@ -1,6 +1,7 @@
 """Streams: the end of a call from another thread, at any point of its computation."""
 
 import threading
+import time
 
 import pytest
 
@@ -33,6 +34,23 @@ def test_a_run_on_the_cpu_stops_when_another_thread_cancels_the_prompt(smollm2):
         assert n_free_slots(model) == 512
         assert list(stream) == []
         assert "".join(model.generate("The capital of France is", 1)) == " Paris"
+
+
+def test_a_run_that_has_not_begun_to_compute_is_stopped_too(path, monkeypatch):
+    with models.load(path, ["CPU"], n_ctx=256) as model:
+        runner, allocated = batcher_of(model).runner, type(batcher_of(model).runner).allocated
+        stream = model.generate_tokens([*range(40)], stop_at_end=False)
+
+        def cancel_and_allocate(key):
+            stream.cancel()
+            return allocated(runner, key)
+
+        monkeypatch.setattr(runner, "allocated", cancel_and_allocate)
+        assert list(stream) == []
+        assert not model.cached
+        monkeypatch.undo()
+        model.forward([*range(40)])  # the end of the other run did not leave a request to stop
+        assert len(list(model.generate_tokens([1, 2], 5, stop_at_end=False))) == 5
 
 
 @pytest.mark.parametrize("n_seen", [0, 1, 3])
@@ -73,7 +91,9 @@ def test_a_cancelled_list_of_prompts_ends_on_all_replicas(two_gpus, path, rng, s
         stream = models.Stream(tokens, requests, timings)
         next(stream)
         assert all(isinstance(number, int) for number, _ in consume_until_cancelled(stream))
-        assert not any(batcher.active for batcher in model.batchers)
+        for batcher in model.batchers:  # their threads may still end their last run
+            while batcher.workload:
+                time.sleep(0.01)
         assert timings.decoded_tokens < 6 * 50
         assert len(list(model.generate_tokens([1, 2], 5, stop_at_end=False))) == 5
 

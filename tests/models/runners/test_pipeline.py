@@ -40,6 +40,24 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
         assert answers(model, [PROMPT * 4]) == want
 
 
+def test_some_outputs_of_a_batch_are_those_of_their_tokens(two_gpus, path, rng):
+    """The graph has more rows and more outputs than the batch."""
+    ids = [int(t) for t in rng.integers(0, 50, 40)]
+    for split in ("layer", "tensor"):
+        with models.load(path, two_gpus, split, n_ctx=256, n_batch=64) as model:
+            for n, n_out in ((10, 2), (12, 11), (15, 3), (20, 17), (40, 33), (16, 5)):
+                want = model.forward(ids[:n])[-n_out:]
+                assert relative_error(model.batchers[0].logits(ids[:n], n_out), want) < 5e-3
+
+
+def test_an_answer_passes_the_steps_of_kv_slots_the_first_time_as_the_second(two_gpus, path):
+    """In the first pass the devices may have to allocate for each new number of slots, with work recorded ahead."""
+    with models.load(path, two_gpus, n_ctx=512, deterministic=True) as model:
+        answers = [list(model.generate_tokens([7], 500, stop_at_end=False)) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 1
+
+
 def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
     ids = [int(t) for t in rng.integers(0, 50, 200)]
     lengths = [1, 2, 7, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 129, 200]
