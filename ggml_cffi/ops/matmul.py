@@ -96,9 +96,9 @@ def mul_mat(
 
     Notes
     -----
-    **By default GPUs round F32 operands.** With more than 8 rows of ``b``, or several matrices, Vulkan rounds both operands to F16: three
-    digits remain, and values beyond 65504 become infinite. CUDA rounds them to TF32, with an error of about 3e-4. If
-    ``a`` is F16, GPUs may also sum in F16, and the CPU rounds ``b`` to F16.
+    **By default GPUs round F32 operands.** With more than 8 rows of ``b``, or rows of several matrices, Vulkan rounds
+    both operands to F16: three digits remain, and values beyond 65504 become infinite. CUDA rounds them to TF32, with
+    an error of about 3e-4. If ``a`` is F16, GPUs may also sum in F16, and the CPU rounds ``b`` to F16.
 
     With ``prec=Prec.F32``, the error of an element is below 1e-5 of the product of the norms of its two rows, usually
     below 1e-6, for operands of F32, F16 and BF16 up to 3.38e38. Infinite values give NaN. Below 1e-33 fewer bits of an
