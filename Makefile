@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What the package needs, and what its development needs beside it.
+# Marks of finished installations: the dependencies of the package, and those of its development.
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -144,6 +145,11 @@ def plugin_files() -> dict[str, list[str]]:
     """Load the core, and return the files of its plug-ins, several of one name if it has variants."""
     load("base")
     return files_of_plugins(_place)
+
+
+def plugin_names(names: Collection[str]) -> frozenset[str]:
+    """Return the plug-ins that ``names`` ask for, in lower case. The CPU is always there."""
+    return frozenset(name.strip().lower() for name in names) - {"", "cpu"}
 
 
 def plugins() -> list[Plugin]:
@@ -351,7 +357,7 @@ def _chosen(names: Collection[str] | None, found: Collection[str]) -> tuple[froz
         if BACKENDS not in os.environ:
             return None, ""
         names, source = os.environ[BACKENDS].split(","), f"${BACKENDS}"
-    chosen = frozenset(name.strip().lower() for name in names) - {"", "cpu"}
+    chosen = plugin_names(names)
     if unknown := sorted(chosen - set(found)):
         raise ValueError(
             f"{source} has {', '.join(unknown)}, but the plug-ins of {description()} are "
@@ -391,7 +397,8 @@ def _open_plugin(name: str, file: str) -> Plugin:
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except (OSError, LibraryMismatchError) as error:
         return Plugin(name, file, reason=re.sub("^cannot load library '[^']*': ", "", str(error)))
-    with log.captured() as messages, log.without_missing_devices():
+    quiet = log.without_missing_devices() if name == "vulkan" else nullcontext()
+    with log.captured() as messages, quiet:
         registered = _loaded["ggml"].ggml_backend_load(os.fsencode(file))
     if registered == ffi.NULL:
         last = messages[-1] if messages else "ggml refused it"

@@ -22,6 +22,8 @@ _LEVELS = {
 }
 #: The beginning of the line that ggml prints for a number in ``GGML_VK_VISIBLE_DEVICES`` that no device has.
 _MISSING_DEVICE = b"ggml_vulkan: Invalid device index"
+#: Largest number of a device that a machine may have.
+_LARGEST_NUMBER = 15
 
 _logger: Any = None
 _line = threading.local()  # messages come in fragments, separately on each thread
@@ -58,9 +60,11 @@ def captured() -> Iterator[list[str]]:
 def without_missing_devices() -> Iterator[None]:
     """Keep ggml's complaint about a number in ``GGML_VK_VISIBLE_DEVICES`` that no device has off standard error.
 
-    Such a number means that no GPU is wanted, which is no error. The complaint goes to the log at level DEBUG.
+    A number that no machine has, such as 99, means that no GPU is wanted, which is no error. The complaint goes to the
+    log at level DEBUG. With other numbers, standard error is untouched: a driver may write there and abort.
     """
-    if not os.environ.get("GGML_VK_VISIBLE_DEVICES"):
+    numbers = os.environ.get("GGML_VK_VISIBLE_DEVICES", "").split(",")
+    if not any(number.strip().isdecimal() and int(number) > _LARGEST_NUMBER for number in numbers):
         yield
         return
     import tempfile

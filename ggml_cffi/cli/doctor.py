@@ -59,7 +59,8 @@ def _collect() -> Diagnosis:
         return found
     except ggml_cffi.BackendCrashedError as error:
         end = _end(error)
-    names = environ.get(library.BACKENDS, ",".join(library.plugin_files())).split(",")
+    given = environ.get(library.BACKENDS)
+    names = sorted(library.plugin_files() if given is None else library.plugin_names(given.split(",")))
     crashes = {}
     for name in names:
         try:

@@ -8,9 +8,7 @@ from math import prod
 from typing import Any
 
 from ggml_cffi.cli._output import progress_bar
-from ggml_cffi.core.text import size
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+from ggml_cffi.core.text import parse_size, size
 
 
 def register(commands: Any) -> None:
@@ -35,12 +33,10 @@ def register(commands: Any) -> None:
 
 def _parse_size(text: str) -> int:
     """Return the bytes of a size such as ``"500M"`` or ``"2GiB"``."""
-    number = text.lower().removesuffix("ib").removesuffix("b")
-    unit = number[-1:] if not number[-1:].isdigit() else ""
     try:
-        return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 2G") from None
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _quantize(args: argparse.Namespace) -> int:

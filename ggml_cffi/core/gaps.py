@@ -99,7 +99,7 @@ def _plugins(found: Diagnosis) -> Iterator[Gap]:
 
 def _plugin_remedy(plugin: Plugin, found: Diagnosis) -> str:
     if plugin.reason.startswith(CRASHES):
-        others = ",".join(p.name for p in found.plugins if p != plugin)
+        others = ",".join(p.name for p in found.plugins if not p.excluded and not p.reason.startswith(CRASHES))
         return f"update or remove its driver, or exclude the plug-in: {BACKENDS}={others}"
     if any(text in plugin.reason for text in _OTHER_BUILD):
         return "use the plug-in of the same build as the core; ./build_lib.sh builds both"

@@ -48,14 +48,28 @@ def test_other_lines_on_standard_error_are_kept_while_a_driver_is_loaded():
         "library.load('base')\n"
         "logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format='%(levelname)s %(message)s')\n"
         "with log.without_missing_devices():\n"
-        "    os.write(2, b'kept\\nggml_vulkan: Invalid device index 7 in GGML_VK_VISIBLE_DEVICES.\\nkept too\\n')\n"
+        "    os.write(2, b'kept\\nggml_vulkan: Invalid device index 77 in GGML_VK_VISIBLE_DEVICES.\\nkept too\\n')\n"
         "with log.without_missing_devices():\n"
         "    library.load('ggml').ggml_backend_load(b'/none.so')\n"  # another error keeps its level
     )
-    done = run_python(code, GGML_VK_VISIBLE_DEVICES="7")
+    done = run_python(code, GGML_VK_VISIBLE_DEVICES="77")
     assert done.stderr == "kept\nkept too\n"
-    assert "DEBUG ggml_vulkan: Invalid device index 7 in GGML_VK_VISIBLE_DEVICES." in done.stdout
+    assert "DEBUG ggml_vulkan: Invalid device index 77 in GGML_VK_VISIBLE_DEVICES." in done.stdout
     assert "ERROR load_backend: failed to load /none.so" in done.stdout
+
+
+@pytest.mark.parametrize("numbers", ["0,0", "15", ""])
+def test_the_last_words_of_a_driver_are_kept_where_every_number_may_be_a_device(numbers):
+    code = (
+        "import os\n"
+        "from ggml_cffi.c import log, library\n"
+        "library.load('base')\n"
+        "with log.without_missing_devices():\n"
+        "    os.write(2, b'the driver aborts\\n')\n"
+        "    os._exit(3)\n"
+    )
+    done = run_python(code, check=False, GGML_VK_VISIBLE_DEVICES=numbers)
+    assert (done.returncode, done.stderr) == (3, "the driver aborts\n")
 
 
 def test_nothing_found_lists_every_place_and_the_remedy(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -9,7 +10,7 @@ import ggml_cffi as ggml
 from ggml_cffi.c import library
 from ggml_cffi.c.places import files_of_plugins, version_of_file
 from tests.support import run_python
-from tests.support.libraries import compile_stub, compile_with_missing_dependency, copy_libraries
+from tests.support.libraries import compile_crash, compile_stub, compile_with_missing_dependency, copy_libraries
 
 _LIST = """
 import json
@@ -69,6 +70,15 @@ def test_each_failure_has_its_reason_and_the_others_are_loaded(core):
     assert reasons["opencl"] == ""
     assert reasons["musa"].startswith(f"{core}/libggml-musa.so: file too short")
     assert messages == ""  # nobody has asked for these plug-ins
+
+
+@pytest.mark.parametrize("numbers", ["0,0", "99"])
+def test_the_last_message_of_a_plugin_that_ends_the_process_is_kept(core, numbers):
+    compile_crash(core / "libggml-cuda.so", "the driver aborts")
+    env = {"GGML_CFFI_LIBRARY_PATH": str(core), "GGML_BACKEND_PATH": "", "GGML_VK_VISIBLE_DEVICES": numbers}
+    done = run_python("import ggml_cffi; ggml_cffi.devices()", check=False, **env)
+    assert done.returncode == -signal.SIGABRT
+    assert "the driver aborts" in done.stderr
 
 
 def test_the_log_has_a_line_for_each_plugin(core):

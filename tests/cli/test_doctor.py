@@ -1,8 +1,6 @@
 """The command ``doctor``: the page and its exit codes on machines with gaps."""
 
 import json
-import shutil
-import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ from ggml_cffi.c import library
 from ggml_cffi.core.diagnosis import LibraryFacts, collect
 from tests.support import need
 from tests.support.command import run
-from tests.support.libraries import compile_stub, compile_with_missing_dependency, copy_libraries
+from tests.support.libraries import compile_crash, compile_stub, compile_with_missing_dependency, copy_libraries
 
 KEYS = {
     *("ggml_cffi", "library", "plugins", "plugins_error", "vulkan", "devices", "gpus"),
@@ -119,20 +117,18 @@ def test_each_plugin_that_is_not_loaded_is_a_gap_with_a_remedy(core, monkeypatch
     assert "$GGML_CFFI_BACKENDS has rocm" in run("doctor", code=1).stdout
 
 
-def test_a_plugin_that_ends_its_process_is_found_and_the_others_are_listed(core, tmp_path):
-    compiler = shutil.which("cc")
-    if not compiler:
-        pytest.skip("needs a C compiler to make a plug-in")
-    source = tmp_path / "crash.c"
-    source.write_text("#include <stdlib.h>\nvoid *ggml_backend_init(void) { abort(); }\n")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", core / "libggml-cuda.so", source], check=True)
+@pytest.mark.parametrize("names", [None, " CUDA , Hip"])
+def test_a_plugin_that_ends_its_process_is_found_and_the_others_are_listed(core, monkeypatch, names):
+    compile_crash(core / "libggml-cuda.so")
     compile_stub(core / "libggml-hip.so")
+    if names is not None:
+        monkeypatch.setenv("GGML_CFFI_BACKENDS", names)
     done = run("doctor", code=1)
     page = parts(done.stdout)
     assert "gap  cuda is not loaded: loading it ends the process (SIGABRT)" in page["Plug-ins"][1]
     assert page["Plug-ins"][2].endswith("exclude the plug-in: GGML_CFFI_BACKENDS=hip")
     assert page["Devices"][1].split()[:2] == ["HIP0", "GPU"]
-    assert "GGML_CFFI_BACKENDS" not in "".join(page["Environment"])
+    assert ("GGML_CFFI_BACKENDS" in "".join(page["Environment"])) == (names is not None)
     assert done.stderr == ""
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import ggml_cffi
 from ggml_cffi import cli, models
+from tests.support import llama_float64
 
 
 @pytest.fixture
@@ -40,7 +41,8 @@ def test_a_reserve_is_a_size(planned):
     assert planned("--measure-speed")["measure_speed"] is True
 
 
-def test_every_command_that_loads_a_model_takes_a_reserve(monkeypatch, capsys):
+def test_every_command_that_loads_a_model_takes_a_reserve(monkeypatch, capsys, tmp_path, rng):
+    model = llama_float64.random_model(tmp_path / "m.gguf", rng)
     loaded = []
 
     def load(path, *_, **options):
@@ -51,7 +53,7 @@ def test_every_command_that_loads_a_model_takes_a_reserve(monkeypatch, capsys):
     for command in (["run", "-p", "a"], ["bench"], ["embed", "-t", "a"], ["perplexity"]):
         name, *rest = command
         more = [__file__] if name == "perplexity" else []
-        assert cli.main([name, "m.gguf", *more, *rest, "--reserve", "1G"]) == 2
+        assert cli.main([name, str(model), *more, *rest, "--reserve", "1G"]) == 2
     assert loaded == ["1G"] * 4
     assert cli.main(["plan", __file__, "--devices", "24G", "--reserve", "much"]) == 2
     assert "reserve 'much' is no size" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from ggml_cffi import cli
 from ggml_cffi.core.text import size
 from tests.support import PATIENCE
 
@@ -60,6 +61,13 @@ def test_max_size_takes_binary_units(path, run_main, monkeypatch, text, n_bytes)
     )
     run_main("quantize", path, "q", "--type", "q4_k", "--max-size", text)
     assert seen == [n_bytes]
+
+
+@pytest.mark.parametrize("text", ["much", "2X", "-1", "1e3", "inf"])
+def test_max_size_is_refused_as_every_other_size_is(path, capsys, text):
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", str(path), str(path.with_name("q")), "--type", "q4_k", f"--max-size={text}"])
+    assert f"{text!r} is no size: use a number of bytes, or a text such as 512M or 24G" in capsys.readouterr().err
 
 
 def test_a_progress_bar_is_shown_on_a_terminal(path):

@@ -89,6 +89,14 @@ def test_a_plugin_that_is_not_loaded_has_a_remedy_for_the_reason(reason, remedy)
     assert gap(replace(found, environment={"GGML_CFFI_BACKENDS": "cuda"}))[3] is True
 
 
+def test_the_remedy_for_crashes_keeps_the_plugins_that_neither_crash_nor_are_excluded():
+    crash = "loading it ends the process (SIGSEGV)"
+    crashing = [Plugin(name, f"/lib/libggml-{name}.so", reason=crash) for name in ("cuda", "sycl")]
+    excluded = Plugin("hip", "/lib/libggml-hip.so", reason="excluded", excluded=True)
+    gaps = find_gaps(replace(WHOLE, plugins=(*WHOLE.plugins, *crashing, excluded)))
+    assert [g.remedy.partition("exclude the plug-in: ")[2] for g in gaps] == ["GGML_CFFI_BACKENDS=rpc,vulkan"] * 2
+
+
 def test_an_excluded_plugin_is_no_gap():
     excluded = Plugin("cuda", "/lib/libggml-cuda.so", reason="excluded", excluded=True)
     assert find_gaps(replace(WHOLE, plugins=(*WHOLE.plugins, excluded))) == []

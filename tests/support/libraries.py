@@ -45,6 +45,20 @@ def compile_stub(file: Path, *, dependency: Path | None = None, **macros: object
     return file
 
 
+def compile_crash(file: Path, message: str = "") -> Path:
+    """Compile a plug-in that writes a message to standard error and ends the process when it is loaded."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler to make a plug-in")
+    source = (
+        "#include <stdlib.h>\n#include <unistd.h>\n"
+        f'void *ggml_backend_init(void) {{ if (write(2, "{message}", {len(message)}) < 0) exit(1); abort(); }}\n'
+    )
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-o", file, "-"]
+    subprocess.run(command, input=source, text=True, check=True)
+    return file
+
+
 def compile_with_missing_dependency(file: Path) -> Path:
     """Compile a stub that needs the library ``libneeded-by-test.so``, which is not there."""
     needed = file.with_name("libneeded-by-test.so")

@@ -27,6 +27,8 @@ class WebServer:
         """Path and ``Range`` header of each request."""
         self.sent = 0
         """Bytes of files that clients took."""
+        self.forgets_ranges = False
+        """True to answer only the first request with a range."""
         self.hides_size = False
         """True to leave out the size of the file."""
         self.shift = 0
@@ -54,7 +56,8 @@ def _handler(web: WebServer) -> type[BaseHTTPRequestHandler]:
                 self.send_error(404)
                 return
             size: int | str = "*" if web.hides_size else len(data)
-            if web.ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")):
+            ranges = web.ranges and not (web.forgets_ranges and len(web.requests) > 1)
+            if ranges and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")):
                 first, last = int(asked[1]) + web.shift, min(int(asked[2]), len(data) - 1)
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {first}-{last}/{size}")

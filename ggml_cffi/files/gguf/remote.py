@@ -14,7 +14,9 @@ from ggml_cffi.files.gguf.header import Header, HeaderIncompleteError, read_head
 FIRST_REQUEST = 1 << 20
 #: Largest number of bytes that are read. A header has the vocabulary: 10 to 20 MB if that is large.
 LARGEST_HEADER = 128 << 20
-_TIMEOUT = 30  # seconds without an answer
+#: Seconds without an answer after which a request fails.
+TIMEOUT = 30.0
+_ADVICE = "check the address and the connection, or download the file"
 _UNKNOWN_SIZE = 2**62  # of a file whose server does not tell
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
@@ -55,23 +57,36 @@ def _blocks(url: str) -> Generator[tuple[bytes, int], None, None]:
 
     If the server ignores ranges, the blocks are read from one answer, which ends when the generator is closed.
     """
+    start, n, size = 0, FIRST_REQUEST, _UNKNOWN_SIZE
+    while start < size:
+        with _open(url, start, n) as answer:
+            ranged = answer.status == 206
+            if not ranged and start:
+                raise OSError(f"{url}: the server ignores ranges after the first request: download the file")
+            size = _size_by_range(answer, url, start) if ranged else _size_by_length(answer)
+            while block := _read(answer, url, n):
+                start, n = start + len(block), start + len(block)
+                yield block, size
+                if ranged:
+                    break
+            if not block:
+                return
+
+
+def _read(answer: Any, url: str, n: int) -> bytes:
+    """Return the next ``n`` bytes of an answer, fewer at its end.
+
+    Raises
+    ------
+    OSError
+        If the connection breaks.
+    """
     from http.client import HTTPException  # its import takes as long as the package's
 
-    start, n, size = 0, FIRST_REQUEST, _UNKNOWN_SIZE
     try:
-        while start < size:
-            with _open(url, start, n) as answer:
-                ranged = answer.status == 206
-                size = _size_by_range(answer, url, start) if ranged else _size_by_length(answer)
-                while block := answer.read(n):
-                    start, n = start + len(block), start + len(block)
-                    yield block, size
-                    if ranged:
-                        break
-                if not block:
-                    return
-    except HTTPException as error:
-        raise OSError(f"{url} cannot be read: {error}") from None
+        return bytes(answer.read(n))
+    except (OSError, HTTPException) as error:
+        raise OSError(f"{url} cannot be read: {error}; {_ADVICE}") from None
 
 
 def _size_by_range(answer: Any, url: str, start: int) -> int:
@@ -95,17 +110,20 @@ def _open(url: str, start: int, n: int) -> Any:
     Raises
     ------
     FileNotFoundError, OSError
-        If there is no such file, or the server cannot be reached.
+        If there is no such file, the server cannot be reached or does not answer, or the address is malformed.
     """
+    from http.client import HTTPException
     from urllib.error import HTTPError, URLError
     from urllib.request import Request, urlopen
 
     try:
-        return urlopen(Request(url, headers={"Range": f"bytes={start}-{start + n - 1}"}), timeout=_TIMEOUT)
+        return urlopen(Request(url, headers={"Range": f"bytes={start}-{start + n - 1}"}), timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code in (404, 410):
             raise FileNotFoundError(f"{url}: the server has no such file (HTTP {error.code})") from None
         raise OSError(f"{url}: the server answered HTTP {error.code} {error.reason}") from None
     except URLError as error:
-        raise OSError(f"{url} cannot be reached: {error.reason}") from None
+        raise OSError(f"{url} cannot be reached: {error.reason}; {_ADVICE}") from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise OSError(f"{url} cannot be read: {error}; {_ADVICE}") from None

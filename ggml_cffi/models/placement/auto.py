@@ -15,6 +15,7 @@ from time import perf_counter
 import numpy as np
 
 from ggml_cffi.core.backend import Backend
+from ggml_cffi.files.gguf.remote import is_url
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement import calibration
 from ggml_cffi.models.placement.options import LoadOptions, Workload
@@ -163,6 +164,9 @@ class Timer:
         self, split: str, used: Sequence[Backend], n_layers: int, n: int, n_batch: int, whole_attention: bool
     ) -> float:
         """Return the seconds to compute ``n`` tokens through the first layers."""
+        file = self._architecture.file
+        if is_url(file.path) or file.missing_bytes:
+            raise ValueError("split 'auto' times the model, whose data is not here: choose another split")
         shallow = _shallow(self._architecture, n_layers)
         if split == "tensor":
             stages: tuple[StageSpec, ...] = (StageSpec(range(n_layers), tuple(range(len(used)))),)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +18,7 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.progress import notice
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
+from ggml_cffi.files.atomic_write import write_files
 from ggml_cffi.models.fetch import cache_folder
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
@@ -127,9 +126,10 @@ def _numbers(stored: object) -> list[float]:
 
 def _remember(known: dict[str, object]) -> None:
     """Write the file, whole or not at all. If it cannot be written, the next call measures again."""
+
+    def write(_: int, file: BinaryIO) -> None:
+        file.write(json.dumps(known, indent=1).encode())
+
     with suppress(OSError):
         path().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path().parent, suffix=".json")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(known, file, indent=1)
-        os.replace(name, path())
+        write_files([str(path())], write)

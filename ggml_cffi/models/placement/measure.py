@@ -95,9 +95,13 @@ def measure(
     inputs: Counter[BufferType] = sum((context.taken for context in dry_runs), start=Counter())
     plans = []
     for backend, placement in zip(backends, weights.placement, strict=True):
+        if not hypothetical:
+            input_bytes = inputs.pop(backend.buffer_type, 0)
+        else:  # all have the CPU's buffer type; the inputs of an encoder are where its first layer is
+            input_bytes = inputs.total() if 0 in placement.layers else 0
         free = backend.device.memory().free
         reserve = options.reserve_of(free, is_cpu=backend.device.is_cpu)
-        plans.append(DevicePlan.of(placement, free, reserve, inputs.pop(backend.buffer_type, 0)))
+        plans.append(DevicePlan.of(placement, free, reserve, input_bytes))
     return plans, pipeline
 
 

@@ -176,8 +176,11 @@ def place_shards(architecture: Architecture, backends: Sequence[Backend], option
     Raises
     ------
     ValueError
-        If the devices cannot share layers, or the model is too small for this number of devices.
+        If the model is an encoder, the devices cannot share layers, or the model is too small for this number of
+        devices.
     """
+    if not architecture.causal:
+        raise ValueError(f"{architecture.name!r} is an encoder: split='tensor' is for decoders; use 'layer' or 'data'")
     members = tuple(range(len(backends) - 1)) or (0,)
     own = [backends[i] for i in members]
     check_devices([backend.device for backend in own])

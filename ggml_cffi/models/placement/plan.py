@@ -98,8 +98,8 @@ def plan(
 ) -> ModelPlan:
     """Return the placement that :func:`~ggml_cffi.models.load` would choose for a model, with its bytes.
 
-    Nothing is allocated, with one exception: ``split="auto"`` loads the model for a moment to time it, unless a file
-    has the times already.
+    Nothing is allocated, with two exceptions, unless a file has the times already: ``split="auto"`` loads the model for
+    a moment to time it, and ``balance="speed"`` and ``measure_speed=True`` time products on the devices.
 
     Parameters
     ----------
@@ -125,7 +125,8 @@ def plan(
     FormatError
         If the file is malformed, or its architecture is unknown.
     ValueError
-        If a device does not exist or a parameter is out of range.
+        If a device does not exist or a parameter is out of range, the model is an encoder and ``split`` is
+        ``"tensor"``, or ``split="auto"`` would time a model whose data is not here.
 
     Examples
     --------

@@ -42,7 +42,8 @@ class Planner:
         check_cache_dtype(options.kv_dtype, architecture.kv_sizes)
         self.architecture, self.backends, self.options, self.balance = architecture, backends, options, balance
         self.split, self.workload = split, workload
-        self._chosen = chosen
+        self.chosen = chosen
+        """The devices as the caller gave them; None for all GPUs."""
         expected = workload.expected_tokens
         if expected is not None and sum(expected) > options.n_ctx:
             raise ValueError(
@@ -73,7 +74,7 @@ class Planner:
             self.backends if backends is None else backends,
             options or self.options,
             self.balance if balance is None else balance,
-            self._chosen,
+            self.chosen,
             split or self.split,
             self.workload,
         )

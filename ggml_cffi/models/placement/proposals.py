@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
@@ -127,11 +127,11 @@ class Proposer:
     def _fewer_devices(self) -> Iterator[str]:
         """Yield the devices on which a replica fits, and the memory that each device needs for one."""
         replicas = self.found.replicas
-        fitting = [r.devices[0].device for r in replicas if r.fits]
+        fitting = [i for i, replica in enumerate(replicas) if replica.fits]
         if fitting:
-            chosen = [b for b in self.planner.backends[:-1] if b.name in fitting]
-            if self._place(self.planner.changed(backends=[*chosen, self.planner.backends[-1]])):
-                yield f"devices={[*fitting]!r}"
+            backends = self.planner.backends
+            if self._place(self.planner.changed(backends=[*(backends[i] for i in fitting), backends[-1]])):
+                yield f"devices={self._as_given(fitting)!r}"
         needed = max(r.devices[0].needed + r.devices[0].reserve for r in replicas)
 
         def fits(free: int) -> bool:
@@ -141,6 +141,14 @@ class Proposer:
 
         if len(self.planner.backends) > 1 and (free := _smallest_size(needed, fits)):
             yield f"devices with {text.size(free)} free each: every replica has all weights"
+
+    def _as_given(self, numbers: Sequence[int]) -> list[str]:
+        """Return some of the GPUs as arguments of ``plan``, hypothetical ones with their memory and the CPU's."""
+        backends = self.planner.backends
+        if not is_hypothetical(backends[-1]):
+            return [backends[i].name for i in numbers]
+        given = [str(each) for each in self.planner.chosen or ()]
+        return [*(given[i] for i in numbers), *given[len(backends) - 1 :]]
 
     def _more_devices(self) -> Iterator[str]:
         """Yield the GPUs of the machine that are not in use; if none helps, the size of one more device."""

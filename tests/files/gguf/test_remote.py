@@ -1,5 +1,11 @@
 """Headers of GGUF files on web servers."""
 
+import re
+import socket
+import struct
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
@@ -14,8 +20,8 @@ DATA = 24 << 20  # bytes of the tensors' data
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
-    """Reach servers of this machine without a proxy."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    """Ask the servers themselves, no proxy."""
+    monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
@@ -110,6 +116,49 @@ def test_wrong_answers_are_refused(folder, monkeypatch):
         ggml.GGUFFile(f"{address}/a model.gguf", header_only=True)
     with pytest.raises(OSError, match="cannot be reached: "):
         ggml.GGUFFile(f"{address}/m.gguf", header_only=True)
+
+
+@contextmanager
+def broken_server(sent):
+    """Return the URL of a server that answers with the bytes ``sent``, and resets the connection; None for silence."""
+
+    def answer():
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(sent)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer)
+        if sent is not None:
+            thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/m.gguf"
+        if sent is not None:
+            thread.join()
+
+
+@pytest.mark.parametrize("sent", [None, b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nGGUF"], ids=str)
+def test_a_connection_that_breaks_is_an_error_with_the_url_and_advice(monkeypatch, sent):
+    monkeypatch.setattr(remote, "TIMEOUT", 0.2 if sent is None else 60.0)
+    with (
+        broken_server(sent) as url,
+        pytest.raises(OSError, match=f"{url} cannot be read: .*; check the address and the connection, or download"),
+    ):
+        ggml.GGUFFile(url, header_only=True)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://a..b/x", "http://127.0.0.1:port/m.gguf", "http:///m.gguf"])
+def test_a_malformed_address_is_an_error_with_the_url_and_advice(url):
+    with pytest.raises(OSError, match=f"^{re.escape(url)} cannot be (read|reached): .*; check the address"):
+        ggml.GGUFFile(url, header_only=True)
+
+
+def test_a_whole_file_is_not_taken_for_a_later_range(folder):
+    with serve(folder) as web:
+        web.forgets_ranges = True
+        with pytest.raises(OSError, match=r"m.gguf: the server ignores ranges after the first request: download"):
+            ggml.GGUFFile(f"{web.url}/m.gguf", header_only=True)
 
 
 def test_models_are_planned_from_their_urls(tmp_path, rng, capsys):

@@ -38,6 +38,14 @@ def test_a_file_without_data_is_planned_and_not_loaded(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["missing_bytes"] == missing
 
 
+def test_a_model_without_data_is_not_timed(two_gpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path))  # where no times are stored
+    path = llama_header(tmp_path / "m.gguf", **SIZES)
+    with pytest.raises(ValueError, match="split 'auto' times the model, whose data is not here: choose another split"):
+        models.plan(path, two_gpus, "auto", n_ctx=64, n_batch=16)
+    assert models.plan(path, ["CPU"], "auto").fits  # nothing to choose from
+
+
 def test_the_plan_is_that_of_the_whole_file(path, tmp_path):
     whole = path.read_bytes()
     cut = tmp_path / "cut.gguf"

@@ -19,7 +19,7 @@ SMALL = {"n_layers": 6, "n_embd": 1024, "n_ff": 4096, "n_vocab": 8000, "n_heads"
 @pytest.fixture
 def no_gpu(monkeypatch):
     """Fail if the driver of a GPU is loaded."""
-    monkeypatch.setattr(library, "available", lambda name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(library, "load_plugins", lambda *_: pytest.fail("the plug-ins were loaded"))
 
 
 def layers(plan):
@@ -88,6 +88,14 @@ def test_each_split_and_encoders_can_be_planned(tmp_path, rng, path, no_gpu):
     plan = models.plan(encoder, MACHINE)
     assert plan.fits
     assert all(share.compute_bytes for share in plan.devices if share.layers)
+
+
+def test_the_inputs_of_an_encoder_are_where_its_first_layer_is(tmp_path, rng, no_gpu):
+    encoder = bert_float64.random_model(tmp_path / "b.gguf", rng)
+    for balance, first in (([1, 0], 0), ([0, 1], 1), ([1, 1], 0), ([0, 0, 1], 2), ([1, 0, 1], 2)):
+        plan = models.plan(encoder, MACHINE, balance=balance)
+        assert 0 in plan.devices[first].layers
+        assert [bool(share.input_bytes) for share in plan.devices] == [i == first for i in range(3)]
 
 
 def test_the_cpu_has_this_machines_memory_unless_it_is_given(path, no_gpu):

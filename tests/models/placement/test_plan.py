@@ -6,6 +6,7 @@ import pytest
 
 from ggml_cffi import cli, models
 from ggml_cffi.core import text as _text
+from tests.support import bert_float64
 from tests.support.memory import GIB, memory
 
 
@@ -28,6 +29,17 @@ def test_the_plan_command_reports_missing_memory(path, capsys, monkeypatch):
     memory(monkeypatch, CPU=500_000)
     assert cli.main(["plan", str(path), "--devices", "CPU"]) == 1
     assert "These would fit:" in capsys.readouterr().out
+
+
+def test_an_encoder_that_does_not_fit_is_planned_and_has_no_shards(tmp_path, rng):
+    encoder = bert_float64.random_model(tmp_path / "b.gguf", rng)
+    for devices in (["100K", "CPU:1G"], ["100K", "100K", "CPU:100K"]):
+        plan = models.plan(encoder, devices)
+        assert plan.devices[-1].layers
+        assert not any("tensor" in proposal for proposal in plan.proposals)
+    for function, devices in ((models.plan, ["1G", "1G", "CPU:1G"]), (models.plan, ["CPU"]), (models.load, ["CPU"])):
+        with pytest.raises(ValueError, match=r"'bert' is an encoder: split='tensor' is for decoders; use 'layer'"):
+            function(encoder, devices, split="tensor")
 
 
 def test_wrong_arguments_of_plan_and_load(path, tmp_path):

@@ -110,9 +110,7 @@ def test_every_proposal_for_a_large_model_fits(large, devices, options, kinds):
         else:
             changes = evaluated(proposal)
             seen |= {*changes}
-            names = changes.pop("devices", None)
-            chosen = devices if names is None else [*(devices[int(name[-1])] for name in names), devices[-1]]
-            other = models.plan(large, chosen, **(options | changes))
+            other = models.plan(large, **({"devices": devices} | options | changes))
         assert other.fits, proposal
         assert not spilled or not other.devices[-1].layers
     assert {*kinds} <= seen
@@ -128,6 +126,24 @@ def test_replicas_need_all_weights_each(large):
     assert needed == "devices with 5.6 GiB free each: every replica has all weights"
     assert models.plan(large, ["5.6G", "5.6G", "CPU:8G"], "data").fits
     assert not models.plan(large, ["5.4G", "5.6G", "CPU:8G"], "data").fits
+
+
+@pytest.mark.parametrize(
+    ("devices", "proposed"),
+    [
+        (["8G", "3G", "CPU:8G"], ["8G", "CPU:8G"]),
+        (["3G", "8G", "CPU:8G"], ["8G", "CPU:8G"]),
+        (["3G", "NVIDIA L4:8G", "8.5GiB"], ["NVIDIA L4:8G", "8.5GiB"]),
+        (["L4:8G", "L4:3G", "CPU:8G"], ["L4:8G", "CPU:8G"]),
+    ],
+    ids=str,
+)
+def test_the_devices_on_which_replicas_fit_are_proposed_as_they_were_given(large, devices, proposed):
+    plan = models.plan(large, devices, "data")
+    assert not plan.fits
+    (found,) = (evaluated(proposal)["devices"] for proposal in plan.proposals if proposal.startswith("devices="))
+    assert found == proposed
+    assert models.plan(large, found, "data").fits
 
 
 def test_nothing_is_proposed_that_does_not_fit(large):
