@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import pytest
 from ggml_cffi.core.handle import live
 from tests.support import need, software_vulkan
 from tests.support.markers import markers_of
+from tests.support.terminal import Terminal
 
 _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices()))"
 
@@ -83,6 +84,18 @@ def no_objects_left_behind() -> Iterator[None]:
     gc.collect()
     left = live() - before
     assert not left, f"C objects left behind: {dict(left)}"
+
+
+@pytest.fixture
+def open_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Return a function that puts a terminal in the place of standard error: pytest would undo it before the test."""
+
+    def set_up() -> Terminal:
+        made = Terminal()
+        monkeypatch.setattr(sys, "stderr", made)
+        return made
+
+    return set_up
 
 
 @pytest.fixture

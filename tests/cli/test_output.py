@@ -3,24 +3,9 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from ggml_cffi import cli, models
 from ggml_cffi.core.progress import notice
 from tests.support import bert_float64, llama_float64
-from tests.support.terminal import Terminal
-
-
-@pytest.fixture
-def open_terminal(monkeypatch):
-    """Return a function that puts a terminal in the place of standard error: pytest would undo it before the test."""
-
-    def set_up():
-        made = Terminal()
-        monkeypatch.setattr(sys, "stderr", made)
-        return made
-
-    return set_up
 
 
 def test_commands_show_notices_on_a_terminal_only(monkeypatch, open_terminal, capsys):

@@ -1,23 +1,6 @@
 """Progress bars and lines of the commands."""
 
-import sys
-
-import pytest
-
 from ggml_cffi.cli._output import notice_line, progress_bar
-from tests.support.terminal import Terminal
-
-
-@pytest.fixture
-def open_terminal(monkeypatch):
-    """Return a function that puts a terminal in the place of standard error: pytest would undo it before the test."""
-
-    def set_up():
-        made = Terminal()
-        monkeypatch.setattr(sys, "stderr", made)
-        return made
-
-    return set_up
 
 
 def test_a_bar_counts_bytes_or_another_unit(open_terminal):
