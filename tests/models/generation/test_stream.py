@@ -53,6 +53,28 @@ def test_a_run_that_has_not_begun_to_compute_is_stopped_too(path, monkeypatch):
         assert len(list(model.generate_tokens([1, 2], 5, stop_at_end=False))) == 5
 
 
+def test_a_long_prompt_on_gpus_ends_with_the_batches_in_flight(two_gpus, path, monkeypatch):
+    with models.load(path, two_gpus, "pipeline", n_ctx=512, n_batch=16) as model:
+        runner, seen = batcher_of(model).runner, []
+        run_all = runner.run_all
+        stream = model.generate_tokens(4 * [*range(50)], stop_at_end=False)
+
+        def cancel_at_the_third(batches):
+            for batch in batches:
+                seen.append(batch)
+                if len(seen) == 3:
+                    stream.cancel()
+                yield batch
+
+        monkeypatch.setattr(runner, "run_all", lambda batches: run_all(cancel_at_the_third(batches)))
+        assert list(stream) == []
+        assert len(seen) == 3  # of 13
+        assert not batcher_of(model).active
+        model.clear_cache()
+        assert n_free_slots(model) == 512
+        assert len(list(model.generate_tokens([1, 2], 5, stop_at_end=False))) == 5
+
+
 @pytest.mark.parametrize("n_seen", [0, 1, 3])
 def test_a_cancelled_stream_ends_and_frees_its_slots(devices, path, n_seen):
     with models.load(path, devices, n_ctx=256) as model:
