@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ _used: dict[Device, set[Any]] = {}  # kinds of nodes that a device has computed
 
 
 @contextmanager
-def first_run(devices: Iterable[Device], nodes: Iterable[Any]) -> Iterator[None]:
+def first_run(devices: Iterable[Device], nodes: Callable[[], Iterable[Any]]) -> Iterator[None]:
     """Show a notice if the first run of a graph takes long and has kernels that are new to a device.
 
     ggml does not tell that a driver compiles. A long first run with kernels from the driver's cache has the notice too.
@@ -28,10 +28,10 @@ def first_run(devices: Iterable[Device], nodes: Iterable[Any]) -> Iterator[None]
     devices
         Devices that compute the graph, or parts of it.
     nodes
-        Nodes of the graph (C pointers).
+        Returns the nodes of the graph (C pointers). It is called if a device compiles shaders.
     """
     compiling = [d for d in devices if d.backend_name in _COMPILES]
-    kinds = {_kind(p) for p in nodes} if compiling else set()
+    kinds = {_kind(p) for p in nodes()} if compiling else set()
     compiling = [d for d in compiling if kinds - _used.get(d, set())]
     if not compiling:
         yield

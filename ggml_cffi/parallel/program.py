@@ -233,8 +233,7 @@ class ParallelProgram(ParallelTrace):
     def _compiling(self) -> AbstractContextManager[None]:
         """Return the context manager of the run that compiles shaders, if they are new to a device."""
         self._compiles = False
-        nodes = (p for graph in self.step_graphs[0].graphs for p in graph.node_pointers())
-        return first_run([b.device for b in self.backends], nodes)
+        return first_run([b.device for b in self.backends], self.step_graphs[0].node_pointers)
 
     def record(self) -> None:
         """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``."""

@@ -128,7 +128,7 @@ class HeldGraph:
         """
         if self._is_new:
             self._is_new = False
-            with first_run(_devices_of(scheduler), self.graph.node_pointers()):
+            with first_run(_devices_of(scheduler), self.graph.node_pointers):
                 self.compute(scheduler, start)
             return
         graph, cpu = self.graph, self._cpu
