@@ -1,12 +1,12 @@
-"""A model split over two GPUs in every way, beside one GPU, and beside llama.cpp with the same splits.
+"""A model split over GPUs in every way, beside one GPU, and beside llama.cpp with the same splits.
 
-    python -m benchmarks.parallel [--shapes 1B,8B] [--dtypes f16,q4_k] [--splits ...] [--peer PYTHON] [DEVICE DEVICE]
+    python -m benchmarks.parallel [--shapes 1B,8B] [--dtypes f16,q4_k] [--splits ...] [--peer PYTHON] [DEVICE ...]
 
 The models have random weights; they are made in ``--folder`` and kept there. Each line has tokens/s of prompts of 512
 tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one sequence at a time (with
 ``data`` of one sequence on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
 device's own count. ``auto`` gets the expected tokens of each case, and reports its choice. ``--peer`` names an
-interpreter with llama-cpp-python built for Vulkan. Software devices take ``--shapes tiny --prompts 64``.
+interpreter with llama-cpp-python built for the backend of the devices, Vulkan or CUDA. Software devices take ``--shapes tiny --prompts 64``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def measured(
 
 def theirs(path: Path, devices: Sequence[str], split: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of llama.cpp; with ``data`` of a process on each GPU."""
-    numbers = [d.removeprefix("Vulkan") for d in devices]
+    kind = devices[0].rstrip("0123456789")
+    numbers = [d.removeprefix(kind) for d in devices]
+    visible = {"CUDA": "CUDA_VISIBLE_DEVICES"}.get(kind, "GGML_VK_VISIBLE_DEVICES")
     groups = {"one": [numbers[:1]], "data": [[n] for n in numbers]}.get(split, [numbers])
     mode = split if split in ("layer", "tensor") else "none"
     prompts = ",".join(map(str, args.prompts))
@@ -112,7 +114,7 @@ def theirs(path: Path, devices: Sequence[str], split: str, args: argparse.Namesp
     going = [
         subprocess.Popen(
             command,
-            env=os.environ | {"GGML_VK_VISIBLE_DEVICES": ",".join(group)},
+            env=os.environ | {visible: ",".join(group)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -146,7 +148,7 @@ def line(who: str, split: str, found: dict[str, Any], one: dict[str, Any] | None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("devices", nargs="*", help="two GPUs (default: the first two)")
+    parser.add_argument("devices", nargs="*", help="GPUs (default: the first two)")
     parser.add_argument("--shapes", default="1B,8B")
     parser.add_argument("--dtypes", default="f16,q4_k")
     parser.add_argument("--splits", default=",".join(SPLITS))
@@ -161,7 +163,7 @@ def main() -> int:
     args = parser.parse_args()
     args.prompts = [int(n) for n in args.prompts.split(",")]
     devices = args.devices or [d.name for d in ggml.devices() if not d.is_cpu][:2]
-    if len(devices) != 2:
+    if len(devices) < 2 and args.splits != "one":
         parser.error("two GPUs are needed; GGML_VK_VISIBLE_DEVICES=0,0 makes two of one, software devices included")
     args.folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"devices": [ggml.device(d).description for d in devices], "command": " ".join(sys.argv)}

@@ -1,7 +1,7 @@
 """Fixtures and markers that all tests share.
 
 Tests that take ``devices`` run on the CPU, on one Vulkan device and on two. Where the machine has fewer than two GPUs,
-ggml lists the first Vulkan device twice, software devices included.
+ggml lists the first Vulkan device twice, software devices included. ``--devices CUDA0,CUDA1`` names two others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from ggml_cffi.core.handle import live
-from tests.support import need, software_vulkan
+from tests.support import GPUS, need, software_vulkan
 from tests.support.markers import markers_of
 from tests.support.terminal import Terminal
 
@@ -28,6 +28,16 @@ _COUNT = "import ggml_cffi; print(sum(not d.is_cpu for d in ggml_cffi.devices())
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICE_SETS = [("CPU",), ("Vulkan0",), ("Vulkan0", "Vulkan1")]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that names the two GPUs of tests that take devices from a fixture."""
+    parser.addoption("--devices", default=",".join(GPUS), help="two GPUs to compute on (default: %(default)s)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use the GPUs that the option names."""
+    GPUS.update(zip(GPUS, config.getoption("devices").split(","), strict=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

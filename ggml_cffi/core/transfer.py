@@ -1,8 +1,9 @@
 """Transfers between devices.
 
-Devices that can import host memory (Vulkan: ``VK_EXT_external_memory_host``) read and write it themselves, at the speed
-of their link and without the processor. Several devices import one :class:`HostBlock`. Data goes from one GPU to
-another through the block in chunks: one device fills one half while the other device empties the other half.
+Devices that can import host memory (Vulkan: ``VK_EXT_external_memory_host``), or address pinned memory (CUDA), read and
+write it themselves, at the speed of their link and without the processor. Several devices share one :class:`HostBlock`.
+Data goes from one GPU to another through the block in chunks: one device fills one half while the other device empties
+the other half. Between devices with unified addresses it takes the direct way.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from ggml_cffi.core.dtypes import INTEGERS
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.shapes import check_shape
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.unified import has_unified_addresses
 from ggml_cffi.enums import Type
 
 _CHUNK = 16 << 20
+_PAGE = 64 << 10  # at least the granularity of every known device
 
 
 class HostBlock(Closing):
@@ -38,27 +41,35 @@ class HostBlock(Closing):
     size
         Bytes; rounded up to whole pages of 64 KiB.
     devices
-        Devices to import the block, or one device. A device that cannot is left out of :attr:`buffers`.
+        Devices to use the block, or one device. A device that cannot is left out of :attr:`buffers`. The block is
+        pinned memory if all devices have unified addresses, else memory that devices import.
 
     Raises
     ------
     ValueError
         If ``size`` is not above 0.
 
-    C: ``ggml_backend_dev_buffer_from_host_ptr``.
+    C: ``ggml_backend_dev_buffer_from_host_ptr``, ``ggml_backend_dev_host_buffer_type``.
     """
 
     def __init__(self, size: int, devices: DevicesLike) -> None:
         if size <= 0:
             raise ValueError(f"size must be at least 1 byte, not {size}")
-        page = 64 << 10  # at least the granularity of every known device
-        self.memory = mmap.mmap(-1, -(-size // page) * page)
-        """The block as host memory."""
+        size = -(-size // _PAGE) * _PAGE
+        chosen = [find_device(which) for which in device_list(devices)]
+        self.memory: Any
+        """The block as host memory, an object with the buffer protocol."""
         self.buffers: dict[Device, Buffer] = {}
         """The block as a buffer of each device."""
-        for which in device_list(devices):
-            if (buffer := Buffer.imported(which, self.memory)) is not None:
-                self.buffers[buffer.buffer_type.device] = buffer
+        shared = _pinned_buffer(size, chosen[0]) if chosen and all(map(has_unified_addresses, chosen)) else None
+        if shared is not None:
+            self.memory = _memory_of(shared)
+            self.buffers = dict.fromkeys(chosen, shared)
+            return
+        self.memory = mmap.mmap(-1, size)
+        for device in chosen:
+            if (buffer := Buffer.imported(device, self.memory)) is not None:
+                self.buffers[device] = buffer
 
     def close(self) -> None:
         """Release the memory once nothing uses it."""
@@ -80,16 +91,38 @@ def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: D
 
     C: ``ggml_backend_dev_host_buffer_type``.
     """
-    found = find_device(device)
     sizes, kind = check_shape(shape), np.dtype(dtype)
-    with registry_lock:
-        pointer = c.ggml_backend_dev_host_buffer_type(found.ptr)
     n = prod(sizes) * kind.itemsize
-    if not pointer or not n:
+    buffer = _host_buffer(n, find_device(device)) if n else None
+    if buffer is None:
         return np.zeros(sizes, kind)
-    with Buffer(BufferType(pointer), n) as buffer:
-        memory = HostMemory(c.ffi.buffer(c.ggml_backend_buffer_get_base(buffer.ptr), n), [buffer.owner])
-    return np.asarray(memory).view(kind).reshape(sizes)
+    with buffer:
+        return _memory_of(buffer)[:n].view(kind).reshape(sizes)
+
+
+def _host_buffer(size: int, device: Device) -> Buffer | None:
+    """Return a buffer in the host memory that a device prefers; None if it prefers none."""
+    with registry_lock:
+        pointer = c.ggml_backend_dev_host_buffer_type(device.ptr)
+    return Buffer(BufferType(pointer), size) if pointer else None
+
+
+def _pinned_buffer(size: int, device: Device) -> Buffer | None:
+    """Return a buffer in pinned memory, for a device with unified addresses; None if the driver has no more of it.
+
+    ggml then takes ordinary memory, which kernels cannot read.
+    """
+    buffer = _host_buffer(size, device)
+    if buffer is not None and buffer.buffer_type == BufferType.of("CPU"):
+        buffer.close()
+        return None
+    return buffer
+
+
+def _memory_of(buffer: Buffer) -> npt.NDArray[np.uint8]:
+    """Return host memory of a buffer as bytes, which keep it alive."""
+    memory = c.ffi.buffer(c.ggml_backend_buffer_get_base(buffer.ptr), buffer.size)
+    return np.asarray(HostMemory(memory, [buffer.owner]))
 
 
 def transfer(
@@ -128,8 +161,9 @@ def transfer(
     if not (src.is_contiguous and dst.is_contiguous):
         raise ValueError(f"transfer: {src!r} and {dst!r} must be contiguous")
     here, there = (t.buffer_type.device for t in (src, dst) if t.buffer_type)
+    direct = here.is_cpu or there.is_cpu or (has_unified_addresses(here) and has_unified_addresses(there))
     with ExitStack() as stack:
-        through_block = here != there and not here.is_cpu and not there.is_cpu and src.nbytes >= 2 * chunk
+        through_block = here != there and not direct and src.nbytes >= 2 * chunk
         if through_block and block is None:
             block = stack.enter_context(HostBlock(2 * chunk, (here, there)))
         if through_block and block is not None and {here, there} <= block.buffers.keys():
@@ -142,6 +176,9 @@ def transfer(
         elif src.nbytes:
             for lock in sorted({device_lock(d.ptr) for d in (here, there)}, key=id):
                 stack.enter_context(lock)
+            for backend in backends:
+                if backend.device in (here, there):
+                    c.ggml_backend_synchronize(backend.ptr)
             c.ggml_backend_tensor_copy(src.ptr, dst.ptr)
     del keep
 

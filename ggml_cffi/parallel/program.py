@@ -17,7 +17,7 @@ from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.shaders import first_run
 from ggml_cffi.enums import Status
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
-from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults
+from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults, can_poll
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.parallel.step_graphs import StepGraphs
@@ -69,17 +69,21 @@ class ParallelProgram(ParallelTrace):
         """Allocate all tensors."""
         layout = self._layout
         shared = group.host_block(self.host_bytes, slot)
+        for graphs, backend in zip(self.step_graphs, self.backends, strict=True):
+            _check_graphs(graphs, backend)  # now: a backend refuses operands in the memory of a peer
+        arenas = [group.arena(r, size) for r, size in enumerate(self.arena_bytes)]
         for r, (rank, graphs, backend) in enumerate(zip(self.ranks, self.step_graphs, self.backends, strict=True)):
             host = shared.buffers[backend.device]
-            self._owners.append(host.owner)
+            self._owners += [host.owner, arenas[r].owner]
             for k, s in enumerate(rank.all_reduces):
                 for j, t in enumerate(s.slots):
-                    _put(t.ptr, host, self._slot_offset(k, j))
+                    place = self._slot_place(k, j)
+                    _put(t.ptr, arenas[j] if self.sums_on_devices else host, place)
             at = self._result_offsets[r]
             for _, target in self._outputs[r]:
                 _put(target.ptr, host, at)
                 at += aligned(target.nbytes)
-            self._alloc_rank(graphs, backend, host, group.arena(r, self.arena_bytes[r]), r)
+            self._alloc_rank(graphs, backend, host, arenas[r], r)
         memory = shared.memory
         self.input_arrays = [
             np.ndarray(t.shape, dtypes.numpy_dtype(t.dtype), memory, offset)
@@ -102,11 +106,11 @@ class ParallelProgram(ParallelTrace):
         """Place of the only result of the only device, None if it cannot be polled."""
 
     def _alloc_rank(self, graphs: StepGraphs, backend: Backend, host: Buffer, arena: Buffer, r: int) -> None:
-        """Allocate every tensor of one rank, and check that its device can compute the nodes."""
+        """Allocate every other tensor of one rank."""
         layout, buffer_type = self._layout, backend.buffer_type
-        self._owners.append(arena.owner)
         for p, target in graphs.in_shared_memory.items():
-            _put(p, host, int(c.ffi.cast("uintptr_t", target.ptr.data)) - host.base)
+            _check_new(p)
+            c.ggml_backend_tensor_alloc(target.ptr.buffer, p, target.ptr.data)
         if self._copies:
             source, target, _ = self._copies[r]
             _put(source.ptr, host, 0)
@@ -125,14 +129,6 @@ class ParallelProgram(ParallelTrace):
             for p in graph.node_pointers():
                 if p.view_src and not p.buffer:
                     c.ggml_backend_view_init(p)
-            check_ops(graph, [backend], {}, {})
-            unable = find_cpu_only(graph, [backend])
-            if graph.calls() or unable:
-                p = next(iter(unable), graph.node_pointers()[-1])
-                raise UnsupportedOpError(
-                    f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: operations "
-                    "written in Python, and views at offsets that GPUs do not support, are for the CPU (use cont)"
-                )
 
     def _views(self, memory: Any) -> list[list[npt.NDArray[Any]]]:
         """Return for each result its parts in host memory."""
@@ -147,7 +143,7 @@ class ParallelProgram(ParallelTrace):
     def _polled_sums(self, memory: Any) -> PolledResults | None:
         """Return the places of all partial sums, if each is written once and every step can be recorded ahead."""
         all_reduces, n = self.ranks[0].all_reduces, len(self.ranks)
-        if not all_reduces or any(s.keeps_partial for s in all_reduces):
+        if not all_reduces or self.sums_on_devices or any(s.keeps_partial for s in all_reduces):
             return None
         if any(step.immediate for own in self.steps for step in own):
             return None
@@ -157,13 +153,13 @@ class ParallelProgram(ParallelTrace):
                 return None
         return PolledResults(
             [
-                [np.ndarray(s.partial.nbytes // 4, np.uint32, memory, self._slot_offset(k, r)) for r in range(n)]
+                [np.ndarray(s.partial.nbytes // 4, np.uint32, memory, self._slot_place(k, r)) for r in range(n)]
                 for k, s in enumerate(all_reduces)
             ]
         )
 
     def _polled_output(self) -> PolledResults | None:
-        if len(self.ranks) > 1 or self.backends[0].device.is_cpu or len(self.output_arrays) > 1:
+        if len(self.ranks) > 1 or len(self.output_arrays) > 1 or not can_poll(self.backends[0].device):
             return None
         (t, _), part = self._outputs[0][0], self.output_arrays[0][0]
         if part.dtype != np.float32 or (t.ptr in self.step_graphs[0].in_shared_memory and t.op not in WRITTEN_ONCE):
@@ -284,9 +280,26 @@ def _check(status: int) -> None:
         raise error(f"the computation failed: {Status(status).name.lower()}")
 
 
-def _put(p: Any, buffer: Buffer, offset: int) -> None:
+def _check_graphs(graphs: StepGraphs, backend: Backend) -> None:
+    """Raise UnsupportedOpError unless the device of one rank can compute all nodes."""
+    for graph in graphs.graphs:
+        check_ops(graph, [backend], {}, {})
+        unable = find_cpu_only(graph, [backend])
+        if graph.calls() or unable:
+            p = next(iter(unable), graph.node_pointers()[-1])
+            raise UnsupportedOpError(
+                f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: operations "
+                "written in Python, and views at offsets that GPUs do not support, are for the CPU (use cont)"
+            )
+
+
+def _check_new(p: Any) -> None:
     if p.buffer:
         raise ValueError("a tensor of the traced function has memory already: compute results from rank.context only")
+
+
+def _put(p: Any, buffer: Buffer, offset: int) -> None:
+    _check_new(p)
     c.ggml_backend_tensor_alloc(buffer.ptr, p, c.ffi.cast("void *", buffer.base + offset))
 
 

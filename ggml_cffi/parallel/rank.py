@@ -48,6 +48,8 @@ class Rank:
         """Context of the traced tensors."""
         self.all_reduces: list[AllReduce] = []
         """The sums over devices, in order."""
+        self.reads_peers = False
+        """True if the device reads partial sums in the memory of the others, in which it then shares large ones too."""
         self._half_above = half_above
 
     def __index__(self) -> int:
@@ -77,7 +79,7 @@ class Rank:
         if self.n == 1:
             return partial
         half = self._half_above is not None and partial.nbytes > self._half_above
-        keeps = half or partial.nbytes > DIRECT
+        keeps = half or (partial.nbytes > DIRECT and not self.reads_peers)
         slots = [self.context.new_tensor(Type.F16 if half else Type.F32, partial.shape) for _ in range(self.n)]
         for r, slot in enumerate(slots):
             slot.name = f"sum {len(self.all_reduces)} of {r}"

@@ -12,10 +12,11 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.core.unified import are_peers
 from ggml_cffi.enums import Type
 from ggml_cffi.parallel.arena import assign_offsets
 from ggml_cffi.parallel.executors import choose_step_maker
-from ggml_cffi.parallel.rank import AllGather, Rank
+from ggml_cffi.parallel.rank import DIRECT, AllGather, Rank
 from ggml_cffi.parallel.step_graphs import StepGraphs
 
 _ALIGNMENT = 256  # bytes: the alignment of tensors in shared memory; no device needs more
@@ -51,8 +52,12 @@ class ParallelTrace(Closing):
         ahead: bool = False,
     ) -> None:
         self.backends = tuple(backends)
+        self.sums_on_devices = len(ranks) > 1 and are_peers([b.device for b in backends])
+        """True if partial sums are in the devices' own memory, where their peers read them."""
         self.ranks = list(ranks)
         """The traces, one for each device."""
+        for rank in self.ranks:
+            rank.reads_peers = self.sums_on_devices
         self.step_graphs: list[StepGraphs] = []
         """Graphs of each device."""
         try:
@@ -122,8 +127,11 @@ class ParallelTrace(Closing):
         self._slot = max((aligned(s.slots[0].nbytes) for s in all_reduces), default=0)
         # Each all-reduce has slots of its own, which nothing else reads or writes in a run. Large all-reduces alternate
         # between two sets: the devices read one and write the other.
-        self._sets = 2 if any(s.keeps_partial for s in all_reduces) else len(all_reduces)
-        at = layout.size + self._sets * len(self.ranks) * self._slot
+        large = any(s.keeps_partial or s.partial.nbytes > DIRECT for s in all_reduces)
+        self._sets = min(2, len(all_reduces)) if large else len(all_reduces)
+        at = layout.size
+        if not self.sums_on_devices:
+            at += self._sets * len(self.ranks) * self._slot
         self._result_offsets: list[int] = []  # of each rank's results
         for outputs in self._outputs:
             self._result_offsets.append(at)
@@ -133,6 +141,7 @@ class ParallelTrace(Closing):
         self.arena_bytes: list[int] = []
         """Bytes of inputs and intermediate tensors on each device."""
         self._offsets: list[list[int]] = []
+        self._slots_at: list[int] = []  # of each rank's partial sums in its arena
         for graphs, backend in zip(self.step_graphs, self.backends, strict=True):
             buffer_type = backend.buffer_type
             lifetimes = graphs.lifetimes()
@@ -140,11 +149,19 @@ class ParallelTrace(Closing):
             sizes = [aligned(c.ggml_backend_buft_get_alloc_size(buffer_type.ptr, p), alignment) for p in lifetimes]
             offsets, total = assign_offsets(sizes, list(lifetimes.values()))
             self._offsets.append(offsets)
-            self.arena_bytes.append(max(layout.size + total, alignment))
+            size = aligned(layout.size + total, alignment)
+            self._slots_at.append(size)
+            self.arena_bytes.append(max(size + self._sets * self._slot * self.sums_on_devices, alignment))
 
-    def _slot_offset(self, k: int, r: int) -> int:
-        """Return the offset in host memory at which rank ``r`` writes its partial sum of all-reduce ``k``."""
-        return self._layout.size + (k % self._sets * len(self.ranks) + r) * self._slot
+    def _slot_place(self, k: int, r: int) -> int:
+        """Return the offset at which rank ``r`` writes its partial sum of all-reduce ``k``.
+
+        The offset is in the rank's arena if :attr:`sums_on_devices`, else in host memory.
+        """
+        number = k % self._sets
+        if self.sums_on_devices:
+            return self._slots_at[r] + number * self._slot
+        return self._layout.size + (number * len(self.ranks) + r) * self._slot
 
     def close(self) -> None:
         """Free the graphs."""

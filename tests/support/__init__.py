@@ -19,16 +19,19 @@ PATIENCE = 1500
 """Seconds after which a process counts as hanging: a software Vulkan device with a cold cache compiles for minutes."""
 DATA = ROOT / "tests" / "data"
 """The folder of reference outputs."""
+GPUS = {"Vulkan0": "Vulkan0", "Vulkan1": "Vulkan1"}
+"""The devices in the place of these two: the option ``--devices`` of pytest names others."""
 
 
 def need(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return ``names`` if the machine has such devices, else skip the test, with the missing ones as the reason."""
+    names = tuple(GPUS.get(name, name) for name in names)
     missing = set(names) - {d.name for d in ggml_cffi.devices()}
     if missing:
         import pytest  # worker processes of the tests import this module too
 
         pytest.skip(
-            f"no {', '.join(sorted(missing))}: needs the Vulkan plug-in, a loader and a driver (see make setup)"
+            f"no {', '.join(sorted(missing))}: needs the backend's plug-in, a loader and a driver (see make setup)"
         )
     return names
 

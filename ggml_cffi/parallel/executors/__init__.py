@@ -1,14 +1,16 @@
 """Executors submit the graphs of a program's steps to one or several devices.
 
-Three classes have one interface (``base``): ``Turns`` (one thread), ``Threads`` (a thread for each device) and
-``RecordAhead`` (the next step is recorded while the devices compute this one, and results are polled in host memory).
-``choose`` picks one. Only ``record_ahead`` depends on the inside of ggml's Vulkan.
+Four classes have one interface (``base``): ``Turns`` (one thread), ``Threads`` (a thread for each device), ``Streams``
+(devices wait for one another without the host) and ``RecordAhead`` (the next step is recorded while the devices compute
+this one, and results are polled in host memory). ``choose`` picks one. Only ``record_ahead`` depends on the inside of
+ggml's Vulkan.
 """
 
 from ggml_cffi.parallel.executors.base import Executor, Freeze, Step, StepMaker, Steps
-from ggml_cffi.parallel.executors.choose import choose_executor, choose_step_maker
+from ggml_cffi.parallel.executors.choose import can_poll, choose_executor, choose_step_maker
 from ggml_cffi.parallel.executors.polling import WRITTEN_ONCE, PolledResults
 from ggml_cffi.parallel.executors.record_ahead import RecordAhead
+from ggml_cffi.parallel.executors.streams import Streams
 from ggml_cffi.parallel.executors.threads import Threads
 from ggml_cffi.parallel.executors.turns import Turns
 
@@ -21,8 +23,10 @@ __all__ = [
     "Step",
     "StepMaker",
     "Steps",
+    "Streams",
     "Threads",
     "Turns",
+    "can_poll",
     "choose_executor",
     "choose_step_maker",
 ]
