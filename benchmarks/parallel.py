@@ -6,7 +6,8 @@ The models have random weights; they are made in ``--folder`` and kept there. Ea
 tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one sequence at a time (with
 ``data`` of one sequence on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
 device's own count. ``auto`` gets the expected tokens of each case, and reports its choice. ``--peer`` names an
-interpreter with llama-cpp-python built for the backend of the devices, Vulkan or CUDA. Software devices take ``--shapes tiny --prompts 64``.
+interpreter with llama-cpp-python built for the backend of the devices, Vulkan or CUDA. Software devices take ``--shapes
+tiny --prompts 64``.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class HostBlock(Closing):
         """The block as a buffer of each device."""
         shared = _pinned_buffer(size, chosen[0]) if chosen and all(map(has_unified_addresses, chosen)) else None
         if shared is not None:
-            self.memory = _memory_of(shared)
+            self.memory = _memory_of(shared, size)
             self.buffers = dict.fromkeys(chosen, shared)
             return
         self.memory = mmap.mmap(-1, size)
@@ -97,7 +97,7 @@ def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: D
     if buffer is None:
         return np.zeros(sizes, kind)
     with buffer:
-        return _memory_of(buffer)[:n].view(kind).reshape(sizes)
+        return _memory_of(buffer, n).view(kind).reshape(sizes)
 
 
 def _host_buffer(size: int, device: Device) -> Buffer | None:
@@ -119,9 +119,9 @@ def _pinned_buffer(size: int, device: Device) -> Buffer | None:
     return buffer
 
 
-def _memory_of(buffer: Buffer) -> npt.NDArray[np.uint8]:
-    """Return host memory of a buffer as bytes, which keep it alive."""
-    memory = c.ffi.buffer(c.ggml_backend_buffer_get_base(buffer.ptr), buffer.size)
+def _memory_of(buffer: Buffer, size: int) -> npt.NDArray[np.uint8]:
+    """Return the first ``size`` bytes of a buffer in host memory, as an array that keeps the buffer alive."""
+    memory = c.ffi.buffer(c.ggml_backend_buffer_get_base(buffer.ptr), size)
     return np.asarray(HostMemory(memory, [buffer.owner]))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ggml_cffi import ops
 from ggml_cffi.core import dtypes
+from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
@@ -247,6 +248,16 @@ class Architecture(ABC):
         """Build the graph from ``inputs`` to the normalized results of the last layer, ``(n_out, n_embd)``."""
         x = self.build_layers(range(self.n_layers), self.embed(weights, inputs), weights, cache, inputs)
         return self.final_norm(weights, x)
+
+    def flash_attention(self, context: Context, dtype: Type) -> Tensor:
+        """Return a decoder's attention of one token as one node, without memory, to ask devices for support.
+
+        Parameters
+        ----------
+        dtype
+            Type of the keys and values in the cache.
+        """
+        raise NotImplementedError(f"{self.name!r} has no KV cache")
 
     @abstractmethod
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -18,12 +18,16 @@ from typing import ClassVar
 
 from ggml_cffi import ops
 from ggml_cffi.core import dtypes
+from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, TensorParallelSpec
 from ggml_cffi.ops import RopeMode
 from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
+
+_PROBED_SLOTS = 256  # KV slots of the attention about which devices are asked
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,12 @@ class Decoder(Architecture):
     def _block(self, name: str) -> int:
         """Return the number of columns of a weight that must stay together on one device in every layer."""
         return lcm(*(block_size(self.tensor_info(f"blk.{i}.{name}.weight").dtype) for i in range(self.n_layers)))
+
+    def flash_attention(self, context: Context, dtype: Type) -> Tensor:
+        q = context.new_tensor(Type.F32, (self.n_heads, 1, self.head_size))
+        k, v = (context.new_tensor(dtype, (self.n_kv_heads, _PROBED_SLOTS, n)) for n in (self.head_size, self.v_size))
+        mask = context.new_tensor(Type.F16, (1, _PROBED_SLOTS))
+        return ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         return ops.get_rows(weights["token_embd.weight"], inputs.tokens)

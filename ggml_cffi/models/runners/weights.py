@@ -12,6 +12,7 @@ from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
 from ggml_cffi.core.handle import Closing
@@ -146,6 +147,7 @@ class Weights(Closing):
         """For each layer the number of its device, or of the first one if several share the layer."""
         self.by_device: list[dict[str, Tensor]] = [{} for _ in backends]
         """For each device its weights, or its shards of them, by name; ``output.weight`` also if it is tied."""
+        self._transposes: dict[Device, bool] = {}  # True for devices without flash attention for this model
         self.caches: list[list[LayerCache]] = []
         """For each layer the keys and values: one entry for each device of its stage."""
         self.placement = [DevicePlacement(b.name, b.device.is_cpu) for b in backends]
@@ -272,11 +274,23 @@ class Weights(Closing):
         if shared:
             own = self.by_device[device]
             size_k, size_v = (own[f"blk.{layer}.attn_{x}.weight"].shape[0] for x in "kv")
-        transposed = is_v_transposed(self.backends[device], dtype)
+        transposed = self._is_v_transposed(self.backends[device], dtype)
         shape = (size_v, n_slots) if transposed else (n_slots, size_v)
         k = self.context.new_tensor(dtype, (n_slots, size_k), name=f"cache_k.{layer}")
         v = self.context.new_tensor(dtype, shape, name=f"cache_v.{layer}")
         return LayerCache(k, v, transposed)
+
+    def _is_v_transposed(self, backend: Backend, dtype: Type) -> bool:
+        """Return whether a device stores the values in its cache transposed, for attention as two products.
+
+        The CPU does, because its flash attention sums F16 values in F16, and so does a device that has no flash
+        attention for heads of this size. A quantized cache needs flash attention.
+        """
+        if backend.device not in self._transposes:
+            self._transposes[backend.device] = backend.device.is_cpu or not _can_attend(
+                backend, self.architecture, dtype
+            )
+        return self._transposes[backend.device] and block_size(dtype) == 1
 
     def _alloc(self) -> None:
         """Allocate all tensors that are not mapped from the file."""
@@ -359,12 +373,11 @@ def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
 
 
-def is_v_transposed(backend: Backend, dtype: Type) -> bool:
-    """Return whether a device stores the values in its cache transposed, for attention as two products.
-
-    The CPU does, because its flash attention sums F16 values in F16. A quantized cache needs flash attention.
-    """
-    return backend.device.is_cpu and block_size(dtype) == 1
+def _can_attend(backend: Backend, architecture: Architecture, dtype: Type) -> bool:
+    """Return whether a backend has flash attention for the heads of a model and a cache of this type."""
+    with Context() as context:
+        node = architecture.flash_attention(context, dtype)
+        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, node.ptr))
 
 
 def check_cache_dtype(dtype: Type, sizes: tuple[int, int]) -> None:
