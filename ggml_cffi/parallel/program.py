@@ -169,12 +169,17 @@ class ParallelProgram(ParallelTrace):
     # ------------------------------------------------------------------ running
 
     def shorten_last_input(self, nbytes: int) -> None:
-        """Copy only the first ``nbytes`` bytes of the last input to the devices. No run may be in progress."""
+        """Copy only the first ``nbytes`` bytes of the last input to the devices. No run may be in progress.
+
+        Call it after other nodes were changed.
+        """
         n = -(-(self._layout.offsets[-1] + nbytes) // 4)
         for copy in self._copies:
             for t in copy:
                 t.ptr.ne[0] = n
                 t.ptr.nb[1] = t.ptr.nb[2] = t.ptr.nb[3] = 4 * n
+        for graphs in self.step_graphs:
+            graphs.nodes_changed()
 
     def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
         """Write the inputs, compute, and return copies of the results. See ``ParallelFunction`` for the errors."""

@@ -109,6 +109,10 @@ class StepGraphs(Closing):
         """Return C pointers of the nodes of all steps."""
         return [p for graph in self.graphs for p in graph.node_pointers()]
 
+    def nodes_changed(self) -> None:
+        """Note that nodes have other sizes now. No run may be in progress."""
+        self._maker.nodes_changed()
+
     def _wrap(self, pointer: Any) -> Tensor:
         return Tensor(self.rank.context, pointer, c.ggml_n_dims(pointer))
 

@@ -62,6 +62,9 @@ class StepMaker(Closing):
         """
         return Step(immediate=(graph.ptr,))
 
+    def nodes_changed(self) -> None:
+        """Note that nodes of the graphs have other sizes now. No run may be in progress."""
+
     def close(self) -> None:
         """Free the C graphs that were made."""
 

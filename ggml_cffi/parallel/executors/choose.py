@@ -9,6 +9,7 @@ from ggml_cffi.core.device import Device
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.unified import has_unified_addresses
 from ggml_cffi.parallel.executors.base import Executor, StepMaker
+from ggml_cffi.parallel.executors.captured import CapturedStepMaker
 from ggml_cffi.parallel.executors.record_ahead import RecordAhead, VulkanStepMaker, can_record_ahead, is_vulkan
 from ggml_cffi.parallel.executors.streams import Streams
 from ggml_cffi.parallel.executors.threads import Threads
@@ -49,6 +50,8 @@ def choose_step_maker(devices: Sequence[Device], *, ahead: bool) -> StepMaker:
     """
     if all(is_vulkan(device) for device in devices):
         return VulkanStepMaker(shared=len(devices) > 1, ahead=ahead)
+    if all(map(has_unified_addresses, devices)):
+        return CapturedStepMaker()
     return StepMaker()
 
 
