@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -55,7 +56,7 @@ class HostBlock(Closing):
     def __init__(self, size: int, devices: DevicesLike) -> None:
         if size <= 0:
             raise ValueError(f"size must be at least 1 byte, not {size}")
-        size = -(-size // _PAGE) * _PAGE
+        size = whole_pages(size)
         chosen = [find_device(which) for which in device_list(devices)]
         self.memory: Any
         """The block as host memory, an object with the buffer protocol."""
@@ -70,12 +71,26 @@ class HostBlock(Closing):
         for device in chosen:
             if (buffer := Buffer.imported(device, self.memory)) is not None:
                 self.buffers[device] = buffer
+        if chosen and not self.buffers and not chosen[0].is_remote:  # copies are quicker from the device's own kind
+            self.memory = pinned((size,), np.uint8, device=chosen[0])
 
     def close(self) -> None:
         """Release the memory once nothing uses it."""
         for buffer in self.buffers.values():
             buffer.close()
         self.buffers.clear()
+
+
+def whole_pages(size: int) -> int:
+    """Return the size of a :class:`HostBlock` of at least ``size`` bytes."""
+    return -(-size // _PAGE) * _PAGE
+
+
+@cache
+def shares_host_memory(device: Device) -> bool:
+    """Return whether a device reads and writes the memory of a :class:`HostBlock`."""
+    with HostBlock(1, [device]) as block:
+        return device in block.buffers
 
 
 def pinned(shape: Sequence[int], dtype: npt.DTypeLike = np.float32, *, device: DeviceLike) -> npt.NDArray[Any]:

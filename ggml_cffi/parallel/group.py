@@ -28,7 +28,7 @@ class Group(Closing):
     Raises
     ------
     ValueError
-        If a device cannot read and write memory of the host, or there is no such precision.
+        If one of several devices cannot read and write memory of the host, or there is no such precision.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class Group(Closing):
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: list[HostBlock | None] = [None, None]
         self._executor: Executor | None = None
+        self.mirrors = False
+        """True if the only device reads no host memory: each program copies inputs and results."""
         self.host_block(1)
         self._executor = choose_executor(self._backends, threads=threads)
 
@@ -85,6 +87,8 @@ class Group(Closing):
     def host_block(self, size: int, slot: int = 0) -> HostBlock:
         """Return host memory of at least ``size`` bytes that all devices read and write.
 
+        If there is one device, and it cannot, its buffer of the block is as many bytes of its own memory.
+
         Parameters
         ----------
         slot
@@ -93,14 +97,17 @@ class Group(Closing):
         Raises
         ------
         ValueError
-            If a device cannot use host memory.
+            If one of several devices cannot use host memory.
         """
         old = self._blocks[slot]
         if old is None or len(old.memory) < size:
             size = max(size, *(len(block.memory) for block in self._blocks if block is not None), 1)
             made = HostBlock(size, dict.fromkeys(b.device for b in self._backends))
             unable = [b.name for b in self._backends if b.device not in made.buffers]
-            if unable:
+            if unable and len(self._backends) == 1:
+                (backend,), self.mirrors = self._backends, True
+                made.buffers[backend.device] = Buffer(backend.buffer_type, len(made.memory))
+            elif unable:
                 made.close()
                 raise ValueError(
                     f"{', '.join(unable)} cannot read and write memory of the host, through which devices exchange "
@@ -128,9 +135,10 @@ class Group(Closing):
             self._arenas[rank] = found = Buffer(self._backends[rank].buffer_type, size)
         return found
 
-    def arena_bytes(self) -> list[int]:
-        """Return the bytes of each device's arena."""
-        return [0 if arena is None else arena.size for arena in self._arenas]
+    def device_bytes(self) -> list[int]:
+        """Return the bytes that programs share on each device: its arena, and its copies of host blocks."""
+        mirrored = sum(len(block.memory) for block in self._blocks if block is not None) if self.mirrors else 0
+        return [(0 if arena is None else arena.size) + mirrored for arena in self._arenas]
 
     def close(self) -> None:
         """Free the memory, and close the executor."""

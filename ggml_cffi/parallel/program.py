@@ -19,6 +19,7 @@ from ggml_cffi.enums import Status
 from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults, can_poll
 from ggml_cffi.parallel.group import Group
+from ggml_cffi.parallel.mirror import Mirror
 from ggml_cffi.parallel.rank import Rank
 from ggml_cffi.parallel.step_graphs import StepGraphs
 from ggml_cffi.parallel.trace import ParallelTrace, Signature, aligned
@@ -96,6 +97,10 @@ class ParallelProgram(ParallelTrace):
             None if axis is None else _adjoining(parts, axis)
             for parts, axis in zip(self.output_arrays, self._axes, strict=True)
         ]
+        self._mirror = None
+        if group.mirrors:
+            results = slice(layout.size + self._sets * self._slot, self.host_bytes)
+            self._mirror = Mirror(self.backends[0], shared, layout.size, results)
         self.steps = [graphs.steps for graphs in self.step_graphs]
         """The steps of each device."""
         self.renew()
@@ -159,7 +164,9 @@ class ParallelProgram(ParallelTrace):
         )
 
     def _polled_output(self) -> PolledResults | None:
-        if len(self.ranks) > 1 or len(self.output_arrays) > 1 or not can_poll(self.backends[0].device):
+        if len(self.ranks) > 1 or len(self.output_arrays) > 1 or self._mirror is not None:
+            return None
+        if not can_poll(self.backends[0].device):
             return None
         (t, _), part = self._outputs[0][0], self.output_arrays[0][0]
         if part.dtype != np.float32 or (t.ptr in self.step_graphs[0].in_shared_memory and t.op not in WRITTEN_ONCE):
@@ -174,6 +181,8 @@ class ParallelProgram(ParallelTrace):
         Call it after other nodes were changed.
         """
         n = -(-(self._layout.offsets[-1] + nbytes) // 4)
+        if self._mirror is not None:
+            self._mirror.n_input_bytes = 4 * n
         for copy in self._copies:
             for t in copy:
                 t.ptr.ne[0] = n
@@ -219,6 +228,16 @@ class ParallelProgram(ParallelTrace):
             with self._compiling():
                 self.compute(meanwhile)
             return
+        if self._mirror is None:
+            self._run(meanwhile)
+            return
+        with self.executor.locks:
+            self._mirror.send()
+            self._run(meanwhile)
+            self._mirror.receive()
+
+    def _run(self, meanwhile: Callable[[], object] | None) -> None:
+        """Run the steps, and wait."""
         if not self._is_new:
             _check(self.executor.run(self.steps, meanwhile, self.polled_sums))
             return

@@ -9,6 +9,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.transfer import shares_host_memory, whole_pages
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement.hypothetical import is_hypothetical
@@ -110,8 +111,11 @@ def _measure_stages(weights: Weights, key: Key) -> None:
     for stage in weights.stages:
         own = [weights.placement[i] for i in stage.devices]
         with StageGraph.of(weights, stage).measure([weights.backends[i] for i in stage.devices], key) as traced:
+            devices = [weights.backends[i].device for i in stage.devices]
             for placement, size, graphs in zip(own, traced.arena_bytes, traced.step_graphs, strict=True):
                 placement.compute_bytes = size
+                if len(devices) == 1 and not shares_host_memory(devices[0]):
+                    placement.compute_bytes += whole_pages(traced.host_bytes)
                 if not placement.is_cpu:
                     placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
 

@@ -24,7 +24,6 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.core.transfer import HostBlock
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
@@ -53,7 +52,7 @@ def can_pipeline(weights: Weights) -> bool:
         weights.architecture.causal
         and len(set(used)) == len(used)
         and _ends_fit(weights)
-        and all(_reads_host_memory(weights.backends[device]) for device in used)
+        and not any(weights.backends[i].device.is_cpu or weights.backends[i].device.is_remote for i in used)
     )
 
 
@@ -61,13 +60,6 @@ def _ends_fit(weights: Weights) -> bool:
     """Return whether the first stage has the embeddings, and the last one the output head."""
     first, last = weights.stages[0], weights.stages[-1]
     return weights.embedding_devices == first.devices and weights.output_devices == last.devices
-
-
-def _reads_host_memory(backend: Backend) -> bool:
-    if backend.device.is_cpu:
-        return False
-    with HostBlock(1, [backend.device]) as block:
-        return backend.device in block.buffers
 
 
 def _finish(stages: Iterable[Stage], *, if_free: bool = False) -> None:

@@ -233,7 +233,7 @@ class Stage(Closing):
         """
         self._n_batch, self._n_slots = n_batch, n_slots
         StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0).close()
-        return self.group.arena_bytes()
+        return self.group.device_bytes()
 
     def key_of(self, batch: Batch) -> Key:
         """Return the sizes of the graph that computes a batch."""
