@@ -336,7 +336,13 @@ check_backend() {
     step="options"
     [ -n "$backend" ] || { [ ${#backend_flags[@]} = 0 ] || fail "the flags after -- are for --backend or --cuda"; return 0; }
     [ $mode = native ] || fail "--backend builds for this machine: it does not go with --portable"
-    case $backend in cpu | vulkan | rpc) fail "the $backend backend is built without --backend" ;; esac
+    case $backend in
+        cpu | vulkan | rpc) fail "the $backend backend is built without --backend" ;;
+        cuda)
+            nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+            command -v "$nvcc" >/dev/null || fail "no CUDA compiler ($nvcc); install CUDA's toolkit (package cuda-toolkit of" \
+                "NVIDIA's repository, nvidia-cuda-toolkit of Debian and Ubuntu), or set NVCC to its nvcc" ;;
+    esac
 }
 
 get_backend_tools() { # sets backend_id and remedy, and adds to backend_flags
@@ -359,10 +365,7 @@ get_backend_tools() { # sets backend_id and remedy, and adds to backend_flags
 }
 
 get_cuda_tools() {
-    local nvcc=${NVCC:-} toolkit major packages folder name file rpath='$ORIGIN' headers=""
-    [ -n "$nvcc" ] || nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-    command -v "$nvcc" >/dev/null || fail "no CUDA compiler ($nvcc); install CUDA's toolkit (package cuda-toolkit of NVIDIA's" \
-        "repository, nvidia-cuda-toolkit of Debian and Ubuntu), or set NVCC to its nvcc"
+    local toolkit major packages folder name file rpath='$ORIGIN' headers=""
     # nvcc in PATH may be a script that runs the one of the toolkit.
     toolkit=$("$nvcc" -dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
     toolkit=$(cd "${toolkit:-$(dirname "$nvcc")/..}" && pwd -P)
@@ -483,7 +486,6 @@ print(version().decode())' "$file" || return
 # Add the plug-in of --backend to $out. A line of BUILD says which plug-ins were added, and for which source.
 add_backend() {
     local file
-    get_backend_tools
     rm -rf "$out.tmp"; mkdir -p "$out.tmp"
     build_part "$backend" "plug-in $backend_id" "ggml-$backend" -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF "${backend_flags[@]}"
     step="install"
@@ -540,6 +542,7 @@ get_source
 [ $only_source = no ] || exit 0
 get_build_tools
 if [ -z "$backend" ]; then build_folder; else
+    get_backend_tools
     step="core"
     core=$(core_version) || fail "the core in $out cannot be loaded: build it again, without --backend"
     if [ -z "$core" ]; then build_folder; elif [ "$core" != "$GGML_VERSION" ]; then
