@@ -279,7 +279,17 @@ def test_build_script_refuses_another_tree(tmp_path):
 
 def test_build_script_prints_help():
     done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--cuda", "--backend", "--version", "--native", "--portable", "--arch", "--out", "VULKAN_SDK", "GGML_SOURCE_DIR"):
+    for option in (
+        "--cuda",
+        "--backend",
+        "--version",
+        "--native",
+        "--portable",
+        "--arch",
+        "--out",
+        "VULKAN_SDK",
+        "GGML_SOURCE_DIR",
+    ):
         assert option in done.stdout
 
 
