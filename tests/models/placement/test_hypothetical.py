@@ -152,7 +152,7 @@ def test_a_helper_of_the_cpu_holds_no_layers(path, monkeypatch):
     kinds = {"BLAS": ggml.DeviceType.ACCEL, "CPU": ggml.DeviceType.CPU}
     monkeypatch.setattr(HypotheticalDevice, "type", property(lambda device: kinds[device.name]))
     for split in ("layer", "data"):
-        with pytest.raises(ValueError, match=r"^BLAS only multiplies for the CPU and holds no layers: name GPUs or the"):
+        with pytest.raises(ValueError, match=r"^BLAS only multiplies for the CPU and holds no layers: name GPUs"):
             models.plan(path, ["BLAS:1G", "CPU:1G"], split)
 
 
