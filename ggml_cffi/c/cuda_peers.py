@@ -17,30 +17,36 @@ VARIABLE = "GGML_CUDA_P2P"
 SWITCH = "GGML_CFFI_CUDA_P2P"
 
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_result = ""
+_all_reach = False
+_state = ""
 
 
 def turn_on() -> None:
     """Set the variable if there are several CUDA devices that all reach one another, unless the user has set it."""
-    global _result
-    if VARIABLE in os.environ:
-        _result = f"on: ${VARIABLE} is set"
+    global _all_reach, _state
+    given = VARIABLE in os.environ
+    if not given and os.environ.get(SWITCH) == "0":
+        _state = f"off: ${SWITCH} is 0"
         return
-    if os.environ.get(SWITCH) == "0":
-        _result = f"off: ${SWITCH} is 0"
-        return
-    on, _result = _reachability()
-    if on:
-        os.environ[VARIABLE] = "1"
+    _all_reach, found = _reachability()
+    if _all_reach:
+        os.environ.setdefault(VARIABLE, "1")
+    if found:
+        _state = f"{'on' if given or _all_reach else 'off'}: {found}{f' (${VARIABLE} is set)' if given else ''}"
+
+
+def all_reach() -> bool:
+    """Return whether each CUDA device reads and writes the memory of all others, as ggml has set it up."""
+    return _all_reach
 
 
 def state() -> str:
     """Return in words whether peer access is on, and why; empty if no CUDA plug-in was loaded, or for one device."""
-    return _result
+    return _state
 
 
 def _reachability() -> tuple[bool, str]:
-    """Return whether all devices reach one another, and the result in words. The driver makes no context for this."""
+    """Return whether several devices all reach one another, and why. The driver makes no context for this."""
     import ctypes  # only CUDA needs it
 
     try:
@@ -55,10 +61,10 @@ def _reachability() -> tuple[bool, str]:
             _check(driver.cuDeviceGet(ctypes.byref(device), i))
         for i, j in permutations(range(n.value), 2):
             if not _reaches(driver, devices[i], devices[j]):
-                return False, f"off: CUDA device {i} cannot reach device {j}"
+                return False, f"CUDA device {i} cannot reach device {j}"
     except (OSError, AttributeError) as error:  # no driver, or not a complete one
-        return False, f"off: the driver does not tell whether devices reach one another ({error})"
-    return True, f"on: all {n.value} devices reach one another"
+        return False, f"the driver does not tell whether devices reach one another ({error})"
+    return True, f"all {n.value} devices reach one another"
 
 
 def _reaches(driver: Any, device: Any, peer: Any) -> bool:

@@ -24,7 +24,7 @@ import ggml_cffi as ggml
 from ggml_cffi.c import cuda_peers
 before = os.environ.get("GGML_CUDA_P2P")
 ggml.devices()
-print(json.dumps([before, os.environ.get("GGML_CUDA_P2P"), cuda_peers.state()]))
+print(json.dumps([before, os.environ.get("GGML_CUDA_P2P"), cuda_peers.state(), cuda_peers.all_reach()]))
 """
 
 
@@ -49,7 +49,9 @@ def compile_driver(core, **macros):
 
 def state(**env):
     """Return ggml's variable before and after the plug-in is loaded, and the state in words."""
-    return json.loads(run_python(_STATE, **env).stdout)
+    before, after, words, all_reach = json.loads(run_python(_STATE, **env).stdout)
+    assert all_reach == ("all 4 devices reach one another" in words)
+    return [before, after, words]
 
 
 def test_peer_access_is_on_where_all_devices_reach_one_another(core):
@@ -82,8 +84,13 @@ def test_it_is_off_if_the_driver_does_not_tell(core):
 @pytest.mark.parametrize("value", ["1", "0", ""])
 def test_the_variable_of_the_user_is_kept(core, value):
     """ggml looks only whether the variable is set."""
+    compile_driver(core)
+    words = "on: all 4 devices reach one another ($GGML_CUDA_P2P is set)"
+    assert state(GGML_CUDA_P2P=value) == [value, value, words]
+    assert state(GGML_CUDA_P2P=value, GGML_CFFI_CUDA_P2P="0") == [value, value, words]
     compile_driver(core, FROM=12, TO=11)
-    assert state(GGML_CUDA_P2P=value) == [value, value, "on: $GGML_CUDA_P2P is set"]
+    words = "on: CUDA device 2 cannot reach device 1 ($GGML_CUDA_P2P is set)"
+    assert state(GGML_CUDA_P2P=value) == [value, value, words]
 
 
 def test_the_switch_turns_it_off(core):
