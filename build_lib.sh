@@ -10,6 +10,7 @@ out=$root/ggml_cffi/lib
 cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
 python=${PYTHON:-python3}
 mode=native arch=$(uname -m) vulkan=auto use_cache=yes only_source=no zig_flags=()
+backend="" cuda_arch="" backend_flags=()
 # Zig's version, and the oldest glibc that a wheel runs with: the tag of the wheels says it too.
 zig=0.17.1 glibc=2.28
 # Zig's libraries do not run their destructors when they are closed, but at exit, so they must stay loaded.
@@ -21,9 +22,13 @@ usage() {
     cat <<USAGE
 usage: ./build_lib.sh [--version V] [--native | --portable [--arch A]] [--out FOLDER] [--no-vulkan] [--no-cache]
                       [--jobs N] [--source-only]
+       ./build_lib.sh --cuda [--cuda-arch LIST] [-- CMAKE FLAGS]
+       ./build_lib.sh --backend NAME [-- CMAKE FLAGS]
 
 Builds ggml into ggml_cffi/lib/: the core, the CPU backend, and the Vulkan and RPC
 backends as plug-ins that are loaded on first use. It is safe to run again.
+With --cuda or --backend, it adds the plug-in of another backend to that folder, and builds the
+rest only if the folder has no core. Later builds of the same version keep the plug-in.
 
   --version V    one of the versions in vendor/versions.txt (default: $default_version)
   --native       this machine's instructions (default)
@@ -32,6 +37,13 @@ backends as plug-ins that are loaded on first use. It is safe to run again.
   --arch A       with --portable on Linux, another processor: x86_64 or aarch64 (default: this machine's)
   --out FOLDER   the folder to fill (default: ggml_cffi/lib)
   --no-vulkan    build without the Vulkan plug-in
+  --backend NAME add another backend of ggml: cuda, hip, musa, sycl, opencl, cann, blas, metal, … It needs the backend's
+                 own development packages. The flags after -- are CMake's, such as -DGGML_BLAS_VENDOR=OpenBLAS
+  --cuda         the same as --backend cuda. It needs nvcc and cuBLAS, and uses NCCL where it is found; the libraries may
+                 be those of NVIDIA's packages from PyPI (nvidia-cublas, nvidia-nccl-cu13) in the Python of PYTHON
+  --cuda-arch LIST
+                 CMake's CMAKE_CUDA_ARCHITECTURES, such as "80-real;90-real" (default: the cards of this machine; without
+                 cards, all that ggml supports)
   --no-cache     build even if the cache has a build with the same content key
   --jobs N       parallel compiler jobs (default: $jobs)
   --source-only  fetch and verify the source into vendor/ggml/VERSION, build nothing
@@ -40,6 +52,7 @@ environment:
   GGML_SOURCE_DIR   a tree of that version of ggml to use instead of the download (verified like it)
   VULKAN_SDK        a Vulkan SDK to compile the shaders with
   CC, CXX           compilers (Zig is that of --portable on Linux)
+  NVCC              CUDA's compiler (default: nvcc of PATH, or of /usr/local/cuda/bin)
   PYTHON            the Python whose pip downloads the source and missing build tools (default: python3)
   GGML_CFFI_CACHE   folder of sources, tools and finished builds (default: \${XDG_CACHE_HOME:-~/.cache}/ggml_cffi)
 USAGE
@@ -52,6 +65,10 @@ while [ $# -gt 0 ]; do
         --arch) arch=${2:?--arch needs x86_64 or aarch64}; shift ;;
         --out) mkdir -p "${2:?--out needs a folder}"; out=$(cd "$2" && pwd); shift ;;
         --no-vulkan) vulkan=no ;;
+        --cuda) backend=cuda ;;
+        --cuda-arch) backend=cuda cuda_arch=${2:?--cuda-arch needs a list of architectures, such as 90-real}; shift ;;
+        --backend) backend=${2:?--backend needs a name, such as cuda}; shift ;;
+        --) shift; backend_flags=("$@"); break ;;
         --no-cache) use_cache=no ;;
         --source-only) only_source=yes ;;
         --jobs) jobs=${2:?--jobs needs a number}; shift ;;
@@ -69,10 +86,11 @@ sha256() { sha256sum "$@" 2>/dev/null || shasum -a 256 "$@"; }
 digest() { sha256 | cut -d' ' -f1; }
 
 # Run a long command quietly, and show the end of its log if it fails.
+remedy=""
 quietly() {
     local log=$1; shift
     mkdir -p "$(dirname "$log")"
-    "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; fail "$1 failed; whole log: $log"; }
+    "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; fail "$1 failed; whole log: $log${remedy:+; $remedy}"; }
 }
 
 # ---------------------------------------------------------------- source
@@ -313,6 +331,97 @@ get_vulkan_tools() {
     warn "building for the CPU only: found no glslc with cooperative matrices; install the Vulkan SDK and set VULKAN_SDK"
 }
 
+# ---------------------------------------------------------------- other backends
+check_backend() {
+    step="options"
+    [ -n "$backend" ] || { [ ${#backend_flags[@]} = 0 ] || fail "the flags after -- are for --backend or --cuda"; return 0; }
+    [ $mode = native ] || fail "--backend builds for this machine: it does not go with --portable"
+    case $backend in
+        cpu | vulkan | rpc) fail "the $backend backend is built without --backend" ;;
+        cuda)
+            nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+            command -v "$nvcc" >/dev/null || fail "no CUDA compiler ($nvcc); install CUDA's toolkit (package cuda-toolkit of" \
+                "NVIDIA's repository, nvidia-cuda-toolkit of Debian and Ubuntu), or set NVCC to its nvcc" ;;
+    esac
+}
+
+get_backend_tools() { # sets backend_id and remedy, and adds to backend_flags
+    step="$backend tools"
+    local known; known=$(cd "$source_dir/src" && ls -d ggml-*/ | sed 's|^ggml-||; s|/$||' | grep -vxE 'cpu|vulkan|rpc' | tr '\n' ' ')
+    [[ " $known" == *" $backend "* ]] || fail "ggml $GGML_VERSION has no backend $backend; it has: $known"
+    backend_id="${backend_flags[*]-}"
+    backend_flags=("-DGGML_$(tr '[:lower:]-' '[:upper:]_' <<<"$backend")=ON" ${backend_flags[@]+"${backend_flags[@]}"})
+    case $backend in
+        cuda) get_cuda_tools; return ;;
+        blas) remedy="install a BLAS, such as libopenblas-dev, and name it after --: -DGGML_BLAS_VENDOR=OpenBLAS" ;;
+        hip) remedy="install ROCm with hipcc, hipBLAS and rocBLAS" ;;
+        musa) remedy="install the MUSA toolkit" ;;
+        sycl) remedy="install Intel's oneAPI, load its setvars.sh, and set CC=icx CXX=icpx" ;;
+        opencl) remedy="install opencl-headers and ocl-icd-opencl-dev" ;;
+        cann) remedy="install Ascend's CANN toolkit, and load its set_env.sh" ;;
+        metal) remedy="it needs macOS with Xcode's command line tools" ;;
+        *) remedy="see the CMakeLists.txt in $source_dir/src/ggml-$backend for the packages that it needs" ;;
+    esac
+}
+
+get_cuda_tools() {
+    local toolkit major packages folder name file rpath='$ORIGIN' headers=""
+    # nvcc in PATH may be a script that runs the one of the toolkit.
+    toolkit=$("$nvcc" -dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+    toolkit=$(cd "${toolkit:-$(dirname "$nvcc")/..}" && pwd -P)
+    major=$("$nvcc" --version | sed -n 's/.* release \([0-9]*\)\..*/\1/p')
+    if [ -z "$cuda_arch" ]; then # such as 90-real, from a card's 9.0
+        cuda_arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+            sed -n 's/^\([0-9]*\)\.\([0-9]\) *$/\1\2-real/p' | sort -u | paste -sd ';' -) || true
+    fi
+    packages=$("$python" -c 'import nvidia; print(*nvidia.__path__, sep="\n")' 2>/dev/null) || true
+    cuda_folders=("$toolkit"/lib64 "$toolkit"/targets/*/lib)
+    while read -r folder; do cuda_folders+=("$folder"/*/lib); done <<<"$packages"
+    while read -r folder; do cuda_folders+=("$folder"); done < <(tr : '\n' <<<"${LD_LIBRARY_PATH:-}"; echo /usr/local/nvidia/lib64)
+
+    backend_flags=("-DCMAKE_CUDA_COMPILER=$toolkit/bin/nvcc" "-DCMAKE_CUDA_HOST_COMPILER=$(command -v "$CXX")" "-DCUDAToolkit_ROOT=$toolkit"
+        "${backend_flags[@]}")
+    [ -z "$cuda_arch" ] || backend_flags+=("-DCMAKE_CUDA_ARCHITECTURES=$cuda_arch")
+    file=$(cuda_library libcuda.so.1 libcuda.so stubs/libcuda.so) || fail "no libcuda.so.1; install NVIDIA's driver, or on a" \
+        "machine without a card the toolkit's stub of it (package cuda-driver-dev)"
+    backend_flags+=("-DCUDA_cuda_driver_LIBRARY=$file")
+    for name in cudart cublas cublasLt nccl; do
+        file=$(cuda_library "lib$name.so.$major" "lib$name.so" "lib$name.so.2") || case $name in
+            nccl)
+                warn "no NCCL (package libnccl-dev, or nvidia-nccl-cu$major of PyPI): ggml adds up the numbers of several cards itself"
+                backend_flags+=(-DGGML_CUDA_NCCL=OFF); break ;;
+            *) fail "no lib$name.so.$major; install it (package cuda-libraries-dev of NVIDIA's repository, or from PyPI:" \
+                "$python -m pip install nvidia-cublas)" ;;
+        esac
+        folder=$(dirname "$file")
+        case $name in
+            nccl) backend_flags+=("-DNCCL_LIBRARY=$file"); backend_id+=" nccl"
+                [ ! -d "$folder/../include" ] || backend_flags+=("-DNCCL_INCLUDE_DIR=$folder/../include") ;;
+            *) backend_flags+=("-DCUDA_${name}_LIBRARY=$file") ;;
+        esac
+        # The plug-in looks there again when it is loaded. Headers of a package come behind those of the toolkit.
+        case $folder in /lib | /lib/* | /usr/lib | /usr/lib/*) continue ;; esac
+        [[ ";$rpath;" == *";$folder;"* ]] || rpath+=";$folder"
+        [[ $folder == "$toolkit"/* || ! -d $folder/../include || $headers == *"$folder/"* ]] || headers+=" -isystem $folder/../include"
+    done
+    backend_flags+=("-DCMAKE_INSTALL_RPATH=$rpath" "-DCMAKE_CUDA_FLAGS=$headers" "-DCMAKE_CXX_FLAGS=$headers")
+    backend_id+=" $rpath $cuda_arch $("$nvcc" --version | digest)"
+    remedy="if a header is missing, install the package of its library's development files"
+    say "CUDA $("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p') of $toolkit, for ${cuda_arch:-all architectures that ggml supports}"
+}
+
+# Print the path of a library of CUDA's toolkit, of Python's packages or of the system. CMake would look for libNAME.so,
+# which packages lack.
+cuda_library() { # names of its file, the preferred first
+    local name folder file
+    for name; do
+        for folder in "${cuda_folders[@]}"; do [ ! -e "$folder/$name" ] || { echo "$folder/$name"; return; }; done
+        file=$(ldconfig -p 2>/dev/null | awk -v file="$name" '$1 == file { print $NF; exit }')
+        [ -z "$file" ] || { echo "$file"; return; }
+    done
+    return 1
+}
+
 # ---------------------------------------------------------------- build
 common=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF -DGGML_CCACHE=OFF
     -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_WITH_INSTALL_RPATH=ON '-DCMAKE_INSTALL_RPATH=$ORIGIN')
@@ -363,32 +472,82 @@ collect() { # build tree, destination
     done
 }
 
+# ---------------------------------------------------------------- the folder
+core_version() { # of the core in $out, which must run on this machine; nothing without one
+    local file
+    for file in "$out"/libggml-base.so.0 "$out"/libggml-base.0.dylib; do
+        [ ! -f "$file" ] || "$python" -c 'import ctypes, sys
+version = ctypes.CDLL(sys.argv[1]).ggml_version
+version.restype = ctypes.c_char_p
+print(version().decode())' "$file" || return
+    done
+}
+
+# Add the plug-in of --backend to $out. A line of BUILD says which plug-ins were added, and for which source.
+add_backend() {
+    local file
+    rm -rf "$out.tmp"; mkdir -p "$out.tmp"
+    build_part "$backend" "plug-in $backend_id" "ggml-$backend" -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF "${backend_flags[@]}"
+    step="install"
+    { grep -v "^$backend " "$out/BUILD" 2>/dev/null || true; sed "s/\$/ added $tree_sha256/" "$out.tmp/BUILD"; } >"$out.tmp/BUILD.new"
+    # A process may have the file of an earlier build open: the new one takes its name, not its place.
+    for file in "$out.tmp"/libggml-*; do mv "$file" "$out/"; done
+    mv "$out.tmp/BUILD.new" "$out/BUILD"; rm -rf "$out.tmp"
+}
+
+# Copy the plug-ins that were added to $out, unless they are of another source.
+keep_added() {
+    local name built added tree file
+    [ ! -f "$out/BUILD" ] || while read -r name built added tree; do
+        [ "$added" = added ] || continue
+        if [ "$tree" != "$tree_sha256" ]; then
+            warn "the $name plug-in is of another version of ggml and was left out: build it again with --backend $name"; continue
+        fi
+        for file in "$out/libggml-$name".*; do cp "$file" "$out.tmp/"; done
+        echo "$name $built added $tree" >>"$out.tmp/BUILD"
+    done <"$out/BUILD"
+}
+
+build_folder() {
+    step="prepare"
+    rm -rf "$out.tmp"; mkdir -p "$out.tmp"
+    if [ $mode = native ]; then
+        cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
+        native=(-DGGML_NATIVE=ON)
+        # ggml 0.25.3's code for AMX ends the process with a general protection fault.
+        no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
+        build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
+        plugin_id="plug-in"
+    else
+        portable_id="portable $arch $glibc $zig_link"
+        plugin_id="$portable_id $(digest <"$root/vendor/vulkan_loader.c")"
+        build_part core "$portable_id" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
+        [ ${#zig_flags[@]} = 0 ] || echo "platform manylinux_${glibc/./_}_$arch" >>"$out.tmp/BUILD"
+    fi
+    plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF ${zig_flags[@]+"${zig_flags[@]}"})
+    build_part rpc "$plugin_id" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
+    [ $vulkan = no ] || get_vulkan_tools
+    [ $vulkan = no ] || build_part vulkan "$plugin_id $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
+    step="install"
+    # Copies of ggml, such as those in a wheel, have its licence.
+    for file in "$source_dir"/LICENSE "$source_dir"/../LICENSE; do [ ! -f "$file" ] || { cp "$file" "$out.tmp/LICENSE.ggml"; break; }; done
+    keep_added
+    rm -rf "$out"; mv "$out.tmp" "$out"
+}
+
+check_backend
 read_pin
 get_source
 [ $only_source = no ] || exit 0
 get_build_tools
-step="prepare"
-rm -rf "$out.tmp"; mkdir -p "$out.tmp"
-if [ $mode = native ]; then
-    cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
-    native=(-DGGML_NATIVE=ON)
-    # ggml 0.25.3's code for AMX ends the process with a general protection fault.
-    no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-    if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
-    build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
-    plugin_id="plug-in"
-else
-    portable_id="portable $arch $glibc $zig_link"
-    plugin_id="$portable_id $(digest <"$root/vendor/vulkan_loader.c")"
-    build_part core "$portable_id" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
-    [ ${#zig_flags[@]} = 0 ] || echo "platform manylinux_${glibc/./_}_$arch" >>"$out.tmp/BUILD"
+if [ -z "$backend" ]; then build_folder; else
+    get_backend_tools
+    step="core"
+    core=$(core_version) || fail "the core in $out cannot be loaded: build it again, without --backend"
+    if [ -z "$core" ]; then build_folder; elif [ "$core" != "$GGML_VERSION" ]; then
+        fail "the core in $out is of ggml $core: give --version $core, or build $GGML_VERSION first, without --backend"
+    fi
+    add_backend
 fi
-plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF ${zig_flags[@]+"${zig_flags[@]}"})
-build_part rpc "$plugin_id" ggml-rpc -- "${plugin[@]}" -DGGML_RPC=ON
-[ $vulkan = no ] || get_vulkan_tools
-[ $vulkan = no ] || build_part vulkan "$plugin_id $vulkan_id" ggml-vulkan -- "${plugin[@]}" -DGGML_VULKAN=ON "${vulkan_flags[@]}"
-step="install"
-# Copies of ggml, such as those in a wheel, have its licence.
-for file in "$source_dir"/LICENSE "$source_dir"/../LICENSE; do [ ! -f "$file" ] || { cp "$file" "$out.tmp/LICENSE.ggml"; break; }; done
-rm -rf "$out"; mv "$out.tmp" "$out"
 say "done: $(cd "$out" && ls | tr '\n' ' ')"

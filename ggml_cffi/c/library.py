@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from ggml_cffi.c import log, versions
+from ggml_cffi.c import cuda_peers, log, versions
 from ggml_cffi.c._decl import VERSIONS, ffi
 from ggml_cffi.c.places import (
     PREFIX,
@@ -397,6 +397,8 @@ def _open_plugin(name: str, file: str) -> Plugin:
         library = _dlopen(file)  # raises with the reason, which ggml's own loader would only log
     except (OSError, LibraryMismatchError) as error:
         return Plugin(name, file, reason=re.sub("^cannot load library '[^']*': ", "", str(error)))
+    if name == "cuda":
+        cuda_peers.turn_on()
     quiet = log.without_missing_devices() if name == "vulkan" else nullcontext()
     with log.captured() as messages, quiet:
         registered = _loaded["ggml"].ggml_backend_load(os.fsencode(file))

@@ -10,7 +10,7 @@ from ggml_cffi.cli._output import progress_bar
 if TYPE_CHECKING:
     from ggml_cffi.models import Model
 
-_DEVICES_HELP = "names, separated by commas (default: every GPU, then the CPU)"
+DEVICES_HELP = "names, PCI ids or positions, separated by commas (default: every GPU, then the CPU)"
 _RESERVE_HELP = "free memory of each GPU to leave free, such as 1G (default: 512M, less on GPUs with less than 8G free)"
 
 
@@ -28,7 +28,7 @@ def add_placement_arguments(
     *,
     repeat_devices: bool = False,
     model_help: str = "a GGUF file",
-    devices_help: str = _DEVICES_HELP,
+    devices_help: str = DEVICES_HELP,
 ) -> None:
     """Add the arguments for the model file and its placement on devices."""
     command.add_argument("model", help=model_help)

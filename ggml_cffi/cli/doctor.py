@@ -162,6 +162,11 @@ def _devices(found: Diagnosis) -> Iterator[str]:
         memory = (size(device.memory_free), size(device.memory_total))
         rows.append((device.name, device.type, *memory, _features(device), device.description))
     yield from (f"  {line}" for line in table(rows, right=(2, 3)).splitlines())
+    for device in found.devices:
+        if device.same_card_as:
+            yield f"  -    {device.name} is the card of {device.same_card_as}, and is used only if it is named"
+    if found.peer_access:
+        yield f"  -    CUDA peer access is {found.peer_access}"
 
 
 def _features(device: DeviceFacts) -> str:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ggml_cffi.cli._model_args import add_reserve_argument, parse_devices
+from ggml_cffi.cli._model_args import DEVICES_HELP, add_reserve_argument, parse_devices
 from ggml_cffi.cli._output import progress_bar
 from ggml_cffi.core.text import to_json
 
@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
     command.add_argument("-o", "--output", metavar="FILE", help="a .npy file to write (default: lines of JSON)")
     command.add_argument("--pooling", help="mean, cls or last (default: the pooling that the model was trained with)")
     command.add_argument("--raw", action="store_true", help="do not normalize the vectors to length 1")
-    command.add_argument("--devices", help="names, separated by commas (default: every GPU, then the CPU)")
+    command.add_argument("--devices", help=DEVICES_HELP)
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     add_reserve_argument(command)
     command.set_defaults(run=_embed)

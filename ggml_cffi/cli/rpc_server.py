@@ -16,7 +16,10 @@ def register(commands: Any) -> None:
     command = commands.add_parser("rpc-server", help="offer this machine's devices to another machine")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=50052, help="0 for a free one (default: %(default)s)")
-    command.add_argument("--devices", help="names, separated by commas (default: every GPU, or the CPU without one)")
+    command.add_argument(
+        "--devices",
+        help="names, PCI ids or positions, separated by commas (default: every GPU, else the CPU)",
+    )
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     command.add_argument("--cache", help="folder that keeps large tensors, so that they need not be sent again")
     command.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input ends")

@@ -209,7 +209,7 @@ class Context(Handle):
     def keeps_f32(self, rows: int, matrices: int) -> bool:
         """Return whether all devices of this context multiply F32 operands of these sizes without rounding them."""
         if self._devices is None:
-            self._devices = tuple(devices())
+            self._devices = tuple(devices(all=True))
         return all(keeps_f32(device, rows, matrices) for device in self._devices)
 
     def use(self, other: Context) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ggml_cffi import c
 from ggml_cffi.c import library
+from ggml_cffi.core.device_choice import default_gpus, find, other_views, pci_address
 from ggml_cffi.core.locks import DeviceLock, Lock, RemoteLock
 from ggml_cffi.enums import BackendDevType
 from ggml_cffi.errors import GgmlError
@@ -41,7 +42,8 @@ def device_lock(pointer: Any) -> Lock:
     """Return the lock of the device at a C pointer.
 
     Backends of one GPU share a staging buffer for transfers, which ggml does not guard. Remote devices of one server
-    share its lock, which raises if the server is lost.
+    share its lock, which raises if the server is lost. Two plug-ins that reach one card share nothing: each of the two
+    devices has its own lock, and the driver orders their work.
     """
     lock = _transfer_locks.get(pointer)
     if lock is None:
@@ -49,6 +51,8 @@ def device_lock(pointer: Any) -> Lock:
             lock = _transfer_locks.setdefault(pointer, DeviceLock())
     return lock
 
+
+_pci_ids: dict[Any, str | None] = {}  # by C pointer
 
 _ORDER = {DeviceType.GPU: 0, DeviceType.IGPU: 1, DeviceType.META: 2, DeviceType.ACCEL: 3, DeviceType.CPU: 4}
 
@@ -115,13 +119,14 @@ class Device:
         return self.type is DeviceType.CPU
 
     @property
+    def is_gpu(self) -> bool:
+        """True for a GPU, integrated or not. Helpers of the CPU (``ACCEL``), such as BLAS, are none."""
+        return self.type in (DeviceType.GPU, DeviceType.IGPU)
+
+    @property
     def is_remote(self) -> bool:
         """True for a device of a server; see :mod:`ggml_cffi.rpc`."""
         return self.ptr in _remote
-
-    def is_called(self, name: str) -> bool:
-        """Return whether ``name`` is the device's name, in any case, with ``rpc://`` or without."""
-        return self.name.lower() in (name.lower(), f"rpc://{name.lower()}")
 
     def memory(self) -> Memory:
         """Return the free and total memory now, in bytes. Two logical devices of one GPU both report the whole GPU.
@@ -136,8 +141,10 @@ class Device:
     @property
     def pci_id(self) -> str | None:
         """PCI address such as ``"0000:c1:00.0"``, None without one."""
-        text = self._props().device_id
-        return c.ffi.string(text).decode() if text else None
+        if self.ptr not in _pci_ids:  # C asks the driver for the memory too, each time
+            text = self._props().device_id
+            _pci_ids[self.ptr] = c.ffi.string(text).decode() if text else None
+        return _pci_ids[self.ptr]
 
     @property
     def capabilities(self) -> Capabilities:
@@ -167,7 +174,7 @@ class Device:
         return f"<Device {self.name}: {self.description}>"
 
 
-#: A device: the object, its name, or its position in :func:`devices`.
+#: A device: the object, a text that :func:`device` finds, or its position in :func:`devices`.
 DeviceLike = Device | str | int
 #: One device, or several, the preferred first.
 DevicesLike = DeviceLike | Iterable[DeviceLike]
@@ -220,37 +227,49 @@ def load_backends(names: Collection[str]) -> None:
         library.load_plugins(names)
 
 
-def devices() -> list[Device]:
-    """Return all devices: GPUs in the driver's order, then connected remote devices, the CPU last.
+def devices(*, all: bool = False) -> list[Device]:  # noqa: A002 - the function is not used here
+    """Return the devices: GPUs in the driver's order, then connected remote devices, the CPU last.
 
-    The first call loads ggml's plug-ins; see :func:`load_backends`. Without one, only the CPU and connected remote
-    devices are listed.
+    A card that several backends show is one device, that of the best backend: CUDA, then others such as HIP and SYCL,
+    then Vulkan. The first call loads ggml's plug-ins; see :func:`load_backends`. Without one, only the CPU and
+    connected remote devices are listed.
+
+    Parameters
+    ----------
+    all
+        True to list such a card once for each backend. Each of these devices can be used by its name.
 
     Raises
     ------
     ValueError
         If the environment variable ``GGML_CFFI_BACKENDS`` names a plug-in that is not there.
     """
+    found, views = _listed()
+    return found if all else [d for d in found if d not in views]
+
+
+def same_cards() -> dict[Device, Device]:
+    """Return the devices that only ``devices(all=True)`` lists, each with the device of its card to use instead."""
+    return _listed()[1]
+
+
+def _listed() -> tuple[list[Device], dict[Device, Device]]:
+    """Return all devices, and :func:`same_cards`."""
     with registry_lock:
         library.load_plugins()
         found = [Device(c.ggml_backend_dev_get(i)) for i in range(c.ggml_backend_dev_count())]
         found += [Device(pointer) for pointer, remote in _remote.items() if remote.lock.usable]
-    return sorted(found, key=lambda d: _ORDER[d.type])
+    found.sort(key=lambda d: _ORDER[d.type])
+    return found, other_views(found)
 
 
 def gpus() -> list[Device]:
     """Return every GPU in the order of :func:`devices`: the default wherever no devices are named.
 
-    Remote devices that were connected are among them. The CPU and its helpers (``ACCEL``) are not. If two plug-ins
-    reach one GPU, the device of the first is returned, as llama.cpp does.
+    Remote devices that were connected are among them. Integrated GPUs are returned if there are no others, since their
+    memory is the host's. The CPU and its helpers (``ACCEL``, such as BLAS) are not: a helper takes part if it is named.
     """
-    found = [d for d in devices() if d.type in (DeviceType.GPU, DeviceType.IGPU)]
-    local = {d: d.backend_name for d in found if not d.is_remote}
-    if len(set(local.values())) < 2:
-        return found
-    first: dict[str, str] = {}  # the backend that reaches a GPU first: it may list the GPU several times on purpose
-    chosen = {d: first.setdefault(address, name) for d, name in local.items() if (address := d.pci_id)}
-    return [d for d in found if d not in chosen or chosen[d] == local[d]]
+    return default_gpus(devices())
 
 
 def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:
@@ -286,20 +305,30 @@ _FOREIGN = re.compile(
 
 
 def is_remote_name(name: str) -> bool:
-    """Return whether ``name`` is that of a remote device (``host:port``), and not another library's (``cuda:0``)."""
-    return ":" in name and not _FOREIGN.fullmatch(name)
+    """Return whether ``name`` is a remote device's (``host:port``), not a PCI id or another library's (``cuda:0``)."""
+    return ":" in name and not _FOREIGN.fullmatch(name) and pci_address(name) is None
 
 
 def device(which: DeviceLike) -> Device:
-    """Return the device of a name (in any case), or at a position of :func:`devices`.
+    """Return the device of a name, a PCI id, a part of its hardware's name, or a position. Case does not matter.
 
-    A name ``rpc://host:port`` (or ``host:port``) is the first device of a server there, and ``rpc://host:port/1`` its
-    second. The server is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`.
+    Parameters
+    ----------
+    which
+        One of these:
+
+        - ggml's name, such as ``"Vulkan0"``, of any device of ``devices(all=True)``;
+        - a PCI id, ``"0000:41:00.0"`` or ``"41:00.0"``;
+        - a part of the hardware's name, such as ``"4090"``, if it fits one device only;
+        - a position in :func:`devices`, as a number or as text;
+        - ``"rpc://host:port"`` (or ``"host:port"``), the first device of a server there, and ``"rpc://host:port/1"``
+          its second. The server is connected if it is not yet; see :func:`ggml_cffi.rpc.connect`;
+        - a :class:`Device`, which is returned.
 
     Raises
     ------
     ValueError
-        If there is no such device. The message lists the devices of this machine.
+        If there is no such device, or several fit. The message lists the devices of this machine, or those that fit.
     RemoteError
         If there is no server, or it cannot be used.
     """
@@ -311,17 +340,16 @@ def device(which: DeviceLike) -> Device:
     if isinstance(which, str) and which.upper() == "CPU":
         with registry_lock:
             return Device(c.ggml_backend_dev_by_type(DeviceType.CPU))
-    known = devices()
-    if isinstance(which, str):
-        for found in known:
-            if found.name.lower() == which.lower():
-                return found
-    elif not isinstance(which, int):
+    if not isinstance(which, str | int):
         raise TypeError(f"a device is given by its name, position or Device object, not {which!r}")
-    elif 0 <= which < len(known):
-        return known[which]
-    names = ", ".join(f"{d.name} ({d.description})" for d in known)
-    hint = ""
-    if isinstance(which, str) and _FOREIGN.fullmatch(which):
-        hint = ": use these names, or name no device for every GPU"
+    every, views = _listed()
+    known = [d for d in every if d not in views]
+    position = int(which) if isinstance(which, int) or which.isdecimal() else -1
+    if 0 <= position < len(known):
+        return known[position]
+    foreign = isinstance(which, str) and _FOREIGN.fullmatch(which)
+    if isinstance(which, str) and not foreign and (found := find(which, known, list(views))):
+        return found
+    names = ", ".join(f"{d.name} ({d.description})" for d in every)
+    hint = ": use these names, or name no device for every GPU" if foreign else ""
     raise ValueError(f"there is no device {which!r}; this machine has {names}{hint}; {library.ADVICE}")

@@ -12,9 +12,9 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from ggml_cffi import c
-from ggml_cffi.c import library, versions
+from ggml_cffi.c import cuda_peers, library, versions
 from ggml_cffi.c.library import Plugin, RefusedPlace
-from ggml_cffi.core.device import Capabilities, Device, device, devices, gpus
+from ggml_cffi.core.device import Capabilities, Device, device, devices, gpus, same_cards
 from ggml_cffi.core.threads import default_threads
 from ggml_cffi.core.vulkan_setup import VulkanSetup, find_vulkan
 from ggml_cffi.errors import LibraryNotFoundError
@@ -66,6 +66,8 @@ class DeviceFacts:
     """Memory in bytes."""
     pci_id: str | None
     """PCI address, None without one."""
+    same_card_as: str | None
+    """Name of the device of the same card, by a better backend, that is used instead; None without one."""
     capabilities: Capabilities
     """Abilities besides computing."""
     features: Mapping[str, str]
@@ -111,6 +113,8 @@ class Diagnosis:
     devices: tuple[DeviceFacts, ...]
     gpus: tuple[str, ...]
     """Names of the GPUs that are used where no device is named."""
+    peer_access: str
+    """State of the access of CUDA devices to one another; empty if it does not matter here."""
     cpu: CpuFacts | None
     """The CPU backend, None without a core."""
     python: PythonFacts
@@ -138,11 +142,13 @@ def collect(
     plugins: list[Plugin] = []
     found: list[Device] = []
     used: list[Device] = []
+    views: dict[Device, Device] = {}
     error = ""
     if facts.version:
         found = [device("CPU")]
         try:
-            found, used, plugins = devices(), gpus(), library.plugins()
+            found, used, plugins = devices(all=True), gpus(), library.plugins()
+            views = same_cards()
         except ValueError as raised:  # GGML_CFFI_BACKENDS has an unknown name
             error = str(raised).removesuffix(f"; {library.ADVICE}")
     reports = vulkan_features(message for plugin in plugins for message in plugin.messages)
@@ -151,8 +157,9 @@ def collect(
         tuple(_with_crash(plugin, crashes or {}) for plugin in plugins),
         error,
         find_vulkan(environ, root, load_drivers=crashes is None),
-        tuple(_device(d, reports) for d in found),
+        tuple(_device(d, views.get(d), reports) for d in found),
         tuple(d.name for d in used),
+        cuda_peers.state(),
         _cpu() if facts.version else None,
         _python(),
         {name: value for name, value in sorted(environ.items()) if name.startswith(_PREFIXES) or name in _NAMES},
@@ -200,7 +207,7 @@ def _library() -> LibraryFacts:
     )
 
 
-def _device(found: Device, reports: Mapping[str, tuple[dict[str, str], bool]]) -> DeviceFacts:
+def _device(found: Device, better: Device | None, reports: Mapping[str, tuple[dict[str, str], bool]]) -> DeviceFacts:
     memory = found.memory()
     features, emulated = reports.get(found.name, ({}, False))
     return DeviceFacts(
@@ -211,6 +218,7 @@ def _device(found: Device, reports: Mapping[str, tuple[dict[str, str], bool]]) -
         memory.free,
         memory.total,
         found.pci_id,
+        better.name if better else None,
         found.capabilities,
         features,
         emulated,

@@ -35,7 +35,7 @@ def ggml_vulkan_available() -> bool:
 
 def ggml_vulkan_device_count() -> int:
     """Return the number of Vulkan devices, 0 without Vulkan."""
-    return sum(d.name.startswith("Vulkan") for d in core_device.devices())
+    return sum(d.name.startswith("Vulkan") for d in core_device.devices(all=True))
 
 
 def _vulkan(i: int) -> Device:

@@ -84,7 +84,7 @@ class MetaDevice(Closing):
             raise ValueError(f"{len(self.devices)} devices; a meta device has 1 to {c.GGML_BACKEND_META_MAX_DEVICES}")
         if len(set(self.devices)) < len(self.devices):
             raise ValueError(f"a device is listed twice: {', '.join(d.name for d in self.devices)}")
-        if any(d.is_cpu for d in self.devices):
+        if not all(d.is_gpu for d in self.devices):
             raise ValueError("ggml's meta device ends the process with the CPU as one of its devices: name GPUs only")
         for found in self.devices:
             check_process(found)

@@ -232,9 +232,15 @@ def check_devices(devices: Sequence[Device]) -> None:
         raise ValueError(f"tensor parallelism needs a device, and there is no GPU: use ['CPU'], alone; {ADVICE}")
     if len(set(devices)) < len(devices):
         raise ValueError(f"a device is listed twice: {', '.join(d.name for d in devices)}")
-    if len(devices) > 1 and any(d.is_cpu for d in devices):
+    if len(devices) > 1 and not all(d.is_gpu for d in devices):
         raise ValueError(
             "the CPU cannot share layers with others, because GPUs would wait for it: name GPUs only, or the CPU alone"
+        )
+    if len(backends := list(dict.fromkeys(d.backend_name for d in devices))) > 1:
+        raise ValueError(
+            f"{', '.join(d.name for d in devices)} are of several backends ({', '.join(backends)}), whose memory and "
+            "events are not shared, so every sum would go through the host: name devices of one backend, or use "
+            "split='layer'"
         )
 
 

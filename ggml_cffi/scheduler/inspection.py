@@ -8,6 +8,7 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
+from ggml_cffi.core.device_choice import find
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
@@ -58,8 +59,9 @@ class SchedulerInspection(Handle):
         ValueError
             If there is none.
         """
+        device = find(backend, [b.device for b in self.backends]) if isinstance(backend, str) else None
         for b in self.backends:
-            if b is backend or b.ptr == backend or (isinstance(backend, str) and b.device.is_called(backend)):
+            if b is backend or b.ptr == backend or b.device == device:
                 return b
         raise ValueError(f"{backend!r} is not one of this scheduler's: {', '.join(b.name for b in self.backends)}")
 

@@ -9,7 +9,6 @@ from ggml_cffi import c
 from ggml_cffi.c import library
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.device import DeviceType
 from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
@@ -99,7 +98,7 @@ def _start_without_waiting(
         copies[-1] = copies[-1] or any(src and src not in known for src in p.src)
     prepared.restore()
     idle = [p for p, copied in zip(first[1:], copies[1:], strict=True) if not copied]
-    idle = [p for p in idle if placements.pinned[p].device.type is DeviceType.GPU and p.op not in _ALL_OPERANDS]
+    idle = [p for p in idle if placements.pinned[p].device.is_gpu and p.op not in _ALL_OPERANDS]
     prepared.add_operands(dict(zip(idle, unread_tensors(len(idle)), strict=True)))
     placements.pinned |= dict.fromkeys(prepared.added.values(), backends[-1])
 

@@ -15,6 +15,7 @@ from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device, DevicesLike
+from ggml_cffi.core.device_choice import find
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.precision import as_prec
@@ -228,8 +229,9 @@ class Session(Closing):
         backends = self.backends
         if on is None:
             return backends[0]
+        found = find(on, [b.device for b in backends]) if isinstance(on, str) else on
         for b in backends:
-            if on == b.device or (isinstance(on, str) and b.device.is_called(on)):
+            if found == b.device:
                 return b
         raise ValueError(f"{on!r} is not one of this session's devices: {', '.join(b.name for b in backends)}")
 

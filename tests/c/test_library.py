@@ -239,6 +239,11 @@ def test_messages_of_the_library_reach_logging():
         (["--source-only"], {"GGML_SOURCE_DIR": "."}, "holds no CMakeLists.txt"),
         (["--version", "0.19.0"], {}, "0.19.0 is not in vendor/versions.txt, which has: 0.20.2 0.25.3 0.27.0"),
         (["--version", "0.27.0"], {}, "of ggml 0.27.0 there are only headers"),
+        (["--cuda"], {"NVCC": "/no/nvcc"}, "no CUDA compiler (/no/nvcc); install CUDA's toolkit (package cuda-toolkit"),
+        (["--cuda-arch", "90-real"], {"NVCC": "/no/nvcc"}, "no CUDA compiler"),
+        (["--backend", "vulkan"], {}, "the vulkan backend is built without --backend"),
+        (["--portable", "--backend", "blas"], {}, "--backend builds for this machine"),
+        (["--native", "--", "-DGGML_BLAS=ON"], {}, "the flags after -- are for --backend"),
     ],
 )
 def test_the_build_script_names_the_error(arguments, env, message):
@@ -274,7 +279,17 @@ def test_build_script_refuses_another_tree(tmp_path):
 
 def test_build_script_prints_help():
     done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
-    for option in ("--version", "--native", "--portable", "--arch", "--out", "VULKAN_SDK", "GGML_SOURCE_DIR"):
+    for option in (
+        "--cuda",
+        "--backend",
+        "--version",
+        "--native",
+        "--portable",
+        "--arch",
+        "--out",
+        "VULKAN_SDK",
+        "GGML_SOURCE_DIR",
+    ):
         assert option in done.stdout
 
 

@@ -21,6 +21,7 @@ try:
     names = [d.name for d in ggml.devices()]
     print(json.dumps({
         "devices": {d.name: d.type.name for d in ggml.devices()},
+        "all": [d.name for d in ggml.devices(all=True)],
         "gpus": [d.name for d in gpus()],
         "plugins": {p.name: p.reason for p in library.plugins()},
         "loaded": [p.name for p in library.plugins() if p.loaded],
@@ -136,8 +137,121 @@ def test_a_gpu_that_two_plugins_reach_is_used_once(core):
     compile_stub(core / "libggml-sycl.so", ADDRESS="0000:02:00.0")
     compile_stub(core / "libggml-hip.so")
     found, _ = listing(core)
-    assert set(found["devices"]) == {"CUDA0", "HIP0", "SYCL0", "OPENCL0", "CPU"}
+    assert list(found["devices"]) == ["CUDA0", "HIP0", "SYCL0", "CPU"]
+    assert found["all"] == ["CUDA0", "HIP0", "SYCL0", "OPENCL0", "CPU"]
     assert found["gpus"] == ["CUDA0", "HIP0", "SYCL0"]
+
+
+@pytest.mark.parametrize("address", ["0000:01:00.0", None])
+def test_logical_devices_of_one_backend_are_two_devices(core, address):
+    macros = {"DEVICES": 2} | ({"ADDRESS": address} if address else {})
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", **macros)
+    found, _ = listing(core)
+    assert found["gpus"] == ["Vulkan0", "Vulkan1"]
+    compile_stub(core / "libggml-cuda.so", **macros)
+    found, _ = listing(core)
+    assert found["all"] == ["CUDA0", "CUDA1", "Vulkan0", "Vulkan1", "CPU"]
+    assert found["gpus"] == (["CUDA0", "CUDA1"] if address else ["CUDA0", "CUDA1", "Vulkan0", "Vulkan1"])
+
+
+def test_integrated_gpus_take_part_only_without_others_or_by_name(core):
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", TYPE=2)
+    found, _ = listing(core)
+    assert found["devices"] == {"Vulkan0": "IGPU", "CPU": "CPU"}
+    assert found["gpus"] == ["Vulkan0"]
+    compile_stub(core / "libggml-sycl.so")
+    found, _ = listing(core)
+    assert found["devices"] == {"SYCL0": "GPU", "Vulkan0": "IGPU", "CPU": "CPU"}
+    assert found["gpus"] == ["SYCL0"]
+
+
+_CHOOSE = """
+import json, os
+import ggml_cffi as ggml
+from ggml_cffi.parallel import TensorParallel
+from ggml_cffi.rpc.server import serve
+found = {}
+for text in json.loads(os.environ["TEXTS"]):
+    try:
+        found[text] = ggml.device(text).name
+    except Exception as error:
+        found[text] = f"{type(error).__name__}: {error}"
+    # The stubs cannot be opened: the messages name the device that each entry point has found.
+    for use in (lambda d: ggml.Session([d]), lambda d: TensorParallel([d]), lambda d: serve([d], port=-1)):
+        try:
+            use(text)
+        except Exception as error:
+            found.setdefault(f"{text} in use", []).append(str(error))
+print(json.dumps(found))
+"""
+
+
+def choosing(core, *texts):
+    """Return the devices that texts find in a new process, and the messages of entry points that take them."""
+    compile_stub(core / "libggml-rpc.so", DEVICES=0)
+    env = {"GGML_CFFI_LIBRARY_PATH": str(core), "GGML_BACKEND_PATH": "", "TEXTS": json.dumps(texts)}
+    return json.loads(run_python(_CHOOSE, **env).stdout)
+
+
+def test_every_entry_point_finds_a_device_by_name_address_hardware_and_position(core):
+    compile_stub(core / "libggml-cuda.so", ADDRESS="0000:0a:00.0", DESCRIPTION="NVIDIA H200")
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", ADDRESS="0000:0a:00.0", DESCRIPTION="NVIDIA H200")
+    compile_stub(core / "libggml-sycl.so", ADDRESS="0001:0a:00.0", DESCRIPTION="Intel Arc B580")
+    expected = {
+        "CUDA0": "CUDA0",
+        "vulkan0": "Vulkan0",
+        "0000:0A:00.0": "CUDA0",
+        "0a:00.0": "CUDA0",
+        "h200": "CUDA0",
+        "0001:0a:00.0": "SYCL0",
+        "b580": "SYCL0",
+        "0": "CUDA0",
+        "1": "SYCL0",
+        "2": "CPU",
+    }
+    found = choosing(core, *expected)
+    assert {text: found[text] for text in expected} == expected
+    for text, name in expected.items():
+        if name != "CPU":
+            session, group, server = found[f"{text} in use"]
+            assert session.startswith(f"the driver refused to open {name}")
+            assert group.startswith(f"the driver refused to open {name}")
+            assert server == "port must be 0 to 65535, not -1"  # the device was found
+
+
+def test_a_text_that_fits_no_device_or_several_raises_with_the_names(core):
+    compile_stub(core / "libggml-cuda.so", DEVICES=2, ADDRESS="0000:0a:00.0", DESCRIPTION="NVIDIA H200")
+    found = choosing(core, "h200", "0a:00.0", "0b:00.0", "4090", "3")
+    several = "fits several devices: CUDA0 (NVIDIA H200, 0000:0a:00.0), CUDA1 (NVIDIA H200, 0000:0a:00.0)"
+    for text in ("h200", "0a:00.0"):
+        assert found[text].startswith(f"ValueError: '{text}' {several}")
+        assert all(message.startswith(f"'{text}' {several}") for message in found[f"{text} in use"])
+    for text in ("0b:00.0", "4090", "3"):
+        assert found[text].startswith(f"ValueError: there is no device '{text}'; this machine has CUDA0 (NVIDIA H200)")
+
+
+def test_devices_of_several_backends_cannot_share_layers(core):
+    compile_stub(core / "libggml-cuda.so")
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan")
+    code = (
+        "import ggml_cffi as ggml\nfrom ggml_cffi.parallel.tensor_parallel import check_devices\n"
+        "check_devices([ggml.device('CUDA0')])\n"
+        "try:\n    check_devices(ggml.devices()[:2])\nexcept ValueError as error:\n    print(error)\n"
+    )
+    done = run_python(code, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="")
+    assert done.stdout.startswith("CUDA0, Vulkan0 are of several backends (CUDA, Vulkan), whose memory and events are")
+
+
+def test_each_device_of_a_card_has_its_own_lock(core):
+    compile_stub(core / "libggml-cuda.so", ADDRESS="0000:0a:00.0")
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", ADDRESS="0000:0a:00.0")
+    code = (
+        "import ggml_cffi as ggml\nfrom ggml_cffi.core.device import device_lock\n"
+        "first, second, _ = (device_lock(d.ptr) for d in ggml.devices(all=True))\n"
+        "print(first is not second, first is device_lock(ggml.device('CUDA0').ptr))\n"
+    )
+    done = run_python(code, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="")
+    assert done.stdout.split() == ["True", "True"]
 
 
 @pytest.mark.parametrize(

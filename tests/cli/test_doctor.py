@@ -15,7 +15,7 @@ from tests.support.command import run
 from tests.support.libraries import compile_crash, compile_stub, compile_with_missing_dependency, copy_libraries
 
 KEYS = {
-    *("ggml_cffi", "library", "plugins", "plugins_error", "vulkan", "devices", "gpus"),
+    *("ggml_cffi", "library", "plugins", "plugins_error", "vulkan", "devices", "gpus", "peer_access"),
     *("cpu", "python", "environment", "gaps"),
 }
 

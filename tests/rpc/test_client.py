@@ -9,6 +9,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models, rpc
+from ggml_cffi.core.device_choice import find
 from ggml_cffi.core.shapes import fits_in_32_bits
 from ggml_cffi.rpc.handshake import protocol
 from ggml_cffi.rpc.protocol import Command, version_text
@@ -41,8 +42,8 @@ def test_a_remote_device_is_found_by_all_its_names(servers):
     for name in (plain, servers[0].upper(), f"{servers[0]}/0", f"localhost:{port}"):
         assert ggml.device(name) == one
     assert rpc.connect(plain) == [one]
-    assert one.is_called(plain)
-    assert not one.is_called(servers[1])
+    assert find(plain, [one]) == one
+    assert find(servers[1], [one]) is None
     with pytest.raises(ValueError, match=f"there is no device '{servers[0]}/1'; the server has {servers[0]}"):
         ggml.device(f"{servers[0]}/1")
 

@@ -1,10 +1,13 @@
-// A plug-in of ggml with a device that computes nothing, for tests of the loader. The structs are the start of ggml's
-// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, TYPE, ADDRESS, DEVICES, API, SCORE,
-// FAILS, NEEDS.
+// A plug-in of ggml with devices that compute nothing, for tests of the loader. The structs are the start of ggml's
+// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, DESCRIPTION, TYPE, ADDRESS (one for all
+// devices), DEVICES (at most 2), API, SCORE, FAILS, NEEDS.
 #include <stddef.h>
 
 #ifndef TYPE
 #define TYPE 1  // GPU
+#endif
+#ifndef DESCRIPTION
+#define DESCRIPTION "a stub"
 #endif
 #ifndef ADDRESS
 #define ADDRESS NULL
@@ -48,8 +51,8 @@ struct reg {
     void *context;
 };
 
-static const char *device_name(struct device *d) { return NAME "0"; }
-static const char *device_description(struct device *d) { return "a stub"; }
+static const char *device_name(struct device *d) { return d->context; }
+static const char *device_description(struct device *d) { return DESCRIPTION; }
 static int device_type(struct device *d) { return TYPE; }
 static void *refuse(struct device *d, const char *params) { return NULL; }
 
@@ -59,17 +62,17 @@ static void device_memory(struct device *d, size_t *free, size_t *total) {
 }
 
 static void device_props(struct device *d, struct props *props) {
-    *props = (struct props){NAME "0", "a stub", 1 << 20, 2 << 20, TYPE, ADDRESS, {0}};
+    *props = (struct props){d->context, DESCRIPTION, 1 << 20, 2 << 20, TYPE, ADDRESS, {0}};
 }
 
 static struct reg registry;
-static struct device only = {
-    device_name, device_description, device_memory, device_type, device_props, refuse, {0}, &registry, NULL,
-};
+#define DEVICE(name) \
+    {device_name, device_description, device_memory, device_type, device_props, refuse, {0}, &registry, name}
+static struct device all[] = {DEVICE(NAME "0"), DEVICE(NAME "1")};
 
 static const char *reg_name(struct reg *r) { return NAME; }
 static size_t device_count(struct reg *r) { return DEVICES; }
-static struct device *get_device(struct reg *r, size_t i) { return &only; }
+static struct device *get_device(struct reg *r, size_t i) { return &all[i]; }
 static void *get_address(struct reg *r, const char *name) { return NULL; }
 static struct reg registry = {API, reg_name, device_count, get_device, get_address, NULL};
 

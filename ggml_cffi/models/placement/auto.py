@@ -112,7 +112,7 @@ def _rates(
 class Timer:
     """Timer of runs through a few layers of a model.
 
-    Results are stored by the devices' descriptions, the sizes of a layer and the version of ggml.
+    Results are stored by the devices' descriptions and backends, the sizes of a layer and the version of ggml.
     """
 
     def __init__(self, architecture: Architecture, backends: Sequence[Backend], options: LoadOptions) -> None:
@@ -157,7 +157,7 @@ class Timer:
     def _description(self, used: Sequence[Backend]) -> str:
         """Return a text with the model and the devices for which a measurement is valid."""
         a = self._architecture
-        devices = " + ".join(b.device.description for b in used)
+        devices = " + ".join(f"{b.device.description}, {b.device.backend_name}" for b in used)
         return f"{a.n_layers} on {devices}, {a.name} {a.n_embd} {a.kv_sizes} {a.n_vocab} {main_dtype(a).name}"
 
     def _measure(

@@ -20,6 +20,7 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.atomic_write import write_files
 from ggml_cffi.models.fetch import cache_folder
+from ggml_cffi.models.placement.hypothetical import is_hypothetical
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
@@ -46,8 +47,8 @@ def speed(backend: Backend, dtype: Type) -> Speed:
     """Return the speed of products with weights of a type.
 
     The first call measures. Later calls read ``calibration.json`` in the cache folder (``~/.cache/ggml_cffi``, or
-    ``$GGML_CFFI_CACHE``), which has the results by the device's description, its number of threads, the type and the
-    version of ggml.
+    ``$GGML_CFFI_CACHE``), which has the results by the device's description, its backend and number of threads, the
+    type and the version of ggml.
     """
     found = known_speed(backend, dtype)
     if found is None:
@@ -58,9 +59,16 @@ def speed(backend: Backend, dtype: Type) -> Speed:
 
 
 def known_speed(backend: Backend, dtype: Type) -> Speed | None:
-    """Return the stored speed; None if it was not measured."""
-    found = _numbers(_known().get(key(backend, dtype)))
-    return Speed(*found) if len(found) == len(_TOKENS) and all(found) else None
+    """Return the stored speed; None if it was not measured.
+
+    A hypothetical device has the speed of a device with its description, by the backend that decodes fastest.
+    """
+    known, names = _known(), [key(backend, dtype)]
+    if is_hypothetical(backend):
+        start, end = f"{backend.device.description}, ", _ending(dtype)
+        names = [name for name in known if name.startswith(start) and name.endswith(end)]
+    stored = [_numbers(known.get(name)) for name in names]
+    return min((Speed(*found) for found in stored if len(found) == len(_TOKENS) and all(found)), default=None)
 
 
 def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
@@ -75,9 +83,13 @@ def remembered(name: str, measure: Callable[[], list[float]]) -> list[float]:
 
 
 def key(backend: Backend, dtype: Type) -> str:
-    """Return the name of a measurement: the device, its threads, the type and the version of ggml."""
+    """Return the name of a measurement: the device, its backend and threads, the type and the version of ggml."""
     threads = f", {backend.n_threads} threads" if backend.device.is_cpu else ""
-    return f"{backend.device.description}{threads}, {dtype.name}, ggml {library.version()}"
+    return f"{backend.device.description}, {backend.device.backend_name}{threads}{_ending(dtype)}"
+
+
+def _ending(dtype: Type) -> str:
+    return f", {dtype.name}, ggml {library.version()}"
 
 
 def measure(backend: Backend, dtype: Type, tokens: int) -> float:

@@ -25,8 +25,8 @@ class Planner:
     Raises
     ------
     ValueError
-        If the cache or the balance is not possible, the expected tokens do not fit the context, or hypothetical devices
-        would have to be timed.
+        If the cache or the balance is not possible, a device is a helper of the CPU, the expected tokens do not fit the
+        context, or hypothetical devices would have to be timed.
     """
 
     def __init__(
@@ -40,6 +40,10 @@ class Planner:
         workload: Workload = _ANY_WORKLOAD,
     ) -> None:
         check_cache_dtype(options.kv_dtype, architecture.kv_sizes)
+        if helpers := [b.name for b in backends if not (b.device.is_gpu or b.device.is_cpu)]:
+            raise ValueError(
+                f"{', '.join(helpers)} only multiplies for the CPU and holds no layers: name GPUs or the CPU"
+            )
         self.architecture, self.backends, self.options, self.balance = architecture, backends, options, balance
         self.split, self.workload = split, workload
         self.chosen = chosen

@@ -7,6 +7,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import cli, models
 from ggml_cffi.c import library
+from ggml_cffi.models.placement.hypothetical import HypotheticalDevice
 from tests.support import bert_float64, llama_float64
 from tests.support.header_only import LLAMA_70B, llama_header
 from tests.support.memory import GIB, memory
@@ -145,3 +146,18 @@ def test_hypothetical_devices_on_the_command_line(path, capsys, no_gpu):
     ]
     assert cli.main(["plan", str(path), "--devices", "24X"]) == 2
     assert "device '24X': '24X' is no size" in capsys.readouterr().err
+
+
+def test_a_helper_of_the_cpu_holds_no_layers(path, monkeypatch):
+    kinds = {"BLAS": ggml.DeviceType.ACCEL, "CPU": ggml.DeviceType.CPU}
+    monkeypatch.setattr(HypotheticalDevice, "type", property(lambda device: kinds[device.name]))
+    for split in ("layer", "data"):
+        with pytest.raises(ValueError, match=r"^BLAS only multiplies for the CPU and holds no layers: name GPUs"):
+            models.plan(path, ["BLAS:1G", "CPU:1G"], split)
+
+
+def test_devices_of_several_backends_cannot_share_layers(path, monkeypatch):
+    monkeypatch.setattr(HypotheticalDevice, "backend_name", property(lambda device: device.name), raising=False)
+    with pytest.raises(ValueError, match=r"CUDA, Vulkan are of several backends \(CUDA, Vulkan\), .*use split='layer'"):
+        models.plan(path, ["CUDA:1G", "Vulkan:1G"], "tensor")
+    assert models.plan(path, ["CUDA:1G", "Vulkan:1G"]).fits

@@ -24,7 +24,7 @@ def store(*names, factor=1):
     """Store the speed of devices with these descriptions."""
     calibration.path().parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(calibration.path().read_text()) if calibration.path().exists() else {}
-    known |= {f"{name}, F32, ggml {ggml.GGML_VERSION}": [factor * DECODE, factor * PREFILL] for name in names}
+    known |= {f"{name}, Vulkan, F32, ggml {ggml.GGML_VERSION}": [factor * DECODE, factor * PREFILL] for name in names}
     calibration.path().write_text(json.dumps(known))
 
 
@@ -85,6 +85,6 @@ def test_devices_are_measured_only_if_that_is_asked_for(path, tmp_path, rng, mon
 def test_a_calibration_of_another_form_is_measured_again(path, monkeypatch):
     for stored in (1e-9, [1e-9], [1e-9, -1.0], ["fast", "faster"], [0.0, 0.0], None):
         store("A")
-        name = f"A, F32, ggml {ggml.GGML_VERSION}"
+        name = f"A, Vulkan, F32, ggml {ggml.GGML_VERSION}"
         calibration.path().write_text(json.dumps({name: stored}))
         assert models.plan(path, ["A:1G"]).speed is None
