@@ -29,7 +29,7 @@ def turn_on() -> None:
         _state = f"off: ${SWITCH} is 0"
         return
     _all_reach, found = _reachability()
-    if _all_reach:
+    if _all_reach and found:
         os.environ.setdefault(VARIABLE, "1")
     if found:
         _state = f"{'on' if given or _all_reach else 'off'}: {found}{f' (${VARIABLE} is set)' if given else ''}"
@@ -46,7 +46,10 @@ def state() -> str:
 
 
 def _reachability() -> tuple[bool, str]:
-    """Return whether several devices all reach one another, and why. The driver makes no context for this."""
+    """Return whether all devices reach one another, and why; no reason for one device, which may be several of ggml's.
+
+    The driver makes no context for this.
+    """
     import ctypes  # only CUDA needs it
 
     try:
@@ -55,7 +58,7 @@ def _reachability() -> tuple[bool, str]:
         _check(driver.cuInit(0))
         _check(driver.cuDeviceGetCount(ctypes.byref(n)))
         if n.value < 2:
-            return False, ""
+            return n.value == 1, ""
         devices = [ctypes.c_int() for _ in range(n.value)]
         for i, device in enumerate(devices):
             _check(driver.cuDeviceGet(ctypes.byref(device), i))

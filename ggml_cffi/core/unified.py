@@ -6,16 +6,13 @@ device can therefore be an operand on another, and a tensor in pinned memory on 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 
+from ggml_cffi.c import cuda_peers
 from ggml_cffi.core.device import Device
 
 #: Backends whose devices have unified addresses.
 _UNIFIED = frozenset({"CUDA"})
-
-#: Turns on access between devices when ggml loads the CUDA backend.
-PEER_ACCESS = "GGML_CUDA_P2P"
 
 
 def has_unified_addresses(device: Device) -> bool:
@@ -25,4 +22,4 @@ def has_unified_addresses(device: Device) -> bool:
 
 def are_peers(devices: Collection[Device]) -> bool:
     """Return whether kernels of each of some devices read and write the memory of the others in place."""
-    return PEER_ACCESS in os.environ and all(map(has_unified_addresses, devices))
+    return all(map(has_unified_addresses, devices)) and cuda_peers.all_reach()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ggml_cffi import HostBlock, device
+from ggml_cffi.c import cuda_peers
 from ggml_cffi.core import transfer, unified
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.parallel import trace
@@ -68,10 +69,10 @@ def test_only_some_backends_have_unified_addresses(monkeypatch):
     cpu = device("CPU")
     assert not unified.has_unified_addresses(cpu)
     cuda = SimpleNamespace(backend_name="CUDA")
-    monkeypatch.delenv(unified.PEER_ACCESS, raising=False)
     assert unified.has_unified_addresses(cuda)
+    monkeypatch.setattr(cuda_peers, "all_reach", lambda: False)
     assert not unified.are_peers([cuda, cuda])
-    monkeypatch.setenv(unified.PEER_ACCESS, "1")
+    monkeypatch.setattr(cuda_peers, "all_reach", lambda: True)
     assert unified.are_peers([cuda, cuda])
     assert not unified.are_peers([cuda, cpu])
 
