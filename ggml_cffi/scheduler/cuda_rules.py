@@ -1,4 +1,4 @@
-"""What CUDA's kernels require of a node, beyond what the backend reports.
+"""Requirements of CUDA's kernels, beyond those that its backend reports.
 
 ggml's CUDA backend reports support for nodes that its kernels do not support. Most of these kernels end the process;
 others compute wrong numbers. Each rule here is a requirement of a kernel, with the reason that a user reads. A kernel
@@ -25,7 +25,7 @@ _SOFTCAP = "has a logit_softcap, which CUDA's kernels support for heads of 128, 
 _NOT_INFINITE = "gives -3.4e38 in the place of -inf on CUDA: use soft_max_ext with a mask, or the CPU"
 _NOT_DISTINCT = (
     "takes numbers of experts that may name one expert twice for a token, which CUDA's kernels do not support: take "
-    "them from top_k or argsort, or use the CPU"
+    "them from argsort, or use the CPU"
 )
 
 Requirement = Callable[[Any], bool]
