@@ -1,4 +1,4 @@
-"""The scheduler's choices for CUDA devices, on Vulkan devices that count as such: machines without CUDA test them too."""
+"""The scheduler's choices for CUDA devices, on Vulkan devices that count as such: most machines have no CUDA."""
 
 import numpy as np
 import pytest
