@@ -85,6 +85,13 @@ def two_gpus() -> tuple[str, str]:
     return need(("Vulkan0", "Vulkan1"))  # type: ignore[return-value]
 
 
+@pytest.fixture
+def vulkan() -> None:
+    """Skip a test about ggml's Vulkan backend if ``--devices`` names GPUs of another one."""
+    if any(not name.startswith("Vulkan") for name in GPUS.values()):
+        pytest.skip("about ggml's Vulkan backend, but --devices names others")
+
+
 @pytest.fixture(autouse=True)
 def no_objects_left_behind() -> Iterator[None]:
     """Check that a test frees every C object that it makes."""

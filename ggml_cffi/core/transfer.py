@@ -194,7 +194,8 @@ def transfer(
             for backend in backends:
                 if backend.device in (here, there):
                     c.ggml_backend_synchronize(backend.ptr)
-            c.ggml_backend_tensor_copy(src.ptr, dst.ptr)
+            source, target = DeviceBytes.of_tensor(src), DeviceBytes.of_tensor(dst)  # a view's C tensor has no buffer
+            c.ggml_backend_tensor_copy(source.part(0, src.nbytes), target.part(0, src.nbytes))
     del keep
 
 

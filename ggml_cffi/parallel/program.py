@@ -311,9 +311,9 @@ def _check_graphs(graphs: StepGraphs, backend: Backend) -> None:
         unable = find_cpu_only(graph, [backend])
         if graph.calls() or unable:
             p = next(iter(unable), graph.node_pointers()[-1])
+            reason = f"it {unable[p]}" if unable else "operations written in Python are for the CPU"
             raise UnsupportedOpError(
-                f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: operations "
-                "written in Python, and views at offsets that GPUs do not support, are for the CPU (use cont)"
+                f"{graph.wrap(p)!r} cannot be computed by {backend.name} in parallel with others: {reason}"
             )
 
 

@@ -8,11 +8,14 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType, read_only
+from ggml_cffi.core.cuda import has_cuda_kernels
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.shapes import fits_in_32_bits
 from ggml_cffi.enums import Op
 from ggml_cffi.errors import UnsupportedOpError
+from ggml_cffi.scheduler import cuda_rules
 from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.spread import supports_copied
 
 #: Operations whose GPU kernels take operands at any offset. Other kernels end the process, or read wrong data.
 _START_ANYWHERE = frozenset(
@@ -40,6 +43,10 @@ def find_cpu_only(graph: Graph, backends: Sequence[Backend]) -> dict[Any, str]:
         and p.op not in VIEWS
         and any(t and t.view_src and t.view_offs % alignment for t in (p, *p.src))
     }
+    if any(has_cuda_kernels(b.device) for b in backends):
+        for p in graph.node_pointers():
+            if p not in found and (reason := cuda_rules.fault(p)):
+                found[p] = reason
     if any(b.device.is_remote for b in backends):
         cpu = backends[-1].device.ptr
         for p in graph.node_pointers():
@@ -124,7 +131,9 @@ def check_ops(
             candidates = [d for d in candidates if d == devices[-1][1]]
             if not candidates:
                 raise UnsupportedOpError(f"{graph.wrap(p)!r} {moved[p]}")
-        if not any(supports(d, p) for d in candidates):
+        if not any(supports(d, p) for d in candidates) and not any(
+            d in candidates and supports_copied(b, p) for b, d in devices
+        ):
             names = ", ".join(b.name for b, d in devices if d in candidates) or "no backend of this scheduler"
             raise UnsupportedOpError(
                 f"{graph.wrap(p)!r} cannot be computed on {names}, where it was placed or has its memory"

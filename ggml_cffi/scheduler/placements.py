@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.scheduler.checks import find_cpu_only
 from ggml_cffi.scheduler.graph import Graph
+from ggml_cffi.scheduler.spread import find_spread
 
 
 class Placements:
     """The backends of the tensors for which ggml must not choose one."""
 
-    __slots__ = ("_by_hand", "cpu_only", "pinned")
+    __slots__ = ("_by_hand", "_spread", "cpu_only", "pinned")
 
     def __init__(self) -> None:
         self._by_hand: dict[Any, tuple[Tensor, Backend]] = {}
         self.cpu_only: dict[Any, str] = {}
         """Nodes of the graph in preparation that only the CPU can compute, by C pointer, each with the reason."""
+        self._spread: dict[Any, Backend] = {}
         self.pinned: dict[Any, Backend] = {}
         """Backends that ggml chose for the nodes in their first order, to be kept in another order, by C pointer."""
 
@@ -52,6 +56,11 @@ class Placements:
         for p in [p for p, (t, _) in self._by_hand.items() if t.context.closed]:
             del self._by_hand[p]
 
+    def require(self, graph: Graph, backends: Sequence[Backend]) -> None:
+        """Find the nodes of ``graph`` that must be on one backend, whatever ggml would choose."""
+        self.cpu_only = find_cpu_only(graph, backends) if len(backends) > 1 else {}
+        self._spread = find_spread(graph, backends)
+
     def apply(self, scheduler: Any, graph: Graph, cpu: Backend) -> None:
         """Reset the C scheduler, and set the placements of the tensors of ``graph`` in it.
 
@@ -59,6 +68,8 @@ class Placements:
         """
         c.ggml_backend_sched_reset(scheduler)
         place = c.ggml_backend_sched_set_tensor_backend
+        for p, backend in self._spread.items():
+            place(scheduler, p, backend.ptr)
         for t, backend in self._by_hand.values():
             if t in graph:
                 place(scheduler, t.ptr, backend.ptr)

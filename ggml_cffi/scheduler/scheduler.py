@@ -28,7 +28,7 @@ from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.scheduler import prepare
-from ggml_cffi.scheduler.checks import check_in_place, check_ops, find_cpu_only
+from ggml_cffi.scheduler.checks import check_in_place, check_ops
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.held_graph import HeldGraph
 from ggml_cffi.scheduler.inspection import SchedulerInspection
@@ -305,7 +305,7 @@ class Scheduler(SchedulerInspection):
         self._alloc_inputs(graph)
         owners += prepare.graph_owners(graph)  # with the buffers of the inputs
         prepare.keep_second_operands(graph)
-        self.placements.cpu_only = find_cpu_only(graph, self.backends) if len(self.backends) > 1 else {}
+        self.placements.require(graph, self.backends)
         check_ops(graph, self.backends, self.placements.by_pointer(), self.placements.cpu_only)
         return HeldGraph(graph, owners)
 

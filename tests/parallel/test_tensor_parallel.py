@@ -9,6 +9,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import ops, parallel
+from ggml_cffi.core.unified import has_unified_addresses
 from ggml_cffi.parallel import COLUMNS, ROWS
 from tests.support import gguf_writer, need, relative_error, run_python
 from tests.support.ranks import DIM, FF, LAYERS, Blocks, Ranks
@@ -41,11 +42,15 @@ def test_gpus_agree_with_one_device(devices, threads, rng):
                 for got, want in zip(f(x), blocks.expected(x), strict=True):
                     assert relative_error(got, want) < 2e-3
         n = len(devices)
+        are_shared = all(has_unified_addresses(ggml.device(name)) for name in devices)
         assert group.executor.steps_computed == [4 * (LAYERS + 1 if n > 1 else 1)] * n
         for program in f.programs:
             for rank, name in zip(program.ranks, devices, strict=True):
                 own = [t for t in rank.context.tensors() if t.op is ggml.Op.MUL_MAT]
-                assert {t.buffer_type.device.name for t in own} == {name}
+                used = {t.buffer_type.device.name for t in own}
+                shared = are_shared and used <= set(devices)  # partial sums may be written where another device adds
+                assert name in used
+                assert used == {name} or shared
                 assert {t.ptr.src[0].ne[0] for t in own} >= {FF // n, DIM}
 
 

@@ -86,7 +86,7 @@ def test_splits_and_copies_match_the_assignment(chain, two_gpus):
         ((tensor, backend),) = s.copies
         assert tensor.op is ggml.Op.RESHAPE
         assert backend.name == two_gpus[1]
-        assert s.buffer_type(two_gpus[1]).name == "Vulkan1"
+        assert s.buffer_type(two_gpus[1]).name == two_gpus[1]
         s.reset()
         with pytest.raises(ValueError, match="holds no graph"):
             s.splits  # noqa: B018

@@ -8,7 +8,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import c
 from ggml_cffi.scheduler.held_graph import HeldGraph
-from tests.support import relative_error
+from tests.support import bound_of_products, relative_error
 
 
 class Chain:
@@ -53,7 +53,7 @@ def test_nodes_run_where_their_weights_are(devices, x):
         s.alloc(chain.graph)
         chain.x.set(x)
         s.compute()
-        assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+        assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(devices, 1e-3)
         names = [backend.name for _, backend in s.assignment()]
         assert names == [devices[i * len(devices) // 4] for i in range(4)]
         assert s.n_splits == len(devices)
@@ -72,7 +72,7 @@ def test_inputs_keep_their_values(devices, x):
         chain.x.set(x)
         for _ in range(3):
             s.compute(chain.graph)
-            assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+            assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(devices, 1e-3)
             np.testing.assert_array_equal(chain.x.numpy(), x.astype(np.float32))
 
 
@@ -88,7 +88,7 @@ def test_a_graph_can_be_reserved_allocated_released_and_allocated_again(devices,
             s.compute()
             s.compute_async()
             s.synchronize()
-            assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+            assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(devices, 1e-3)
             s.reset()
             with pytest.raises(ValueError, match="no memory"):
                 chain.y.numpy()
@@ -127,33 +127,33 @@ def test_an_input_mark_moves_no_work_to_the_cpu(devices, x):
             a.set(x)
             b.set(x)
             s.compute()
-            assert relative_error(y.numpy(), x @ x.T) < 1e-3
+            assert relative_error(y.numpy(), x @ x.T) < bound_of_products(devices, 1e-3)
 
 
 def test_placement_is_kept(two_gpus, x):
     """In plain ggml a reservation, or a run without an allocation, removes the placement."""
     with Chain(two_gpus[:1]) as chain, ggml.Scheduler(two_gpus) as s:
         middle = chain.layers[1]
-        s.place(middle, "vulkan1")
+        s.place(middle, two_gpus[1].lower())
         for _ in range(2):
             s.reserve(chain.graph)
             s.compute(chain.graph)
-            assert s.backend_of(middle).name == "Vulkan1"
-            assert s.backend_of(chain.layers[0]).name == "Vulkan0"
+            assert s.backend_of(middle).name == two_gpus[1]
+            assert s.backend_of(chain.layers[0]).name == two_gpus[0]
             s.reset()
         s.place(middle, s.backends[-1])
         s.alloc(chain.graph)
         assert s.backend_of(middle).name == "CPU"
         chain.x.set(x)
         s.compute()
-        assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+        assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(two_gpus, 1e-3)
         s.unplace(middle)
         s.alloc(chain.graph)
-        assert s.backend_of(middle).name == "Vulkan0"
+        assert s.backend_of(middle).name == two_gpus[0]
         s.place(middle, "CPU")
         s.unplace()
         s.alloc(chain.graph)
-        assert s.backend_of(middle).name == "Vulkan0"
+        assert s.backend_of(middle).name == two_gpus[0]
 
 
 def test_placed_inputs_live_where_they_were_placed(two_gpus):
@@ -165,11 +165,11 @@ def test_placed_inputs_live_where_they_were_placed(two_gpus):
 
 def test_impossible_placements_raise(two_gpus):
     with Chain(two_gpus) as chain, ggml.Scheduler(two_gpus[:1]) as s:
-        with pytest.raises(ValueError, match="not one of this scheduler's: Vulkan0, CPU"):
-            s.place(chain.y, "Vulkan1")
+        with pytest.raises(ValueError, match=f"not one of this scheduler's: {two_gpus[0]}, CPU"):
+            s.place(chain.y, two_gpus[1])
         w = chain.weights.tensors()[-1]
-        with pytest.raises(ValueError, match="has memory in Vulkan1"):
-            s.place(w, "Vulkan0")
+        with pytest.raises(ValueError, match=f"has memory in {two_gpus[1]}"):
+            s.place(w, two_gpus[0])
 
 
 def test_another_graph_is_refused(devices, x):
@@ -181,7 +181,7 @@ def test_another_graph_is_refused(devices, x):
         s.alloc(two.graph)
         two.x.set(x)
         s.compute(two.graph)
-        assert relative_error(two.y.numpy(), two.want(x)) < 1e-3
+        assert relative_error(two.y.numpy(), two.want(x)) < bound_of_products(devices, 1e-3)
         with pytest.raises(ValueError, match="no memory"):
             one.y.numpy()
 
@@ -206,15 +206,15 @@ def test_backend_of_a_tensor_of_another_graph_raises(devices):
 def test_out_of_memory_raises_and_leaves_the_scheduler_usable(devices, x):
     """Plain ggml crashes, and so does the next allocation of any graph."""
     with ggml.Context() as ctx, ggml.Scheduler(devices) as s, Chain(devices) as chain:
-        a, b = ctx.new_tensor("f32", (2**22, 1)), ctx.new_tensor("f32", (2**22, 1))
-        with ggml.Graph(ggml.sum_rows(ggml.mul_mat(a, b))) as graph:  # an intermediate of 64 TiB
+        a, b = ctx.new_tensor("f32", (2**23, 1)), ctx.new_tensor("f32", (2**23, 1))
+        with ggml.Graph(ggml.sum_rows(ggml.mul_mat(a, b))) as graph:  # 256 TiB: more than a process can address
             for use in (s.alloc, s.reserve):
                 with pytest.raises((ggml.OutOfMemoryError, ggml.UnsupportedOpError)):
                     use(graph)
         s.alloc(chain.graph)
         chain.x.set(x)
         s.compute()
-        assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+        assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(devices, 1e-3)
 
 
 def test_the_scheduler_grows_with_the_graph(devices):
@@ -252,7 +252,7 @@ def test_intermediates_cannot_be_read(devices, x):
         with ggml.Graph(chain.y, chain.layers[0]) as graph:
             s.alloc(graph)
             s.compute()
-            assert relative_error(chain.layers[0].numpy(), x @ chain.values[0].T) < 1e-3
+            assert relative_error(chain.layers[0].numpy(), x @ chain.values[0].T) < bound_of_products(devices, 1e-3)
 
 
 def test_closing_a_held_graph_keeps_tensors_sound(devices, x):
@@ -268,7 +268,7 @@ def test_closing_a_held_graph_keeps_tensors_sound(devices, x):
             s.alloc(again)
             chain.x.set(x)
             s.compute()
-            assert relative_error(chain.y.numpy(), chain.want(x)) < 1e-3
+            assert relative_error(chain.y.numpy(), chain.want(x)) < bound_of_products(devices, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -286,10 +286,10 @@ def test_impossible_lists_of_backends_raise(backends, error, message):
 
 
 def test_closed_and_repeated_backends_raise(two_gpus):
-    with ggml.Backend("Vulkan0") as gpu, pytest.raises(ValueError, match="listed twice"):
+    with ggml.Backend(two_gpus[0]) as gpu, pytest.raises(ValueError, match="listed twice"):
         ggml.Scheduler([gpu, gpu])
     with pytest.raises(ValueError, match="the CPU comes last"):
-        ggml.Scheduler(["CPU", "Vulkan0"])
+        ggml.Scheduler(["CPU", two_gpus[0]])
     with pytest.raises(ValueError, match="graph_size"):
         ggml.Scheduler(["CPU"], graph_size=0)
 
@@ -308,10 +308,11 @@ def test_a_node_that_no_backend_can_compute_raises(two_gpus, x):
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         a = ctx.new_tensor("f32", (4, 32))
         y = ggml.norm(a)
-        s.place(y, "Vulkan1")
+        s.place(y, two_gpus[1])
         c.ggml_set_name(y.ptr, b"y")
-        y.ptr.op = c.GGML_OP_GATED_LINEAR_ATTN  # an operation that Vulkan does not have
-        with ggml.Graph(y) as graph, pytest.raises(ggml.UnsupportedOpError, match="cannot be computed on Vulkan1"):
+        y.ptr.op = c.GGML_OP_WIN_PART  # an operation that GPUs do not have
+        message = f"cannot be computed on {two_gpus[1]}"
+        with ggml.Graph(y) as graph, pytest.raises(ggml.UnsupportedOpError, match=message):
             s.alloc(graph)
 
 
@@ -338,9 +339,10 @@ def test_an_in_place_node_away_from_its_memory_raises(two_gpus, x):
         doubled = ggml.scale(a, 2)
         y = ggml.relu_inplace(doubled)
         with ggml.Graph(y) as graph:
-            s.place(doubled, "Vulkan0")
+            s.place(doubled, two_gpus[0])
             s.place(y, "CPU")
-            with pytest.raises(ggml.UnsupportedOpError, match=r"writes to Vulkan0 but runs on CPU: place both"):
+            message = f"writes to {two_gpus[0]} but runs on CPU: place both"
+            with pytest.raises(ggml.UnsupportedOpError, match=message):
                 s.alloc(graph)
             s.unplace()
             s.alloc(graph)
@@ -367,7 +369,7 @@ def test_threads_share_a_backend(devices, x):
                     with scheduler.lock:
                         scheduler.compute(chain.graph)
                         got = chain.y.numpy()
-                    assert relative_error(got, chain.want(x)) < 1e-3
+                    assert relative_error(got, chain.want(x)) < bound_of_products(devices, 1e-3)
             except BaseException as error:
                 failures.append(error)
 

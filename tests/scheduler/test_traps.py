@@ -272,17 +272,17 @@ def test_the_trap_catches_plain_ggml(trap, outcome, ours):
 def test_weights_may_change_between_resets(two_gpus):
     with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
         w, x = ctx.new_tensor("f32", W.shape), ctx.new_tensor("f32", X.shape)
-        ctx.alloc("Vulkan0", [w], usage=ggml.Usage.WEIGHTS)
-        ctx.alloc("Vulkan1", [x], usage=ggml.Usage.WEIGHTS)
+        ctx.alloc(two_gpus[0], [w], usage=ggml.Usage.WEIGHTS)
+        ctx.alloc(two_gpus[1], [x], usage=ggml.Usage.WEIGHTS)
         x.set(X)
         y = ggml.mul_mat(w, x)
-        s.place(y, "Vulkan1")
+        s.place(y, two_gpus[1])
         with ggml.Graph(y) as graph:
             for values in (W, V):
                 w.set(values)
                 s.reset()
                 s.compute(graph)
-                assert [(t, b.name) for t, b in s.copies] == [(w, "Vulkan1")]
+                assert [(t, b.name) for t, b in s.copies] == [(w, two_gpus[1])]
                 assert relative_error(y.numpy(), X @ values.T) < 1e-2
                 np.testing.assert_array_equal(w.numpy(), values)
 

@@ -74,14 +74,16 @@ def test_arrays_that_require_gradients_enter_as_constants(session):
 def test_operations_run_on_the_device_of_their_weights(two_gpus, rng):
     x = rng.standard_normal((2, 32))
     with ggml.Session() as session:
-        assert [d.name for d in session.devices] == [*two_gpus, "CPU"]
+        names = [d.name for d in session.devices]  # with GPUs of other backends, if there are
+        assert (names[:2], names[-1]) == (list(two_gpus), "CPU")
         a, b = (rng.standard_normal((32, 32)) for _ in range(2))
         wa, wb = session.weight(a, on=two_gpus[0]), session.weight(b, on=session.devices[1])
         f = session.compile(lambda x: ggml.linear(ggml.linear(x, wa), wb))
         assert relative_error(f(x), x @ a.T @ b.T) < 5e-3
         splits = f.trace(x).scheduler.splits
         assert [s.backend.name for s in splits] == list(two_gpus)
-        with pytest.raises(ValueError, match="'Vulkan9' is not one of this session's devices: Vulkan0, Vulkan1, CPU"):
+        message = f"'Vulkan9' is not one of this session's devices: {', '.join(names)}"
+        with pytest.raises(ValueError, match=message):
             session.weight(a, on="Vulkan9")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 import ggml_cffi
+from ggml_cffi.core.cuda import has_cuda_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 """The root of the checkout."""
@@ -34,6 +35,15 @@ def need(names: tuple[str, ...]) -> tuple[str, ...]:
             f"no {', '.join(sorted(missing))}: needs the backend's plug-in, a loader and a driver (see make setup)"
         )
     return names
+
+
+def bound_of_products(devices: Sequence[str], usual: float, n: int = 4) -> float:
+    """Return the allowed relative error of up to ``n`` products of F32 in a row, with the default precision.
+
+    CUDA's kernels cut the last 13 bits of F32 operands off (TF32), which leaves an error of up to 2**-10 for each.
+    """
+    cuts = any(has_cuda_kernels(ggml_cffi.device(name)) for name in devices)
+    return max(usual, 2 * n * 2.0**-10) if cuts else usual
 
 
 @contextmanager

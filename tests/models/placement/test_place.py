@@ -107,13 +107,13 @@ def test_balance_by_ratios_and_by_speed(path, monkeypatch):
 
 
 def test_unequal_devices_by_speed(two_gpus, path, monkeypatch):
-    fast = {"Vulkan0": 1e-9, "Vulkan1": 2e-9, "CPU": 1e-6}
+    fast = dict(zip((*two_gpus, "CPU"), (1e-9, 2e-9, 1e-6), strict=True))
     monkeypatch.setattr(calibration, "seconds", lambda backend, dtype: fast[backend.name])
     plan = models.plan(path, two_gpus, n_batch=16, balance="speed")
     assert [share.layers for share in plan.devices] == [(0, 1), (2,), ()]
-    assert "Vulkan0 has 2 of 3 layers: its part is 67% by measured speed, within what fits." in plan.reasons
+    assert f"{two_gpus[0]} has 2 of 3 layers: its part is 67% by measured speed, within what fits." in plan.reasons
     fast["CPU"] = 1e-9
-    plan = models.plan(path, ["Vulkan0", "CPU"], n_batch=16, balance="speed")
+    plan = models.plan(path, [two_gpus[0], "CPU"], n_batch=16, balance="speed")
     assert [len(share.layers) for share in plan.devices] in ([1, 2], [2, 1])
     with models.load(path, two_gpus, n_batch=16, balance="speed") as model:
         assert [share.layers for share in model.placement] == [[0, 1], [2], []]
@@ -129,12 +129,12 @@ def test_layers_that_fit_no_gpu_go_to_the_cpu(two_gpus, path, monkeypatch):
     assert "one more device" in plan.proposals[-1]
     assert "Every layer would be on a GPU with:" in str(plan)
     memory(monkeypatch, Vulkan0=0, Vulkan1=600_000)
-    plan = models.plan(path, ["Vulkan1"], n_batch=16)
+    plan = models.plan(path, [two_gpus[1]], n_batch=16)
     assert "one more device" in plan.proposals[-1]  # the other GPU would not help
     memory(monkeypatch, Vulkan0=5_000_000, Vulkan1=600_000)
-    plan = models.plan(path, ["Vulkan1"], n_batch=16)
-    assert plan.proposals[-1] == "devices=['Vulkan1', 'Vulkan0']"
-    assert not models.plan(path, ["Vulkan1", "Vulkan0"], n_batch=16).devices[-1].layers
+    plan = models.plan(path, [two_gpus[1]], n_batch=16)
+    assert plan.proposals[-1] == f"devices={[*reversed(two_gpus)]}"
+    assert not models.plan(path, two_gpus[::-1], n_batch=16).devices[-1].layers
 
 
 def test_gpus_without_any_room_take_no_part(two_gpus, path, monkeypatch):
@@ -147,7 +147,7 @@ def test_gpus_without_any_room_take_no_part(two_gpus, path, monkeypatch):
 def test_intermediate_tensors_need_memory_too(two_gpus, path, monkeypatch):
     """Weights and caches alone would leave some memory, which is too little for large batches."""
     memory(monkeypatch, Vulkan0=1_300_000, Vulkan1=0)
-    small, large = (models.plan(path, ["Vulkan0"], n_batch=n) for n in (16, 512))
+    small, large = (models.plan(path, two_gpus[:1], n_batch=n) for n in (16, 512))
     assert small.fits
     assert large.fits
     assert len(large.devices[0].layers) < len(small.devices[0].layers)

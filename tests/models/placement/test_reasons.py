@@ -101,8 +101,8 @@ def test_ends_that_a_gpu_cannot_use_are_on_the_cpu_for_that_reason(two_gpus, pat
     for name in ("_can_look_up", "_can_multiply"):
         monkeypatch.setattr(f"ggml_cffi.models.runners.weights.{name}", lambda backend, _: backend.device.is_cpu)
     found = reasons(path, two_gpus)
-    assert "The embeddings are on CPU, since Vulkan0 cannot look up F32." in found
-    assert "The output is on CPU, since Vulkan1 cannot multiply by weights in F32." in found
+    assert f"The embeddings are on CPU, since {two_gpus[0]} cannot look up F32." in found
+    assert f"The output is on CPU, since {two_gpus[1]} cannot multiply by weights in F32." in found
     assert not any("the last layer is" in sentence for sentence in found)
 
 

@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import pytest
 
 from ggml_cffi import ops, parallel
 from ggml_cffi.parallel.executors import polling
@@ -72,6 +73,7 @@ def test_a_sum_may_be_read_after_the_next_one_has_arrived(two_gpus, rng):
             np.testing.assert_array_equal(got[2], 10 * x)
 
 
+@pytest.mark.usefixtures("vulkan")
 def test_sums_that_cannot_be_polled(two_gpus, rng):
     """They are sums of operations that may write a number twice, and sums whose partial sum each device keeps."""
     w = rng.standard_normal((DIM, DIM)).astype(np.float32) / 8
@@ -88,6 +90,7 @@ def test_sums_that_cannot_be_polled(two_gpus, rng):
         assert [p.polled_sums is None for p in (*products.programs, *norms.programs)] == [False, True, True, True]
 
 
+@pytest.mark.usefixtures("vulkan")
 def test_results_with_the_pattern_of_unwritten_numbers(two_gpus, monkeypatch):
     monkeypatch.setattr(polling, "TIMEOUT", 0.05)
     x = np.arange(DIM, dtype=np.float32)

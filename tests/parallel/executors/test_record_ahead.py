@@ -20,6 +20,8 @@ from ggml_cffi.parallel.rank import Rank
 from tests.support import relative_error, run_python
 from tests.support.ranks import DIM, chain, expected
 
+pytestmark = pytest.mark.usefixtures("vulkan")
+
 
 @pytest.fixture
 def gpu(two_gpus):
