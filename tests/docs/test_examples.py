@@ -20,8 +20,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
 
 
-def run(name, **env):
-    command = [sys.executable, ROOT / "examples" / name]
+def run(name, *arguments, **env):
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=PATIENCE, env={**os.environ, **env}
     )
@@ -66,7 +66,7 @@ def test_the_example_of_two_devices_uses_both(two_gpus):
 
 def test_the_demo_splits_a_model_over_two_devices_and_answers():
     need(("Vulkan0", "Vulkan1"))
-    out = run("demo.py")
+    out = run("demo.py", "8")
     assert re.search(r"Vulkan0 +GPU|Vulkan0 +CPU", out)
     assert re.search(r"Vulkan0 +0-\d+ .*[\d.]+ MiB", out)
     assert re.search(r"Vulkan1 +\d+-29 \+ output +[\d.]+ MiB", out)

@@ -60,7 +60,7 @@ def test_an_answer_passes_the_step_at_256_kv_slots_the_first_time_as_the_second(
 
 def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
     ids = [int(t) for t in rng.integers(0, 50, 200)]
-    lengths = [1, 2, 7, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 129, 200]
+    lengths = [1, 7, 9, 16, 17, 47, 64, 65, 129, 200]
     with models.load(path, ["CPU"], n_ctx=512) as model:
         want = [model.forward(ids[:n]) for n in lengths]
     for split in ("layer", "pipeline", "tensor"):
