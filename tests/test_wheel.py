@@ -26,6 +26,8 @@ _LIMIT = 25_000_000
 
 def build(folder: Path, libraries: Path) -> Path:
     """Return a wheel with these libraries, in ``folder``."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
         check=True,

@@ -27,7 +27,7 @@ TESTS = ["-n", "2", "--dist", "worksteal", "-m", "not nightly"]
 
 @dataclass
 class Result:
-    """Numbers of tests, and the names of those that failed."""
+    """Numbers of tests, and the names and messages of those that failed."""
 
     passed: int
     skipped: int
@@ -49,10 +49,14 @@ def runs_here(variant: Path) -> bool:
 def read(report: Path, exit_code: int) -> Result:
     """Return the numbers in a report of pytest in the form of JUnit."""
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
-    return Result(len(cases) - len(failed) - skipped, skipped, names, exit_code)
+    failed = []
+    for case in cases:
+        problem = next((found for found in case if found.tag in ("failure", "error")), None)
+        if problem is not None:
+            message = problem.get("message", "").splitlines() or [""]
+            failed.append(f"{case.get('classname')}::{case.get('name')}: {message[0][:200]}")
+    return Result(len(cases) - len(failed) - skipped, skipped, failed, exit_code)
 
 
 def test(variant: Path, arguments: list[str], processors: list[int]) -> Result:
@@ -98,8 +102,8 @@ def main() -> int:
     print()
     for name in found:
         print(f"{name:12} {results.get(name, 'not run: this processor lacks its instructions')}")
-        for test_name in results[name].failed if name in results else ():
-            print(f"{'':12} {test_name}")
+        for failed in results[name].failed if name in results else ():
+            print(f"{'':12} {failed}")
     return int(not results or any(result.exit_code for result in results.values()))
 
 

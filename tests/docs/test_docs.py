@@ -35,13 +35,18 @@ def code(name):
     return "\n".join(lines)
 
 
+def needs_model(text):
+    """Return the markers of a test that runs this code: ``model`` if the code downloads one."""
+    return [pytest.mark.model] if "fetch(" in text else []
+
+
 def gpus(name):
     """Return the number of Vulkan devices that a page needs, from the lines before its title."""
     found = re.match(r"---\ngpus: (\d)\n---\n", (DOCS / name).read_text())
     return int(found[1]) if found else 0
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if code(name)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_model(code(n))) for n in PAGES if code(n)])
 def test_the_code_of_a_page_prints_the_output_on_the_page(name):
     # In one process and in order, as a reader runs it. On the CPU, where it takes seconds, unless the page needs a GPU.
     n = gpus(name)
