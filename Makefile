@@ -15,15 +15,15 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 # Two tests at a time: compiling shaders and most of the tests take one processor each.
-test: setup check
+test: $(DEV) setup check
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not nightly"
 
 # With the tests marked nightly.
-test-all: setup check
+test-all: $(DEV) setup check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Under a minute: the CPU alone, no models, no processes.
-smoke: setup $(DEV)
+smoke: $(DEV) setup
 	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m pytest -x -p no:cacheprovider \
 		-m "not gpu and not model and not slow and not subprocess" tests/test_smoke.py tests/core tests/files tests/scheduler \
 		tests/session tests/train tests/viz
@@ -39,7 +39,7 @@ check: $(DEV)
 docs: $(DEV)
 	GGML_VK_VISIBLE_DEVICES=99 $(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build
 
-fuzz: setup $(DEV)
+fuzz: $(DEV) setup
 	$(BIN)/python -m benchmarks.fuzz --calls 100000
 
 bench: setup
@@ -55,16 +55,21 @@ wheel: $(DEV)
 setup: $(BASE)
 	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh
 
-$(BASE): pyproject.toml tools/system.sh
+# pip compiles bytecode with one processor; compileall takes all of them, and leaves out the tests of the packages.
+define install
 	PYTHON=$(PYTHON) tools/system.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e .
-	$(BIN)/python -m compileall -q ggml_cffi
-	touch $@
+	$(BIN)/python -m pip install -q --no-compile -e $(1)
+	$(BIN)/python -m compileall -q -j 0 -x /tests/ $(VENV)/lib ggml_cffi
+	touch $(2)
+endef
 
-$(DEV): $(BASE)
-	$(BIN)/python -m pip install -q -e '.[dev]'
-	touch $@
+$(BASE): pyproject.toml tools/system.sh
+	$(call install,.,$@)
+
+# It has the dependencies of the package too: a goal that needs both asks for this one first.
+$(DEV): pyproject.toml tools/system.sh
+	$(call install,'.[dev]',$(BASE) $@)
 
 clean:
 	rm -rf $(VENV) build dist ggml_cffi/lib ggml_cffi/lib.tmp vendor/ggml

@@ -1,5 +1,7 @@
 """A model that answers a prompt, with its layers split over every GPU and the CPU as a fallback.
 
+    python examples/demo.py [MAX_TOKENS]
+
 On a machine without a GPU, the demo uses two logical devices of the software Vulkan driver.
 """
 
@@ -22,7 +24,7 @@ def gpus() -> int:
     return sum(device["type"] != "CPU" for device in listed)
 
 
-def main() -> None:
+def main(max_tokens: int = 48) -> None:
     """Load the model, answer, and print the placement and the speed."""
     if "GGML_VK_VISIBLE_DEVICES" not in os.environ and gpus() == 0:
         os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"
@@ -40,7 +42,7 @@ def main() -> None:
         print(f"\n{path.name}: placement")
         print(model.plan.table())
         print(f"\n> {PROMPT}\n")
-        for text in model.generate([{"role": "user", "content": PROMPT}], max_tokens=48):
+        for text in model.generate([{"role": "user", "content": PROMPT}], max_tokens=max_tokens):
             print(text, end="", flush=True)
         computed = Counter(backend.name for _, backend in model.assignment())
         t = model.timings
@@ -50,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

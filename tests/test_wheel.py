@@ -18,6 +18,7 @@ import pytest
 import ggml_cffi
 from ggml_cffi.c import library
 from tests.support import PATIENCE, ROOT
+from tests.support.once import once
 
 _LIMIT = 25_000_000
 """Bytes that a wheel may have."""
@@ -25,6 +26,8 @@ _LIMIT = 25_000_000
 
 def build(folder: Path, libraries: Path) -> Path:
     """Return a wheel with these libraries, in ``folder``."""
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
         check=True,
@@ -52,16 +55,19 @@ def wheel(tmp_path_factory) -> Path:
     own = ROOT / "ggml_cffi" / "lib"
     if library.location() != str(own):
         pytest.skip("needs libraries built by build_lib.sh")
-    return build(tmp_path_factory.mktemp("wheel"), own)
+    (made,) = once(tmp_path_factory, "wheel", lambda folder: build(folder, own)).glob("*.whl")
+    return made
 
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The Python of an environment in which only the wheel is installed."""
-    folder = tmp_path_factory.mktemp("elsewhere") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip_install(folder / "bin" / "python", wheel)
-    return folder / "bin" / "python"
+    """The Python of an environment in which only the wheel is installed, and pytest."""
+
+    def install(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip_install(folder / "bin" / "python", wheel, "pytest")
+
+    return once(tmp_path_factory, "elsewhere", install) / "bin" / "python"
 
 
 def pip_install(python: Path, *packages: object) -> None:
@@ -122,7 +128,6 @@ def test_an_installed_wheel_uses_its_own_libraries_and_lists_the_devices_of_this
 def test_an_installed_wheel_computes_on_the_cpu_and_on_vulkan_devices(python, tmp_path, two_gpus):
     """The smoke tests run as they are, in a copy without the package beside them."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("data", "__pycache__"))
-    pip_install(python, "pytest")
     text = ask(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_smoke.py", folder=tmp_path)
     assert re.search(r"^3 passed", text, re.MULTILINE), text
 

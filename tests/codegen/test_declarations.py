@@ -75,7 +75,9 @@ def test_a_version_without_headers_keeps_its_stored_declarations(monkeypatch, tm
 
 def test_a_versions_file_is_what_its_headers_declare():
     newest = versions.newest_with_source()
-    files, _ = declarations.files()
+    files, missing = declarations.files()
+    if newest.name in missing:
+        pytest.skip(missing[newest.name])
     name = f"codegen/declarations/{newest.name}.json"
     assert json.loads(files[name])["version"] == newest.name
     assert (versions.ROOT / name).read_text() == files[name]

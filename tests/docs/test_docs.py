@@ -35,13 +35,18 @@ def code(name):
     return "\n".join(lines)
 
 
+def needs_model(text):
+    """Return the markers of a test that runs this code: ``model`` if the code downloads one."""
+    return [pytest.mark.model] if "fetch(" in text else []
+
+
 def gpus(name):
     """Return the number of Vulkan devices that a page needs, from the lines before its title."""
     found = re.match(r"---\ngpus: (\d)\n---\n", (DOCS / name).read_text())
     return int(found[1]) if found else 0
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if code(name)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_model(code(n))) for n in PAGES if code(n)])
 def test_the_code_of_a_page_prints_the_output_on_the_page(name):
     # In one process and in order, as a reader runs it. On the CPU, where it takes seconds, unless the page needs a GPU.
     n = gpus(name)
@@ -65,11 +70,10 @@ def test_every_block_has_a_language_that_the_tests_know(name):
         assert language in ("python", "output", "console", "r", "c", "text") or language.startswith("{")
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def test_the_site_builds_without_warnings_and_has_names_operations_and_options(tmp_path):
+    """One test, so that the site is built once, also by several processes of tests."""
     pytest.importorskip("sphinx")
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", str(DOCS), str(out)]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -79,7 +83,9 @@ def site(tmp_path_factory):
         env={**os.environ, "GGML_VK_VISIBLE_DEVICES": "99"},
     )
     assert done.returncode == 0, done.stderr
-    return out
+    check_the_reference_has_all_public_names(tmp_path)
+    assert "ggml_soft_max_ext" in (tmp_path / "operations.html").read_text()
+    check_the_page_of_a_command_has_all_its_options(tmp_path)
 
 
 def documented(site):
@@ -89,18 +95,14 @@ def documented(site):
     return {line.split()[0] for line in lines if re.match(r"\S+ py:", line)}
 
 
-def test_the_reference_has_all_public_names(site):
+def check_the_reference_has_all_public_names(site):
     names = documented(site)
     modules = (ggml_cffi, flat, isolate, models, parallel, rpc, viz)
     want = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
     assert sorted(want - names) == []
 
 
-def test_the_table_of_operations_is_part_of_the_site(site):
-    assert "ggml_soft_max_ext" in (site / "operations.html").read_text()
-
-
-def test_the_page_of_a_command_has_all_its_options(site):
+def check_the_page_of_a_command_has_all_its_options(site):
     # Those of `ggml-cffi quantize` stand for all: one directive makes every table from the parser.
     page = (site / "commands" / "quantize.html").read_text()
     parser = make_parser()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.docs.test_docs import needs_model
 from tests.support import PATIENCE, ROOT, need, run_python
 
 EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").rglob("*.py"))
@@ -17,11 +18,15 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
+NEEDS = {"dask_cluster.py": "distributed", "embeddings.py": "sklearn", "ray_cluster.py": "ray"}
 
 
-def run(name, **env):
-    command = [sys.executable, ROOT / "examples" / name]
+def source(name):
+    return (ROOT / "examples" / name).read_text()
+
+
+def run(name, *arguments, **env):
+    command = [sys.executable, ROOT / "examples" / name, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=PATIENCE, env={**os.environ, **env}
     )
@@ -30,11 +35,14 @@ def run(name, **env):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*TESTED_ELSEWHERE, *GUIDE)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs_model(source(n))) for n in EXAMPLES if n not in (*TESTED_ELSEWHERE, *GUIDE)],
+)
 def test_an_example_runs(name):
     package = NEEDS.get(name)
     if package and not find_spec(package):
-        pytest.skip(f"needs {package}: pip install '.[cluster]'")
+        pytest.skip(f"needs {package}: pip install '.[dev]'")
     assert run(name, RAY_USAGE_STATS_ENABLED="0")
 
 
@@ -64,9 +72,10 @@ def test_the_example_of_two_devices_uses_both(two_gpus):
     assert "MUL_MAT  on Vulkan1" in out
 
 
+@pytest.mark.model
 def test_the_demo_splits_a_model_over_two_devices_and_answers():
     need(("Vulkan0", "Vulkan1"))
-    out = run("demo.py")
+    out = run("demo.py", "8")
     assert re.search(r"Vulkan0 +GPU|Vulkan0 +CPU", out)
     assert re.search(r"Vulkan0 +0-\d+ .*[\d.]+ MiB", out)
     assert re.search(r"Vulkan1 +\d+-29 \+ output +[\d.]+ MiB", out)
@@ -79,7 +88,7 @@ def test_the_readme_has_code():
     assert len(BLOCKS) >= 3
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[b.strip().splitlines()[0] for b in BLOCKS])
+@pytest.mark.parametrize("block", [pytest.param(b, id=b.strip().splitlines()[0], marks=needs_model(b)) for b in BLOCKS])
 def test_the_code_of_the_readme_runs(block):
     # On the CPU, where it takes seconds.
     done = run_python(block, GGML_VK_VISIBLE_DEVICES="99")

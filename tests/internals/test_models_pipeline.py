@@ -17,6 +17,7 @@ from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.stage import Stage
 from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
+from tests.support import PATIENCE
 from tests.support.splits import PROMPT, answers
 
 
@@ -45,6 +46,7 @@ def test_batches_in_flight_agree_with_batches_in_turn(two_gpus, path, monkeypatc
 
 def test_polling_and_waiting_give_the_same(two_gpus, path, monkeypatch):
     """Compare waiting for the first GPU with polling its result."""
+    monkeypatch.setattr(polling, "TIMEOUT", PATIENCE)  # a busy machine is slow
     with models.load(path, two_gpus, "layer", n_batch=16) as model:
         runner = model.batchers[0].runner
         first, second = runner.stages
@@ -145,7 +147,7 @@ def test_inputs_are_written_while_a_batch_is_computed(two_gpus, path, monkeypatc
         with changed:
             started.append(self)
             wanted = min(len(started) + 1, 6)  # of 6 batches
-            assert changed.wait_for(lambda: len(places) >= wanted, timeout=20), "the next inputs were not written"
+            assert changed.wait_for(lambda: len(places) >= wanted, timeout=PATIENCE), "the next inputs were not written"
         compute(self, *args)
 
     with models.load(path, two_gpus[:1], n_batch=16) as model:

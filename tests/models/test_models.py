@@ -50,27 +50,28 @@ def test_the_cpu_continues_as_llama_cpp_does(on_cpu, case):
     golden.assert_decides(logits, case, golden.ROUNDED)
 
 
-@pytest.mark.parametrize(("case", "llama_cpp"), list(zip(EXACT, GOLDEN, strict=True)), ids=["capital", "fibonacci"])
-def test_two_gpus_continue_as_exact_arithmetic_does(on_two_gpus, case, llama_cpp):
+def test_two_gpus_continue_as_exact_arithmetic_does(on_two_gpus):
     """The GPUs' kernels keep activations in floating point. llama.cpp's CPU kernels, which made the golden file, round
     them to 8 bits. Exact arithmetic decides where the two differ.
     """
-    want = golden.decided(case, golden.EXACT)
-    got = list(on_two_gpus.generate_tokens(case["tokens"], len(want), stop_at_end=False))
-    assert got == want
-    golden.assert_follows(got, llama_cpp, golden.ROUNDED)
+    capital, fibonacci = EXACT
+    want = golden.decided(capital, golden.EXACT)[:6]
+    assert len(want) == 6
+    assert list(on_two_gpus.generate_tokens(capital["tokens"], len(want), stop_at_end=False)) == want
+    n = 16  # with the prompt fewer than 32 tokens: software devices compile other shaders for more
+    logits = on_two_gpus.forward(fibonacci["tokens"] + fibonacci["greedy"][: n - 1])[-n:]
+    golden.assert_decides(logits, fibonacci, golden.EXACT)
 
 
-def test_logits_of_every_token(on_cpu, on_two_gpus, smollm2):
-    tokens = GOLDEN[0]["tokens"] + GOLDEN[0]["greedy"][:3]
-    want = llama_float64.Reference(smollm2).forward(tokens)
+def test_logits_of_every_token(on_cpu, on_two_gpus):
+    exact = EXACT[0]["logits"]
+    tokens, vocabulary, want = exact["tokens"], exact["of"], np.array(exact["values"])
     # The CPU's 8-bit activations cost some percent with this model's large activations.
     for model, tolerance in ((on_cpu, 0.1), (on_two_gpus, 5e-3)):
         got = model.forward(tokens)
-        assert got.shape == want.shape
+        assert got.shape == (len(tokens), len(model.tokenizer))
         assert got.dtype == np.float32
-        assert relative_error(got, want) < tolerance
-        assert relative_error(model.forward(tokens, last=True), got[-1]) < tolerance
+        assert relative_error(got[:, vocabulary], want) < tolerance
 
 
 def test_both_gpus_compute_the_layers_that_they_hold(on_two_gpus):
@@ -94,6 +95,7 @@ def test_both_gpus_compute_the_layers_that_they_hold(on_two_gpus):
     assert all(placed.cache_bytes > 0 and placed.compute_bytes > 0 for placed in (first, second))
 
 
+@pytest.mark.nightly  # small random models are compared with float64 on one GPU and on two in every run
 def test_two_gpus_agree_with_one(smollm2, on_two_gpus):
     tokens = GOLDEN[1]["tokens"]
     with models.load(smollm2, ["Vulkan0"], n_ctx=512) as one:
@@ -140,34 +142,39 @@ def test_chunks_are_whole_characters(on_cpu):
 
 def test_a_seed_repeats_the_choices(on_cpu):
     def text(seed):
+        on_cpu.clear_cache()  # the prompt is computed in batches of the same size
         return "".join(on_cpu.generate("Once upon a time", 12, temperature=1.0, seed=seed))
 
     assert text(1) == text(1)
     assert len({text(seed) for seed in range(4)}) > 1
 
 
-def test_a_prompt_longer_than_a_batch_is_computed_in_chunks(smollm2, on_cpu):
-    tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]
-    with models.load(smollm2, ["CPU"], n_ctx=320, n_batch=64) as model:
-        assert relative_error(model.forward(tokens, last=True), on_cpu.forward(tokens, last=True)) < 0.1
+def test_a_prompt_longer_than_a_batch_is_computed_in_chunks(tmp_path, rng):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    tokens = [int(t) for t in rng.integers(0, 50, 300)]
+    want = llama_float64.Reference(path).forward(tokens)
+    with models.load(path, ["CPU"], n_ctx=320, n_batch=64) as model:
+        assert relative_error(model.forward(tokens), want) < 1e-2
+        assert relative_error(model.forward(tokens, last=True), want[-1]) < 1e-2
         made = list(model.generate_tokens(tokens, stop_at_end=False))
         assert len(made) == 320 - 300 + 1  # the last token needs no KV slot
 
 
-def test_the_cpu_computes_a_long_batch_in_parts(on_cpu, monkeypatch):
+def test_the_cpu_computes_a_long_batch_in_parts(tmp_path, rng, monkeypatch):
     """The mask of the first part does not cover the KV slots of the second part."""
-    runner = on_cpu.batchers[0].runner
-    assert runner.batch_ranges(0, 512) == [(0, 256), (256, 512)]
-    tokens = (on_cpu.tokenize("The quick brown fox jumps over the lazy dog. ") * 40)[:300]
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    tokens = [int(t) for t in rng.integers(0, 50, 300)]
     mask_shapes = []
-    run = runner.run
-    monkeypatch.setattr(runner, "run", lambda batch: mask_shapes.append(batch.mask.shape) or run(batch))
-    on_cpu.clear_cache()  # the slots begin at 0, regardless of the tests before
-    in_parts = on_cpu.forward(tokens)
-    assert mask_shapes == [(150, 256), (150, 512)]
-    monkeypatch.setattr(runner, "best_prefill_batch", None)
-    assert relative_error(in_parts, on_cpu.forward(tokens)) < 0.1
-    assert mask_shapes[2:] == [(300, 512)]
+    with models.load(path, ["CPU"], n_ctx=512) as model:
+        runner = model.batchers[0].runner
+        assert runner.batch_ranges(0, 512) == [(0, 256), (256, 512)]
+        run = runner.run
+        monkeypatch.setattr(runner, "run", lambda batch: mask_shapes.append(batch.mask.shape) or run(batch))
+        in_parts = model.forward(tokens)
+        assert mask_shapes == [(150, 256), (150, 512)]
+        monkeypatch.setattr(runner, "best_prefill_batch", None)
+        assert relative_error(in_parts, model.forward(tokens)) < 1e-3
+        assert mask_shapes[2:] == [(300, 512)]
 
 
 @pytest.mark.parametrize(

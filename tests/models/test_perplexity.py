@@ -8,7 +8,14 @@ from tests.support import DATA, llama_float64
 from tests.support.generation import random_prompts
 
 
-@pytest.mark.parametrize(("name", "want"), [("smollm2", 14.371341), ("gemma3", 18.211288)])
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("smollm2", 14.371341),
+        # the sum is the same for all models; Gemma 3 is compared with llama.cpp by its tokens in every run
+        pytest.param("gemma3", 18.211288, marks=pytest.mark.nightly),
+    ],
+)
 def test_perplexity_is_that_of_llama_cpp(name, want):
     """Compare with llama-cpp-python 0.3.36 on the CPU (``want``): windows of 256 tokens of tests/data/prose.txt."""
     text = (DATA / "prose.txt").read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support import PATIENCE
 
+pytest.importorskip("mypy")
+
 _ARRAY = "numpy.ndarray[tuple[Any, ...], numpy.dtype[Any]]"
 
 # Each line that ends with a comment reveals this type.

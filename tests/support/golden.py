@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-#: The lead from which on kernels with activations of 8 bits must agree. The leads of llama.cpp in the files of
-#: ``tests/data`` differ from those of exact arithmetic by up to 0.25 (SmolLM2) and 0.48 (Gemma 3).
-ROUNDED = 0.5
+#: The lead from which on kernels with activations of 8 bits must agree. At the tokens of the files in ``tests/data``,
+#: leads of llama.cpp and of ggml (SSE 4.2, AVX2, AVX-512) differ from those of exact arithmetic by up to 0.63 (SmolLM2)
+#: and 0.83 (Gemma 3), and from one another by up to 0.72.
+ROUNDED = 1.0
 #: The same for kernels that keep activations in floating point, compared with exact arithmetic.
 EXACT = 0.1
 

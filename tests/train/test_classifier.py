@@ -3,13 +3,14 @@
 import sys
 
 import pytest
-from sklearn.neural_network import MLPClassifier
 
 from tests.support import ROOT, need
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import train
+
+MLPClassifier = pytest.importorskip("sklearn.neural_network").MLPClassifier
 
 
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])

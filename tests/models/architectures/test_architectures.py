@@ -123,6 +123,8 @@ def test_gemma3_on_the_cpu_generates_the_tokens_of_llama_cpp(gemma3):
             golden.assert_follows(got, case, golden.ROUNDED)
             logits = model.forward(case["tokens"] + case["greedy"][:-1])[-n:]
             golden.assert_decides(logits, case, golden.ROUNDED)
+        exact = EXACT[0]["logits"]
+        assert relative_error(model.forward(exact["tokens"])[:, exact["of"]], np.array(exact["values"])) < 0.1
 
 
 @pytest.mark.nightly  # small random models of it are compared with float64 on two GPUs in every run

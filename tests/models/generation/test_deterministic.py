@@ -10,7 +10,7 @@ from ggml_cffi.models import Sampler, Timings
 from ggml_cffi.models.generation import Request, generate_one
 from tests.support.generation import batcher_of, n_free_slots, random_prompts
 
-N = 6
+N = 4
 
 
 class Recorder(Sampler):

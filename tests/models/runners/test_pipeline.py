@@ -50,17 +50,17 @@ def test_some_outputs_of_a_batch_are_those_of_their_tokens(two_gpus, path, rng):
                 assert relative_error(model.batchers[0].logits(ids[:n], n_out), want) < 5e-3
 
 
-def test_an_answer_passes_the_steps_of_kv_slots_the_first_time_as_the_second(two_gpus, path):
-    """In the first pass the devices may have to allocate for each new number of slots, with work recorded ahead."""
+def test_an_answer_passes_the_step_at_256_kv_slots_the_first_time_as_the_second(two_gpus, path):
+    """In the first pass the devices may have to allocate for the new number of slots, with work recorded ahead."""
     with models.load(path, two_gpus, n_ctx=512, deterministic=True) as model:
-        answers = [list(model.generate_tokens([7], 500, stop_at_end=False)) for _ in range(2)]
+        answers = [list(model.generate_tokens([7], 280, stop_at_end=False)) for _ in range(2)]
     assert answers[0] == answers[1]
     assert len(set(answers[0])) > 1
 
 
 def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
     ids = [int(t) for t in rng.integers(0, 50, 200)]
-    lengths = [1, 2, 7, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 100, 129, 200]
+    lengths = [1, 7, 9, 16, 17, 47, 64, 65, 129, 200]
     with models.load(path, ["CPU"], n_ctx=512) as model:
         want = [model.forward(ids[:n]) for n in lengths]
     for split in ("layer", "pipeline", "tensor"):
@@ -72,7 +72,7 @@ def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
             built = [stage.n_built for stage in stages]
             got = [model.forward(ids[:n]) for n in lengths]
             last = [model.forward(ids[:n], last=True) for n in lengths]
-            list(model.generate_tokens(ids[:100], 200, stop_at_end=False))  # through the limit of 256 KV slots
+            list(model.generate_tokens(ids, 60, stop_at_end=False))  # through the limit of 256 KV slots
             assert [stage.n_built for stage in stages] == built
         for a, b, c in zip(got, last, want, strict=True):
             assert relative_error(a, c) < 5e-3
