@@ -133,12 +133,6 @@ def test_the_cpu_cannot_share_layers_with_a_gpu(two_gpus):
         parallel.TensorParallel([two_gpus[0]] * 2)
 
 
-def test_a_device_without_host_memory(monkeypatch):
-    monkeypatch.setattr(ggml.Buffer, "imported", classmethod(lambda *_: None))
-    with pytest.raises(ValueError, match="CPU cannot read and write memory of the host"):
-        parallel.TensorParallel(["CPU"])
-
-
 def test_functions_that_cannot_be_compiled():
     x = np.ones((2, 4), np.float32)
     with Ranks() as group:
