@@ -12,6 +12,7 @@ from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.cuda import has_cuda_kernels
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
@@ -24,6 +25,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
+from ggml_cffi.scheduler import cuda_rules
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
@@ -377,6 +379,8 @@ def _can_attend(backend: Backend, architecture: Architecture, dtype: Type) -> bo
     """Return whether a backend has flash attention for the heads of a model and a cache of this type."""
     with Context() as context:
         node = architecture.flash_attention(context, dtype)
+        if has_cuda_kernels(backend.device) and cuda_rules.fault(node.ptr):
+            return False
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, node.ptr))
 
 
