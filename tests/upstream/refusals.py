@@ -25,16 +25,8 @@ REASONS = {
     "solve_tri: a has more than 64 rows": "more rows than GPUs solve",
     "swiglu_clamp needs a limit": "cases that the program of 0.20.2 lists for an operation that it does not know",
     # Cases of newer lists, with what not every supported version can.
-    "clamp: a must be contiguous": "clamp of views",
-    "a must be one of F16, F32": "unary operations of BF16",
-    "both be F32 or both F16": "gated units of BF16",
-    "swiglu_oai: x and y must be F32": "swiglu_oai of F16",
-    "a must be contiguous F32": "scale of BF16",
-    "b F32 or the same half-precision type": "products with b of half precision, and a of another type",
     "mul_mat_id: a, b and the rows of ids must be contiguous": "experts with gaps between them",
-    "conv_1d_dw: kernel must be F32 or F16": "conv_1d_dw with a kernel of BF16",
     "kernel starts inside another tensor": "convolutions with a kernel at an odd address",
-    "x must be one image, without batches": "conv_transpose_2d of several images",
     "rms_norm: sizes before the last must be at most 65535": "more rows than Vulkan allows",
 }
 
