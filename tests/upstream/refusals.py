@@ -8,12 +8,10 @@ from tests.upstream.runner import REFUSED, Outcome
 REASONS = {
     "cannot be checked": "row numbers by a view",
     "integers, which may be checked row numbers, cannot be written in place": "integers may be row numbers",
-    "of one type that is not quantized": "concat of quantized tensors",
     "quantized tensors are copied to and from tensors of the same shape": "copies of quantized tensors",
     "quantized tensors, and the rows of other tensors, must be contiguous": "copies of quantized tensors",
     "a must be F32, F16, BF16 or I32": "dup of I16",
     "with an even last size": "gated units of an odd size, whose last element has no effect",
-    "a must be F32 with contiguous rows": "norms and sums of transposed tensors",
     "sum: a must be F32 and contiguous": "sums of permuted tensors",
     "the kernel and the rows of x must be contiguous": "conv_2d of one channel, permuted",
     "is larger than the padded input": "convolutions: C rounds a negative number of windows up to one",
