@@ -54,8 +54,9 @@ compile_python() { # of Debian 12's sources, in a root of its own, into /opt/pyt
     mkdir -p "$root/opt"; cp -a "$build/opt/python" "$root/opt/"
 }
 
-run_foreign() { # the smoke tests, without any other program of the root: it is unpacked, but not configured
-    local processor qemu version file
+# The smoke tests with each variant of the CPU backend. Only Python runs in the root, which is unpacked but not configured.
+run_foreign() {
+    local processor qemu version file libraries=/src/packages/ggml_cffi/lib chosen=()
     case $arch in arm64) processor=aarch64 ;; *) processor=$arch ;; esac
     qemu=$(command -v "qemu-$processor-static") || fail "needs qemu-$processor-static; install qemu-user-static"
     make_root "$root" ca-certificates,python3,libvulkan1
@@ -71,13 +72,22 @@ run_foreign() { # the smoke tests, without any other program of the root: it is 
     cp -r "$source_dir/tests" "$root/src/"; [ -z "$model" ] || cp "$model" "$root/src/model.gguf"
     mountpoint -q "$root/proc" || mount --bind /proc "$root/proc"
     trap 'umount "$root/proc" 2>/dev/null || true' EXIT
-    emulated() { env -i HOME=/root PATH=/usr/bin:/usr/sbin GGML_VK_VISIBLE_DEVICES=99 PYTHONPATH=/src/packages PYTHONDONTWRITEBYTECODE=1 \
-        chroot "$root" /qemu "/usr/bin/$version" "$@"; }
+    emulated() { env -i HOME=/root PATH=/usr/bin:/usr/sbin GGML_VK_VISIBLE_DEVICES=99 PYTHONPATH=/src/packages \
+        PYTHONDONTWRITEBYTECODE=1 "${chosen[@]}" chroot "$root" /qemu "/usr/bin/$version" "$@"; }
+    smoke() { emulated -c 'import os, sys, pytest; os.chdir("/src"); sys.exit(pytest.main(sys.argv[1:]))' \
+        -q --disable-warnings -p no:cacheprovider tests/test_smoke.py; }
     emulated -c 'import platform; print(*platform.libc_ver(), platform.machine(), platform.python_version())'
     emulated -m ggml_cffi --version
     emulated -m ggml_cffi devices
     [ -z "$model" ] || emulated -m ggml_cffi run /src/model.gguf -n 12 -p "What is the capital of France?"
-    emulated -c 'import os, sys, pytest; os.chdir("/src"); sys.exit(pytest.main(sys.argv[1:]))' -q -p no:cacheprovider tests/test_smoke.py
+    smoke
+    for file in "$root$libraries"/libggml-cpu-*; do
+        say "$(basename "$file") alone"
+        rm -rf "$root/src/one"; mkdir "$root/src/one"
+        cp "$root$libraries"/libggml.* "$root$libraries"/libggml-base.* "$file" "$root/src/one/"
+        chosen=(GGML_CFFI_LIBRARY_PATH=/src/one)
+        smoke
+    done
 }
 
 if [ -n "$arch" ]; then run_foreign; exit; fi
