@@ -17,7 +17,8 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
-root=${root:-${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}/debian-$suite}
+. "$source_dir/tools/version_tests.sh"
+root=${root:-$cache/debian-$suite}
 [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "needs root on Debian or Ubuntu"
 
 packages=(libggml0 libggml0-backend-vulkan libggml0-backend-rpc libvulkan1 mesa-vulkan-drivers
@@ -41,20 +42,18 @@ inside() { env -i HOME=/root PATH=/usr/bin:/bin:/usr/sbin:/sbin LANG=C.UTF-8 GGM
 # pip trusts the certificates that this machine trusts.
 cp /etc/resolv.conf /etc/hosts "$root/etc/" 2>/dev/null || true
 cp "${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}" "$root/etc/ssl/certs/machine.crt"
-rm -rf "$root/src"; mkdir -p "$root/src" "$root/proc" "$root/dev/shm" "$root/var/cache/ggml_cffi"
-(cd "$source_dir" && git ls-files -z | tar --null -T - -c) | tar -x -C "$root/src"
+copy_source "$root/src"; mkdir -p "$root/proc" "$root/dev/shm" "$root/var/cache/ggml_cffi"
 mountpoint -q "$root/proc" || mount --bind /proc "$root/proc" || say "no /proc in the root: some tests need it"
 mountpoint -q "$root/dev" || mount --bind /dev "$root/dev" || say "no /dev in the root: some tests need it"
 trap 'umount "$root/proc" "$root/dev" 2>/dev/null || true' EXIT
-models=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}/models
-[ ! -d "$models" ] || cp -rn "$models" "$root/var/cache/ggml_cffi/"
+[ ! -d "$cache/models" ] || cp -rn "$cache/models" "$root/var/cache/ggml_cffi/"
 
 # Without the libggml-python wheel, which would be found before the system's library.
 inside sh -c 'test -x /venv/bin/python || python3 -m venv /venv'
-inside /venv/bin/python -m pip install -q cffi cloudpickle numpy jinja2 tqdm gguf safetensors hypothesis pexpect pytest \
-    pytest-timeout pytest-xdist pycparser hatchling editables
+inside /venv/bin/python -m pip install -q cffi cloudpickle numpy jinja2 tqdm hatchling editables "${test_packages[@]}"
 inside /venv/bin/python -m pip install -q --no-deps --no-build-isolation -e /src
 inside /venv/bin/python -m ggml_cffi --version
 inside /venv/bin/python -m ggml_cffi devices
-[ $# -gt 0 ] || set -- -m "not nightly" tests/test_smoke.py tests/c tests/core tests/ops tests/scheduler tests/session tests/models
-inside sh -c 'cd /src && exec /venv/bin/python -m pytest -q -n 2 --dist worksteal -p no:cacheprovider "$@"' sh "$@"
+[ $# -gt 0 ] || set -- "${tests[@]}"
+# The tests choose the devices themselves, with the settings for a software device.
+inside env -u GGML_VK_VISIBLE_DEVICES sh -c 'cd /src && exec /venv/bin/python "$@"' sh "${pytest[@]}" "$@"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import INTERNAL, block_size, is_quantized, type_size
 from ggml_cffi.core.shapes import check_bytes
@@ -14,6 +15,8 @@ from ggml_cffi.ops._parameters import INT_MAX, MAX_GROUPS
 
 FLOATS = frozenset({Type.F32, Type.F16, Type.BF16})
 F32_F16 = (Type.F32, Type.F16)
+#: Functions that came with a version, for what older functions can from that version on.
+GGML_0_25, GGML_0_27 = "ggml_prec_set_acc", "ggml_backend_sched_set_realloc_callback"
 _START = 256  # largest alignment that a Vulkan device may require for the start of an operand
 
 
@@ -68,6 +71,12 @@ def check_result(op: str, ne: tuple[int, ...], dtype: Type = Type.F32) -> None:
         check_bytes(dtype, ne)
     except ValueError as error:
         raise ValueError(f"{op}: the result is too large: {error}") from None
+
+
+def check_bf16(op: str, a: Tensor) -> None:
+    """Raise :class:`LibraryMismatchError` if ``a`` is BF16, for operations that have it from ggml 0.25.3 on."""
+    if a.dtype is Type.BF16:
+        library.require(GGML_0_25, f"{op} of BF16")
 
 
 def check_separate(op: str, a: Tensor) -> None:

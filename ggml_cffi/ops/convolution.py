@@ -29,6 +29,7 @@ from ggml_cffi.ops._convolution_f32 import (
 from ggml_cffi.ops._f32 import is_f32
 from ggml_cffi.ops._operands import (
     F32_F16,
+    check_bf16,
     check_groups,
     check_result,
     check_sizes,
@@ -145,7 +146,8 @@ def _conv_1d_dw(
     ctx: Context,
     *args: int,
 ) -> Tensor:
-    check_types(op, kernel, x, F32_F16, F32_F16)
+    check_types(op, kernel, x, (*F32_F16, Type.BF16), (Type.F32,) if kernel.dtype is Type.BF16 else F32_F16)
+    check_bf16(op, kernel)
     check_sizes(op, kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     if not is_contiguous(kernel) or not is_contiguous(x):
@@ -181,9 +183,10 @@ def conv_1d_dw(
     Parameters
     ----------
     x
-        ``(channels, length)``, contiguous F32 or F16.
+        ``(channels, length)``, contiguous F32, or F16 if the kernel is not BF16.
     kernel
-        ``(channels * m, 1, k)``, contiguous F32 or F16; the ``m`` kernels of a channel are adjacent.
+        ``(channels * m, 1, k)``, contiguous F32, F16 or BF16; the ``m`` kernels of a channel are adjacent. BF16 needs
+        ggml 0.25.3.
 
     Returns
     -------

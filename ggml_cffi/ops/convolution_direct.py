@@ -9,12 +9,14 @@ from __future__ import annotations
 from math import prod
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import type_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.ops._operands import (
     F32_F16,
+    GGML_0_25,
     check_groups,
     check_sizes,
     check_start,
@@ -228,14 +230,14 @@ def conv_transpose_1d(x: Tensor, kernel: Tensor, stride: int = 1, *, ctx: Contex
 
 
 def conv_transpose_2d_p0(x: Tensor, kernel: Tensor, stride: int = 1, *, ctx: Context | None = None) -> Tensor:
-    """Compute the transposed convolution of an image, as ``torch.nn.functional.conv_transpose2d`` without padding.
+    """Compute the transposed convolution of images, as ``torch.nn.functional.conv_transpose2d`` without padding.
 
-    ``result[0, o, stride * i + k, stride * j + l] += sum(kernel[:, o, k, l] * x[0, :, i, j])``
+    ``result[0, o, stride * i + k, stride * j + l] += sum(kernel[:, o, k, l] * x[:, i, j])``
 
     Parameters
     ----------
     x
-        ``(in, h, w)``, or ``(1, in, h, w)``: ggml's CPU ignores other batches. F32, contiguous rows.
+        ``(in, h, w)`` or ``(n, in, h, w)``, F32, contiguous rows. Several images need ggml 0.25.3.
     kernel
         ``(in, out, kh, kw)``, contiguous F32 or F16; ``x`` is rounded to its type.
     stride
@@ -258,14 +260,14 @@ def conv_transpose_2d_p0(x: Tensor, kernel: Tensor, stride: int = 1, *, ctx: Con
     s = check_integer(op, "stride", stride, 1)
     check_types(op, kernel, x, F32_F16, (Type.F32,))
     check_sizes(op, kernel=kernel, x=x)
-    if x.ne[3] != 1:
-        raise op_error(op, "x must be one image, without batches", kernel=kernel, x=x)
+    if x.ne[3] != 1:  # older CPU kernels ignore the other images
+        library.require(GGML_0_25, f"{op} of several images")
     if kernel.ne[3] != x.ne[2]:
         raise op_error(op, f"the kernel has {kernel.ne[3]} channels, x {x.ne[2]}", kernel=kernel, x=x)
     if not is_contiguous(kernel) or not contiguous_rows(x):
         raise op_error(op, "the kernel and the rows of x must be contiguous (use cont)", kernel=kernel, x=x)
     check_start(op, kernel=kernel, x=x)
     out = [(size - 1) * s + k for size, k in zip(x.ne[:2], kernel.ne[:2], strict=True)]
-    if prod(out) * kernel.ne[2] > INT_MAX or prod(out) > 2**29:
+    if prod(out) * kernel.ne[2] * x.ne[3] > INT_MAX or prod(out) > 2**29:
         raise op_error(op, "the result would have 2**31 elements or more", kernel=kernel, x=x)
     return ctx.build(c.ggml_conv_transpose_2d_p0, max(x.ndim, 3), kernel.ptr, x.ptr, s)

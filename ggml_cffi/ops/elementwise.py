@@ -13,6 +13,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.ops._operands import (
     FLOATS,
     broadcasts,
+    check_bf16,
     check_result,
     contiguous_rows,
     encodes,
@@ -113,18 +114,19 @@ def div(a: Tensor, b: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 def _scale(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None, **numbers: float) -> Tensor:
     ctx = result_context(op, a, ctx=ctx)
-    if a.dtype is not Type.F32 or not a.is_contiguous:
-        raise op_error(op, "a must be contiguous F32", a=a)
+    if a.dtype not in (Type.F32, Type.BF16) or not a.is_contiguous:
+        raise op_error(op, "a must be contiguous F32 or BF16", a=a)
+    check_bf16(op, a)
     return ctx.build(function, a.ndim, a.ptr, *(check_real(op, name, x) for name, x in numbers.items()), head=a.head)
 
 
 def scale(a: Tensor, factor: float, *, ctx: Context | None = None) -> Tensor:
-    """Multiply a contiguous F32 tensor by a number.
+    """Multiply a contiguous tensor by a number. F32 or BF16; BF16 needs ggml 0.25.3.
 
     Raises
     ------
     ValueError
-        If ``a`` is not contiguous F32, or ``factor`` not finite.
+        If ``a`` is not contiguous or of another type, or ``factor`` not finite.
 
     C: ``ggml_scale``.
     """
@@ -137,7 +139,7 @@ def scale_inplace(a: Tensor, factor: float, *, ctx: Context | None = None) -> Te
 
 
 def scale_bias(a: Tensor, factor: float, bias: float, *, ctx: Context | None = None) -> Tensor:
-    """Compute ``factor * a + bias`` for a contiguous F32 tensor. C: ``ggml_scale_bias``."""
+    """Compute ``factor * a + bias`` for a tensor as in :func:`scale`. C: ``ggml_scale_bias``."""
     return _scale("scale_bias", c.ggml_scale_bias, a, ctx, factor=factor, bias=bias)
 
 

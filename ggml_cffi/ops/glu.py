@@ -1,7 +1,8 @@
 """Gated linear units: one half of a tensor, or one of two tensors, gates the other.
 
 The plain forms divide the last axis of ``a`` into halves ``x`` and ``y``, and return ``f(x) * y``. The ``_swapped``
-forms return ``x * f(y)``. The ``_split`` forms take ``x`` and ``y`` as two tensors. F32 or F16, contiguous.
+forms return ``x * f(y)``. The ``_split`` forms take ``x`` and ``y`` as two tensors. Contiguous floats; BF16 needs ggml
+0.25.3.
 Source: Shazeer, GLU Variants Improve Transformer, 2020.
 """
 
@@ -11,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ggml_cffi import c
+from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._operands import op_error, result_context
+from ggml_cffi.ops._operands import FLOATS, GGML_0_27, check_bf16, op_error, result_context
 from ggml_cffi.ops._parameters import check_real
 
 __all__ = [
@@ -37,13 +39,12 @@ __all__ = [
     "swiglu_swapped",
 ]
 
-_TYPES = (Type.F32, Type.F16)
-
 
 def _whole(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
     ctx = result_context(op, a, ctx=ctx)
-    if a.dtype not in _TYPES or a.ne[0] % 2:
-        raise op_error(op, "a must be F32 or F16 with an even last size", a=a)
+    if a.dtype not in FLOATS or a.ne[0] % 2:
+        raise op_error(op, "a must be a float with an even last size", a=a)
+    check_bf16(op, a)
     if not c.ggml_is_contiguous_1(a.ptr):
         raise op_error(op, "a must be contiguous (use cont)", a=a)
     return ctx.build(function, a.ndim, a.ptr)
@@ -51,8 +52,11 @@ def _whole(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None
 
 def _split(op: str, function: Callable[..., Any], x: Tensor, y: Tensor, ctx: Context | None, *args: float) -> Tensor:
     ctx = result_context(op, x, y, ctx=ctx)
-    if x.ne != y.ne or x.dtype is not y.dtype or x.dtype not in _TYPES:
-        raise op_error(op, "x and y must have one shape, and both be F32 or both F16", x=x, y=y)
+    if x.ne != y.ne or x.dtype is not y.dtype or x.dtype not in FLOATS:
+        raise op_error(op, "x and y must be floats of one type and shape", x=x, y=y)
+    if x.dtype is Type.BF16 and args:
+        raise op_error(op, "x and y must be F32 or F16", x=x, y=y)
+    check_bf16(op, x)
     if not (c.ggml_is_contiguous_1(x.ptr) and c.ggml_is_contiguous_1(y.ptr)):
         raise op_error(op, "x and y must be contiguous (use cont)", x=x, y=y)
     return ctx.build(function, x.ndim, x.ptr, y.ptr, *args)
@@ -190,12 +194,12 @@ def swiglu_clamp(x: Tensor, y: Tensor, limit: float, *, ctx: Context | None = No
 
 def swiglu_oai(x: Tensor, y: Tensor, alpha: float, limit: float, *, ctx: Context | None = None) -> Tensor:
     """Compute SwiGLU with limits: ``x' / (1 + exp(-alpha x')) * (1 + y')`` with ``x' = min(x, limit)``, ``y' = clip(y,
-    -limit, limit)``. F32.
+    -limit, limit)``. F32 or F16; F16 needs ggml 0.27.
 
     C: ``ggml_swiglu_oai``.
     """
     result_context("swiglu_oai", x, y, ctx=ctx)
-    if x.dtype is not Type.F32:
-        raise op_error("swiglu_oai", "x and y must be F32", x=x, y=y)
+    if x.dtype is Type.F16:
+        library.require(GGML_0_27, "swiglu_oai of F16")
     numbers = check_real("swiglu_oai", "alpha", alpha), check_real("swiglu_oai", "limit", limit)
     return _split("swiglu_oai", c.ggml_swiglu_oai, x, y, ctx, *numbers)

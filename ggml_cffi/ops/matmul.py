@@ -44,10 +44,10 @@ def _check_product(a: Tensor, b: Tensor) -> tuple[Head, Head, Head]:
         raise op_error("mul_mat", "the leading sizes of b must be multiples of a's", a=a, b=b)
     if not (contiguous_rows(a) and contiguous_rows(b)) or a.nb[0] > a.nb[1]:
         raise op_error("mul_mat", "the rows of a and b must be contiguous (use cont)", a=a, b=b)
-    half = b.dtype is a.dtype and b.dtype in _HALF
+    half = b.dtype in _HALF and a.dtype in (b.dtype, Type.F32)
     if a.dtype in _INTEGERS or not (b.dtype is Type.F32 or half):
         raise op_error(
-            "mul_mat", "a must be a float or quantized type, and b F32 or the same half-precision type", a=a, b=b
+            "mul_mat", "a must be a float or quantized type, and b F32 (or half, if a is the same or F32)", a=a, b=b
         )
     n, m = an[1], bn[1]
     product = Head.unique(Type.F32, (n, m, *bn[2:]), (4, 4 * n, 4 * n * m, 4 * n * m * bn[2]), dense=True)
@@ -72,8 +72,8 @@ def mul_mat(
     a
         ``(..., n, k)``, any float or quantized type, not transposed.
     b
-        ``(..., m, k)``, F32 (or the type of ``a`` if that is F16 or BF16). Its leading sizes are multiples of those of
-        ``a``, which is repeated.
+        ``(..., m, k)``, F32; or F16 or BF16 if ``a`` is of that type or F32. Its leading sizes are multiples of those
+        of ``a``, which is repeated.
     prec
         ``Prec.F32`` gives the accuracy of F32 on every device; see Notes. The default is that of the context, which is
         ``DEFAULT`` unless ``Session(precision="f32")`` or ``Context(precision="f32")`` says otherwise. ``BF16`` and
@@ -117,7 +117,8 @@ def mul_mat(
     if known is None:
         known = _check_product(a, b)
     ctx = ctx or a.context
-    if known[1].dtype is Type.BF16 and b.size:  # ggml's Vulkan backend ends the process if there are few rows
+    # Of BF16, ggml's Vulkan backend ends the process if there are few rows. No backend multiplies F32 by F16.
+    if known[1].dtype is not Type.F32 and (known[1].dtype is Type.BF16 or known[0].dtype is Type.F32) and b.size:
         return mul_mat(a, decoded(b, ctx), prec=prec, b_prec=b_prec, ctx=ctx)
     prec = (prec if prec.__class__ is Prec else Prec(prec)) or ctx.prec
     if prec is Prec.F32 and _needs_f32(a, b, b_prec):

@@ -24,10 +24,13 @@ __all__ = [
 ]
 
 
-def _along_rows(op: str, function: Callable[..., Any], a: Tensor, eps: float, ctx: Context | None) -> Tensor:
+def _along_rows(
+    op: str, function: Callable[..., Any], a: Tensor, eps: float, ctx: Context | None, *, gaps: bool = False
+) -> Tensor:
+    """Build an operation on rows, whose elements may have ``gaps`` between them."""
     ctx = result_context(op, a, ctx=ctx)
-    if a.dtype is not Type.F32 or not contiguous_rows(a):
-        raise op_error(op, "a must be F32 with contiguous rows", a=a)
+    if a.dtype is not Type.F32 or not (gaps or contiguous_rows(a)):
+        raise op_error(op, "a must be F32" + " with contiguous rows" * (not gaps), a=a)
     eps = check_real(op, "eps", eps, lowest=0.0)
     return ctx.build(function, a.ndim, a.ptr, eps)
 
@@ -69,12 +72,12 @@ def rms_norm_inplace(a: Tensor, eps: float = 1e-6, *, ctx: Context | None = None
 
 
 def norm(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
-    """Normalize by mean and variance along the last axis: ``(a - mean(a)) / sqrt(var(a) + eps)``. F32, contiguous rows;
-    ``eps`` at least 0.
+    """Normalize by mean and variance along the last axis: ``(a - mean(a)) / sqrt(var(a) + eps)``. F32; ``eps`` at least
+    0.
 
     C: ``ggml_norm``. Source: Ba et al., Layer Normalization, 2016.
     """
-    return _along_rows("norm", c.ggml_norm, a, eps, ctx)
+    return _along_rows("norm", c.ggml_norm, a, eps, ctx, gaps=True)
 
 
 def norm_inplace(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) -> Tensor:
@@ -83,12 +86,11 @@ def norm_inplace(a: Tensor, eps: float = 1e-5, *, ctx: Context | None = None) ->
 
 
 def l2_norm(a: Tensor, eps: float = 1e-12, *, ctx: Context | None = None) -> Tensor:
-    """Normalize by the length along the last axis: ``a / max(sqrt(sum(a**2)), eps)``. F32, contiguous rows; ``eps`` at
-    least 0.
+    """Normalize by the length along the last axis: ``a / max(sqrt(sum(a**2)), eps)``. F32; ``eps`` at least 0.
 
     C: ``ggml_l2_norm``.
     """
-    return _along_rows("l2_norm", c.ggml_l2_norm, a, eps, ctx)
+    return _along_rows("l2_norm", c.ggml_l2_norm, a, eps, ctx, gaps=True)
 
 
 def l2_norm_inplace(a: Tensor, eps: float = 1e-12, *, ctx: Context | None = None) -> Tensor:

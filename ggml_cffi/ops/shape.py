@@ -299,7 +299,7 @@ def concat(a: Tensor, b: Tensor, axis: int = 0, *, ctx: Context | None = None) -
     Parameters
     ----------
     a, b
-        Tensors of one type that is not quantized, with equal sizes along all axes but ``axis``.
+        Tensors of one type, with equal sizes along all axes but ``axis``.
     axis
         Axis to join, counted from the end if negative.
 
@@ -315,8 +315,8 @@ def concat(a: Tensor, b: Tensor, axis: int = 0, *, ctx: Context | None = None) -
     if b.ndim != n or not -n <= axis < n:
         raise op_error("concat", f"a and b must have the same number of axes, and axis {axis}", a=a, b=b)
     dim = n - 1 - axis % n
-    if a.dtype is not b.dtype or is_quantized(a.dtype):
-        raise op_error("concat", "a and b must be of one type that is not quantized", a=a, b=b)
+    if a.dtype is not b.dtype:
+        raise op_error("concat", "a and b must be of one type", a=a, b=b)
     if any(x != y for i, (x, y) in enumerate(zip(a.ne, b.ne, strict=True)) if i != dim):
         raise op_error("concat", f"a and b differ in more than axis {axis}", a=a, b=b)
     check_result("concat", tuple(x + b.ne[i] if i == dim else x for i, x in enumerate(a.ne)), a.dtype)

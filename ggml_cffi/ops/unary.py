@@ -15,7 +15,7 @@ from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.ops._operands import FLOATS, contiguous_rows, op_error, result_context
+from ggml_cffi.ops._operands import FLOATS, GGML_0_27, check_bf16, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import check_real
 from ggml_cffi.ops.update import dup
 
@@ -94,6 +94,13 @@ def _unary(
     if not (head.dense or contiguous_rows(a)):
         raise op_error(op, "the rows of a must be contiguous (use cont)", a=a)
     return ctx.build(function, a.ndim, a.ptr, *args, head=head)
+
+
+def _newer_bf16(op: str, function: Callable[..., Any], a: Tensor, ctx: Context | None) -> Tensor:
+    """Build an operation that older versions of ggml have for F32 and F16 only."""
+    if isinstance(a, Tensor):
+        check_bf16(op, a)
+    return _unary(op, function, a, ctx)
 
 
 def sqr(a: Tensor, *, ctx: Context | None = None) -> Tensor:
@@ -313,47 +320,48 @@ def hardsigmoid(a: Tensor, *, ctx: Context | None = None) -> Tensor:
 
 
 def silu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Compute ``a / (1 + e**-a)``, also known as swish. F32 or F16. C: ``ggml_silu``."""
-    return _unary("silu", c.ggml_silu, a, ctx, types=_F32_F16)
+    """Compute ``a / (1 + e**-a)``, also known as swish. BF16 needs ggml 0.25.3. C: ``ggml_silu``."""
+    return _newer_bf16("silu", c.ggml_silu, a, ctx)
 
 
 def silu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Compute :func:`silu` in place: write the result over ``a``. C: ``ggml_silu_inplace``."""
-    return _unary("silu_inplace", c.ggml_silu_inplace, a, ctx, types=_F32_F16)
+    return _newer_bf16("silu_inplace", c.ggml_silu_inplace, a, ctx)
 
 
 def gelu(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Compute GELU in its tanh form ``a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a**3)))``. F32 or F16. Source: Hendrycks &
-    Gimpel, 2016.
+    """Compute GELU in its tanh form ``a/2 (1 + tanh(sqrt(2/pi) (a + 0.044715 a**3)))``. BF16 needs ggml 0.25.3.
+
+    Source: Hendrycks & Gimpel, 2016.
 
     C: ``ggml_gelu``.
     """
-    return _unary("gelu", c.ggml_gelu, a, ctx, types=_F32_F16)
+    return _newer_bf16("gelu", c.ggml_gelu, a, ctx)
 
 
 def gelu_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Compute :func:`gelu` in place: write the result over ``a``. C: ``ggml_gelu_inplace``."""
-    return _unary("gelu_inplace", c.ggml_gelu_inplace, a, ctx, types=_F32_F16)
+    return _newer_bf16("gelu_inplace", c.ggml_gelu_inplace, a, ctx)
 
 
 def gelu_erf(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Compute GELU in its exact form ``a/2 (1 + erf(a / sqrt(2)))``. F32 or F16. C: ``ggml_gelu_erf``."""
-    return _unary("gelu_erf", c.ggml_gelu_erf, a, ctx, types=_F32_F16)
+    """Compute GELU in its exact form ``a/2 (1 + erf(a / sqrt(2)))``. BF16 needs ggml 0.25.3. C: ``ggml_gelu_erf``."""
+    return _newer_bf16("gelu_erf", c.ggml_gelu_erf, a, ctx)
 
 
 def gelu_erf_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Compute :func:`gelu_erf` in place: write the result over ``a``. C: ``ggml_gelu_erf_inplace``."""
-    return _unary("gelu_erf_inplace", c.ggml_gelu_erf_inplace, a, ctx, types=_F32_F16)
+    return _newer_bf16("gelu_erf_inplace", c.ggml_gelu_erf_inplace, a, ctx)
 
 
 def gelu_quick(a: Tensor, *, ctx: Context | None = None) -> Tensor:
-    """Compute the approximation of GELU ``a / (1 + e**(-1.702 a))``. F32 or F16. C: ``ggml_gelu_quick``."""
-    return _unary("gelu_quick", c.ggml_gelu_quick, a, ctx, types=_F32_F16)
+    """Compute the approximation of GELU ``a / (1 + e**(-1.702 a))``. BF16 needs ggml 0.25.3. C: ``ggml_gelu_quick``."""
+    return _newer_bf16("gelu_quick", c.ggml_gelu_quick, a, ctx)
 
 
 def gelu_quick_inplace(a: Tensor, *, ctx: Context | None = None) -> Tensor:
     """Compute :func:`gelu_quick` in place: write the result over ``a``. C: ``ggml_gelu_quick_inplace``."""
-    return _unary("gelu_quick_inplace", c.ggml_gelu_quick_inplace, a, ctx, types=_F32_F16)
+    return _newer_bf16("gelu_quick_inplace", c.ggml_gelu_quick_inplace, a, ctx)
 
 
 def leaky_relu(a: Tensor, negative_slope: float = 0.01, *, inplace: bool = False, ctx: Context | None = None) -> Tensor:
@@ -374,7 +382,9 @@ def clamp(a: Tensor, low: float, high: float, *, ctx: Context | None = None) -> 
     Raises
     ------
     ValueError
-        If ``low`` is above ``high``, or ``a`` is of another type or not contiguous.
+        If ``low`` is above ``high``, or ``a`` is of another type.
+    LibraryMismatchError
+        If ``a`` is not contiguous, and ggml is older than 0.27.
 
     C: ``ggml_clamp``.
     """
@@ -395,8 +405,8 @@ def _check_range(op: str, a: Tensor, low: float, high: float) -> tuple[float, fl
     low, high = check_real(op, "low", low, infinite=True), check_real(op, "high", high, infinite=True)
     if low > high:
         raise ValueError(f"{op}: low {low} is above high {high}")
-    if isinstance(a, Tensor) and not a.is_contiguous:  # the CPU kernel assumes a constant distance between rows
-        raise op_error(op, "a must be contiguous (use cont)", a=a)
+    if isinstance(a, Tensor) and not a.is_contiguous:  # older CPU kernels assume a constant distance between rows
+        library.require(GGML_0_27, f"{op} of a tensor that is not contiguous (cont would make it so)")
     return low, high
 
 

@@ -42,6 +42,12 @@ class Command(IntEnum):
     DEVICE_COUNT = 15
     GRAPH_RECOMPUTE = 16
     MEMSET_TENSOR = 17
+    # From version 8 (ggml 0.27) on:
+    SET_TENSOR_2D = 18
+    GET_TENSOR_2D = 19
+    COMM_INIT = 20
+    COMM_ALLREDUCE = 21
+    COMM_FREE = 22
 
 
 _ANSWERS = {
@@ -59,23 +65,36 @@ _ANSWERS = {
     Command.HELLO: 28,
     Command.DEVICE_COUNT: 4,
     Command.MEMSET_TENSOR: 0,
+    Command.COMM_INIT: 1,
 }
 # From version 7 (ggml 0.25) on, these have no answer any more.
 _UNANSWERED = {Command.FREE_BUFFER, Command.BUFFER_CLEAR, Command.INIT_TENSOR, Command.MEMSET_TENSOR}
 
 
 def answers(version: Version) -> dict[int, int]:
-    """Return the bytes of the answer to each command.
-
-    ``GET_TENSOR`` is not listed: its answer has as many bytes as the request asks for. The other commands that are not
-    listed have no answer.
-    """
+    """Return the bytes of the answer to each command that has an answer of a fixed size."""
     return {int(k): n for k, n in _ANSWERS.items() if version < (7, 0, 0) or k not in _UNANSWERED}
 
 
-def forgets_graphs(version: Version) -> bool:
-    """Return whether a server forgets its computed graphs when a buffer is freed, so that it cannot repeat them."""
-    return version >= (7, 0, 0)
+def bytes_to_read(command: int, body: bytes) -> int | None:
+    """Return the bytes that a request reads from a tensor, None if it does not read one."""
+    if command == Command.GET_TENSOR:
+        return int.from_bytes(body[-8:], "little")
+    if command == Command.GET_TENSOR_2D:
+        size, n_copies, _stride = struct.unpack("<3Q", body[-24:])
+        return int(size * n_copies)
+    return None
+
+
+def graph_key_size(version: Version) -> int:
+    """Return the bytes that name a graph, at the beginning of the body of ``GRAPH_COMPUTE`` and ``GRAPH_RECOMPUTE``.
+
+    They are the device (4 bytes), and from version 8 on the number of the graph (8 bytes). 0: the server never forgets
+    a graph that its client asks for.
+    """
+    if version < (7, 0, 0):
+        return 0
+    return 4 if version < (8, 0, 0) else 12
 
 
 def version_text(version: Version) -> str:

@@ -23,6 +23,9 @@ import signal
 import socket
 import struct
 import sys
+import zlib
+from collections import defaultdict
+from typing import TypeVar
 
 from ggml_cffi.rpc.protocol import (
     ANSWER_HEAD,
@@ -32,7 +35,8 @@ from ggml_cffi.rpc.protocol import (
     Command,
     Version,
     answers,
-    forgets_graphs,
+    bytes_to_read,
+    graph_key_size,
     parse_version,
 )
 
@@ -40,6 +44,10 @@ _HEAD_SIZE = 64 << 10  # bytes of a message that are read into memory; only mess
 _CHUNK = 1 << 20  # bytes of the rest that the kernel moves at a time
 _DUMMY_ADDRESS = 1 << 32  # the address of memory that is granted in the server's place
 _CLOSED = "closed the connection"
+KEPT_GRAPHS = 1024
+"""Graphs of a device that ggml 0.27's client and server keep at most. C: ``rpc_server::graph_compute``."""
+_NO_NUMBER = bytes(8)  # client and server do not keep a graph without a number
+_Value = TypeVar("_Value")
 
 
 class ServerLostError(Exception):
@@ -68,7 +76,8 @@ class Proxy:
     ) -> None:
         self.listener, self.server, self.state, self.patience = listener, server, state, patience
         self.protocol, self.answers = protocol, answers(protocol)
-        self.graphs = _Graphs() if forgets_graphs(protocol) else None
+        key_size = graph_key_size(protocol)
+        self.graphs = Graphs(key_size) if key_size else None
         self.disconnected = False
         self.pipe = os.pipe()
         with contextlib.suppress(OSError):  # the size may exceed the user's limit
@@ -117,7 +126,8 @@ class Proxy:
             self._send_request(self.graphs.renew(command, head, body) if self.graphs else head + body)
             for left in range(size - first, 0, -_CHUNK):
                 self._forward_request(client, min(left, _CHUNK))
-            answer = ANSWER_HEAD.unpack(body[-8:])[0] if command == Command.GET_TENSOR else self.answers.get(command)
+            answer = bytes_to_read(command, body)
+            answer = self.answers.get(command) if answer is None else answer
             if answer is not None:
                 self._answer(client, command, body, answer)
 
@@ -242,29 +252,47 @@ class Proxy:
         client.sendall(bytes(n))
 
 
-class _Graphs:
-    """The last graph that each device of the server computed.
+class Graphs:
+    """The graphs that the client may ask the server to repeat, and those that the server can repeat.
 
-    ggml's client asks a server to repeat that graph. A server forgets its graphs when a buffer is freed, and refuses
-    such a request then, which the client takes for the loss of the server.
+    When a buffer is freed, a server forgets its graphs, and closes the connection when it is asked for one. ggml's
+    client does not take this into account, so the proxy sends such a graph again. Before version 8, a server keeps the
+    last graph of each device. From then on, client and server keep 1024 graphs of each device, and before a further one
+    they drop all.
+
+    Parameters
+    ----------
+    key_size
+        Bytes that name a graph; see :func:`ggml_cffi.rpc.protocol.graph_key_size`.
     """
 
-    def __init__(self) -> None:
-        self.requests: dict[bytes, bytes] = {}
-        self.forgotten: set[bytes] = set()
+    def __init__(self, key_size: int) -> None:
+        self.key_size = key_size
+        self.sent: defaultdict[bytes, dict[bytes, bytes]] = defaultdict(dict)
+        """The compressed requests of each device, as the client counts them."""
+        self.kept: defaultdict[bytes, dict[bytes, bool]] = defaultdict(dict)
+        """The graphs of each device, as the server counts them: false if it forgot what the graph was."""
 
     def renew(self, command: int, head: bytes, body: bytes) -> bytes:
         """Return a request as the server can serve it: a forgotten graph is sent again."""
-        device, request = body[:4], head + body
+        device, key, request = body[:4], body[: self.key_size], head + body
         if command == Command.FREE_BUFFER:
-            self.forgotten.update(self.requests)
-        elif command == Command.GRAPH_COMPUTE:
-            self.requests[device] = request
-            self.forgotten.discard(device)
-        elif command == Command.GRAPH_RECOMPUTE and device in self.forgotten:
-            self.forgotten.discard(device)
-            return self.requests[device]
+            for graphs in self.kept.values():
+                graphs.update(dict.fromkeys(graphs, False))
+        elif command == Command.GRAPH_COMPUTE and not key.endswith(_NO_NUMBER):
+            _keep(self.sent[device], key, zlib.compress(request, 1))
+            _keep(self.kept[device], key, True)
+        elif command == Command.GRAPH_RECOMPUTE and not self.kept[device].get(key):
+            _keep(self.kept[device], key, True)
+            return zlib.decompress(self.sent[device][key])
         return request
+
+
+def _keep(graphs: dict[bytes, _Value], key: bytes, value: _Value) -> None:
+    """Add a graph to those of a device, as ggml does."""
+    if len(graphs) >= KEPT_GRAPHS:
+        graphs.clear()
+    graphs[key] = value
 
 
 def _reason(error: Exception) -> str:

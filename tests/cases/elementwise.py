@@ -79,7 +79,9 @@ CASES = [
     case("scale", a=In((33,)), factor=-2.5),
     case("scale", a=In((2, 3, 8)), factor=0),
     case("scale", a=In((3, 4, 5, 6)), factor=1e-3),
+    case("scale", a=In((3, 32), Type.BF16), factor=0.75),
     case("scale_bias", a=In((33,)), factor=2.0, bias=-1.0),
+    case("scale_bias", a=In((2, 3, 7), Type.BF16), factor=-0.5, bias=0.25),
     case("scale_bias", a=In((3, 32)), factor=0.0, bias=3),
     case("scale_bias", a=In((2, 3, 4, 5)), factor=-1.5, bias=0.0),
 ]

@@ -128,27 +128,33 @@ CASES = [
             ((66,), Type.F32, "contiguous"),
             ((2, 3, 10), Type.F32, "gaps"),
             ((4, 32), F16, "contiguous"),
+            ((2, 3, 14), Type.BF16, "gaps"),
         )
     ),
     case("swiglu_oai", x=In((2, 32), values=(-6, 6)), y=In((2, 32), values=(-6, 6)), alpha=1.7, limit=2.0),
     case("swiglu_oai", x=In((7,)), y=In((7,)), alpha=1.0, limit=7.0),
     case("swiglu_oai", x=In((2, 3, 5), layout="gaps"), y=In((2, 3, 5)), alpha=-1.0, limit=0.5),
+    case("swiglu_oai", x=In((4, 32), F16), y=In((4, 32), F16), alpha=1.7, limit=0.5),
+    case("swiglu_oai", x=In((2, 3, 5), F16, "gaps"), y=In((2, 3, 5), F16), alpha=-1.0, limit=7.0),
     case("swiglu_clamp", x=In((2, 32), values=(-6, 6)), y=In((2, 32), values=(-6, 6)), limit=2.0),
     case("swiglu_clamp", x=In((2, 3, 5), layout="gaps"), y=In((2, 3, 5), layout="gaps"), limit=0.5),
     case("swiglu_clamp", x=In((4, 32), F16), y=In((4, 32), F16), limit=0.0),
 ]
 
 WRONG = {
-    "swiglu_split: x and y must have one shape": lambda t: ggml.swiglu_split(t(4), t(5)),
-    "reglu_split: x and y must have one shape, and both be F32": lambda t: ggml.reglu_split(t(4), t(4, dtype="f16")),
+    "swiglu_split: x and y must be floats of one type and shape": lambda t: ggml.swiglu_split(t(4), t(5)),
+    "reglu_split: x and y must be floats of one type": lambda t: ggml.reglu_split(t(4), t(4, dtype="f16")),
     "swiglu_split: x and y must be contiguous": lambda t: ggml.swiglu_split(
         ggml.transpose(t(4, 5)), ggml.transpose(t(4, 5))
     ),
-    "swiglu: a must be F32 or F16 with an even last size": lambda t: ggml.swiglu(t(5)),
-    "geglu_erf: a must be F32 or F16": lambda t: ggml.geglu_erf(t(4, dtype="bf16")),
+    "swiglu: a must be a float with an even last size": lambda t: ggml.swiglu(t(5)),
+    "geglu_erf: a must be a float": lambda t: ggml.geglu_erf(t(4, dtype="i32")),
     "swiglu: a must be contiguous": lambda t: ggml.swiglu(ggml.transpose(t(4, 6))),
-    "swiglu_oai: x and y must be F32": lambda t: ggml.swiglu_oai(t(4, dtype="f16"), t(4, dtype="f16"), 1, 1),
-    "swiglu_clamp: x and y must have one shape": lambda t: ggml.swiglu_clamp(t(4), t(5), 1.0),
+    "swiglu_oai: x and y must be F32 or F16": lambda t: ggml.swiglu_oai(t(4, dtype="bf16"), t(4, dtype="bf16"), 1, 1),
+    "swiglu_clamp: x and y must be floats of one type and shape": lambda t: ggml.swiglu_clamp(t(4), t(5), 1.0),
+    "swiglu_clamp: x and y must be F32 or F16": lambda t: ggml.swiglu_clamp(
+        t(4, dtype="bf16"), t(4, dtype="bf16"), 1.0
+    ),
     "swiglu_clamp: limit must be": lambda t: ggml.swiglu_clamp(t(4), t(4), -1.0),
     "swiglu_oai: limit must be a finite": lambda t: ggml.swiglu_oai(t(4), t(4), 1, float("nan")),
 }

@@ -61,6 +61,7 @@ CASES = [
     case("linear", ROUNDED, x=In((32,)), weight=In((6, 32))),
     case("linear", ROUNDED, x=In((2, 3, 32)), weight=In((6, 32)), bias=In((6,))),
     *(case("mul_mat", COARSE, a=In((5, 32), Type.BF16), b=In((m, 32), Type.BF16)) for m in (1, 8, 9)),
+    *(case("mul_mat", COARSE, a=In((5, 32)), b=In((m, 32), dtype)) for m in (1, 9) for dtype in (F16, Type.BF16)),
     # The accuracy of F32 also for operands of half precision, without tolerances of their types.
     *(
         case("mul_mat", EXACT, a=In((33, 512), dtype), b=In((m, 512)), prec=Prec.F32)

@@ -42,6 +42,8 @@ CASES = [
             ((2, 3, 4, 6), "permuted", {}),
         )
     ),
+    case("norm", a=In((2, 3, 5, 64), layout="transposed")),
+    case("l2_norm", a=In((2, 33, 4), layout="transposed")),
     case("group_norm", a=In((6, 4, 5)), n_groups=3),
     case("group_norm", a=In((2, 8, 3, 3)), n_groups=4, eps=0.1),
     case("group_norm", a=In((2, 4, 3, 5), layout="gaps"), n_groups=1),

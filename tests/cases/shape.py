@@ -113,6 +113,8 @@ CASES = [
         for axis in (0, 1, 2, -1)
     ),
     case("concat", a=In((3, 4), F16, "gaps"), b=In((2, 4), F16, "transposed")),
+    case("concat", a=In((2, 3, 64), Q8_0), b=In((2, 1, 64), Q8_0), axis=1),
+    case("concat", a=In((3, 64), Type.Q4_0), b=In((3, 32), Type.Q4_0, "gaps"), axis=-1),
     case("concat", a=In((3, 4), I32, values=9), b=In((3, 1), I32, values=9), axis=1),
     case("diag", a=In((7,))),
     case("diag", a=In((2, 3, 1, 4))),

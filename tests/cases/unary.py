@@ -179,11 +179,12 @@ CASES = [
             ((4, 31), F16, "gaps"),
             ((5, 7), BF16, "gaps"),
         )
-        if dtype is not BF16 or op not in [*GELUS, "silu"]
     ),
     case("clamp", a=In((3, 32)), low=-0.5, high=1.0),
     case("clamp", a=In((2, 3, 5)), low=0, high=float("inf")),
     case("clamp", a=In((33,), F16), low=-float("inf"), high=0.25),
+    case("clamp", a=In((2, 3, 2, 17), layout="permuted"), low=-0.5, high=0.5),
+    case("clamp", a=In((4, 31), F16, "gaps"), low=-0.5, high=0.5),
     case("leaky_relu", a=In((2, 3, 17))),
     case("leaky_relu", a=In((33,), F16), negative_slope=0.5),
     case("leaky_relu", a=In((4, 8)), negative_slope=-1.0, inplace=True),
@@ -195,15 +196,14 @@ CASES = [
 NAN, INF = float("nan"), float("inf")
 WRONG = {
     "relu: a must be one of BF16, F16, F32": lambda t: ggml.relu(t(4, dtype="i32")),
-    "silu: a must be one of F16, F32": lambda t: ggml.silu(t(4, dtype="bf16")),
-    "gelu: a must be one of F16, F32": lambda t: ggml.gelu(t(4, dtype="bf16")),
+    "silu: a must be one of BF16, F16, F32": lambda t: ggml.silu(t(4, dtype="i32")),
+    "gelu: a must be one of BF16, F16, F32": lambda t: ggml.gelu(t(4, dtype="i32")),
     "relu: the rows of a must be contiguous": lambda t: ggml.relu(ggml.transpose(t(4, 5))),
     "leaky_relu: a must be contiguous F32 or F16": lambda t: ggml.leaky_relu(ggml.transpose(t(4, 5))),
     "leaky_relu: negative_slope must be a finite": lambda t: ggml.leaky_relu(t(4), INF),
     "clamp: low 2.0 is above high 1.0": lambda t: ggml.clamp(t(4), 2, 1),
     "clamp: low must be a finite number of single precision, not nan": lambda t: ggml.clamp(t(4), NAN, 1),
     "clamp: high must be a number, not None": lambda t: ggml.clamp(t(4), 0, None),
-    "clamp: a must be contiguous": lambda t: ggml.clamp(ggml.permute(t(2, 3, 4), (1, 0, 2)), 0, 1),
     "clamp: a must be one of F16, F32": lambda t: ggml.clamp(t(4, dtype="bf16"), 0, 1),
     "xielu: a must be a contiguous float": lambda t: ggml.xielu(t(4, dtype="i32"), 1, 1, 1, 1),
     "xielu: a must be a contiguous float (use cont): a (5, 4)": lambda t: ggml.xielu(

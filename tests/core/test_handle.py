@@ -159,7 +159,7 @@ if pid == 0:
             ggml.Backend({device!r})
         except ggml.GgmlError as error:
             print(error, flush=True)
-    sys.exit(0)
+    os._exit(0)  # as multiprocessing does: at exit, Mesa 26 waits for threads that this process lacks
 assert os.waitpid(pid, 0)[1] == 0
 backend.synchronize()
 backend.close()

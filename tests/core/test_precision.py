@@ -6,6 +6,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import parallel
 from ggml_cffi.core.precision import as_prec, keeps_f32
+from tests.support import skip_if_newer_needed
 
 
 def test_the_cpu_keeps_f32_in_every_product():
@@ -42,10 +43,16 @@ def test_the_context_decides_about_products_without_precision(rng):
     values = rng.standard_normal((20, 16))
     with ggml.Context(precision="f32", devices=ggml.devices()) as ctx:
         x, w = ctx.constant(values), ctx.constant(values)
-        y, z = ggml.mul_mat(w, x), ggml.mul_mat(w, x, prec=ggml.Prec.BF16, b_prec=ggml.Prec.BF16)
-        with ggml.Graph(y) as one, ggml.Graph(z) as other, ggml.Scheduler(["CPU"]) as scheduler:
-            assert len(one) == 1 if ctx.keeps_f32(20, 1) else len(one) > 1
-            assert len(other) == 1
-            scheduler.alloc(one)
-            scheduler.compute(one)
+        y = ggml.mul_mat(w, x)
+        with ggml.Graph(y) as graph, ggml.Scheduler(["CPU"]) as scheduler:
+            assert len(graph) == 1 if ctx.keeps_f32(20, 1) else len(graph) > 1
+            scheduler.alloc(graph)
+            scheduler.compute(graph)
             np.testing.assert_allclose(y.numpy(), values @ values.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_products_own_precision_overrides_that_of_the_context():
+    with ggml.Context(precision="f32", devices=ggml.devices()) as ctx, skip_if_newer_needed():
+        x, w = ctx.constant(np.ones((20, 16))), ctx.constant(np.ones((20, 16)))
+        with ggml.Graph(ggml.mul_mat(w, x, prec=ggml.Prec.BF16, b_prec=ggml.Prec.BF16)) as graph:
+            assert len(graph) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
-from ggml_cffi import models, rpc
+from ggml_cffi import c, models, rpc
 from ggml_cffi.core.device_choice import find
 from ggml_cffi.core.shapes import fits_in_32_bits
 from ggml_cffi.rpc.handshake import protocol
@@ -248,6 +248,34 @@ def test_a_graph_is_computed_again_after_memory_on_its_server_was_freed(servers,
                 assert relative_error(y.numpy(), X @ W.T) < 5e-3
                 ggml.Buffer(servers[0], 1 << 10).close()
                 X = X + 1
+
+
+def test_graphs_in_turns_are_right_after_memory_on_their_server_was_freed(servers, rng):
+    """A server of ggml 0.27 keeps many graphs, and forgets them all when a buffer is freed."""
+    W, X = weight_and_input(rng)
+    with ggml.Session([servers[0]]) as session:
+        w = session.weight(W)
+        functions = [session.compile(lambda x, n=n: ggml.scale(ggml.linear(x, w), float(n))) for n in range(1, 4)]
+        for _ in range(3):
+            for n, function in enumerate(functions, 1):
+                assert relative_error(function(X), n * (X @ W.T)) < 5e-3
+                X = X + 1
+            ggml.Buffer(servers[0], 1 << 10).close()
+
+
+def test_parts_of_rows_are_copied_to_a_server_and_back(servers):
+    """ggml 0.27 has commands of their own for them; older versions copy each part alone."""
+    with ggml.Context() as ctx:
+        t = ctx.new_tensor(ggml.F32, (6, 32))
+        ctx.alloc(servers[0])
+        values = np.arange(6 * 32, dtype=np.float32).reshape(6, 32)
+        t.set(values)
+        part, read = np.full((3, 8), -1, np.float32), np.zeros((2, 8), np.float32)
+        c.ggml_backend_tensor_set_2d(t.ptr, c.ffi.from_buffer(part), 0, 32, 3, 128, 32)
+        c.ggml_backend_tensor_get_2d(t.ptr, c.ffi.from_buffer(read), 2 * 128, 32, 2, 128, 32)
+        values[:3, :8] = -1
+        assert (read == values[2:4, :8]).all()
+        assert (t.numpy() == values).all()
 
 
 def test_timeout_and_patience_must_be_positive():

@@ -105,7 +105,8 @@ def test_the_command_stops_at_sigterm_and_sigint(number):
         ggml.device(endpoint)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "")
+    # ggml 0.27 logs the end of each connection as an error.
+    assert (process.returncode, err.replace("recv returned 0 (peer closed?)\n", "")) == (0, "")
 
 
 def test_the_command_refuses_a_wrong_host():

@@ -8,7 +8,7 @@ import struct
 import threading
 
 from ggml_cffi.rpc.handshake import protocol
-from ggml_cffi.rpc.protocol import Command, answers
+from ggml_cffi.rpc.protocol import Command, answers, bytes_to_read
 from ggml_cffi.rpc.proxy import substitute_answer
 
 
@@ -83,7 +83,8 @@ class Pretender(Peer):
                 if self.answers[command] is not None:
                     client.sendall(self.answers[command])
                 continue
-            n = struct.unpack("<Q", body[-8:])[0] if command is Command.GET_TENSOR else answers(protocol()).get(command)
+            n = bytes_to_read(command, body)
+            n = answers(protocol()).get(command) if n is None else n
             if n is not None:
                 client.sendall(struct.pack("<Q", n) + self.answer(command, body, n))
 
