@@ -13,6 +13,8 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.generation.grammar import Grammar
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -28,6 +30,7 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 __all__ = [
     "ARCHITECTURES",
     "DevicePlan",
+    "Grammar",
     "Model",
     "ModelPlan",
     "Perplexity",
@@ -37,6 +40,7 @@ __all__ = [
     "SplitMode",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "Tokenizer",
     "convert",
     "fetch",

@@ -226,7 +226,8 @@ class Model(TextMethods, Closing):
 
         def request(text: str | Chat, number: int) -> Request:
             ids = self._check_prompt(self.tokenize(text, tools=tools, template_kwargs=template_kwargs))
-            return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
+            sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer, number)
+            return Request(ids, sampler, limit, frozenset() if params.ignore_eos else self.tokenizer.end_tokens, reuse)
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
@@ -256,9 +257,10 @@ class Model(TextMethods, Closing):
         """
         self._runners[0].check_open()
         self.architecture.check_decoder()
-        sampler = Sampler(sampling, **options)
+        params = SamplingParams.from_options(sampling, **options)
+        sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
-        ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()
+        ends = self.tokenizer.end_tokens if stop_at_end and not params.ignore_eos else frozenset[int]()
         request, timings = Request(ids, sampler, limit, ends, reuse), Timings()
         return Stream(self._run(request, timings), [request], timings)
 

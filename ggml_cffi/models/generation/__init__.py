@@ -15,8 +15,10 @@ from ggml_cffi.models.generation.detokenize import (
     numbered_text_chunks,
     text_chunks,
 )
+from ggml_cffi.models.generation.grammar import Grammar
 from ggml_cffi.models.generation.kv_cache import KVCache
 from ggml_cffi.models.generation.kv_slots import KVSlots
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.requests import (
     Request,
     choose_batcher,
@@ -24,7 +26,7 @@ from ggml_cffi.models.generation.requests import (
     generate_on_replicas,
     generate_one,
 )
-from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
+from ggml_cffi.models.generation.sampling import LogitsProcessor, Sampler, SamplingOptions, SamplingParams
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -34,9 +36,11 @@ __all__ = [
     "Batcher",
     "Chat",
     "ChatTemplate",
+    "Grammar",
     "IncrementalDetokenizer",
     "KVCache",
     "KVSlots",
+    "LogitsProcessor",
     "Message",
     "Request",
     "Sampler",
@@ -44,6 +48,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "TokenSequence",
     "check_stop",
     "choose_batcher",

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from ggml_cffi.models.generation.batcher import Batcher
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.generation.timings import Timings
@@ -35,6 +36,8 @@ class Request:
     """True to take over slots of a kept sequence with the same beginning."""
     cancelled: bool = field(default=False, init=False)
     """True after :meth:`cancel`."""
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
@@ -52,15 +55,23 @@ class Request:
             sequence.cancelled = True
         return sequence
 
+    def count_token(self, timings: Timings) -> None:
+        """Note that a token was generated for the caller."""
+        timings.add_token()
+        if self.sampler.logprobs:  # one for each token, an end token included
+            self.logprobs.append(self.sampler.logprobs[len(self.logprobs)])
+
     @property
     def is_empty(self) -> bool:
         """True if no token is wanted."""
         return self.cancelled or not self.max_tokens
 
     def is_complete(self, sequence: TokenSequence, n_ctx: int) -> bool:
-        """Return whether no token may follow: the limit is reached, the context is full, or it was cancelled."""
+        """Return whether no token may follow: the limit is reached, the context is full, the grammar is complete, or it
+        was cancelled.
+        """
         n = sequence.n_taken - sequence.n_prompt
-        return self.cancelled or n >= self.max_tokens or len(sequence.ids) > n_ctx
+        return self.cancelled or self.sampler.complete or n >= self.max_tokens or len(sequence.ids) > n_ctx
 
 
 def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenStream:
@@ -73,7 +84,7 @@ def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenS
             token = batcher.next(sequence)
             if token is None or token in request.end_tokens:
                 return
-            timings.add_token()
+            request.count_token(timings)
             yield token
             if request.is_complete(sequence, batcher.n_ctx):
                 return
@@ -121,7 +132,7 @@ def generate_many(
                     token = sequence.take()
                     ended = token in request.end_tokens
                     if not ended:
-                        timings.add_token()
+                        request.count_token(timings)
                         yield number, token
                         ended = request.is_complete(sequence, batcher.n_ctx)
                 if ended:
