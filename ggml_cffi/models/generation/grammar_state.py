@@ -82,10 +82,10 @@ class GrammarState:
         Raises
         ------
         ValueError
-            If the token may not follow.
+            If the token may not follow, or the grammar is too complex for llguidance at this position.
         """
         if not self._matcher.consume_token(token):
-            raise ValueError(f"the grammar has no token {token} at this position: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar stopped at token {token}: {self._matcher.get_error()}")
 
 
 class _Compiler:
@@ -99,11 +99,13 @@ class _Compiler:
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """Return a new matcher at the beginning of a grammar."""
         with self._lock:
-            matcher: LLMatcher = self._beginning(grammar)
-        return matcher.deep_copy()
+            matcher: LLMatcher = self._beginning(grammar).deep_copy()
+            return matcher
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = import_llguidance().LLMatcher(self._tokens, grammar.source, log_level=0)
+        llguidance = import_llguidance()
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher: LLMatcher = llguidance.LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(f"the grammar ({grammar.kind}) is not valid: {matcher.get_error()}")
         return matcher
@@ -140,7 +142,7 @@ def _compute_limits(matcher: LLMatcher) -> npt.NDArray[np.float32]:
     """Return the upper limit of each token's logit: infinity for the tokens that may follow, else minus infinity."""
     bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     if matcher.is_error():
-        raise ValueError(f"the grammar is too complex at this position: {matcher.get_error()}")
+        raise ValueError(f"the grammar stopped: {matcher.get_error()}")
     return _LIMITS[bits].reshape(-1)
 
 

@@ -257,12 +257,11 @@ class Sampler:
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        k = min(params.top_k or logits.size, logits.size)
-        best = best_tokens(logits, k)
+        best = best_tokens(logits, params.top_k or logits.size)
         ranked = logits[best].astype(np.float64)
-        if not np.isfinite(ranked[0]):  # a broken model: there are no probabilities to draw from
-            return int(best[0])
-        keep = k
+        if not (best.size and np.isfinite(ranked[0])):  # a broken model: there are no probabilities to draw from
+            return int(logits.argmax())
+        keep = best.size
         if params.top_p < 1:
             keep = int(np.searchsorted(np.cumsum(softmax(ranked)), params.top_p)) + 1
         if params.min_p > 0:
