@@ -163,7 +163,7 @@ def test_a_grammar_too_complex_for_llguidance_ends_its_request(model):
     grammar = Grammar.lark("\n".join(["start: " + " | ".join(f"a{i}" for i in range(1000)), *rules]))
     with ThreadPoolExecutor() as pool:
         other = pool.submit(lambda: [*model.generate_tokens([1, 2], 30, stop_at_end=False)])
-        with pytest.raises(ValueError, match="the grammar stopped at token 97: .*row has 3000 items; max is 2000"):
+        with pytest.raises(ValueError, match=r"the grammar stopped at token 97: .*row has 3000 items; max is 2000"):
             answers(model, 1, grammar=grammar)
         assert len(other.result()) == 30
 
