@@ -13,6 +13,8 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.generation.async_stream import AsyncStream
+from ggml_cffi.models.generation.completion import Completion
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -27,6 +29,8 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "AsyncStream",
+    "Completion",
     "DevicePlan",
     "Model",
     "ModelPlan",
