@@ -11,6 +11,16 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 """
 
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
+from ggml_cffi.models.chat_parser import (
+    ChatMessage,
+    ChatParser,
+    ContentDelta,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
@@ -27,10 +37,14 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "ChatMessage",
+    "ChatParser",
+    "ContentDelta",
     "DevicePlan",
     "Model",
     "ModelPlan",
     "Perplexity",
+    "ReasoningDelta",
     "Sampler",
     "SamplingParams",
     "SpeedEstimate",
@@ -38,6 +52,10 @@ __all__ = [
     "Stream",
     "Timings",
     "Tokenizer",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
+    "ToolCallStart",
     "convert",
     "fetch",
     "load",
