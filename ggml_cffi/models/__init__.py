@@ -11,6 +11,16 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 """
 
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
+from ggml_cffi.models.chat_parser import (
+    ChatMessage,
+    ChatParser,
+    ContentDelta,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.grammar import Grammar
@@ -29,11 +39,15 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "ChatMessage",
+    "ChatParser",
+    "ContentDelta",
     "DevicePlan",
     "Grammar",
     "Model",
     "ModelPlan",
     "Perplexity",
+    "ReasoningDelta",
     "Sampler",
     "SamplingParams",
     "SpeedEstimate",
@@ -42,6 +56,10 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Tokenizer",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
+    "ToolCallStart",
     "convert",
     "fetch",
     "load",

@@ -51,6 +51,7 @@ class GenerateOptions(SamplingOptions, total=False):
     max_sequences: int
     tools: Sequence[Mapping[str, Any]] | None
     template_kwargs: Mapping[str, Any] | None
+    keep_special: bool
 
 
 class Model(TextMethods, Closing):
@@ -179,6 +180,7 @@ class Model(TextMethods, Closing):
         max_sequences: int = 16,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        keep_special: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream[str] | Stream[tuple[int, str]]:
         """Continue a text, or answer a chat; yield the text in chunks as it is generated.
@@ -207,6 +209,9 @@ class Model(TextMethods, Closing):
         tools, template_kwargs
             Tools that the model may call, and further arguments of :meth:`apply_chat_template`, such as
             ``{"enable_thinking": False}``. For chats only.
+        keep_special
+            True to keep the text of control tokens, for :class:`ChatParser`, which needs its markers. The token that
+            ends the answer is left out.
         **options
             Fields of :class:`SamplingParams`, such as ``temperature=0.8``, in place of those of ``sampling``.
 
@@ -231,10 +236,14 @@ class Model(TextMethods, Closing):
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
-            return Stream(text_chunks(self._run(one, timings), self.tokenizer, stops), [one], timings)
+            return Stream(
+                text_chunks(self._run(one, timings), self.tokenizer, stops, special=keep_special), [one], timings
+            )
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
         tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
-        return Stream(numbered_text_chunks(tokens, requests, self.tokenizer, stops), requests, timings)
+        return Stream(
+            numbered_text_chunks(tokens, requests, self.tokenizer, stops, special=keep_special), requests, timings
+        )
 
     def generate_tokens(
         self,
