@@ -20,6 +20,7 @@ class GenerateOptions(SamplingOptions, total=False):
     max_sequences: int
     tools: Sequence[Mapping[str, Any]] | None
     template_kwargs: Mapping[str, Any] | None
+    keep_special: bool
 
 
 class CompletionMethods:

@@ -17,8 +17,10 @@ from ggml_cffi.models.generation.detokenize import (
     numbered_text_chunks,
     text_chunks,
 )
+from ggml_cffi.models.generation.grammar import Grammar
 from ggml_cffi.models.generation.kv_cache import KVCache
 from ggml_cffi.models.generation.kv_slots import KVSlots
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.requests import (
     Request,
     choose_batcher,
@@ -26,7 +28,7 @@ from ggml_cffi.models.generation.requests import (
     generate_on_replicas,
     generate_one,
 )
-from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
+from ggml_cffi.models.generation.sampling import LogitsProcessor, Sampler, SamplingOptions, SamplingParams
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -38,9 +40,11 @@ __all__ = [
     "Chat",
     "ChatTemplate",
     "Completion",
+    "Grammar",
     "IncrementalDetokenizer",
     "KVCache",
     "KVSlots",
+    "LogitsProcessor",
     "Message",
     "Request",
     "Sampler",
@@ -48,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "TokenSequence",
     "check_stop",
     "choose_batcher",

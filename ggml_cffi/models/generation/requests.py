@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Literal
 
 from ggml_cffi.models.generation.batcher import Batcher
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.generation.timings import Timings
@@ -44,6 +45,8 @@ class Request:
     """The answer's text, in the chunks in which the caller got it; empty if the caller wants tokens only."""
     finish_reason: FinishReason | None = field(default=None, init=False)
     """The reason for the end; None before it, and after an error."""
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
@@ -73,11 +76,15 @@ class Request:
             self.finish("stop")
             return False
         self.token_ids.append(token)
+        if self.sampler.logprobs:  # one for each token, an end token included
+            self.logprobs.append(self.sampler.logprobs[len(self.logprobs)])
         timings.add_token()
         return True
 
     def is_complete(self, n_ctx: int) -> bool:
-        """Return whether no token may follow: the limit is reached, the context is full, or it was cancelled."""
+        """Return whether no token may follow, and note the reason."""
+        if self.sampler.complete:
+            self.finish("stop")
         if len(self.token_ids) >= self.max_tokens or len(self.ids) + len(self.token_ids) > n_ctx:
             self.finish("length")
         return self.finish_reason is not None
