@@ -16,6 +16,9 @@ from ggml_cffi.models.generation.grammar_state import GrammarState
 from ggml_cffi.models.generation.logprobs import TokenLogprob, token_logprob
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 
+#: Number of most likely tokens that nearly always has those that ``top_p`` and ``min_p`` leave.
+_FEW = 256
+
 #: A function of the token ids so far (int32) and of the logits (float32), which it changes in place.
 LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], None]
 
@@ -257,16 +260,37 @@ class Sampler:
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        best = best_tokens(logits, params.top_k or logits.size)
-        ranked = logits[best].astype(np.float64)
-        if not (best.size and np.isfinite(ranked[0])):  # a broken model: there are no probabilities to draw from
+        largest = logits.max()
+        if not np.isfinite(largest):  # a broken model: there are no probabilities to draw from
             return int(logits.argmax())
-        keep = best.size
-        if params.top_p < 1:
-            keep = int(np.searchsorted(np.cumsum(softmax(ranked)), params.top_p)) + 1
-        if params.min_p > 0:
-            keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
-        return int(self._random.choice(best[:keep], p=softmax(ranked[:keep] / params.temperature)))
+        tokens = self._candidates(logits)
+        weights = np.exp((logits[tokens].astype(np.float64) - largest) / params.temperature)
+        distribution = np.cumsum(weights)
+        distribution /= distribution[-1]
+        return int(tokens[np.searchsorted(distribution, self._random.random(), side="right")])
+
+    def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+        """Return the tokens that ``top_k``, ``top_p`` and ``min_p`` leave.
+
+        As few tokens as possible are sorted: a sort of a large vocabulary takes longer than a model on a GPU.
+        """
+        params = self.params
+        top_k = min(params.top_k or logits.size, logits.size)
+        if top_k == logits.size and params.top_p == 1 and params.min_p == 0:
+            return np.flatnonzero(logits > -np.inf)
+        for k in (min(_FEW, top_k), top_k):
+            best = best_tokens(logits, k)
+            ranked = logits[best].astype(np.float64)
+            weights = np.exp(ranked - ranked[0])
+            keep = best.size
+            if params.top_p < 1:
+                total = weights.sum() if k == top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
+                keep = int(np.searchsorted(np.cumsum(weights), params.top_p * total)) + 1
+            if params.min_p > 0:
+                keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
+            if keep < best.size or best.size < k:
+                break
+        return best[:keep]
 
     def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return a copy of ``logits`` that processors, biases and the grammar have changed."""
@@ -330,10 +354,3 @@ def _check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
         if not callable(process):
             raise TypeError(f"logits_processors must be functions, not {process!r:.80}")
     return found
-
-
-def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the probabilities of logits, of which the first is the largest."""
-    p: npt.NDArray[np.float64] = np.exp(logits - logits[0])
-    p /= p.sum()
-    return p

@@ -43,10 +43,7 @@ def model(bytes_path):
 
 def answers(model, n, **options):
     """Return ``n`` answers at temperature 1."""
-    texts = [""] * n
-    for number, piece in model.generate(["x"] * n, **(ANY | {"seed": 0} | options)):
-        texts[number] += piece
-    return texts
+    return [answer.text for answer in model.generate(["x"] * n, **(ANY | {"seed": 0} | options)).completions()]
 
 
 # ---------------------------------------------------------------------- kinds of grammars
@@ -181,11 +178,12 @@ def test_an_end_token_is_allowed_only_where_the_grammar_is_complete(tokenizer):
 
 
 def test_an_answer_ends_with_its_grammar_and_without_an_end_token(model):
-    stream = model.generate_tokens([1], 50, grammar=Grammar.regex("[ab]{5}"), **ANY)
-    assert len(list(stream)) == 5
-    stream = model.generate_tokens([1], 3, grammar=Grammar.regex("[ab]{5}"), **ANY)
-    assert len(list(stream)) == 3
-    assert list(model.generate_tokens([1], 50, grammar=Grammar.regex("a*"), logit_bias={ord("a"): -100.0})) == []
+    five = Grammar.regex("[ab]{5}")
+    for limit, n, reason in ((50, 5, "stop"), (5, 5, "stop"), (3, 3, "length")):
+        answer = model.generate_tokens([1], limit, grammar=five, **ANY).completion()
+        assert (len(answer.token_ids), answer.finish_reason) == (n, reason)
+    empty = model.generate("x", 50, grammar=Grammar.regex("a*"), logit_bias={ord("a"): -100.0}).completion()
+    assert (empty.text, empty.finish_reason) == ("", "stop")
 
 
 def test_ids_that_are_no_tokens_and_control_tokens_are_never_chosen(tokenizer):
@@ -320,14 +318,12 @@ def test_log_probabilities_grow_with_the_answer_and_leave_out_the_end_token(mode
     assert list(stream) == ["a"]
     assert [(found.token, found.bytes, found.top) for found in stream.logprobs] == [("a", b"a", ())]
     several = model.generate(["x", "y"], grammar=Grammar.choices(["ab", "c"]), logprobs=1, **ANY, seed=2)
-    texts = ["", ""]
-    for number, piece in several:
-        texts[number] += piece
-    for number, text in enumerate(texts):
-        assert "".join(found.token for found in several.logprobs_of(number)) == text
-    assert several.logprobs is several.logprobs_of(0)
-    assert list(model.generate("x", 3, ignore_eos=True)) is not None
-    assert model.generate("x", 3).logprobs == []
+    for answer in several.completions():
+        assert answer.text in ("ab", "c")
+        assert "".join(found.token for found in answer.logprobs) == answer.text
+    without = model.generate("x", 3)
+    assert without.completion().logprobs is None
+    assert without.logprobs == []
 
 
 # ---------------------------------------------------------------------- worker processes
@@ -344,6 +340,8 @@ def test_parameters_travel_to_a_worker_process(bytes_path):
         assert "".join(worker.generate("x", 3, logits_processors=[force])) == "qqq"
         params = SamplingParams(logit_bias={ord("z"): 100.0}, presence_penalty=-1.0)
         assert "".join(worker.generate("x", 2, sampling=params)) == "zz"
+        answer = worker.generate("x", grammar=Grammar.regex("[ab]{3}"), logprobs=1).completion()
+        assert [found.token for found in answer.logprobs] == list(answer.text)
         with pytest.raises(ValueError, match="not in the vocabulary"):
             worker.generate("x", logit_bias={999: 1.0})
 

@@ -187,3 +187,19 @@ def test_best_tokens_are_the_first_of_all_in_order(rng, size):
     few[-1] = 1
     assert best_tokens(few, 10).tolist() == [size - 1]
     assert best_tokens(np.full(size, np.nan, np.float32), 10).size == min(size, 10)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"min_p": 0.001}, {"top_p": 0.9999}, {"top_k": 700}, {}])
+def test_a_large_vocabulary_is_limited_as_a_sort_of_all_limits_it(rng, options):
+    logits = (2 * rng.standard_normal(20_000)).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p = np.sort(p / p.sum())[::-1]
+    k = options.get("top_k", p.size)
+    n_p = np.searchsorted(np.cumsum(p[:k]), options.get("top_p", 1.0) * p[:k].sum()) + 1
+    n = min(k, n_p, np.count_nonzero(p >= options.get("min_p", 0) * p[0]))
+    allowed = set(np.argsort(logits)[::-1][:n].tolist())
+    # At this temperature all are drawn about equally often.
+    sampler = Sampler(**({"top_k": 0, "top_p": 1.0, "temperature": 1000.0, "seed": 1} | options))
+    drawn = {sampler(logits) for _ in range(300)}
+    assert drawn <= allowed
+    assert len(drawn) > 0.9 * n * (1 - np.exp(-300 / n))
