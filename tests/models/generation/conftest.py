@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models import Tokenizer
 from tests.support import llama_float64
 from tests.support.byte_level_model import byte_level_model
+from tests.support.generation import tokenizer_of
 
 
 @pytest.fixture
@@ -26,5 +26,4 @@ def bytes_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def tokenizer(bytes_path: Path) -> Tokenizer:
     """Return the tokenizer of :func:`bytes_path`."""
-    with GGUFFile(bytes_path) as file:
-        return Tokenizer(file)
+    return tokenizer_of(bytes_path)

@@ -17,7 +17,7 @@ from ggml_cffi import models
 from ggml_cffi.isolate import Worker
 from ggml_cffi.models import Grammar, Sampler, SamplingParams
 from tests.support.byte_level_model import BOS, END, EOS, byte_level_model
-from tests.support.generation import batcher_of
+from tests.support.generation import batcher_of, tokenizer_of
 from tests.support.json_schemas import SCHEMAS, invalid_answers
 
 ANY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -29,7 +29,7 @@ PERSON = {
 }
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     kind: Literal["cat", "dog"]
     friend: bool
 
@@ -227,13 +227,12 @@ def test_the_tokens_that_may_follow_are_asked_for_before_each_run(model, monkeyp
     assert events == ["prepare", "run"] * 3
 
 
-def test_the_tokens_of_a_vocabulary_are_prepared_once_and_freed_with_its_tokenizer(model, monkeypatch):
+def test_the_tokens_of_a_vocabulary_are_prepared_once_and_freed_with_its_tokenizer(model, bytes_path, monkeypatch):
     import llguidance
 
     made, new = [], llguidance.LLTokenizer
     monkeypatch.setattr(llguidance, "LLTokenizer", lambda *args, **kwargs: made.append(1) or new(*args, **kwargs))
-    tokenizer = models.Tokenizer(model._file)
-    model.tokenizer = tokenizer
+    model.tokenizer = tokenizer = tokenizer_of(bytes_path)
     for pattern in ("a", "b"):
         assert "".join(model.generate("x", grammar=Grammar.regex(pattern))) == pattern
     assert len(made) == 1
