@@ -60,8 +60,8 @@ class GrammarState:
         if self._limits is None:
             self._limits = _executor().submit(_compute_limits, self._matcher)
 
-    def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Set the logits of the tokens that may not follow to minus infinity, in place.
+    def limit(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return a copy of ``logits``, ``(n_vocab,)``, with minus infinity for the tokens that may not follow.
 
         Raises
         ------
@@ -72,9 +72,10 @@ class GrammarState:
             limits = _compute_limits(self._matcher)
         else:
             limits, self._limits = self._limits.result(), None
-        n = min(limits.size, logits.size)
-        np.minimum(logits[:n], limits[:n], out=logits[:n])
-        logits[n:] = -np.inf  # embeddings are often padded: these ids are no tokens
+        limited = np.full(logits.shape, -np.inf, np.float32) if logits.size > limits.size else np.empty_like(logits)
+        n = min(limits.size, logits.size)  # ids beyond the vocabulary are no tokens: embeddings are often padded
+        np.minimum(logits[:n], limits[:n], out=limited[:n])
+        return limited
 
     def advance(self, token: int) -> None:
         """Move on by ``token``.

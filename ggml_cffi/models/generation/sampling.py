@@ -191,7 +191,6 @@ class Sampler:
         self._chosen: list[int] = []
         grammar = as_grammar(params.grammar)
         self._grammar = None if grammar is None or tokenizer is None else GrammarState(grammar, tokenizer)
-        self._adjusts = bool(params.logits_processors or params.logit_bias or self._grammar)
         self._counts = bool(params.presence_penalty or params.frequency_penalty)
 
     @property
@@ -246,7 +245,10 @@ class Sampler:
         Exception
             Any exception of a logits processor.
         """
-        token = self._choose(self._penalize(self._adjust(logits, previous), previous))
+        adjusted = self._penalize(self._adjust(logits, previous), previous)
+        token = self._choose(adjusted)
+        if adjusted[token] == -np.inf:  # the highest of all
+            raise ValueError("no token is left: logits_processors, logit_bias and grammar together exclude every token")
         if self.params.logprobs is not None and self._tokenizer is not None:
             self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer))
         if self._grammar is not None:
@@ -293,11 +295,10 @@ class Sampler:
         return best[:keep]
 
     def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Return a copy of ``logits`` that processors, biases and the grammar have changed."""
-        if not self._adjusts:
-            return logits
+        """Return ``logits``, or a copy that processors, biases and the grammar have changed."""
         params = self.params
-        logits = np.array(logits, np.float32)
+        if params.logits_processors or params.logit_bias:
+            logits = np.array(logits, np.float32)
         if params.logits_processors:
             ids = np.asarray(previous, np.int32)
             for process in params.logits_processors:
@@ -305,11 +306,7 @@ class Sampler:
                     raise TypeError(f"{process!r:.80} must change the logits in place, and return nothing")
         if params.logit_bias:
             logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
-        if self._grammar is not None:
-            self._grammar.apply(logits)
-        if logits.max() == -np.inf:
-            raise ValueError("logits_processors, logit_bias and grammar together exclude every token")
-        return logits
+        return logits if self._grammar is None else self._grammar.limit(logits)
 
     def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy in which the tokens so far are less likely."""
