@@ -11,8 +11,22 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 """
 
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
+from ggml_cffi.models.chat_parser import (
+    ChatMessage,
+    ChatParser,
+    ContentDelta,
+    ReasoningDelta,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.generation.async_stream import AsyncStream
+from ggml_cffi.models.generation.completion import Completion
+from ggml_cffi.models.generation.grammar import Grammar
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -27,17 +41,29 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "AsyncStream",
+    "ChatMessage",
+    "ChatParser",
+    "Completion",
+    "ContentDelta",
     "DevicePlan",
+    "Grammar",
     "Model",
     "ModelPlan",
     "Perplexity",
+    "ReasoningDelta",
     "Sampler",
     "SamplingParams",
     "SpeedEstimate",
     "SplitMode",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "Tokenizer",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
+    "ToolCallStart",
     "convert",
     "fetch",
     "load",

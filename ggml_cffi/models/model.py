@@ -16,6 +16,7 @@ from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.completion import CompletionMethods, GenerateOptions
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.chat import Chat
@@ -42,18 +43,7 @@ from ggml_cffi.models.tokenizers.tokenizer import check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 
-class GenerateOptions(SamplingOptions, total=False):
-    """Keyword arguments of :meth:`Model.generate` after the number of tokens."""
-
-    sampling: SamplingParams | None
-    stop: str | Sequence[str] | None
-    reuse: bool
-    max_sequences: int
-    tools: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any] | None
-
-
-class Model(TextMethods, Closing):
+class Model(TextMethods, CompletionMethods, Closing):
     """A model on its devices, opened by :func:`load`. It is a context manager.
 
     Calls from several threads share runs and the KV cache: their sequences are generated together.
@@ -179,6 +169,7 @@ class Model(TextMethods, Closing):
         max_sequences: int = 16,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        keep_special: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream[str] | Stream[tuple[int, str]]:
         """Continue a text, or answer a chat; yield the text in chunks as it is generated.
@@ -207,6 +198,9 @@ class Model(TextMethods, Closing):
         tools, template_kwargs
             Tools that the model may call, and further arguments of :meth:`apply_chat_template`, such as
             ``{"enable_thinking": False}``. For chats only.
+        keep_special
+            True to keep the text of control tokens, for :class:`ChatParser`, which needs its markers. The token that
+            ends the answer is left out.
         **options
             Fields of :class:`SamplingParams`, such as ``temperature=0.8``, in place of those of ``sampling``.
 
@@ -226,14 +220,19 @@ class Model(TextMethods, Closing):
 
         def request(text: str | Chat, number: int) -> Request:
             ids = self._check_prompt(self.tokenize(text, tools=tools, template_kwargs=template_kwargs))
-            return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
+            sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer, number)
+            return Request(ids, sampler, limit, frozenset() if params.ignore_eos else self.tokenizer.end_tokens, reuse)
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
-            return Stream(text_chunks(self._run(one, timings), self.tokenizer, stops), [one], timings)
+            return Stream(
+                text_chunks(self._run(one, timings), one, self.tokenizer, stops, special=keep_special), [one], timings
+            )
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
         tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
-        return Stream(numbered_text_chunks(tokens, requests, self.tokenizer, stops), requests, timings)
+        return Stream(
+            numbered_text_chunks(tokens, requests, self.tokenizer, stops, special=keep_special), requests, timings
+        )
 
     def generate_tokens(
         self,
@@ -256,9 +255,10 @@ class Model(TextMethods, Closing):
         """
         self._runners[0].check_open()
         self.architecture.check_decoder()
-        sampler = Sampler(sampling, **options)
+        params = SamplingParams.from_options(sampling, **options)
+        sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
-        ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()
+        ends = self.tokenizer.end_tokens if stop_at_end and not params.ignore_eos else frozenset[int]()
         request, timings = Request(ids, sampler, limit, ends, reuse), Timings()
         return Stream(self._run(request, timings), [request], timings)
 

@@ -91,6 +91,10 @@ class TextMethods:
         """The model's Jinja templates by name; ``default`` is the one without a name in the file."""
         return chat_templates(self._file)
 
+    def choose_chat_template(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Return the name of the template for a chat: ``tool_use`` if there are tools and it exists, or ``default``."""
+        return "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+
     def apply_chat_template(
         self,
         messages: Chat,
@@ -116,8 +120,7 @@ class TextMethods:
         FormatError
             If the model has no chat template, or the template refuses the messages.
         """
-        known = self.chat_templates
-        name = template or ("tool_use" if tools and "tool_use" in known else "default")
+        name = template or self.choose_chat_template(tools)
         if name not in self._chat_templates:
             self._chat_templates[name] = read_chat_template(self._file, name, lambda: self.tokenizer.special_tokens)
         return self._chat_templates[name].render(messages, tools=tools, **options)

@@ -40,10 +40,12 @@ class IncrementalDetokenizer:
         The tokenizer.
     stop
         Strings before which the text ends.
+    special
+        True to write control tokens too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
-        self._decoder = tokenizer.incremental_decoder()
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, special: bool = False) -> None:
+        self._decoder = tokenizer.incremental_decoder(special=special)
         self._stop = stop
         self._held = ""
         self.stopped = False
@@ -68,42 +70,55 @@ class IncrementalDetokenizer:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)]
-        n = max(_overlap(text, s) for s in self._stop)
+        n = max(overlap(text, s) for s in self._stop)
         self._held = text[len(text) - n :]
         return text[: len(text) - n]
 
 
-def text_chunks(tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...]) -> Generator[str, None, None]:
+def text_chunks(
+    tokens: TokenStream, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...], *, special: bool = False
+) -> Generator[str, None, None]:
     """Yield the text of ``tokens`` in chunks, without empty ones; close ``tokens`` at a stop string."""
-    text = IncrementalDetokenizer(tokenizer, stop)
+    text = IncrementalDetokenizer(tokenizer, stop, special=special)
     with closing(tokens):
         for token in tokens:
             chunk = text.push(token)
+            if text.stopped:
+                request.finish("stop")
             if chunk:
+                request.chunks.append(chunk)
                 yield chunk
             if text.stopped:
                 return
     rest = text.finish()
     if rest:
+        request.chunks.append(rest)
         yield rest
 
 
 def numbered_text_chunks(
-    tokens: NumberedTokenStream, requests: Sequence[Request], tokenizer: Tokenizer, stop: tuple[str, ...]
+    tokens: NumberedTokenStream,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    stop: tuple[str, ...],
+    *,
+    special: bool = False,
 ) -> Generator[tuple[int, str], None, None]:
     """Yield pairs of a request's number and a chunk of its text; cancel a request at a stop string."""
-    texts = [IncrementalDetokenizer(tokenizer, stop) for _ in requests]
+    texts = [IncrementalDetokenizer(tokenizer, stop, special=special) for _ in requests]
     with closing(tokens):
         for number, token in tokens:
             text = texts[number]
             chunk = text.finish() if token is None else text.push(token)
-            if chunk:
-                yield number, chunk
             if text.stopped:
+                requests[number].finish("stop")
                 requests[number].cancel()
+            if chunk:
+                requests[number].chunks.append(chunk)
+                yield number, chunk
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):

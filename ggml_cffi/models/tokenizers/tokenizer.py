@@ -174,21 +174,21 @@ class Tokenizer:
         """Return ``tokens`` as a list of valid ids; see :func:`check_tokens` for the errors."""
         return check_tokens(tokens, len(self))
 
-    def incremental_decoder(self) -> IncrementalDecoder:
-        """Return a decoder that takes one token after another."""
-        return IncrementalDecoder(self)
+    def incremental_decoder(self, *, special: bool = False) -> IncrementalDecoder:
+        """Return a decoder that takes one token after another, and writes control tokens if ``special``."""
+        return IncrementalDecoder(self, special=special)
 
 
 class IncrementalDecoder:
     """Decoder of one token after another. It holds bytes back until their characters are complete."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """Return the text that ``token`` completes."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        return self._decoder.decode(self._tokenizer.token_bytes(token, special=self._special))
 
     def finish(self) -> str:
         """Return the text of the bytes held back, at the end of the tokens."""

@@ -1,0 +1,66 @@
+"""The functions that the caller offers to a model, as far as a parser needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+#: Python's names of values as some templates write them, and JSON's.
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+class Tools:
+    """The functions that a model may call.
+
+    Parameters
+    ----------
+    tools
+        Their JSON schemas in the form of OpenAI's API; None if they are not known.
+    """
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
+        functions = [tool.get("function", tool) for tool in tools or ()]
+        self._parameters = {function["name"]: _properties(function) for function in functions}
+        self._are_known = tools is not None
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the known functions."""
+        return self._parameters.keys()
+
+    def knows(self, name: str) -> bool:
+        """Return whether there is a function of this name; without known functions there may be any."""
+        return not self._are_known or name in self._parameters
+
+    def parameters(self, name: str) -> list[str]:
+        """Return the names of a function's parameters, in order."""
+        return list(self._parameters.get(name, ()))
+
+    def to_json(self, name: str, parameter: str, value: str) -> str:
+        """Return an argument as JSON that a model wrote as bare text.
+
+        A parameter that may be a string gets the text itself. Another one, and one without a known type, gets the JSON
+        value that the text is, or else the text.
+        """
+        kinds = self._parameters.get(name, {}).get(parameter, {}).get("type", ())
+        kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+        text = value.strip()
+        if "string" not in kinds or (kinds == {"string", "null"} and text in ("null", "None")):
+            try:
+                found = json.loads(_PYTHON.get(text, text), parse_constant=_refuse)
+                return json.dumps(found, ensure_ascii=False)
+            except ValueError:
+                pass
+        return json.dumps(value, ensure_ascii=False)
+
+
+def _refuse(name: str) -> Any:
+    """Raise ValueError: JSON has no number of this name."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def _properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return properties if isinstance(properties, Mapping) else {}
