@@ -122,10 +122,13 @@ class ChatTemplate:
             If the template refuses the messages, or fails.
         """
         plain = check_messages(messages)
-        if "developer" not in self.source:
-            plain = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
+        as_system = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
         more = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
-        return self._best(plain, {**self._special_tokens, **more})
+        more = {**self._special_tokens, **more}
+        if "developer" in self.source and plain != as_system:
+            with suppress(FormatError):  # the template may name the role to refuse it
+                return self._best(plain, more)
+        return self._best(as_system, more)
 
     def _best(self, messages: list[Plain], variables: dict[str, Any]) -> str:
         """Return the rendering that holds most of the messages' texts, the first such among the forms of messages.
