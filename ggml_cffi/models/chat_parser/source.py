@@ -77,15 +77,20 @@ class Source:
                 return self.take(len(marker))
         return ""
 
-    def run(self, pattern: re.Pattern[str]) -> Steps[str]:
-        """Read as many characters as ``pattern``, a repeated class of characters, matches."""
-        found = ""
+    def pass_run(self, pattern: re.Pattern[str], take: Take) -> Steps[None]:
+        """Give the characters that ``pattern``, a repeated class of characters, matches to ``take`` as they arrive."""
         while True:
             match = pattern.match(self._text)
-            found += self.take(match.end() if match else 0)
+            take(self.take(match.end() if match else 0))
             if self._text or self.ended:
-                return found
+                return
             yield
+
+    def run(self, pattern: re.Pattern[str]) -> Steps[str]:
+        """Read as many characters as ``pattern``, a repeated class of characters, matches."""
+        pieces: list[str] = []
+        yield from self.pass_run(pattern, pieces.append)
+        return "".join(pieces)
 
     def skip_space(self) -> Steps[None]:
         """Read white space."""
