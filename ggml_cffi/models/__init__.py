@@ -26,6 +26,7 @@ from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.generation.tool_schema import tool_schema
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
@@ -60,4 +61,5 @@ __all__ = [
     "fetch",
     "load",
     "plan",
+    "tool_schema",
 ]

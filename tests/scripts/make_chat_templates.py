@@ -1,8 +1,11 @@
-"""Write ``data/chat_templates.json``: chats rendered by ``transformers`` with the templates of other people's models.
+"""Write chats as ``transformers`` renders them, and the schemas of functions as it makes them.
+
+``data/chat_templates.json`` has chats in the templates of other people's models, and ``data/tool_schemas.json`` the
+JSON schemas of the functions of ``tests/support/tool_functions.py``.
 
 ``python -m tests.scripts.make_chat_templates``. It needs ``transformers``, and the templates that
-``build_lib.sh --source-only`` unpacks. The file has the first digits of the SHA-256 of each text, and null where no
-form of the chat can be rendered.
+``build_lib.sh --source-only`` unpacks. The first file has the first digits of the SHA-256 of each text, and null
+where no form of the chat can be rendered.
 
 Where ``transformers`` fails with a chat as it is, or writes a list of parts as Python text, or leaves the text out, the
 text is that of the same chat in the form that the template expects: with the content as text, with empty content, with
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.chats import CHATS, NOW, SPECIAL_TOKENS, digest, templates
+from tests.support.tool_functions import FUNCTIONS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -84,7 +88,7 @@ def render(tokenizer: Any, template: str, messages: list[dict[str, Any]], option
 def main() -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import chat_template_utils
+    from transformers.utils import chat_template_utils, get_json_schema
 
     chat_template_utils.datetime = Now
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **SPECIAL_TOKENS)
@@ -92,6 +96,8 @@ def main() -> None:
     for name, template in templates().items():
         texts = {chat: render(tokenizer, template, *CHATS[chat]) for chat in CHATS}
         found[name] = {chat: text and digest(text) for chat, text in texts.items()}
+    schemas = {name: get_json_schema(function) for name, function in FUNCTIONS.items()}
+    (DATA / "tool_schemas.json").write_text(json.dumps(schemas, indent=1) + "\n", encoding="utf-8")
     text = json.dumps(found, indent=0).replace('",\n"', '", "').replace('null,\n"', 'null, "')
     (DATA / "chat_templates.json").write_text(text + "\n", encoding="utf-8")
 

@@ -228,7 +228,7 @@ def test_templates_are_chosen_by_name(tmp_path):
         assert model.apply_chat_template([user("a")], tools=[{"name": "f"}]) == "Ta"
         assert model.tokenize([user("a")], tools=[{"name": "f"}]) == model.tokenize("Ta")
         assert model.tokenize([user("a")], template_kwargs={"template": "default"}) == model.tokenize("Da")
-        with pytest.raises(ValueError, match="for messages, and the prompt is a text"):
+        with pytest.raises(ValueError, match="are for messages, and the prompt is a text"):
             model.tokenize("Ta", tools=[{"name": "f"}])
         assert model.apply_chat_template([user("a")], tools=[{"name": "f"}], template="default") == "Da"
         assert model.apply_chat_template([user("a")], documents=[{"text": "d"}], template="rag") == "Rd"
