@@ -26,7 +26,7 @@ from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
-from ggml_cffi.models.generation.tool_schema import tool_schema
+from ggml_cffi.models.generation.tool_schema import Tool, tool_schema
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
@@ -53,6 +53,7 @@ __all__ = [
     "Stream",
     "Timings",
     "Tokenizer",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
     "ToolCallEnd",

@@ -13,7 +13,7 @@ from ggml_cffi.models.chat_parser.tools import Tools
 from ggml_cffi.models.generation.tool_schema import Tool
 
 if TYPE_CHECKING:
-    from ggml_cffi.models.text import TextMethods
+    from ggml_cffi.models.model import Model
 
 
 class ChatParser:
@@ -83,7 +83,7 @@ class ChatParser:
     @classmethod
     def for_model(
         cls,
-        model: TextMethods,
+        model: Model,
         *,
         tools: Sequence[Tool] | None = None,
         reasoning: bool = False,
