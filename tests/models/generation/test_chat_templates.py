@@ -35,6 +35,24 @@ def test_a_template_writes_what_transformers_writes(name, sources):
     assert not wrong
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_as_json_text_are_those_of_a_dict(name, sources):
+    template = ChatTemplate(sources[name], SPECIAL_TOKENS)
+    messages, options = CHATS["call"]
+    if EXPECTED[name]["call"] is not None:
+        text = template.render(as_json(messages), **options, strftime_now=NOW.strftime)
+        assert digest(text) == EXPECTED[name]["call"]
+
+
+def as_json(messages):
+    """Return messages with the arguments of tool calls as in OpenAI's API."""
+    changed = json.loads(json.dumps(messages))
+    for message in changed:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return changed
+
+
 def test_all_templates_and_chats_have_an_expected_text(sources):
     assert sources.keys() == set(NAMES)
     assert all(EXPECTED[name].keys() == CHATS.keys() for name in NAMES)
