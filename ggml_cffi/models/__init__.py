@@ -37,6 +37,7 @@ from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.placement.speed import SpeedEstimate
+from ggml_cffi.models.sentence_encoder import SentenceEncoder
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "ReasoningDelta",
     "Sampler",
     "SamplingParams",
+    "SentenceEncoder",
     "SpeedEstimate",
     "SplitMode",
     "Stream",
