@@ -23,6 +23,8 @@ from ggml_cffi.models.chat_parser import (
 )
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.generation.async_stream import AsyncStream
+from ggml_cffi.models.generation.completion import Completion
 from ggml_cffi.models.generation.grammar import Grammar
 from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
@@ -39,8 +41,10 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "AsyncStream",
     "ChatMessage",
     "ChatParser",
+    "Completion",
     "ContentDelta",
     "DevicePlan",
     "Grammar",

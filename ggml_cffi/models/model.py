@@ -16,6 +16,7 @@ from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.completion import CompletionMethods, GenerateOptions
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.chat import Chat
@@ -42,19 +43,7 @@ from ggml_cffi.models.tokenizers.tokenizer import check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 
-class GenerateOptions(SamplingOptions, total=False):
-    """Keyword arguments of :meth:`Model.generate` after the number of tokens."""
-
-    sampling: SamplingParams | None
-    stop: str | Sequence[str] | None
-    reuse: bool
-    max_sequences: int
-    tools: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any] | None
-    keep_special: bool
-
-
-class Model(TextMethods, Closing):
+class Model(TextMethods, CompletionMethods, Closing):
     """A model on its devices, opened by :func:`load`. It is a context manager.
 
     Calls from several threads share runs and the KV cache: their sequences are generated together.
@@ -236,9 +225,8 @@ class Model(TextMethods, Closing):
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
-            return Stream(
-                text_chunks(self._run(one, timings), self.tokenizer, stops, special=keep_special), [one], timings
-            )
+            chunks = text_chunks(self._run(one, timings), one, self.tokenizer, stops, special=keep_special)
+            return Stream(chunks, [one], timings)
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
         tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
         return Stream(

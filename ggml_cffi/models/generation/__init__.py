@@ -6,9 +6,11 @@ their next tokens (:class:`BatchBuilder`), runs the batches, and samples. :class
 ones to a file. ``requests`` continues prompts with one batcher, or with those of several replicas.
 """
 
+from ggml_cffi.models.generation.async_stream import AsyncStream
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.batches import BatchBuilder
 from ggml_cffi.models.generation.chat import Chat, ChatTemplate, Message
+from ggml_cffi.models.generation.completion import Completion
 from ggml_cffi.models.generation.detokenize import (
     IncrementalDetokenizer,
     check_stop,
@@ -32,10 +34,12 @@ from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
 
 __all__ = [
+    "AsyncStream",
     "BatchBuilder",
     "Batcher",
     "Chat",
     "ChatTemplate",
+    "Completion",
     "Grammar",
     "IncrementalDetokenizer",
     "KVCache",
