@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 import ggml_cffi
 from ggml_cffi.core.text import parse_size
@@ -101,20 +102,17 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Answer every error in the form of OpenAI's API, without a traceback."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            return _response(ApiError(400, "send JSON, with the header 'Content-Type: application/json'"))
         return _response(_describe(error))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code in (404, 405):
+            return _response(ApiError(error.status_code, f"there is no {request.method} {request.url.path!r:.200}"))
         return _response(ApiError(error.status_code, str(error.detail)))
-
-    @app.exception_handler(404)
-    @app.exception_handler(405)
-    async def unknown(request: Request, error: Exception) -> Response:
-        if isinstance(error, ApiError):
-            return _response(error)
-        status = getattr(error, "status_code", 404)
-        return _response(ApiError(status, f"there is no {request.method} {request.url.path!r:.200}"))
 
     @app.exception_handler(ClientLeftError)
     async def left(_: Request, _error: ClientLeftError) -> Response:
