@@ -21,6 +21,7 @@ from ggml_cffi.models.placement.options import (
     LoadOptions,
     SplitMode,
     Workload,
+    check_kv_slots,
     check_options,
     parse_reserve,
 )
@@ -47,6 +48,7 @@ def load(
     expected_tokens: tuple[int, int] | None = None,
     reserve: int | str | None = None,
     deterministic: bool = False,
+    kv_slots: int | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -92,6 +94,9 @@ def load(
         cache, on other texts or threads, or on the load of the processors. This holds for the same file, devices,
         placement, ``n_ctx``, ``n_batch``, ``kv_dtype`` and ``n_threads``, with the same drivers. Each device generates
         one text at a time, and of earlier texts it reuses only whole batches of a prompt.
+    kv_slots
+        Tokens for which the KV cache has room, of all sequences together; default ``n_ctx``. More of them keep several
+        long sequences in the cache at once.
 
     Raises
     ------
@@ -114,7 +119,8 @@ def load(
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
-        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype, kept)
+        context = context_of(architecture, n_ctx)
+        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept)
         backends = open_backends(chosen, n_threads)
         planner = Planner(architecture, backends, options, balance, chosen, split, workload)
         found = place_or_raise(planner)
@@ -123,7 +129,7 @@ def load(
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)
         plan = report(planner, found, propose=False)
-        sizes = {"n_ctx": options.n_ctx, "n_batch": n_batch}
+        sizes = {"n_ctx": context, "n_batch": n_batch}
         return Model(file, architecture, backends, runners, plan, **sizes, deterministic=deterministic)
     except BaseException:
         for part in (*runners, *backends, file):
