@@ -14,7 +14,7 @@ from ggml_cffi.core.text import to_json
 from ggml_cffi.errors import ClosedError, GgmlError
 
 if TYPE_CHECKING:
-    from ggml_cffi.models import Model
+    from ggml_cffi.models import Completion, Model, Stream
 
 _HELP = "/new begins a new conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 _ANSWER_SHARE = 1 / 4  # share of the context that a conversation must leave to the answer
@@ -60,16 +60,16 @@ def _run(args: argparse.Namespace) -> int:
         prompt: Any = args.prompt
         if not args.raw and model.chat_template is not None:
             prompt = [*_system_messages(args), {"role": "user", "content": args.prompt}]
-        chunks = _generate(model, prompt, args)
+        stream = _generate(model, prompt, args)
         if args.json:
-            print(to_json({"text": "".join(chunks), **_timings(model)}, ascii_only=not writes_unicode()))
+            print(to_json(_as_dict(stream.completion()), ascii_only=not writes_unicode()))
         else:
-            _print_stream(chunks)
+            _print_stream(stream)
         _print_speed(model, args)
     return 0
 
 
-def _generate(model: Model, prompt: Any, args: argparse.Namespace) -> Iterator[str]:
+def _generate(model: Model, prompt: Any, args: argparse.Namespace) -> Stream[str]:
     from ggml_cffi.models import SamplingParams  # slow to import
 
     sampling = SamplingParams(
@@ -96,9 +96,11 @@ def _print_stream(chunks: Iterator[str]) -> None:
         print()
 
 
-def _timings(model: Model) -> dict[str, Any]:
-    t = model.timings
+def _as_dict(completion: Completion) -> dict[str, Any]:
+    t = completion.timings
     return {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
         "prompt_tokens": t.prompt_tokens,
         "reused_tokens": t.reused_tokens,
         "decoded_tokens": t.decoded_tokens,

@@ -23,6 +23,10 @@ from ggml_cffi.models.chat_parser import (
 )
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
+from ggml_cffi.models.generation.async_stream import AsyncStream
+from ggml_cffi.models.generation.completion import Completion
+from ggml_cffi.models.generation.grammar import Grammar
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
@@ -34,24 +38,30 @@ from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.placement.speed import SpeedEstimate
+from ggml_cffi.models.sentence_encoder import SentenceEncoder
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
     "ARCHITECTURES",
+    "AsyncStream",
     "ChatMessage",
     "ChatParser",
+    "Completion",
     "ContentDelta",
     "DevicePlan",
+    "Grammar",
     "Model",
     "ModelPlan",
     "Perplexity",
     "ReasoningDelta",
     "Sampler",
     "SamplingParams",
+    "SentenceEncoder",
     "SpeedEstimate",
     "SplitMode",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "Tokenizer",
     "Tool",
     "ToolCall",

@@ -16,6 +16,7 @@ from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.completion import CompletionMethods, GenerateOptions
 from ggml_cffi.models.generation import kv_snapshot
 from ggml_cffi.models.generation.batcher import Batcher
 from ggml_cffi.models.generation.chat import Chat
@@ -43,20 +44,7 @@ from ggml_cffi.models.tokenizers.tokenizer import check_tokens
 from ggml_cffi.scheduler.scheduler import Scheduler
 
 
-class GenerateOptions(SamplingOptions, total=False):
-    """Keyword arguments of :meth:`Model.generate` after the number of tokens."""
-
-    sampling: SamplingParams | None
-    stop: str | Sequence[str] | None
-    reuse: bool
-    max_sequences: int
-    tools: Sequence[Tool] | None
-    documents: Sequence[Mapping[str, Any]] | None
-    template_kwargs: Mapping[str, Any] | None
-    keep_special: bool
-
-
-class Model(TextMethods, Closing):
+class Model(TextMethods, CompletionMethods, Closing):
     """A model on its devices, opened by :func:`load`. It is a context manager.
 
     Calls from several threads share runs and the KV cache: their sequences are generated together.
@@ -236,13 +224,13 @@ class Model(TextMethods, Closing):
             ids = self._check_prompt(
                 self.tokenize(text, tools=tools, documents=documents, template_kwargs=template_kwargs)
             )
-            return Request(ids, Sampler(params.for_sequence(number)), limit, self.tokenizer.end_tokens, reuse)
+            sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer, number)
+            return Request(ids, sampler, limit, frozenset() if params.ignore_eos else self.tokenizer.end_tokens, reuse)
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
-            return Stream(
-                text_chunks(self._run(one, timings), self.tokenizer, stops, special=keep_special), [one], timings
-            )
+            chunks = text_chunks(self._run(one, timings), one, self.tokenizer, stops, special=keep_special)
+            return Stream(chunks, [one], timings)
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
         tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
         return Stream(
@@ -270,9 +258,10 @@ class Model(TextMethods, Closing):
         """
         self._runners[0].check_open()
         self.architecture.check_decoder()
-        sampler = Sampler(sampling, **options)
+        params = SamplingParams.from_options(sampling, **options)
+        sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer)
         ids, limit = self._check_prompt(tokens), self._check_max_tokens(max_tokens)
-        ends = self.tokenizer.end_tokens if stop_at_end else frozenset[int]()
+        ends = self.tokenizer.end_tokens if stop_at_end and not params.ignore_eos else frozenset[int]()
         request, timings = Request(ids, sampler, limit, ends, reuse), Timings()
         return Stream(self._run(request, timings), [request], timings)
 

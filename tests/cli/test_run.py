@@ -40,6 +40,7 @@ def test_run_prints_json(smollm2):
     found = json.loads(done.stdout)
     assert found["text"] == " Paris.\n\nThe United States has"
     assert (found["prompt_tokens"], found["reused_tokens"], found["decoded_tokens"]) == (5, 0, 8)
+    assert found["finish_reason"] == "length"
     assert found["decoded_tokens_per_second"] > 0
     assert "need a prompt" in run("run", smollm2, "--json", code=2).stderr
 

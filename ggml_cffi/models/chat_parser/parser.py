@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ggml_cffi.models.chat_parser.events import Answer, ChatMessage, Event
 from ggml_cffi.models.chat_parser.formats import FORMATS, THINK, find_format
@@ -11,9 +10,7 @@ from ggml_cffi.models.chat_parser.harmony import beginning
 from ggml_cffi.models.chat_parser.source import Source, Steps
 from ggml_cffi.models.chat_parser.tools import Tools
 from ggml_cffi.models.generation.tool_schema import Tool
-
-if TYPE_CHECKING:
-    from ggml_cffi.models.model import Model
+from ggml_cffi.models.text import TextMethods
 
 
 class ChatParser:
@@ -83,7 +80,7 @@ class ChatParser:
     @classmethod
     def for_model(
         cls,
-        model: Model,
+        model: TextMethods,
         *,
         tools: Sequence[Tool] | None = None,
         reasoning: bool = False,

@@ -114,6 +114,8 @@ class Batcher(Closing):
         ------
         ClosedError
             If the model or the sequence was closed.
+        Exception
+            Any exception of the sequence's sampler.
         """
         sequence.ask()  # before the lock is taken: a step that another thread begins now includes this sequence
         try:
@@ -216,6 +218,9 @@ class Batcher(Closing):
             start = time.perf_counter()
             parts = self._plan()
             if parts:
+                for sequence, n in parts:
+                    if n == sequence.n_pending:
+                        sequence.sampler.prepare()
                 logits = self._run_unless_cancelled(parts)
                 if logits is None:
                     return
@@ -224,7 +229,7 @@ class Batcher(Closing):
                     sequence.timings.add_run(n, seconds, decoded=sequence.n_cached >= sequence.n_prompt)
                     sequence.n_cached += n
                     if not sequence.n_pending:
-                        sequence.ids.append(sequence.sampler(row, sequence.ids))
+                        sequence.sample(row)
                 return
         time.sleep(PAUSE_SECONDS / 100)  # another sequence needs the slots, and its caller is about to wait again
 

@@ -76,19 +76,23 @@ class IncrementalDetokenizer:
 
 
 def text_chunks(
-    tokens: TokenStream, tokenizer: Tokenizer, stop: tuple[str, ...], *, special: bool = False
+    tokens: TokenStream, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...], *, special: bool = False
 ) -> Generator[str, None, None]:
     """Yield the text of ``tokens`` in chunks, without empty ones; close ``tokens`` at a stop string."""
     text = IncrementalDetokenizer(tokenizer, stop, special=special)
     with closing(tokens):
         for token in tokens:
             chunk = text.push(token)
+            if text.stopped:
+                request.finish("stop")
             if chunk:
+                request.chunks.append(chunk)
                 yield chunk
             if text.stopped:
                 return
     rest = text.finish()
     if rest:
+        request.chunks.append(rest)
         yield rest
 
 
@@ -106,10 +110,12 @@ def numbered_text_chunks(
         for number, token in tokens:
             text = texts[number]
             chunk = text.finish() if token is None else text.push(token)
-            if chunk:
-                yield number, chunk
             if text.stopped:
+                requests[number].finish("stop")
                 requests[number].cancel()
+            if chunk:
+                requests[number].chunks.append(chunk)
+                yield number, chunk
 
 
 def overlap(text: str, stop: str) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from queue import SimpleQueue
 from threading import Thread
+from typing import Literal
 
 from ggml_cffi.models.generation.batcher import Batcher
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.generation.timings import Timings
@@ -18,11 +20,13 @@ from ggml_cffi.models.generation.timings import Timings
 TokenStream = Generator[int, None, None]
 #: Tokens of several requests: pairs of a request's number and a token, or None at the end of that request.
 NumberedTokenStream = Generator[tuple[int, int | None], None, None]
+#: Reasons for the end of an answer.
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass
 class Request:
-    """A prompt to continue."""
+    """A prompt to continue, and its answer so far."""
 
     ids: list[int]
     """Token ids of the prompt, at least one."""
@@ -35,11 +39,20 @@ class Request:
     """True to take over slots of a kept sequence with the same beginning."""
     cancelled: bool = field(default=False, init=False)
     """True after :meth:`cancel`."""
+    token_ids: list[int] = field(default_factory=list, init=False)
+    """The generated tokens that the caller has, without the end token."""
+    chunks: list[str] = field(default_factory=list, init=False)
+    """The answer's text, in the chunks in which the caller got it; empty if the caller wants tokens only."""
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    """The reason for the end; None before it, and after an error."""
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
         """End the answer now, from any thread, also while the prompt or the next token is computed."""
         self.cancelled = True
+        self.finish("cancelled")
         if self._begun is not None:
             batcher, sequence = self._begun
             batcher.cancel(sequence)
@@ -52,30 +65,43 @@ class Request:
             sequence.cancelled = True
         return sequence
 
-    @property
-    def is_empty(self) -> bool:
-        """True if no token is wanted."""
-        return self.cancelled or not self.max_tokens
+    def finish(self, reason: FinishReason) -> None:
+        """Note the reason for the end, unless there is one already."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
 
-    def is_complete(self, sequence: TokenSequence, n_ctx: int) -> bool:
-        """Return whether no token may follow: the limit is reached, the context is full, or it was cancelled."""
-        n = sequence.n_taken - sequence.n_prompt
-        return self.cancelled or n >= self.max_tokens or len(sequence.ids) > n_ctx
+    def accept(self, token: int, timings: Timings) -> bool:
+        """Add a token to the answer. Return False if it is an end token, which ends the answer instead."""
+        if token in self.end_tokens:
+            self.finish("stop")
+            return False
+        self.token_ids.append(token)
+        if self.sampler.logprobs:  # one for each token, an end token included
+            self.logprobs.append(self.sampler.logprobs[len(self.logprobs)])
+        timings.add_token()
+        return True
+
+    def is_complete(self, n_ctx: int) -> bool:
+        """Return whether no token may follow, and note the reason."""
+        if self.sampler.complete:
+            self.finish("stop")
+        if len(self.token_ids) >= self.max_tokens or len(self.ids) + len(self.token_ids) > n_ctx:
+            self.finish("length")
+        return self.finish_reason is not None
 
 
 def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenStream:
     """Yield the tokens that continue a prompt. The sequence ends when the iterator does."""
-    if request.is_empty:
+    if request.is_complete(batcher.n_ctx):
         return
     sequence = request.begin(batcher, timings)
     try:
         while True:
             token = batcher.next(sequence)
-            if token is None or token in request.end_tokens:
+            if token is None or not request.accept(token, timings):
                 return
-            timings.add_token()
             yield token
-            if request.is_complete(sequence, batcher.n_ctx):
+            if request.is_complete(batcher.n_ctx):
                 return
     finally:
         batcher.finish(sequence)
@@ -106,7 +132,7 @@ def generate_many(
     try:
         while True:
             for number, request in islice(waiting, max_sequences - len(active)):
-                if request.is_empty:
+                if request.is_complete(batcher.n_ctx):
                     yield number, None
                 else:
                     active[number] = request.begin(batcher, timings), request
@@ -119,11 +145,10 @@ def generate_many(
                 ended = request.cancelled
                 if sequence.ready and not ended:
                     token = sequence.take()
-                    ended = token in request.end_tokens
+                    ended = not request.accept(token, timings)
                     if not ended:
-                        timings.add_token()
                         yield number, token
-                        ended = request.is_complete(sequence, batcher.n_ctx)
+                        ended = request.is_complete(batcher.n_ctx)
                 if ended:
                     del active[number]
                     batcher.finish(sequence)

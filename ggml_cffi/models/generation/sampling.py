@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypedDict, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi.core.numbers import as_integer, as_real
+from ggml_cffi.models.generation.best_tokens import best_tokens
+from ggml_cffi.models.generation.grammar import Grammar, as_grammar
+from ggml_cffi.models.generation.grammar_state import GrammarState
+from ggml_cffi.models.generation.logprobs import TokenLogprob, token_logprob
+from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
+
+#: A function of the token ids so far (int32) and of the logits (float32), which it changes in place.
+LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], None]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -21,6 +29,13 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     repeat_penalty: float
     repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    logits_processors: Sequence[LogitsProcessor]
+    grammar: Grammar | Mapping[str, Any] | None
+    logprobs: int | None
+    ignore_eos: bool
     seed: int | None
 
 
@@ -31,7 +46,9 @@ class SamplingParams:
     Raises
     ------
     TypeError, ValueError
-        If a parameter is no number, or out of range.
+        If a parameter has a wrong type or is out of range, or a grammar is not valid.
+    ImportError
+        If there is a grammar, and llguidance is not installed.
 
     Examples
     --------
@@ -52,6 +69,24 @@ class SamplingParams:
     al., CTRL, 2019); 1 for no penalty. It holds with temperature 0 too."""
     repeat_last_n: int = 64
     """Number of last tokens that the penalty covers; 0 for none, -1 for all."""
+    presence_penalty: float = 0.0
+    """Number that is subtracted from the logits of the tokens that the answer has already, as in OpenAI's API."""
+    frequency_penalty: float = 0.0
+    """The same for each occurrence of the token in the answer, as in OpenAI's API."""
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Numbers that are added to the logits of tokens, by token id; minus infinity excludes a token."""
+    logits_processors: Sequence[LogitsProcessor] = field(default=(), hash=False)
+    """Functions ``f(token_ids, logits)`` that change the logits in place, and return nothing. They are called in order,
+    before all other steps, for each token to choose. ``token_ids`` are those of the prompt and of the answer so far,
+    an int32 array; ``logits`` is a float32 array ``(n_vocab,)`` that the function may change, but not keep. An
+    exception ends the request, and is raised to its caller. Several requests may call a function at the same time."""
+    grammar: Grammar | Mapping[str, Any] | None = None
+    """The texts that an answer may have; a mapping is a JSON schema. The answer ends when it is complete. It is
+    incomplete if ``max_tokens`` or a stop string ended it."""
+    logprobs: int | None = None
+    """Number of most likely tokens that :attr:`Stream.logprobs` has beside each chosen one; None for no list."""
+    ignore_eos: bool = False
+    """True to continue after an end token."""
     seed: int | None = None
     """Seed of the random choices; None for different choices each time."""
 
@@ -66,6 +101,16 @@ class SamplingParams:
             raise ValueError(f"repeat_penalty must be above 0 and finite, not {self.repeat_penalty}")
         as_integer("top_k", self.top_k, 0)
         as_integer("repeat_last_n", self.repeat_last_n, -1)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not np.isfinite(as_real(name, getattr(self, name))):
+                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
+        object.__setattr__(self, "logit_bias", _check_bias(self.logit_bias))
+        object.__setattr__(self, "logits_processors", _check_processors(self.logits_processors))
+        object.__setattr__(self, "grammar", as_grammar(self.grammar))
+        if self.logprobs is not None:
+            as_integer("logprobs", self.logprobs, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, not {self.ignore_eos!r:.80}")
         if self.seed is not None:
             as_integer("seed", self.seed, 0)
 
@@ -93,34 +138,93 @@ class SamplingParams:
             raise TypeError(f"unknown sampling option {unknown}: the options are {', '.join(known)}")
         return replace(params, **options)
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """True if a sampler with these parameters needs the tokenizer of the model."""
+        return self.grammar is not None or self.logprobs is not None
+
     def for_sequence(self, number: int) -> SamplingParams:
         """Return the parameters for one of several sequences: ``number`` is added to the seed."""
         return self if self.seed is None else replace(self, seed=self.seed + number)
 
 
 class Sampler:
-    """The choice of the next token, in the steps and the order of llama.cpp.
+    """The choice of the next tokens of one sequence.
 
-    Each step works on the tokens that the last step left: repetition penalty, ``top_k``, ``top_p``, ``min_p``,
-    temperature.
+    The steps, each on the result of the last one: ``logits_processors``, ``logit_bias``, the grammar, repetition
+    penalty, presence and frequency penalty; then ``top_k``, ``top_p``, ``min_p`` and temperature in the order of
+    llama.cpp. The grammar comes after everything that may raise a logit to any value, so no parameter overrides it.
 
     Parameters
     ----------
     params
         The parameters; default those of ``SamplingParams()``.
+    tokenizer
+        The tokenizer of the model, for a grammar and for ``logprobs``.
     **options
         Fields in place of those of ``params``.
 
     Raises
     ------
     TypeError, ValueError
-        See :meth:`SamplingParams.from_options`.
+        See :meth:`SamplingParams.from_options`; also if a tokenizer is needed and missing.
     """
 
-    def __init__(self, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]) -> None:
-        self.params = SamplingParams.from_options(params, **options)
+    def __init__(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> None:
+        params = self.params = SamplingParams.from_options(params, **options)
         """The parameters."""
-        self._random = np.random.default_rng(self.params.seed)
+        self.logprobs: list[TokenLogprob] = []
+        """The chosen tokens with their log probabilities, if the parameters ask for them."""
+        if tokenizer is None and params.needs_tokenizer:
+            raise ValueError("a grammar and logprobs need the tokenizer of the model: Sampler(tokenizer=...)")
+        self._tokenizer = tokenizer
+        self._random = np.random.default_rng(params.seed)
+        self._chosen: list[int] = []
+        grammar = as_grammar(params.grammar)
+        self._grammar = None if grammar is None or tokenizer is None else GrammarState(grammar, tokenizer)
+        self._adjusts = bool(params.logits_processors or params.logit_bias or self._grammar)
+        self._counts = bool(params.presence_penalty or params.frequency_penalty)
+
+    @property
+    def complete(self) -> bool:
+        """True if the grammar allows no further token."""
+        return self._grammar is not None and self._grammar.complete
+
+    @classmethod
+    def for_model(
+        cls, params: SamplingParams, n_vocab: int, tokenizer: Callable[[], Tokenizer], number: int = 0
+    ) -> Sampler:
+        """Return the sampler of one of several sequences of a model.
+
+        Parameters
+        ----------
+        params
+            The parameters of all sequences.
+        n_vocab
+            Number of the model's logits.
+        tokenizer
+            A function that returns the model's tokenizer, called if a parameter needs it.
+        number
+            Number of the sequence, which is added to the seed.
+
+        Raises
+        ------
+        ValueError
+            If ``logit_bias`` has an id beyond the vocabulary, or the grammar is not valid for the tokenizer.
+        """
+        check_tokens(params.logit_bias or (), n_vocab)
+        return cls(params.for_sequence(number), tokenizer=tokenizer() if params.needs_tokenizer else None)
+
+    def prepare(self) -> None:
+        """Begin to compute the tokens that the grammar allows next, in another thread, while a device computes."""
+        if self._grammar is not None:
+            self._grammar.prepare()
 
     def __call__(self, logits: npt.NDArray[np.float32], previous: Sequence[int] = ()) -> int:
         """Return the chosen token.
@@ -128,18 +232,33 @@ class Sampler:
         Parameters
         ----------
         logits
-            ``(n_vocab,)``.
+            ``(n_vocab,)``; they are not changed.
         previous
-            The tokens so far, for the repetition penalty.
+            The tokens so far, for the repetition penalty and the logits processors.
+
+        Raises
+        ------
+        ValueError
+            If the parameters exclude every token.
+        Exception
+            Any exception of a logits processor.
         """
+        token = self._choose(self._penalize(self._adjust(logits, previous), previous))
+        if self.params.logprobs is not None and self._tokenizer is not None:
+            self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer))
+        if self._grammar is not None:
+            self._grammar.advance(token)
+        if self._counts:
+            self._chosen.append(token)
+        return token
+
+    def _choose(self, logits: npt.NDArray[np.float32]) -> int:
+        """Return a token: the most likely one, or one drawn at random."""
         params = self.params
-        if params.repeat_penalty != 1 and params.repeat_last_n and previous:
-            logits = self._penalize(logits, previous)
         if params.temperature == 0:
             return int(logits.argmax())
         k = min(params.top_k or logits.size, logits.size)
-        best = np.argpartition(logits, -k)[-k:]
-        best = best[np.argsort(logits[best])[::-1]]
+        best = best_tokens(logits, k)
         ranked = logits[best].astype(np.float64)
         if not np.isfinite(ranked[0]):  # a broken model: there are no probabilities to draw from
             return int(best[0])
@@ -150,7 +269,37 @@ class Sampler:
             keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
         return int(self._random.choice(best[:keep], p=softmax(ranked[:keep] / params.temperature)))
 
+    def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return a copy of ``logits`` that processors, biases and the grammar have changed."""
+        if not self._adjusts:
+            return logits
+        params = self.params
+        logits = np.array(logits, np.float32)
+        if params.logits_processors:
+            ids = np.asarray(previous, np.int32)
+            for process in params.logits_processors:
+                if process(ids, logits) is not None:
+                    raise TypeError(f"{process!r:.80} must change the logits in place, and return nothing")
+        if params.logit_bias:
+            logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
+        if self._grammar is not None:
+            self._grammar.apply(logits)
+        if logits.max() == -np.inf:
+            raise ValueError("logits_processors, logit_bias and grammar together exclude every token")
+        return logits
+
     def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return ``logits``, or a copy in which the tokens so far are less likely."""
+        params = self.params
+        if params.repeat_penalty != 1 and params.repeat_last_n and previous:
+            logits = self._penalize_repeated(logits, previous)
+        if self._chosen:
+            tokens, counts = np.unique(self._chosen, return_counts=True)
+            logits = logits.copy()
+            logits[tokens] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+        return logits
+
+    def _penalize_repeated(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return a copy of ``logits`` in which the last tokens are less likely."""
         penalty, n = self.params.repeat_penalty, self.params.repeat_last_n
         repeated = np.unique(np.asarray(previous if n == -1 else previous[-n:]))
@@ -158,6 +307,30 @@ class Sampler:
         values = penalized[repeated]
         penalized[repeated] = np.where(values > 0, values / penalty, values * penalty)
         return penalized
+
+
+def _check_bias(bias: Any) -> dict[int, float] | None:
+    """Return the biases by token id."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias must be a mapping of token ids to numbers, not {bias!r:.80}")
+    checked = {as_integer("a token id of logit_bias", i, 0): as_real("logit_bias", v) for i, v in bias.items()}
+    for token, value in checked.items():
+        if not value < float("inf"):
+            raise ValueError(f"logit_bias must be finite, or minus infinity, not {value} (token {token})")
+    return checked
+
+
+def _check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
+    """Return the logits processors as a tuple."""
+    if callable(processors) or not isinstance(processors, Iterable):
+        raise TypeError(f"logits_processors must be a list of functions, not {processors!r:.80}")
+    found = tuple(processors)
+    for process in found:
+        if not callable(process):
+            raise TypeError(f"logits_processors must be functions, not {process!r:.80}")
+    return found
 
 
 def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

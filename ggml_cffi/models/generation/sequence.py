@@ -6,6 +6,9 @@ import time
 from dataclasses import dataclass, field
 from threading import get_ident
 
+import numpy as np
+import numpy.typing as npt
+
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.timings import Timings
 
@@ -41,12 +44,14 @@ class TokenSequence:
     finished: bool = False
     cancelled: bool = False
     """True if no further token is wanted. The caller ends the sequence."""
+    error: Exception | None = None
+    """Exception of the sampler, after which there is no further token."""
     timings: Timings = field(default_factory=Timings)
 
     @property
     def ready(self) -> bool:
-        """True if a token was generated that the caller has not taken."""
-        return self.n_taken < len(self.ids)
+        """True if a token was generated that the caller has not taken, or the sampler failed."""
+        return self.n_taken < len(self.ids) or self.error is not None
 
     def ask(self) -> None:
         """Note that the calling thread waits for the next token."""
@@ -54,10 +59,19 @@ class TokenSequence:
         self.waiting = True
 
     def take(self) -> int:
-        """Return the next token, which must be ready."""
+        """Return the next token, which must be ready, or raise the exception of the sampler."""
         self.waiting = False
+        if self.error is not None:
+            raise self.error
         self.n_taken += 1
         return self.ids[self.n_taken - 1]
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> None:
+        """Choose the next token from its logits. An exception of the sampler belongs to this sequence only."""
+        try:
+            self.ids.append(self.sampler(logits, self.ids))
+        except Exception as error:
+            self.error = error
 
     @property
     def paused(self) -> bool:

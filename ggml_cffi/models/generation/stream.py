@@ -7,17 +7,19 @@ from threading import Lock
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from ggml_cffi.models.generation.completion import Answers, Completion
 from ggml_cffi.models.generation.requests import Request
 from ggml_cffi.models.generation.timings import Timings
 
 T = TypeVar("T")
 
 
-class Stream(Iterator[T], Generic[T]):
+class Stream(Answers, Iterator[T], Generic[T]):
     """The chunks or tokens of one call, in the order in which they are generated.
 
     One thread iterates, and any other may call :meth:`cancel`. As a context manager, a stream ends with its block; it
-    also ends when it is deleted.
+    also ends when it is deleted. :meth:`completion` reads it to its end, :meth:`completions` for a list of prompts.
+    The attributes have the answer so far. Those of a single answer raise ValueError for a list of prompts.
 
     Parameters
     ----------
@@ -30,11 +32,10 @@ class Stream(Iterator[T], Generic[T]):
     """
 
     def __init__(self, items: Generator[T, None, None], requests: Sequence[Request], timings: Timings) -> None:
-        self.timings = timings
-        """Counts and times of this call."""
+        super().__init__(requests, timings)
         self.cancelled = False
         """True after :meth:`cancel`."""
-        self._items, self._requests = items, requests
+        self._items = items
         self._lock = Lock()  # held while a thread waits for the next item
 
     def __next__(self) -> T:
@@ -45,6 +46,37 @@ class Stream(Iterator[T], Generic[T]):
             self._close_if_idle()
             raise StopIteration
         return item
+
+    # ------------------------------------------------------------------ the answer
+
+    def completion(self) -> Completion:
+        """Read the rest of the stream, and return the whole answer, the items read before included.
+
+        Raises
+        ------
+        ValueError
+            If the call has several prompts.
+        ClosedError
+            If the model is closed before the end.
+        """
+        request = self._request
+        for _ in self:
+            pass
+        return self._complete(request)
+
+    def completions(self) -> list[Completion]:
+        """Read the rest of the stream, and return the whole answer to each prompt, in the order of the prompts.
+
+        Raises
+        ------
+        ClosedError
+            If the model is closed before the end.
+        """
+        for _ in self:
+            pass
+        return [self._complete(request) for request in self._requests]
+
+    # ------------------------------------------------------------------ the end
 
     def cancel(self) -> None:
         """End the call now. The iterator yields nothing more, and the KV slots of its sequences may be used again.
