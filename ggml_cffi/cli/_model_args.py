@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._output import progress_bar
@@ -14,9 +15,11 @@ DEVICES_HELP = "names, PCI ids or positions, separated by commas (default: every
 _RESERVE_HELP = "free memory of each GPU to leave free, such as 1G (default: 512M, less on GPUs with less than 8G free)"
 
 
-def add_model_arguments(command: argparse.ArgumentParser, *, repeat_devices: bool = False) -> None:
-    """Add the arguments for loading a model. ``repeat_devices`` allows ``--devices`` several times."""
-    add_placement_arguments(command, repeat_devices=repeat_devices)
+def add_model_arguments(
+    command: argparse.ArgumentParser, *, repeat_devices: bool = False, several_models: bool = False
+) -> None:
+    """Add the arguments for loading a model, or several. ``repeat_devices`` allows ``--devices`` several times."""
+    add_placement_arguments(command, repeat_devices=repeat_devices, several_models=several_models)
     command.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
     command.add_argument(
         "--deterministic", action="store_true", help="equal calls have equal results; one text at a time per device"
@@ -27,11 +30,15 @@ def add_placement_arguments(
     command: argparse.ArgumentParser,
     *,
     repeat_devices: bool = False,
-    model_help: str = "a GGUF file",
+    model_help: str = "a GGUF file, or hf://ORG/REPO/FILE.gguf or hf://ORG/REPO:TYPE",
     devices_help: str = DEVICES_HELP,
+    several_models: bool = False,
 ) -> None:
-    """Add the arguments for the model file and its placement on devices."""
-    command.add_argument("model", help=model_help)
+    """Add the arguments for the model file, or several files, and the placement on devices."""
+    if several_models:
+        command.add_argument("model", nargs="+", help=f"{model_help}, or NAME=FILE to give it a name")
+    else:
+        command.add_argument("model", help=model_help)
     if repeat_devices:
         command.add_argument("--devices", action="append", help=f"{devices_help}; may be repeated")
     else:
@@ -84,6 +91,16 @@ def parse_devices(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def model_file(path: str) -> str | os.PathLike[str]:
+    """Return the path of a model, which is downloaded with a progress bar for an address of the Hugging Face hub."""
+    from ggml_cffi.models.hub import fetch_from_hub, is_hub_address
+
+    if not is_hub_address(path):
+        return path
+    with progress_bar("downloading") as progress:
+        return fetch_from_hub(path, progress=progress)
+
+
 def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
     """Load the model that the arguments describe, with a progress bar. An encoder is refused: it generates no text.
 
@@ -100,20 +117,23 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
     from ggml_cffi.files import GGUFFile
     from ggml_cffi.models.architectures import architecture_of
 
-    with GGUFFile(args.model) as file:
+    path = model_file(args.model)
+    with GGUFFile(path) as file:
         architecture_of(file).check_decoder()
     with progress_bar("loading") as progress:
-        return models.load(
-            args.model,
-            parse_devices(devices),
-            args.split,
-            n_ctx,
-            balance=args.balance,
-            expected_tokens=args.expect,
-            n_threads=args.threads,
-            kv_dtype=args.kv_type,
-            deterministic=args.deterministic,
-            reserve=args.reserve,
-            progress=progress,
-            **options,
-        )
+        return models.load(path, **load_options(args, devices, n_ctx), progress=progress, **options)
+
+
+def load_options(args: argparse.Namespace, devices: str | None, n_ctx: int | None) -> dict[str, Any]:
+    """Return the arguments of :func:`ggml_cffi.models.load` for the arguments of :func:`add_model_arguments`."""
+    return {
+        "devices": parse_devices(devices),
+        "split": args.split,
+        "n_ctx": n_ctx,
+        "balance": args.balance,
+        "expected_tokens": args.expect,
+        "n_threads": args.threads,
+        "kv_dtype": args.kv_type,
+        "deterministic": args.deterministic,
+        "reserve": args.reserve,
+    }

@@ -26,11 +26,12 @@ from ggml_cffi.cli import (
     quantize,
     rpc_server,
     run,
+    serve,
 )
 from ggml_cffi.cli._output import notice_line, print_error, replace_unwritable
 from ggml_cffi.core.progress import display_notices
 
-_COMMANDS = (devices, doctor, fetch, run, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
+_COMMANDS = (devices, doctor, fetch, run, serve, bench, perplexity, convert, embed, gguf, quantize, plan, rpc_server)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
+from ggml_cffi.models.hub import local_path
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
 from ggml_cffi.models.placement.options import (
@@ -20,6 +21,7 @@ from ggml_cffi.models.placement.options import (
     LoadOptions,
     SplitMode,
     Workload,
+    check_kv_slots,
     check_options,
     parse_reserve,
 )
@@ -46,13 +48,15 @@ def load(
     expected_tokens: tuple[int, int] | None = None,
     reserve: int | str | None = None,
     deterministic: bool = False,
+    kv_slots: int | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
     Parameters
     ----------
     path
-        Path of the file.
+        Path of the file, or an address of the Hugging Face hub such as ``hf://org/repo/file.gguf`` or
+        ``hf://org/repo:Q4_K_M``, which :func:`fetch` downloads on first use.
     devices
         Devices or names, or one of them; default every GPU. The CPU is added last: it holds the layers that the GPUs
         have no memory for, and embeddings or an output head whose type a GPU does not support.
@@ -90,11 +94,14 @@ def load(
         cache, on other texts or threads, or on the load of the processors. This holds for the same file, devices,
         placement, ``n_ctx``, ``n_batch``, ``kv_dtype`` and ``n_threads``, with the same drivers. Each device generates
         one text at a time, and of earlier texts it reuses only whole batches of a prompt.
+    kv_slots
+        Tokens for which the KV cache has room, of all sequences together; default ``n_ctx``. More of them keep several
+        long sequences in the cache at once.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If there is no such file. :func:`fetch` has the errors of an address of the hub.
     FormatError
         If the file is malformed or incomplete, or its architecture is unknown.
     ValueError
@@ -107,12 +114,13 @@ def load(
     chosen = None if devices is None else device_list(devices)
     refuse_hypothetical(chosen)
     workload, dtype, kept = Workload(n_sequences, expected_tokens), as_type(kv_dtype), parse_reserve(reserve)
-    file = GGUFFile(path)
+    file = GGUFFile(local_path(path))
     backends: list[Backend] = []
     runners: list[Runner] = []
     try:
         architecture = architecture_of(file)
-        options = LoadOptions(context_of(architecture, n_ctx), n_batch, dtype, kept)
+        context = context_of(architecture, n_ctx)
+        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept)
         backends = open_backends(chosen, n_threads)
         planner = Planner(architecture, backends, options, balance, chosen, split, workload)
         found = place_or_raise(planner)
@@ -121,7 +129,7 @@ def load(
         for runner in open_runners(architecture, backends, options, found, progress):
             runners.append(runner)
         plan = report(planner, found, propose=False)
-        sizes = {"n_ctx": options.n_ctx, "n_batch": n_batch}
+        sizes = {"n_ctx": context, "n_batch": n_batch}
         return Model(file, architecture, backends, runners, plan, **sizes, deterministic=deterministic)
     except BaseException:
         for part in (*runners, *backends, file):

@@ -19,7 +19,8 @@ GENERATED = {"enums", "c.__init__", "c._decl", "ops.__init__", "flat._ops"}
 
 #: Packages from the top down; those of one line do not import one another.
 ORDER = [
-    "cli serve",
+    "cli",
+    "server",
     "onnx",
     "models",
     "parallel isolate flat",

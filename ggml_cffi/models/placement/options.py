@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ggml_cffi.core import text
+from ggml_cffi.core.numbers import as_integer
 from ggml_cffi.enums import Type
 
 #: The division of layers: by free ``"memory"``, by measured ``"speed"``, or in given proportions.
@@ -31,6 +32,7 @@ class LoadOptions:
     """Sizes of a model's context, batches and cache, and the memory that stays free."""
 
     n_ctx: int
+    """Tokens for which the KV cache has room: those of one context, or more."""
     n_batch: int
     kv_dtype: Type
     reserve: int | None = None
@@ -85,3 +87,18 @@ def check_options(split: str, n_batch: int) -> None:
         raise ValueError(f"split {split!r} does not exist: use one of {', '.join(map(repr, SPLITS))}")
     if n_batch < 1:
         raise ValueError(f"n_batch must be at least 1, not {n_batch}")
+
+
+def check_kv_slots(kv_slots: int | None, n_ctx: int) -> int:
+    """Return the tokens for which the KV cache has room: by default one context.
+
+    Raises
+    ------
+    ValueError
+        If that is less than one context.
+    """
+    if kv_slots is None:
+        return n_ctx
+    if as_integer("kv_slots", kv_slots, 1) < n_ctx:
+        raise ValueError(f"kv_slots must be at least n_ctx, which is {n_ctx}, not {kv_slots}")
+    return kv_slots

@@ -14,8 +14,17 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
+from ggml_cffi.models.hub import header_path
 from ggml_cffi.models.placement.hypothetical import open_hypothetical, parse_devices
-from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload, check_options, parse_reserve
+from ggml_cffi.models.placement.options import (
+    Balance,
+    LoadOptions,
+    SplitMode,
+    Workload,
+    check_kv_slots,
+    check_options,
+    parse_reserve,
+)
 from ggml_cffi.models.placement.placement import DevicePlan, Placement
 from ggml_cffi.models.placement.planner import Planner
 from ggml_cffi.models.placement.proposals import Proposer
@@ -95,6 +104,7 @@ def plan(
     expected_tokens: tuple[int, int] | None = None,
     reserve: int | str | None = None,
     measure_speed: bool = False,
+    kv_slots: int | None = None,
 ) -> ModelPlan:
     """Return the placement that :func:`~ggml_cffi.models.load` would choose for a model, with its bytes.
 
@@ -104,13 +114,13 @@ def plan(
     Parameters
     ----------
     path
-        A GGUF file or its URL (``https://``). The header is enough: the data of the tensors may be missing, and of a
-        URL nothing else is read.
+        A GGUF file, its URL (``https://``), or its address on the Hugging Face hub (``hf://``). The header is enough:
+        the data of the tensors may be missing, and of a URL or an address nothing else is read.
     devices
         As for :func:`~ggml_cffi.models.load`. Or the devices of another machine, with their free memory: ``"24G"``
         (GiB), or a name and a size. ``["24G", "24G", "CPU:64G"]`` is two GPUs and a CPU. No GPU is opened for them.
         Without the CPU, the plan is for this machine's memory.
-    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve
+    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve, kv_slots
         As for :func:`~ggml_cffi.models.load`. Hypothetical devices cannot be timed for ``split="auto"`` and
         ``balance="speed"``.
     measure_speed
@@ -136,9 +146,10 @@ def plan(
     chosen = None if devices is None else device_list(devices)
     workload, kept = Workload(n_sequences, expected_tokens), parse_reserve(reserve)
     hypothetical = parse_devices(chosen)
-    with GGUFFile(path, header_only=True) as file:
+    with GGUFFile(header_path(path), header_only=True) as file:
         architecture = architecture_of(file)
-        options = LoadOptions(context_of(architecture, n_ctx), n_batch, as_type(kv_dtype), kept)
+        n_slots = check_kv_slots(kv_slots, context_of(architecture, n_ctx))
+        options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept)
         backends = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
         try:
             planner = Planner(architecture, backends, options, balance, chosen, split, workload)

@@ -1,0 +1,346 @@
+"""Load of the server: many clients at once, beside llama.cpp on the same machine.
+
+    python -m benchmarks.serve [--model FILE] [--clients 64] [--seconds 300] [--parallel 16] [--peer PYTHON]
+                               [--peer-url URL] [--devices CPU] [--split layer] [--isolate] [--threads 2]
+
+Each client sends one request after the other: a prompt of 20 to 500 tokens, and an answer of 16 to 64 tokens, greedy.
+The table has the time to first token, the tokens per second, the memory of the server at a quarter of the time and at
+the end, and the answers that were lost, or that differ from the same prompt's answer alone.
+
+``--peer`` names a Python with llama-cpp-python: the same prompts then go through llama.cpp's C API in one process, with
+as many sequences in a batch, without HTTP. ``--peer-url`` is the address of another server, such as llama.cpp's, which
+the caller has started with the same model and the same number of slots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+PROMPT_TOKENS, ANSWER_TOKENS = (20, 500), (16, 64)
+N_PROMPTS = 512
+N_ALONE = 24
+TEXT = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
+
+
+@dataclass
+class Work:
+    """A prompt, and the tokens of its answer."""
+
+    ids: list[int]
+    n: int
+
+
+@dataclass
+class Result:
+    """The measurement of one side."""
+
+    first: list[float] = field(default_factory=list)
+    """Seconds to the first token of each answer."""
+    tokens: int = 0
+    """Generated tokens."""
+    prompt_tokens: int = 0
+    answers: dict[int, set[str]] = field(default_factory=dict)
+    """Different answers to each prompt."""
+    lost: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def row(self, name: str) -> list[str]:
+        """Return the row of the table."""
+        first = sorted(self.first)
+        late = first[int(len(first) * 0.95)] if first else 0.0
+        return [
+            name,
+            f"{len(first)}",
+            f"{self.tokens / self.seconds:.1f}",
+            f"{(self.tokens + self.prompt_tokens) / self.seconds:.1f}",
+            f"{statistics.median(first) if first else 0:.2f}",
+            f"{late:.2f}",
+        ]
+
+
+def workload(model: str) -> list[Work]:
+    """Return the prompts, the same in each run."""
+    from ggml_cffi.files import GGUFFile
+    from ggml_cffi.models import Tokenizer
+
+    with GGUFFile(model) as file:
+        ids = Tokenizer(file).encode(TEXT.read_text(encoding="utf-8"))
+    ids = (ids * (1 + 4096 // len(ids)))[: max(len(ids), 4096)]
+    rng = np.random.default_rng(1)
+    found = []
+    for _ in range(N_PROMPTS):
+        n, start = int(rng.integers(*PROMPT_TOKENS)), int(rng.integers(0, len(ids) - PROMPT_TOKENS[1]))
+        found.append(Work(ids[start : start + n], int(rng.integers(*ANSWER_TOKENS))))
+    return found
+
+
+# ---------------------------------------------------------------------- clients
+
+
+async def ask(url: str, work: Work) -> tuple[float, int, str]:
+    """Send one request. Return the seconds to its first token, the number of tokens and the text.
+
+    The client is a socket: a library's would take as much processor time as the server.
+    """
+    place = urlsplit(url)
+    body = {
+        "prompt": work.ids,
+        "max_tokens": work.n,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    data = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    try:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
+        start, first, n, text = time.perf_counter(), 0.0, 0, ""
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise ValueError((status + await reader.read()).decode())
+        ended = False
+        async for line in reader:
+            if not line.startswith(b"data: "):
+                continue
+            if line.startswith(b"data: [DONE]"):
+                ended = True
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise ValueError(event["error"]["message"])
+            first = first or time.perf_counter() - start
+            text += "".join(choice["text"] for choice in event["choices"])
+            n = (event.get("usage") or {}).get("completion_tokens", n)
+        if not ended:
+            raise ValueError("the stream ended early")
+        return first, n, text
+    finally:
+        writer.close()
+
+
+async def load(url: str, works: list[Work], clients: int, seconds: float) -> Result:
+    """Send requests from many clients until the time is over, and wait for the answers."""
+    result, waiting = Result(), iter(range(10**9))
+    start = time.perf_counter()
+
+    async def client() -> None:
+        while time.perf_counter() - start < seconds:
+            i = next(waiting) % len(works)
+            try:
+                first, n, text = await ask(url, works[i])
+            except (ValueError, OSError) as error:
+                result.lost.append(str(error))
+                continue
+            result.first.append(first)
+            result.tokens += n
+            result.prompt_tokens += len(works[i].ids)
+            result.answers.setdefault(i, set()).add(text)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+async def count_different(url: str, works: list[Work], result: Result) -> tuple[int, int]:
+    """Return how many answers differ from those of the same prompts alone, and how many were compared."""
+    compared = sorted(result.answers)[:N_ALONE]
+    different = 0
+    for i in compared:
+        _, _, text = await ask(url, works[i])
+        different += result.answers[i] != {text}
+    return different, len(compared)
+
+
+# ---------------------------------------------------------------------- the server
+
+
+def memory_of(pid: int) -> tuple[int, int, int]:
+    """Return resident MiB, threads and open files of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    found = {name: int(value) for name, value in re.findall(r"^(VmRSS|Threads):\s+(\d+)", text, re.M)}
+    return found["VmRSS"] >> 10, found["Threads"], len(os.listdir(f"/proc/{pid}/fd"))
+
+
+async def watch(pid: int, seconds: float) -> list[tuple[int, int, int]]:
+    """Return the memory of a process at a quarter of the time and shortly before the end."""
+    await asyncio.sleep(seconds / 4)
+    found = [memory_of(pid)]
+    await asyncio.sleep(seconds * 0.7)
+    return [*found, memory_of(pid)]
+
+
+def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
+    """Start the server, and measure it."""
+    n_ctx = PROMPT_TOKENS[1] + ANSWER_TOKENS[1] + 8
+    command = [sys.executable, "-m", "ggml_cffi", "serve", f"model={args.model}", "--port", "0", "--preload"]
+    command += ["--ctx", str(n_ctx), "--kv-slots", str(args.parallel * n_ctx), "--parallel", str(args.parallel)]
+    command += ["--split", args.split, "--max-waiting", str(2 * args.clients)]
+    command += ["--devices", args.devices] if args.devices else []
+    command += ["--threads", str(args.threads)] if args.threads else []
+    command += ["--isolate"] if args.isolate else []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stderr is not None
+            found = (re.search(r"http://[\d.]+:\d+", line) for line in process.stderr)
+            url = next(match[0] for match in found if match)
+
+            async def run() -> tuple[Result, list[tuple[int, int, int]], tuple[int, int]]:
+                await asyncio.gather(*(ask(url, work) for work in works[-2:]))  # warm
+                result, memory = await asyncio.gather(
+                    load(url, works, args.clients, args.seconds), watch(process.pid, args.seconds)
+                )
+                return result, memory, await count_different(url, works, result)
+
+            result, memory, (different, compared) = asyncio.run(run())
+        finally:
+            process.send_signal(signal.SIGINT)
+    for when, (resident, threads, files) in zip(("at a quarter", "at the end"), memory, strict=True):
+        print(f"server {when}: {resident} MiB resident, {threads} threads, {files} open files")
+    print(f"lost answers: {len(result.lost)} {sorted(set(result.lost))[:3]}")
+    print(f"answers that differ from those alone: {different} of {compared}; exit code {process.returncode}")
+    return result
+
+
+# ---------------------------------------------------------------------- llama.cpp's C API in one process
+
+
+@dataclass
+class _Sequence:
+    work: Work
+    asked: float
+    done: int = 0  # prompt tokens in the cache
+    generated: int = 0
+    token: int = -1
+
+
+def c_api(model: str, works: list[Work], clients: int, seconds: float, parallel: int, threads: int) -> Result:
+    """Measure llama.cpp: continuous batching over its C API, greedy, with the same prompts in the same order."""
+    import llama_cpp as lib
+
+    lib.llama_backend_init()
+    m = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+    params = lib.llama_context_default_params()
+    n_ctx = PROMPT_TOKENS[1] + ANSWER_TOKENS[1] + 8
+    params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = parallel * n_ctx, 512, 512, parallel
+    params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+    ctx = lib.llama_init_from_model(m, params)
+    cache, n_vocab = lib.llama_get_memory(ctx), lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(m))
+    batch = lib.llama_batch_init(params.n_batch, 0, 1)
+    result, numbers = Result(), iter(range(10**9))
+    start = time.perf_counter()
+    waiting = deque(_Sequence(works[next(numbers) % len(works)], start) for _ in range(clients))
+    active: dict[int, _Sequence] = {}
+    while active or waiting:
+        for slot in range(parallel):
+            if slot not in active and waiting:
+                active[slot] = waiting.popleft()
+        outputs: list[tuple[int, _Sequence]] = []
+        batch.n_tokens = 0
+
+        def add(token: int, position: int, slot: int, output: bool) -> None:
+            i = batch.n_tokens
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, output
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, slot
+            batch.n_tokens += 1
+
+        for slot, s in active.items():
+            if s.generated:
+                outputs.append((batch.n_tokens, s))
+                add(s.token, len(s.work.ids) + s.generated - 1, slot, True)
+        for slot, s in active.items():
+            ids = s.work.ids
+            n = min(len(ids) - s.done, params.n_batch - batch.n_tokens)
+            if s.generated or n <= 0:
+                continue
+            for position in range(s.done, s.done + n):
+                last = position == len(ids) - 1
+                if last:
+                    outputs.append((batch.n_tokens, s))
+                add(ids[position], position, slot, last)
+            s.done += n
+        assert lib.llama_decode(ctx, batch) == 0
+        now = time.perf_counter()
+        for i, s in outputs:
+            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, i), (n_vocab,))
+            s.token = int(logits.argmax())
+            if not s.generated:
+                result.first.append(now - s.asked)
+            s.generated += 1
+        for slot, s in list(active.items()):
+            if s.generated == s.work.n:
+                lib.llama_memory_seq_rm(cache, slot, -1, -1)
+                del active[slot]
+                result.tokens += s.generated
+                result.prompt_tokens += len(s.work.ids)
+                if now - start < seconds:
+                    waiting.append(_Sequence(works[next(numbers) % len(works)], now))
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def measure_peer(args: argparse.Namespace, works: list[Work]) -> Result:
+    """Run :func:`c_api` in the other Python."""
+    code = (
+        "import json, sys; from benchmarks.serve import Work, c_api; a = json.load(sys.stdin); "
+        "a['works'] = [Work(*w) for w in a['works']]; r = c_api(**a); "
+        "print(json.dumps({'first': r.first, 'tokens': r.tokens, 'prompt_tokens': r.prompt_tokens, "
+        "'seconds': r.seconds}))"
+    )
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("model", "clients", "seconds", "parallel")}
+    given |= {"threads": args.threads, "works": [(work.ids, work.n) for work in works]}
+    done = subprocess.run([args.peer, "-c", code], input=json.dumps(given), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    from ggml_cffi import models
+    from ggml_cffi.core.text import table
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a GGUF file (default: SmolLM2)")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--parallel", type=int, default=16, help="answers in generation at once")
+    parser.add_argument("--devices")
+    parser.add_argument("--split", default="layer")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--isolate", action="store_true")
+    parser.add_argument("--peer", help="a Python that has llama_cpp")
+    parser.add_argument("--peer-url", help="address of another server")
+    args = parser.parse_args()
+    args.model = args.model or str(models.fetch("smollm2"))
+    works = workload(args.model)
+    rows = [["side", "answers", "generated/s", "with prompts/s", "first token s", "95 % s"]]
+    rows.append(measure_server(args, works).row("ggml-cffi serve"))
+    if args.peer:
+        rows.append(measure_peer(args, works).row("llama.cpp, C API"))
+    if args.peer_url:
+        found = asyncio.run(load(args.peer_url, works, args.clients, args.seconds))
+        rows.append(found.row(args.peer_url))
+        print(f"lost answers of {args.peer_url}: {len(found.lost)}")
+    print(table(rows, right=range(1, len(rows[0]))))
+
+
+if __name__ == "__main__":
+    main()

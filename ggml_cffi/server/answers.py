@@ -1,0 +1,244 @@
+"""Answers to chats: the prompt from messages and tools, and content, reasoning and tool calls from the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ggml_cffi.models import (
+    ChatMessage,
+    ChatParser,
+    ContentDelta,
+    Grammar,
+    ReasoningDelta,
+    SamplingParams,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from ggml_cffi.server.catalog import Loaded
+from ggml_cffi.server.engine import Job
+from ggml_cffi.server.errors import ApiError
+from ggml_cffi.server.generation import Generation
+from ggml_cffi.server.service import Service, choices, new_id
+
+Delta = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """The tools of a request, and the freedom that the model has to call them."""
+
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """Tools in the form of OpenAI's chats."""
+    forced: tuple[str, ...] = ()
+    """Names of the functions of which the model must call one."""
+    parallel: bool | None = None
+    """True for several calls, False for one at most, None if the request does not say."""
+
+    def __post_init__(self) -> None:
+        names = [tool["function"]["name"] for tool in self.tools]
+        unknown = [name for name in self.forced if name not in names]
+        if unknown:
+            raise ApiError(400, f"tool_choice names {unknown[0]!r:.80}, which is not among the tools")
+
+
+def choose_tools(
+    tools: list[dict[str, Any]] | None, choice: str | None, name: str | None, parallel: bool | None
+) -> ToolChoice:
+    """Return the tools that a request allows.
+
+    Parameters
+    ----------
+    tools
+        Tools in the form of OpenAI's chats.
+    choice
+        ``"none"``, ``"auto"`` or ``"required"``; None for the default.
+    name
+        Name of the function that the model must call, in place of ``choice``.
+    parallel
+        The field ``parallel_tool_calls``.
+
+    Raises
+    ------
+    ApiError
+        If a call is demanded, and there is no tool for it.
+    """
+    found = tools or []
+    if name is not None:
+        return ToolChoice(found, (name,), parallel)
+    if choice == "required":
+        if not found:
+            raise ApiError(400, "tool_choice is 'required', and there are no tools", param="tool_choice")
+        return ToolChoice(found, tuple(tool["function"]["name"] for tool in found), parallel)
+    return ToolChoice([] if choice == "none" else found, (), parallel)
+
+
+@dataclass(frozen=True)
+class ChatTask:
+    """A chat to answer."""
+
+    jobs: list[Job]
+    """A job for each answer."""
+    prompt: str
+    """Text of the prompt."""
+    choice: ToolChoice
+    stop: tuple[str, ...]
+    constrained: bool
+    """True if a grammar determines the form of the content."""
+
+    @property
+    def n_prompt(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.jobs[0].ids)
+
+
+def prepare(
+    service: Service,
+    loaded: Loaded,
+    messages: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    *,
+    choice: ToolChoice,
+    max_tokens: int | None,
+    n: int | None = None,
+    stop: tuple[str, ...] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> ChatTask:
+    """Return the task of a chat.
+
+    Raises
+    ------
+    ApiError, ValueError, TypeError
+        If the messages do not suit the model's template, or the prompt does not fit.
+    """
+    constrained = params.grammar is not None
+    if constrained and choice.tools:
+        message = "response_format and tools exclude one another: set tool_choice to 'none'"
+        raise ApiError(400, message, param="response_format")
+    if choice.forced:
+        params = SamplingParams.from_options(params, grammar=Grammar.json_schema(call_schema(choice)))
+    chat = [
+        {**message, "role": "system"} if message.get("role") == "developer" else dict(message) for message in messages
+    ]
+    text = loaded.text.apply_chat_template(chat, tools=choice.tools or None, **(template_kwargs or {}))
+    ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(text))
+    return ChatTask(choices(Job(ids, params, max_tokens), n), text, choice, stop, constrained)
+
+
+def call_schema(choice: ToolChoice) -> dict[str, Any]:
+    """Return the JSON schema of a call that the model must make, or of several calls."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for tool in choice.tools:
+        function = tool["function"]
+        if function["name"] in choice.forced:
+            parameters = dict(function.get("parameters") or {"type": "object"})
+            definitions |= parameters.pop("$defs", {})
+            calls.append(
+                {
+                    "type": "object",
+                    "properties": {"name": {"const": function["name"]}, "arguments": parameters},
+                    "required": ["name", "arguments"],
+                    "additionalProperties": False,
+                }
+            )
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    if choice.parallel:
+        schema = {"type": "array", "items": schema, "minItems": 1}
+    return schema | ({"$defs": definitions} if definitions else {})
+
+
+class ForcedCalls:
+    """The parser of calls that a grammar demanded, with the methods of :class:`~ggml_cffi.models.ChatParser`."""
+
+    def __init__(self) -> None:
+        self.message = ChatMessage()
+        self.complete = False
+        self._text = ""
+
+    def feed(self, text: str) -> list[Delta]:
+        """Take more text. The calls come at the end, once their arguments are complete."""
+        self._text += text
+        return []
+
+    def close(self) -> list[Delta]:
+        """Return the events of the calls; the text itself if it is incomplete."""
+        try:
+            found = json.loads(self._text)
+        except ValueError:
+            self.message = ChatMessage(content=self._text or None)
+            return [ContentDelta(self._text)] if self._text else []
+        events: list[Delta] = []
+        calls = [
+            ToolCall(new_id("call_"), call["name"], json.dumps(call["arguments"], ensure_ascii=False))
+            for call in (found if isinstance(found, list) else [found])
+        ]
+        for i, call in enumerate(calls):
+            events += [ToolCallStart(i, call.id, call.name), ToolCallDelta(i, call.arguments), ToolCallEnd(i)]
+        self.message = ChatMessage(tool_calls=calls)
+        return events
+
+
+def make_parser(loaded: Loaded, task: ChatTask) -> tuple[ChatParser | ForcedCalls, bool]:
+    """Return the parser of an answer, and whether it needs the text of control tokens."""
+    choice = task.choice
+    if choice.forced:
+        return ForcedCalls(), False
+    if task.constrained:
+        return ChatParser("plain"), False
+    tools = choice.tools or None
+    parallel = choice.parallel is not False
+    parser = ChatParser.for_model(
+        loaded.text, tools=tools, reasoning=True, parallel_tool_calls=parallel, prompt=task.prompt
+    )
+    known = parser.format != "plain"
+    if not tools and parser.format not in _CHANNELS:  # a text like a call is content then
+        parser = ChatParser("plain", reasoning=True, prompt=task.prompt)
+    return parser, known
+
+
+#: Formats whose content has markers of its own, without tools too.
+_CHANNELS = ("gpt_oss", "gemma4")
+
+
+class ChatAnswer:
+    """One answer to a chat in generation."""
+
+    def __init__(self, service: Service, loaded: Loaded, task: ChatTask, number: int = 0) -> None:
+        self._service, self._loaded = service, loaded
+        self._parser, keep_special = make_parser(loaded, task)
+        self._generation = Generation(loaded, task.jobs[number], task.stop, keep_special=keep_special)
+
+    async def deltas(self) -> AsyncGenerator[tuple[list[Delta], list[TokenLogprob]], None]:
+        """Yield the parts of the answer, with the tokens since the last part if they were asked for."""
+        async with aclosing(self._service.pieces(self._loaded, self._generation)) as pieces:
+            async for piece in pieces:
+                events: list[Delta] = list(self._parser.feed(piece.text))
+                if events or piece.logprobs:
+                    yield events, piece.logprobs
+                if self._parser.complete:
+                    break
+        if rest := list(self._parser.close()):
+            yield rest, []
+
+    @property
+    def message(self) -> ChatMessage:
+        """The answer so far."""
+        return self._parser.message
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of generated tokens."""
+        return self._generation.n_tokens
+
+    @property
+    def finish_reason(self) -> str:
+        """The reason for the end."""
+        reason = self._generation.reason or "stop"
+        return "tool_calls" if self.message.tool_calls and reason == "stop" else reason

@@ -1,0 +1,212 @@
+"""The bodies of requests. Unknown fields are refused, so that no parameter is ignored in silence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+#: Largest number of answers to one prompt.
+MAX_CHOICES = 64
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Body(BaseModel, extra="forbid"):
+    """Fields of every request."""
+
+    model: str | None = None
+    """Name of the model; may be missing if there is one only."""
+    user: str | None = None
+    """Not used; nor are the next ones, which OpenAI's clients send for OpenAI's own purposes."""
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: bool = False
+    """True for the counts of tokens in a last chunk."""
+    include_obfuscation: bool | None = None
+
+
+class SamplingBody(Body):
+    """Fields of the requests that generate text."""
+
+    temperature: float | None = None
+    """Default 1, as in OpenAI's API; 0 is greedy."""
+    top_p: float | None = None
+    """Default 1."""
+    top_k: int | None = None
+    """Default 40; 0 for all tokens."""
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    """Over prompt and answer; default 1."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    ignore_eos: bool = False
+    """True to continue after an end token."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """True if a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class Function(BaseModel):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool that the model may use."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """A tool that the model must use."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(BaseModel):
+    """A JSON schema with its name."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatBody(SamplingBody):
+    """The body of ``/v1/chat/completions``."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """Passed to the chat template."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the chat template, such as ``{"enable_thinking": false}``."""
+
+
+Prompts = str | list[str] | list[int] | list[list[int]]
+
+
+class CompletionBody(SamplingBody):
+    """The body of ``/v1/completions``."""
+
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
+    """True to put the prompt before the answer."""
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class EmbeddingBody(Body):
+    """The body of ``/v1/embeddings``."""
+
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Count | None = None
+    pooling: Literal["mean", "cls", "last"] | None = None
+    """Default the pooling of the model's training."""
+
+
+class RerankBody(Body):
+    """The body of ``/v1/rerank``."""
+
+    query: str
+    documents: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    top_n: Count | None = None
+    return_documents: bool = True
+
+
+class TokenizeBody(Body):
+    """The body of ``/tokenize``: a prompt or messages."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
+    special: bool = True
+    """True if a text such as ``<|im_end|>`` in the prompt means the token of that name."""
+
+
+class DetokenizeBody(Body):
+    """The body of ``/detokenize``."""
+
+    tokens: list[int]
+
+
+class ResponsesText(BaseModel):
+    """The form of the text of a response."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponsesReasoning(BaseModel):
+    """Options of the reasoning."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
+class ResponsesBody(Body):
+    """The body of ``/v1/responses``."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponsesText | None = None
+    reasoning: ResponsesReasoning | None = None
+    previous_response_id: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    include: list[str] | None = None
+    background: bool | None = None
+    stream_options: dict[str, Any] | None = None

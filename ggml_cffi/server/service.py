@@ -1,0 +1,124 @@
+"""The parts that the routes of one server share."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from ggml_cffi.models import Grammar, SamplingParams, TokenLogprob
+from ggml_cffi.models.generation import check_stop
+from ggml_cffi.server.catalog import Catalog, Loaded
+from ggml_cffi.server.engine import Job
+from ggml_cffi.server.errors import ApiError
+from ggml_cffi.server.generation import Generation, Piece
+from ggml_cffi.server.metrics import Metrics
+from ggml_cffi.server.schemas import SamplingBody
+
+
+@dataclass(frozen=True)
+class Service:
+    """The models, the metrics and the limits of a server."""
+
+    catalog: Catalog
+    metrics: Metrics
+    max_prompt: int | None = None
+    """Largest number of tokens of a prompt; None for the context of the model."""
+
+    def check_prompt(self, loaded: Loaded, ids: list[int]) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises
+        ------
+        ApiError
+            If there are none, or too many, or the model generates no text.
+        """
+        facts = loaded.engine.facts
+        if not facts.generates:
+            raise ApiError(400, f"the model {loaded.name!r} generates no text: it is for embeddings", param="model")
+        limit = facts.n_ctx if self.max_prompt is None else min(self.max_prompt, facts.n_ctx)
+        if len(ids) > limit:
+            message = f"the prompt has {len(ids)} tokens, and this server takes at most {limit}"
+            raise ApiError(400, message, code="context_length_exceeded")
+        if not ids:
+            raise ApiError(400, "the prompt is empty: it has no tokens")
+        return ids
+
+    async def pieces(self, loaded: Loaded, generation: Generation) -> AsyncGenerator[Piece, None]:
+        """Yield the parts of an answer, and count its tokens."""
+        start, metrics, name = time.monotonic(), self.metrics, loaded.name
+        metrics.prompt_tokens.labels(name).inc(len(generation.job.ids))
+        first = True
+        stream = generation.pieces()
+        try:
+            async for piece in stream:
+                if first:
+                    metrics.first_token_seconds.labels(name).observe(time.monotonic() - start)
+                    first = False
+                yield piece
+        finally:
+            await stream.aclose()
+            metrics.generated_tokens.labels(name).inc(generation.n_tokens)
+
+
+def new_id(prefix: str) -> str:
+    """Return an id for a response or a part of it."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def sampling_params(
+    body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
+) -> SamplingParams:
+    """Return the parameters of a request, with OpenAI's defaults.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If one is out of range.
+    """
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=40 if body.top_k is None else body.top_k,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        repeat_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        repeat_last_n=-1,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.logit_bias,
+        grammar=grammar,
+        logprobs=logprobs,
+        ignore_eos=body.ignore_eos,
+        seed=None if body.seed is None else body.seed % 2**63,
+    )
+
+
+def choices(job: Job, n: int | None) -> list[Job]:
+    """Return the jobs for ``n`` answers to one prompt. Each has a seed of its own."""
+    return [Job(job.ids, job.params.for_sequence(i), job.max_tokens) for i in range(n or 1)]
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    """Return the stop strings of a request; an empty list means none."""
+    return check_stop(stop or None)
+
+
+def usage(n_prompt: int, n_generated: int) -> dict[str, int]:
+    """Return the counts of tokens of an answer."""
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": n_generated,
+        "total_tokens": n_prompt + n_generated,
+    }
+
+
+def token_entry(token: TokenLogprob) -> dict[str, object]:
+    """Return a token with its log probability, as chats and responses describe it."""
+    entry = {"token": token.token, "logprob": max(token.logprob, -9999.0), "bytes": list(token.bytes)}
+    return entry | {"top_logprobs": [token_entry_of_top(top) for top in token.top]}
+
+
+def token_entry_of_top(token: TokenLogprob) -> dict[str, object]:
+    """Return one of the most likely tokens."""
+    return {"token": token.token, "logprob": max(token.logprob, -9999.0), "bytes": list(token.bytes)}

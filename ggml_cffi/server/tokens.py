@@ -1,0 +1,43 @@
+"""`/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter
+
+from ggml_cffi.server.catalog import Loaded
+from ggml_cffi.server.chat import tool_dict
+from ggml_cffi.server.completions import check_ids
+from ggml_cffi.server.errors import ApiError
+from ggml_cffi.server.schemas import DetokenizeBody, TokenizeBody
+from ggml_cffi.server.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    """Return the routes of tokens."""
+    routes = APIRouter()
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        async with service.catalog.use(body.model) as loaded:
+            ids = await asyncio.to_thread(_tokenize, loaded, body)
+            return {"tokens": ids, "count": len(ids), "max_model_len": loaded.engine.facts.n_ctx}
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        async with service.catalog.use(body.model) as loaded:
+            ids = check_ids(loaded, body.tokens)
+            return {"prompt": await asyncio.to_thread(loaded.text.detokenize, ids)}
+
+    return routes
+
+
+def _tokenize(loaded: Loaded, body: TokenizeBody) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either 'prompt' or 'messages'")
+    if body.prompt is not None:
+        return loaded.text.tokenize(body.prompt, special=body.special)
+    tools = [tool_dict(tool) for tool in body.tools or []]
+    return loaded.text.tokenize(body.messages or [], tools=tools or None)
