@@ -15,8 +15,10 @@ import pytest
 from tests.server.conftest import CONTEXT
 from tests.support.http_server import served, until
 
-LONG = {"model": "tiny", "prompt": "x" * 400, "max_tokens": 100, "temperature": 0, "ignore_eos": True}
-SHORT = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+#: Control tokens, which have no text, are excluded: each token is a chunk of a stream.
+OPTIONS = {"temperature": 0, "ignore_eos": True, "logit_bias": {str(i): -100 for i in range(256, 260)}}
+LONG = {"model": "tiny", "prompt": "x" * 400, "max_tokens": 100, **OPTIONS}
+SHORT = {"model": "tiny", "prompt": "abc", "max_tokens": 3, **OPTIONS}
 
 
 @pytest.fixture(scope="module")
@@ -240,4 +242,10 @@ def children(pid):
                 found |= {int(child) for child in file.read().split()}
         except FileNotFoundError:  # the thread has ended
             pass
-    return sorted(found)
+    return sorted(found, key=start_time)
+
+
+def start_time(pid):
+    """Return the time at which a process began, in ticks since the system did."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rsplit(")", 1)[1].split()[19])

@@ -37,7 +37,11 @@ PERSON = {
 }
 
 
-@pytest.fixture(scope="module", params=["CPU", "Vulkan0,Vulkan1"])
+#: A software device takes minutes for these answers.
+_GPUS = pytest.param("Vulkan0,Vulkan1", marks=pytest.mark.nightly)
+
+
+@pytest.fixture(scope="module", params=["CPU", _GPUS])
 def address(request, smollm2):
     """The address of a server with SmolLM2, on the CPU and on two Vulkan devices."""
     if request.param != "CPU":
