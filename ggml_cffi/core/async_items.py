@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from threading import Event
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:  # slow to import
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -42,14 +44,16 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
         self._items, self._end_items = items, cancel
         self._abandoned = Event()  # the reading thread must not keep this object alive
         self._cancelled = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._queue: asyncio.Queue[T | _End] = asyncio.Queue()
+        self._queue: asyncio.Queue[T | _End] | None = None  # from the first ``await`` on, as the event loop
+        self._loop: asyncio.AbstractEventLoop
 
     async def __anext__(self) -> T:
+        import asyncio
+
         if self._cancelled:
             raise StopAsyncIteration
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+        if self._queue is None:
+            self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
             _pool().submit(_read, self._items, self._end_items, self._loop, self._queue, self._abandoned)
         try:
             item = await self._queue.get()
@@ -69,7 +73,7 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
         """End the iterator, from any thread. A task that awaits an item gets the end."""
         self._cancelled = True
         self._end_items()
-        if self._loop is not None:
+        if self._queue is not None:
             with suppress(RuntimeError):  # the event loop is closed: no task awaits an item
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, _End())
 
@@ -84,6 +88,8 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
 
 @cache
 def _pool() -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor
+
     return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="ggml_cffi asyncio")
 
 

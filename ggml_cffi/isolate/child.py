@@ -25,26 +25,27 @@ from ggml_cffi.session.factory import open_product
 _MAX_RECORD = 32 << 10  # characters of a log message, which must fit into one packet of the socket
 
 
-def main(calls: int, logs: int) -> None:
+def main(calls: int, logs: int, cancels: int) -> None:
     """Serve requests until the parent ends this process or dies itself.
 
     Parameters
     ----------
-    calls, logs
-        File descriptors of the sockets for requests and for log records.
+    calls, logs, cancels
+        File descriptors of the sockets for requests, for log records, and for the numbers of streams to cancel.
     """
     faulthandler.enable(all_threads=False)  # a crash writes the Python traceback to stderr
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    for fd in (calls, logs):
+    for fd in (calls, logs, cancels):
         os.set_inheritable(fd, False)
-    connection, records = socket.socket(fileno=calls), socket.socket(fileno=logs)
+    connection, records, numbers = (socket.socket(fileno=fd) for fd in (calls, logs, cancels))
     # The parent takes their closing for the end of this process, so forked processes must not keep them open.
-    for end in (connection, records):
+    for end in (connection, records, numbers):
         os.register_at_fork(after_in_child=end.close)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
     channel = Channel(connection)
     with ExitStack() as stack:
         server = _RequestServer(channel, records, stack)
+        threading.Thread(target=server.cancel_streams, args=(numbers,), daemon=True).start()
         while server.serve():
             pass
 
@@ -99,7 +100,7 @@ class _RequestServer:
         try:
             forgotten, command, *rest = packet.load()
             for number in forgotten:
-                self.close_stream(number)
+                self.close(self.streams.pop(number))
             if command == "end":
                 return None
             reply: tuple[str, Any] = getattr(self, command)(*rest)
@@ -142,20 +143,46 @@ class _RequestServer:
         self.streams[self.n_streams] = result
         return "stream", self.n_streams
 
-    def next(self, number: int) -> tuple[str, Any]:
-        """Return the next item of a stream."""
-        stream = self.streams.pop(number)
+    # ------------------------------------------------------------------ requests about a stream
+
+    def of_stream(self, number: int, cancelled: bool, command: str, *rest: Any) -> tuple[str, Any]:
+        """Answer a request about a stream: ``command`` is the name of a method below."""
+        if cancelled:  # the number on the other socket may arrive later
+            self.cancel(number)
+        reply: tuple[str, Any] = getattr(self, command)(self.streams[number], *rest)
+        return reply
+
+    def next(self, stream: Iterator[Any]) -> tuple[str, Any]:
+        """Return the next item."""
         for item in stream:
-            self.streams[number] = stream  # put back only if it did not raise: an iterator that raised is exhausted
             return "value", item
         return "stop", None
 
-    def close_stream(self, number: int) -> tuple[str, Any]:
-        """Close a stream."""
-        stream = self.streams.pop(number, None)
-        if stream is not None and hasattr(stream, "close"):
+    def attribute(self, stream: Iterator[Any], name: str) -> tuple[str, Any]:
+        """Return an attribute; a method stays here."""
+        found = getattr(stream, name)
+        return ("method", None) if callable(found) else ("value", found)
+
+    def method(self, stream: Iterator[Any], name: str, args: tuple[Any, ...], kwargs: Any) -> tuple[str, Any]:
+        """Call a method."""
+        return "value", getattr(stream, name)(*args, **kwargs)
+
+    def close(self, stream: Iterator[Any]) -> tuple[str, Any]:
+        """Close a stream. It stays for its attributes."""
+        if hasattr(stream, "close"):
             stream.close()
         return "value", None
+
+    def cancel_streams(self, numbers: socket.socket) -> None:
+        """Cancel the streams whose numbers arrive, while this process may compute their next item."""
+        while number := numbers.recv(8):
+            self.cancel(int.from_bytes(number))
+
+    def cancel(self, number: int) -> None:
+        """Cancel a stream that has a method for it."""
+        cancel = getattr(self.streams.get(number), "cancel", None)
+        if cancel is not None:
+            cancel()
 
 
 def portable(error: BaseException) -> BaseException:

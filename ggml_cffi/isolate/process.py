@@ -20,7 +20,9 @@ from ggml_cffi.isolate.channel import Channel
 _SHOWN_LINES = 30
 _EXIT_TIME = 10.0  # seconds that a process may take to end after it has closed its channel
 
-_START = "import sys; sys.path[:] = {path!r}; from ggml_cffi.isolate.child import main; main({calls}, {logs})"
+_START = (
+    "import sys; sys.path[:] = {path!r}; from ggml_cffi.isolate.child import main; main({calls}, {logs}, {cancels})"
+)
 
 _logger = logging.getLogger("ggml_cffi.isolate")
 
@@ -52,7 +54,9 @@ class WorkerProcess:
         self._tag = 0
         calls, child_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         logs, child_logs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = _START.format(path=[*map(os.fspath, sys.path)], calls=child_calls.fileno(), logs=child_logs.fileno())
+        self._cancels, child_cancels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fds = [end.fileno() for end in (child_calls, child_logs, child_cancels)]
+        code = _START.format(path=[*map(os.fspath, sys.path)], calls=fds[0], logs=fds[1], cancels=fds[2])
         self._channel = Channel(calls)
         try:
             self.child = ChildProcess(
@@ -60,19 +64,19 @@ class WorkerProcess:
                 name=name,
                 capture="stderr",
                 env=env,
-                pass_fds=(child_calls.fileno(), child_logs.fileno()),
+                pass_fds=tuple(fds),
                 on_line=partial(_logger.warning, "%s: %s", name),
                 packets=logs,
                 on_packet=partial(_handle_record, name),
-                after_fork=self._channel.close,
+                after_fork=self._close_sockets,
             )
         except BaseException:
-            calls.close()
+            self._close_sockets()
             logs.close()
             raise
         finally:
-            child_calls.close()
-            child_logs.close()
+            for end in (child_calls, child_logs, child_cancels):
+                end.close()
 
     @property
     def pid(self) -> int:
@@ -157,6 +161,11 @@ class WorkerProcess:
             subject = "make, or an argument of it," if during == "make" else f"an argument of {during!r}"
             raise TypeError(f"{subject} cannot be sent to another process: {error}") from error
 
+    def cancel(self, number: int) -> None:
+        """Cancel a stream, from any thread, also during a request."""
+        with suppress(OSError):  # the process has ended
+            self._cancels.send(number.to_bytes(8))
+
     # ------------------------------------------------------------------ the end of the process
 
     def error(self, error_type: type[BackendCrashedError] = BackendCrashedError) -> GgmlError:
@@ -186,7 +195,11 @@ class WorkerProcess:
     def dispose(self) -> None:
         """Wait for the end, and close the channel. No request may be running."""
         self.child.wait_or_kill(_EXIT_TIME)
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
         self._channel.close()
+        self._cancels.close()
 
 
 def _handle_record(worker: str, data: bytes) -> str:

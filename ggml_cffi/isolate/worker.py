@@ -15,10 +15,12 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
+from ggml_cffi.core.async_items import AsyncItems
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import ClosedError
 from ggml_cffi.isolate.process import WorkerProcess
@@ -335,38 +337,68 @@ class WorkerFunction:
 
 
 class Stream(Iterator[Any]):
-    """An iterator in a worker: each item is computed when it is asked for.
+    """An iterator in a worker: each item is computed when it is asked for. ``async for`` reads it in a thread.
 
-    Other calls may run between two items. Iterating raises the exceptions of :meth:`Worker.call`.
+    Other calls may run between two items. Iterating raises the exceptions of :meth:`Worker.call`. The attributes and
+    methods of the iterator are here under their names: the stream of a model has ``finish_reason``, ``completion()``
+    and the others of :class:`ggml_cffi.models.Stream`.
     """
 
     def __init__(self, worker: Worker, process: WorkerProcess, name: str, number: int) -> None:
-        self._worker, self._process, self._name = worker, process, name
-        self._number: int | None = number
+        self.cancelled = False
+        """True after :meth:`cancel`."""
+        self._worker, self._process, self._name, self._number = worker, process, name, number
+        self._ended = False
 
     def __next__(self) -> Any:
-        if self._number is None:
+        if self._ended or self.cancelled:
             raise StopIteration
         try:
-            _, status, value = self._worker._request(self._process, self._name, "next", self._number)
+            status, value = self._request("next")
         except BaseException:
-            self._forget()
+            self._ended = True
             raise
-        if status == "stop":
-            self._number = None
+        if status == "stop" or self.cancelled:
+            self._ended = True
             raise StopIteration
         return value
 
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return AsyncItems(self, self.cancel)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        status, value = self._request("attribute", name)
+        return partial(self._call, name) if status == "method" else value
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._request("method", name, args, kwargs)[1]
+
+    def _request(self, command: str, *rest: Any) -> tuple[str, Any]:
+        stream = self._number, self.cancelled
+        return self._worker._request(self._process, self._name, "of_stream", *stream, command, *rest)[1:]
+
+    def cancel(self) -> None:
+        """End the iteration, from any thread, also while the worker computes the next item or calls a method.
+
+        An iterator that has a ``cancel`` itself, such as a model's stream, ends at once; others end after their
+        current item.
+        """
+        self.cancelled = True
+        self._process.cancel(self._number)
+
     def close(self) -> None:
         """Close the iterator in the worker. Closing twice is allowed."""
-        number, self._number = self._number, None
-        if number is not None and not self._process.ended:
-            self._worker._request(self._process, self._name, "close_stream", number)
+        ended, self._ended = self._ended, True
+        if not ended and not self._process.ended:
+            self._request("close")
 
-    def _forget(self) -> None:
-        number, self._number = self._number, None
-        if number is not None:
-            self._process.forgotten.append(number)  # sent with the next request
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __del__(self) -> None:
-        self._forget()
+        self._process.forgotten.append(self._number)  # sent with the next request

@@ -225,8 +225,9 @@ class Model(TextMethods, CompletionMethods, Closing):
 
         if isinstance(prompt, str | bytes) or (prompt and isinstance(prompt[0], Mapping)):
             one = request(prompt, 0)  # type: ignore[arg-type]
-            chunks = text_chunks(self._run(one, timings), one, self.tokenizer, stops, special=keep_special)
-            return Stream(chunks, [one], timings)
+            return Stream(
+                text_chunks(self._run(one, timings), one, self.tokenizer, stops, special=keep_special), [one], timings
+            )
         requests = [request(text, i) for i, text in enumerate(prompt)]  # type: ignore[arg-type]
         tokens = self._run_all(requests, 1 if self.deterministic else each, timings)
         return Stream(

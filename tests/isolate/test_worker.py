@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import threading
 import time
 import warnings
 
@@ -96,6 +97,54 @@ def test_a_model_streams_its_tokens(tmp_path, rng):
         assert list(stream) == want
         assert worker.call("n_ctx") == 512
         assert relative_error(worker.forward([1, 2]), logits) < 1e-5
+
+
+def test_a_stream_of_a_model_has_its_attributes_and_methods(smollm2):
+    prompt = "The capital of France is"
+    with Worker(models.load, smollm2, ["CPU"], "layer", 512) as worker:
+        stream = worker.generate(prompt, 3)
+        assert (stream.prompt_tokens, stream.token_ids, stream.finish_reason) == (5, [], None)
+        first = next(stream)
+        assert stream.token_ids == worker.tokenize(first)
+        completion = stream.completion()
+        assert isinstance(completion, models.Completion)
+        assert completion.text == first + ".\n"
+        assert completion.finish_reason == stream.finish_reason == "length"
+        assert list(stream) == []
+        assert worker.chat("Hi", 2).text == "Hello!"
+        assert [c.text for c in worker.generate([prompt, prompt], 1).completions()] == [" Paris", " Paris"]
+
+        async def main():
+            stream = await worker.generate.run_async(prompt, 2)
+            return [piece async for piece in stream]
+
+        assert asyncio.run(main()) == [" Paris", "."]
+
+        with worker.generate(prompt) as stream:
+            next(stream)
+        assert list(stream) == []
+        assert stream.finish_reason == "cancelled"
+        # Another thread ends a stream, also during the prompt, and while a method reads it to its end.
+        for read in (list, lambda stream: stream.completion()):
+            stream = worker.generate(100 * (prompt + " "))
+            reader = threading.Thread(target=read, args=(stream,))
+            reader.start()
+            stream.cancel()
+            reader.join()
+            assert (stream.cancelled, stream.finish_reason) == (True, "cancelled")
+            with pytest.raises(AttributeError, match="colour"):
+                _ = stream.colour
+    stream.cancel()  # of a worker that is closed
+
+
+def test_a_stream_without_a_cancel_of_its_own_ends_after_its_item(worker):
+    stream = worker.count(10**9)
+    next(stream)
+    stream.cancel()
+    assert list(stream) == []
+    before = worker.n_closed()
+    stream.close()
+    assert worker.n_closed() == before + 1
 
 
 def test_streams_compute_each_item_on_demand(worker):

@@ -7,6 +7,7 @@ from typing import Generic, Self, TypeVar
 
 from ggml_cffi.core.async_items import AsyncItems
 from ggml_cffi.models.generation.completion import Answers, Completion
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.requests import FinishReason
 from ggml_cffi.models.generation.stream import Stream
 
@@ -40,6 +41,10 @@ class AsyncStream(Answers, AsyncIterator[T], Generic[T]):
     @property
     def token_ids(self) -> list[int]:
         return super().token_ids[: self._n_tokens]
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return super().logprobs[: self._n_tokens]
 
     @property
     def finish_reason(self) -> FinishReason | None:

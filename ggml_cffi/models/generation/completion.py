@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.requests import FinishReason, Request
 from ggml_cffi.models.generation.timings import Timings
 
@@ -23,8 +24,10 @@ class Completion:
     prompt_tokens: int
     """Number of tokens of the prompt."""
     finish_reason: FinishReason | None
-    """``"stop"`` after an end token or a stop string, ``"length"`` if ``max_tokens`` was reached or the context is
-    full, ``"cancelled"`` after :meth:`Stream.cancel`. None if an error ended the answer."""
+    """``"stop"`` after an end token, a stop string or a complete grammar, ``"length"`` if ``max_tokens`` was reached or
+    the context is full, ``"cancelled"`` after :meth:`Stream.cancel`. None if an error ended the answer."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """The generated tokens with their log probabilities; None if ``logprobs=`` did not ask for them."""
     timings: Timings
     """Counts and times of the call. The prompts of a list share it."""
 
@@ -54,6 +57,14 @@ class Answers:
         return list(self._request.token_ids)
 
     @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The generated tokens with their log probabilities; empty if ``logprobs=`` did not ask for them.
+
+        It has every generated token, also those whose text is held back or behind a stop string.
+        """
+        return list(self._request.logprobs)
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """The reason for the end: see :attr:`Completion.finish_reason`. None before the end."""
         return self._request.finish_reason
@@ -66,6 +77,12 @@ class Answers:
         return self._requests[0]
 
     def _complete(self, request: Request) -> Completion:
+        asked = request.sampler.params.logprobs is not None
         return Completion(
-            "".join(request.chunks), tuple(request.token_ids), len(request.ids), request.finish_reason, self.timings
+            "".join(request.chunks),
+            tuple(request.token_ids),
+            len(request.ids),
+            request.finish_reason,
+            tuple(request.logprobs) if asked else None,
+            self.timings,
         )

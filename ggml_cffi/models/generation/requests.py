@@ -39,14 +39,14 @@ class Request:
     """True to take over slots of a kept sequence with the same beginning."""
     cancelled: bool = field(default=False, init=False)
     """True after :meth:`cancel`."""
-    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
-    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     token_ids: list[int] = field(default_factory=list, init=False)
     """The generated tokens that the caller has, without the end token."""
     chunks: list[str] = field(default_factory=list, init=False)
     """The answer's text, in the chunks in which the caller got it; empty if the caller wants tokens only."""
     finish_reason: FinishReason | None = field(default=None, init=False)
     """The reason for the end; None before it, and after an error."""
+    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
@@ -76,15 +76,13 @@ class Request:
             self.finish("stop")
             return False
         self.token_ids.append(token)
-        timings.add_token()
         if self.sampler.logprobs:  # one for each token, an end token included
             self.logprobs.append(self.sampler.logprobs[len(self.logprobs)])
+        timings.add_token()
         return True
 
     def is_complete(self, n_ctx: int) -> bool:
-        """Return whether no token may follow: the grammar is complete, the limit is reached, the context is full, or it
-        was cancelled.
-        """
+        """Return whether no token may follow, and note the reason."""
         if self.sampler.complete:
             self.finish("stop")
         if len(self.token_ids) >= self.max_tokens or len(self.ids) + len(self.token_ids) > n_ctx:

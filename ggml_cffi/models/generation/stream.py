@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from ggml_cffi.models.generation.completion import Answers, Completion
-from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.requests import Request
 from ggml_cffi.models.generation.timings import Timings
 
@@ -38,19 +37,6 @@ class Stream(Answers, Iterator[T], Generic[T]):
         """True after :meth:`cancel`."""
         self._items = items
         self._lock = Lock()  # held while a thread waits for the next item
-
-    @property
-    def logprobs(self) -> list[TokenLogprob]:
-        """The tokens so far with their log probabilities, if ``logprobs=`` asked for them. The list grows.
-
-        It has every generated token, also those whose text is held back or behind a stop string. For several prompts,
-        these are the tokens of the first one; see :meth:`logprobs_of`.
-        """
-        return self._requests[0].logprobs
-
-    def logprobs_of(self, number: int) -> list[TokenLogprob]:
-        """Return :attr:`logprobs` of the prompt with this number."""
-        return self._requests[number].logprobs
 
     def __next__(self) -> T:
         with self._lock:

@@ -112,14 +112,19 @@ def test_errors_reach_the_task(path):
         with pytest.raises(TypeError, match="max_tokens must be an integer"):
             model.agenerate([1], "four")
 
-        async def close_early():
-            stream = models.AsyncStream(model.generate_tokens([1], stop_at_end=False))
-            await anext(stream)
-            model.close()
-            with pytest.raises(ggml.ClosedError):
-                await stream.completion()
-            assert stream.finish_reason is None
+        def fail_at_the_third(ids, logits):
+            if len(ids) == 3:
+                raise ZeroDivisionError("the third")
 
-        asyncio.run(close_early())
+        async def main():
+            stream = models.AsyncStream(
+                model.generate_tokens([1], stop_at_end=False, logits_processors=[fail_at_the_third])
+            )
+            with pytest.raises(ZeroDivisionError, match="the third"):
+                await stream.completion()
+            assert (len(stream.token_ids), stream.finish_reason) == (2, None)
+
+        asyncio.run(main())
+        model.close()
         with pytest.raises(ggml.ClosedError):
             model.agenerate("Hello")

@@ -2,10 +2,12 @@
 
 import pickle
 
+import numpy as np
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from tests.support.byte_level_model import byte_level_model
 
 FRANCE = "The capital of France is"
 
@@ -121,3 +123,25 @@ def test_a_closed_model_ends_a_completion(path):
     with pytest.raises(ggml.ClosedError):
         stream.completion()
     assert stream.finish_reason is None
+
+
+def test_log_probabilities_are_those_of_the_tokens(tmp_path):
+    with models.load(byte_level_model(tmp_path / "m.gguf"), ["CPU"], n_ctx=64) as model:
+        assert model.generate_tokens([1, 2], 2).completion().logprobs is None
+        stream = model.generate_tokens([1, 2], 3, stop_at_end=False, logprobs=0)
+        assert stream.logprobs == []
+        next(stream)
+        assert len(stream.logprobs) == 1
+        completion = stream.completion()
+        assert tuple(entry.token_id for entry in completion.logprobs) == completion.token_ids
+        logits = model.forward([1, 2, *completion.token_ids[:2]])[-3:].astype(np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = log_probabilities[range(3), list(completion.token_ids)]
+    np.testing.assert_allclose([entry.logprob for entry in completion.logprobs], want, rtol=1e-3)
+    assert pickle.loads(pickle.dumps(completion)) == completion
+
+
+def test_a_complete_grammar_is_a_stop(model):
+    completion = model.generate(FRANCE, 20, grammar=models.Grammar.choices(["Rome", "Paris"])).completion()
+    assert completion.text in ("Rome", "Paris")
+    assert completion.finish_reason == "stop"
