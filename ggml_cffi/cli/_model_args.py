@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._output import progress_bar
@@ -29,7 +30,7 @@ def add_placement_arguments(
     command: argparse.ArgumentParser,
     *,
     repeat_devices: bool = False,
-    model_help: str = "a GGUF file",
+    model_help: str = "a GGUF file, or hf://ORG/REPO/FILE.gguf or hf://ORG/REPO:TYPE",
     devices_help: str = _DEVICES_HELP,
     several_models: bool = False,
 ) -> None:
@@ -90,6 +91,16 @@ def parse_devices(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def model_file(path: str) -> str | os.PathLike[str]:
+    """Return the path of a model, which is downloaded with a progress bar for an address of the Hugging Face hub."""
+    from ggml_cffi.models.hub import fetch_from_hub, is_hub_address
+
+    if not is_hub_address(path):
+        return path
+    with progress_bar("downloading") as progress:
+        return fetch_from_hub(path, progress=progress)
+
+
 def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None, **options: Any) -> Model:
     """Load the model that the arguments describe, with a progress bar. An encoder is refused: it generates no text.
 
@@ -106,10 +117,11 @@ def open_model(args: argparse.Namespace, devices: str | None, n_ctx: int | None,
     from ggml_cffi.files import GGUFFile
     from ggml_cffi.models.architectures import architecture_of
 
-    with GGUFFile(args.model) as file:
+    path = model_file(args.model)
+    with GGUFFile(path) as file:
         architecture_of(file).check_decoder()
     with progress_bar("loading") as progress:
-        return models.load(args.model, **load_options(args, devices, n_ctx), progress=progress, **options)
+        return models.load(path, **load_options(args, devices, n_ctx), progress=progress, **options)
 
 
 def load_options(args: argparse.Namespace, devices: str | None, n_ctx: int | None) -> dict[str, Any]:

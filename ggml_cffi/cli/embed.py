@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ggml_cffi.cli._model_args import add_reserve_argument, parse_devices
+from ggml_cffi.cli._model_args import add_reserve_argument, model_file, parse_devices
 from ggml_cffi.cli._output import progress_bar
 from ggml_cffi.core.text import to_json
 
@@ -32,9 +32,10 @@ def _embed(args: argparse.Namespace) -> int:
 
     from ggml_cffi import models
 
+    path = model_file(args.model)
     with progress_bar("loading") as progress:
         model = models.load(
-            args.model,
+            path,
             parse_devices(args.devices),
             n_threads=args.threads,
             reserve=args.reserve,

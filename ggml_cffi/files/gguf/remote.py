@@ -17,6 +17,7 @@ LARGEST_HEADER = 128 << 20
 #: Seconds without an answer after which a request fails.
 TIMEOUT = 30.0
 _ADVICE = "check the address and the connection, or download the file"
+_authorizations: dict[str, str] = {}  # by the start of an address
 _UNKNOWN_SIZE = 2**62  # of a file whose server does not tell
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
@@ -24,6 +25,11 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 def is_url(path: object) -> bool:
     """Return whether a path is an HTTP address."""
     return isinstance(path, str) and path.lower().startswith(("http://", "https://"))
+
+
+def authorize(prefix: str, authorization: str) -> None:
+    """Send the header ``Authorization`` to addresses that begin with ``prefix``, and not to where they redirect."""
+    _authorizations[prefix] = authorization
 
 
 def remote_header(url: str, part: int = 0) -> tuple[Header, int]:
@@ -117,7 +123,11 @@ def _open(url: str, start: int, n: int) -> Any:
     from urllib.request import Request, urlopen
 
     try:
-        return urlopen(Request(url, headers={"Range": f"bytes={start}-{start + n - 1}"}), timeout=TIMEOUT)
+        request = Request(url, headers={"Range": f"bytes={start}-{start + n - 1}"})
+        for prefix, authorization in _authorizations.items():
+            if url.startswith(prefix):
+                request.add_unredirected_header("Authorization", authorization)
+        return urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
         error.close()
         if error.code in (404, 410):

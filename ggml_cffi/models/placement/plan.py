@@ -14,6 +14,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
+from ggml_cffi.models.hub import header_path
 from ggml_cffi.models.placement.hypothetical import open_hypothetical, parse_devices
 from ggml_cffi.models.placement.options import (
     Balance,
@@ -113,8 +114,8 @@ def plan(
     Parameters
     ----------
     path
-        A GGUF file or its URL (``https://``). The header is enough: the data of the tensors may be missing, and of a
-        URL nothing else is read.
+        A GGUF file, its URL (``https://``), or its address on the Hugging Face hub (``hf://``). The header is enough:
+        the data of the tensors may be missing, and of a URL or an address nothing else is read.
     devices
         As for :func:`~ggml_cffi.models.load`. Or the devices of another machine, with their free memory: ``"24G"``
         (GiB), or a name and a size. ``["24G", "24G", "CPU:64G"]`` is two GPUs and a CPU. No GPU is opened for them.
@@ -145,7 +146,7 @@ def plan(
     chosen = None if devices is None else device_list(devices)
     workload, kept = Workload(n_sequences, expected_tokens), parse_reserve(reserve)
     hypothetical = parse_devices(chosen)
-    with GGUFFile(path, header_only=True) as file:
+    with GGUFFile(header_path(path), header_only=True) as file:
         architecture = architecture_of(file)
         n_slots = check_kv_slots(kv_slots, context_of(architecture, n_ctx))
         options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept)
