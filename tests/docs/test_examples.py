@@ -17,7 +17,12 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-NEEDS = {"dask_cluster.py": "distributed", "ray_cluster.py": "ray"}
+NEEDS = {
+    "dask_cluster.py": ("distributed", "cluster"),
+    "ray_cluster.py": ("ray", "cluster"),
+    "langchain_embeddings.py": ("langchain_core", "adapters"),
+    "llama_index_embeddings.py": ("llama_index", "adapters"),
+}
 
 
 def run(name, **env):
@@ -32,9 +37,9 @@ def run(name, **env):
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in (*TESTED_ELSEWHERE, *GUIDE)])
 def test_an_example_runs(name):
-    package = NEEDS.get(name)
+    package, extra = NEEDS.get(name, (None, None))
     if package and not find_spec(package):
-        pytest.skip(f"needs {package}: pip install '.[cluster]'")
+        pytest.skip(f"needs {package}: pip install '.[{extra}]'")
     assert run(name, RAY_USAGE_STATS_ENABLED="0")
 
 
