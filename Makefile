@@ -63,6 +63,7 @@ $(BASE): pyproject.toml tools/system.sh
 	touch $@
 
 $(DEV): $(BASE)
+	PYTHON=$(PYTHON) tools/system.sh --tests
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 

@@ -101,7 +101,8 @@ get_source() {
             fail "GGML_SOURCE_DIR=$source_dir is not ggml $GGML_VERSION as pinned in vendor/versions.txt: its tree digest is $(tree_digest "$source_dir")"
         return
     fi
-    if [ -f "$source_dir/LICENSE" ] && [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
+    if [ -f "$source_dir/LICENSE" ] && [ -d "$source_dir/chat-templates" ] &&
+        [ "$(tree_digest "$source_dir")" = "$tree_sha256" ]; then return; fi
     local requirement=${origin#pypi:} name archive tmp depth
     name=${requirement%%==*}; name=${name//-/_}-${requirement##*==}
     archive=$cache/source/$name.tar.gz
@@ -120,6 +121,10 @@ get_source() {
     tar -xzf "$archive" -C "$tmp/tree" --strip-components=$((depth + 1)) "$name/$folder"
     # llama.cpp has ggml's licence beside it.
     [ -f "$tmp/tree/LICENSE" ] || tar -xzOf "$archive" "$name/$(dirname "$folder")/LICENSE" >"$tmp/tree/LICENSE"
+    # Tests render the chat templates that llama.cpp keeps of many models; ggml alone has none.
+    mkdir -p "$tmp/tree/chat-templates"
+    tar -xzf "$archive" -C "$tmp/tree/chat-templates" --strip-components=$((depth + 2)) \
+        "$name/$(dirname "$folder")/models/templates" 2>/dev/null || true
     [ "$(tree_digest "$tmp/tree")" = "$tree_sha256" ] || fail "the archive's ggml tree is not the pinned one: its digest is $(tree_digest "$tmp/tree")"
     rm -rf "$source_dir"; mkdir -p "$(dirname "$source_dir")"
     mv "$tmp/tree" "$source_dir"

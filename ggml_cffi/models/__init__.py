@@ -30,6 +30,7 @@ from ggml_cffi.models.generation.logprobs import TokenLogprob
 from ggml_cffi.models.generation.sampling import Sampler, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.generation.tool_schema import Tool, tool_schema
 from ggml_cffi.models.load import load
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.perplexity import Perplexity
@@ -62,6 +63,7 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "Tokenizer",
+    "Tool",
     "ToolCall",
     "ToolCallDelta",
     "ToolCallEnd",
@@ -70,4 +72,5 @@ __all__ = [
     "fetch",
     "load",
     "plan",
+    "tool_schema",
 ]

@@ -9,6 +9,7 @@ from ggml_cffi.models.generation.async_stream import AsyncStream
 from ggml_cffi.models.generation.chat import Chat
 from ggml_cffi.models.generation.completion import Completion
 from ggml_cffi.models.generation.sampling import SamplingOptions, SamplingParams
+from ggml_cffi.models.generation.tool_schema import Tool
 
 
 class GenerateOptions(SamplingOptions, total=False):
@@ -18,7 +19,8 @@ class GenerateOptions(SamplingOptions, total=False):
     stop: str | Sequence[str] | None
     reuse: bool
     max_sequences: int
-    tools: Sequence[Mapping[str, Any]] | None
+    tools: Sequence[Tool] | None
+    documents: Sequence[Mapping[str, Any]] | None
     template_kwargs: Mapping[str, Any] | None
     keep_special: bool
 

@@ -33,6 +33,7 @@ from ggml_cffi.models.generation.requests import (
 from ggml_cffi.models.generation.sampling import Sampler, SamplingOptions, SamplingParams
 from ggml_cffi.models.generation.stream import Stream
 from ggml_cffi.models.generation.timings import Timings
+from ggml_cffi.models.generation.tool_schema import Tool
 from ggml_cffi.models.perplexity import Perplexity, measure_perplexity
 from ggml_cffi.models.placement.plan import ModelPlan
 from ggml_cffi.models.runners.base import Runner
@@ -167,7 +168,8 @@ class Model(TextMethods, CompletionMethods, Closing):
         stop: str | Sequence[str] | None = None,
         reuse: bool = True,
         max_sequences: int = 16,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         keep_special: bool = False,
         **options: Unpack[SamplingOptions],
@@ -195,9 +197,9 @@ class Model(TextMethods, CompletionMethods, Closing):
             True to take keys and values of the prompt's beginning from the KV cache if an earlier sequence left them.
         max_sequences
             Largest number of prompts of a list that are in generation at the same time.
-        tools, template_kwargs
-            Tools that the model may call, and further arguments of :meth:`apply_chat_template`, such as
-            ``{"enable_thinking": False}``. For chats only.
+        tools, documents, template_kwargs
+            Tools that the model may call, documents that it may quote, and further arguments of
+            :meth:`apply_chat_template`, such as ``{"enable_thinking": False}``. For chats only.
         keep_special
             True to keep the text of control tokens, for :class:`ChatParser`, which needs its markers. The token that
             ends the answer is left out.
@@ -219,7 +221,9 @@ class Model(TextMethods, CompletionMethods, Closing):
         timings = Timings()
 
         def request(text: str | Chat, number: int) -> Request:
-            ids = self._check_prompt(self.tokenize(text, tools=tools, template_kwargs=template_kwargs))
+            ids = self._check_prompt(
+                self.tokenize(text, tools=tools, documents=documents, template_kwargs=template_kwargs)
+            )
             sampler = Sampler.for_model(params, self.architecture.n_vocab, lambda: self.tokenizer, number)
             return Request(ids, sampler, limit, frozenset() if params.ignore_eos else self.tokenizer.end_tokens, reuse)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.generation.chat import Chat, ChatTemplate, chat_templates, read_chat_template
+from ggml_cffi.models.generation.tool_schema import Tool
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 
@@ -47,7 +48,8 @@ class TextMethods:
         prompt: str | Chat,
         *,
         special: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the token ids that :meth:`generate` computes for a prompt: a text, or messages.
@@ -62,19 +64,19 @@ class TextMethods:
         special
             True if texts such as ``<|im_end|>`` mean the token of that name. Give False for text that is not trusted.
             The text of messages always has special tokens.
-        tools, template_kwargs
-            Tools and further arguments of :meth:`apply_chat_template`, for messages only.
+        tools, documents, template_kwargs
+            Tools, documents and further arguments of :meth:`apply_chat_template`, for messages only.
 
         Raises
         ------
         ValueError
-            If there are tools or arguments of a template, and the prompt is a text.
+            If there are tools, documents or arguments of a template, and the prompt is a text.
         """
         if isinstance(prompt, str | bytes):  # the tokenizer refuses bytes
-            if tools or template_kwargs:
-                raise ValueError("tools and template_kwargs are for messages, and the prompt is a text")
+            if tools or documents or template_kwargs:
+                raise ValueError("tools, documents and template_kwargs are for messages, and the prompt is a text")
             return self.tokenizer.encode_prompt(prompt, special=special)
-        text = self.apply_chat_template(prompt, tools=tools, **(template_kwargs or {}))
+        text = self.apply_chat_template(prompt, tools=tools, documents=documents, **(template_kwargs or {}))
         return self.tokenizer.encode_prompt(text)
 
     def detokenize(self, ids: Iterable[int]) -> str:
@@ -91,7 +93,7 @@ class TextMethods:
         """The model's Jinja templates by name; ``default`` is the one without a name in the file."""
         return chat_templates(self._file)
 
-    def choose_chat_template(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    def choose_chat_template(self, tools: Sequence[Tool] | None = None) -> str:
         """Return the name of the template for a chat: ``tool_use`` if there are tools and it exists, or ``default``."""
         return "tool_use" if tools and "tool_use" in self.chat_templates else "default"
 
@@ -99,19 +101,24 @@ class TextMethods:
         self,
         messages: Chat,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
-        **options: Any,
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
         """Return the text of a chat, up to the beginning of the model's answer.
 
         Parameters
         ----------
-        messages, tools, **options
+        messages, tools, documents, add_generation_prompt
             As in :meth:`ChatTemplate.render <ggml_cffi.models.generation.chat.ChatTemplate.render>`.
         template
             Name of one of :attr:`chat_templates`; default ``tool_use`` if there are tools and the model has a template
             of that name, else ``default``.
+        template_kwargs, **variables
+            Other variables of the template, as a dict or one by one: ``enable_thinking=False``.
 
         Raises
         ------
@@ -123,4 +130,10 @@ class TextMethods:
         name = template or self.choose_chat_template(tools)
         if name not in self._chat_templates:
             self._chat_templates[name] = read_chat_template(self._file, name, lambda: self.tokenizer.special_tokens)
-        return self._chat_templates[name].render(messages, tools=tools, **options)
+        return self._chat_templates[name].render(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            **{**(template_kwargs or {}), **variables},
+        )

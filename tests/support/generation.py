@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ggml_cffi.models import Model, Sampler, Timings
+from ggml_cffi.files.gguf.reader import GGUFFile
+from ggml_cffi.models import Model, Sampler, Timings, Tokenizer
 from ggml_cffi.models.generation import Batcher, Request, generate_many
 
 
@@ -33,6 +35,12 @@ def batcher_of(model: Model) -> Batcher:
     """Return the batcher of a model without replicas."""
     (batcher,) = model.batchers
     return batcher
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """Return the tokenizer of a file."""
+    with GGUFFile(path) as file:
+        return Tokenizer(file)
 
 
 def n_free_slots(model: Model) -> int:

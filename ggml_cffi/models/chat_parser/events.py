@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import string
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -104,17 +106,26 @@ class Answer:
     """
 
     def __init__(self, *, reasoning: bool, parallel_tool_calls: bool) -> None:
-        self.message = ChatMessage()
-        """The answer so far."""
         self.complete = False
         """True after the first tool call if there may be no other."""
         self._keep_reasoning, self._parallel = reasoning, parallel_tool_calls
         self._content, self._reasoning = _Trimmed(), _Trimmed(at_border=True)
-        self._events: list[Event] = []
+        self._contents: list[str] = []
+        self._reasonings: list[str] = []
+        self._calls: list[_Call] = []
+        # The events since the last drain: what makes each, and the pieces of its text.
+        self._pending: list[tuple[Callable[[str], Event], list[str]]] = []
+
+    @property
+    def message(self) -> ChatMessage:
+        """The answer so far."""
+        calls = [ToolCall(call.id, call.name, "".join(call.arguments)) for call in self._calls]
+        return ChatMessage("".join(self._contents) or None, "".join(self._reasonings) or None, calls)
 
     def drain(self) -> list[Event]:
         """Return the events since the last call."""
-        events, self._events = self._events, []
+        events = [make("".join(pieces)) for make, pieces in self._pending]
+        self._pending = []
         return events
 
     def content(self, text: str) -> None:
@@ -125,8 +136,8 @@ class Answer:
         """Add text to the reasoning."""
         text = self._reasoning.push(text)
         if text and self._keep_reasoning and not self.complete:
-            self.message = replace(self.message, reasoning=(self.message.reasoning or "") + text)
-            self._emit(ReasoningDelta(text))
+            self._reasonings.append(text)
+            self._emit(ReasoningDelta, text)
 
     def border(self, separator: str = "") -> None:
         """End a part of the answer: replace the white space before and after this point by ``separator``."""
@@ -138,24 +149,24 @@ class Answer:
         self.border("\n")
         if not self.complete:
             call_id = call_id or "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-            calls = [*self.message.tool_calls, ToolCall(call_id, name, "")]
-            self.message = replace(self.message, tool_calls=calls)
-            self._emit(ToolCallStart(len(calls) - 1, call_id, name))
+            index = len(self._calls)
+            self._calls.append(_Call(call_id, name, partial(ToolCallDelta, index)))
+            self._emit(lambda _: ToolCallStart(index, call_id, name))
 
     def arguments(self, text: str) -> None:
         """Add text to the arguments of the tool call that began last."""
         if text and not self.complete:
-            *calls, call = self.message.tool_calls
-            self.message = replace(self.message, tool_calls=[*calls, replace(call, arguments=call.arguments + text)])
-            self._emit(ToolCallDelta(len(calls), text))
+            call = self._calls[-1]
+            call.arguments.append(text)
+            self._emit(call.make_delta, text)
 
     def end(self) -> None:
         """End the tool call that began last. Without arguments, it gets an empty JSON object."""
         if not self.complete:
-            *calls, call = self.message.tool_calls
-            if not call.arguments.strip():
+            if not any(text.strip() for text in self._calls[-1].arguments):
                 self.arguments("{}")
-            self._emit(ToolCallEnd(len(calls)))
+            index = len(self._calls) - 1
+            self._emit(lambda _: ToolCallEnd(index))
             self.complete = not self._parallel
 
     def finish(self) -> None:
@@ -164,21 +175,25 @@ class Answer:
 
     def _add_content(self, text: str) -> None:
         if text and not self.complete:
-            self.message = replace(self.message, content=(self.message.content or "") + text)
-            self._emit(ContentDelta(text))
+            self._contents.append(text)
+            self._emit(ContentDelta, text)
 
-    def _emit(self, event: Event) -> None:
-        """Note an event; one that continues the last one is joined to it."""
-        last = self._events[-1] if self._events else None
-        match last, event:
-            case ContentDelta(a), ContentDelta(b):
-                self._events[-1] = ContentDelta(a + b)
-            case ReasoningDelta(a), ReasoningDelta(b):
-                self._events[-1] = ReasoningDelta(a + b)
-            case ToolCallDelta(i, a), ToolCallDelta(j, b) if i == j:
-                self._events[-1] = ToolCallDelta(i, a + b)
-            case _:
-                self._events.append(event)
+    def _emit(self, make: Callable[[str], Event], text: str = "") -> None:
+        """Note an event. Its text is joined to that of the last event if both are made in the same way."""
+        if self._pending and self._pending[-1][0] is make:
+            self._pending[-1][1].append(text)
+        else:
+            self._pending.append((make, [text]))
+
+
+@dataclass
+class _Call:
+    """A tool call in its pieces."""
+
+    id: str
+    name: str
+    make_delta: Callable[[str], ToolCallDelta]
+    arguments: list[str] = field(default_factory=list)
 
 
 class _Trimmed:

@@ -50,11 +50,16 @@ _SIGNS = (
     (("<start_function_call>",), "gemma4"),
     (("[TOOL_CALLS]",), "mistral"),
     (("tool▁call▁begin",), "deepseek"),
+    (("]<]minimax[>[",), "plain"),
     (("<tool_call>", "<arg_key>"), "glm4"),
     (("<tool_call>", "<function="), "qwen3_coder"),
+    (("<seed:tool_call>",), "qwen3_coder"),
     (("<tool_call>",), "hermes"),
+    (("<tool_calls>",), "hermes"),
+    (("<TOOLCALL>",), "hermes"),
+    (("<|python_tag|>", "<function="), "hermes"),
     (("<|python_tag|>",), "llama3"),
-    (('{"name": "', '"parameters": '), "llama3"),
+    (("ipython", '"parameters": '), "llama3"),
 )
 
 

@@ -99,7 +99,7 @@ def pass_value(source: Source, take: Take, stop: Sequence[str] = ()) -> Steps[bo
                 return True
         elif char:
             take(source.take(1))
-            take((yield from source.run(_PLAIN)))
+            yield from source.pass_run(_PLAIN, take)
         else:
             return False
 
@@ -115,7 +115,7 @@ def _pass_string(source: Source, take: Take) -> Steps[bool]:
             take(source.take(1))
             return True
         elif char:
-            take((yield from source.run(_IN_STRING)))
+            yield from source.pass_run(_IN_STRING, take)
         else:
             return False
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from ggml_cffi.models.chat_parser.events import Answer, ChatMessage, Event
 from ggml_cffi.models.chat_parser.formats import FORMATS, THINK, find_format
 from ggml_cffi.models.chat_parser.harmony import beginning
 from ggml_cffi.models.chat_parser.source import Source, Steps
 from ggml_cffi.models.chat_parser.tools import Tools
-
-if TYPE_CHECKING:
-    from ggml_cffi.models.text import TextMethods
+from ggml_cffi.models.generation.tool_schema import Tool
+from ggml_cffi.models.text import TextMethods
 
 
 class ChatParser:
@@ -64,7 +62,7 @@ class ChatParser:
         self,
         format: str = "hermes",  # noqa: A002 - the name says it best
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         reasoning: bool = False,
         parallel_tool_calls: bool = True,
         prompt: str = "",
@@ -84,7 +82,7 @@ class ChatParser:
         cls,
         model: TextMethods,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         reasoning: bool = False,
         parallel_tool_calls: bool = True,
         prompt: str = "",

@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ggml_cffi.models.generation.tool_schema import Tool, tool_schemas
+
 #: Python's names of values as some templates write them, and JSON's.
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
@@ -16,11 +18,11 @@ class Tools:
     Parameters
     ----------
     tools
-        Their JSON schemas in the form of OpenAI's API; None if they are not known.
+        Their JSON schemas in the form of OpenAI's API, or Python functions; None if they are not known.
     """
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
-        functions = [tool.get("function", tool) for tool in tools or ()]
+    def __init__(self, tools: Sequence[Tool] | None) -> None:
+        functions = [tool.get("function", tool) for tool in tool_schemas(tools) or ()]
         self._parameters = {function["name"]: _properties(function) for function in functions}
         self._are_known = tools is not None
 

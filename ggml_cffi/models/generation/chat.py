@@ -22,6 +22,7 @@ from ggml_cffi.models.generation.chat_messages import (
     forms,
     texts,
 )
+from ggml_cffi.models.generation.tool_schema import Tool, tool_schemas
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -89,7 +90,7 @@ class ChatTemplate:
         self,
         messages: Chat,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
@@ -106,26 +107,36 @@ class ChatTemplate:
         messages
             The messages.
         tools
-            Functions that the model may call, as JSON schemas in the form of OpenAI's API.
+            Functions that the model may call: JSON schemas in the form of OpenAI's API, or Python functions, see
+            :func:`tool_schema <ggml_cffi.models.tool_schema>`.
         documents
-            Documents that the model may quote.
+            Documents that the model may quote, such as ``{"title": "...", "text": "..."}``.
         add_generation_prompt
             True to end with the beginning of the model's answer.
         **variables
-            Other variables of the template, such as ``enable_thinking=False``.
+            Other variables of the template, such as ``enable_thinking=False``, and functions in place of those that
+            templates know, such as ``strftime_now``.
 
         Raises
         ------
-        ValueError
-            If a message has no role, or content that is not text.
+        TypeError, ValueError
+            If a message has no role, or content that is not text, or a tool or a document is none.
         FormatError
             If the template refuses the messages, or fails.
         """
         plain = check_messages(messages)
-        if "developer" not in self.source:
-            plain = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
-        more = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt, **variables}
-        return self._best(plain, {**self._special_tokens, **more})
+        as_system = [m | {"role": "system"} if m["role"] == "developer" else m for m in plain]
+        more = {
+            **self._special_tokens,
+            "tools": tool_schemas(tools),
+            "documents": _check_documents(documents),
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        if "developer" in self.source and plain != as_system:
+            with suppress(FormatError):  # the template may name the role to refuse it
+                return self._best(plain, more)
+        return self._best(as_system, more)
 
     def _best(self, messages: list[Plain], variables: dict[str, Any]) -> str:
         """Return the rendering that holds most of the messages' texts, the first such among the forms of messages.
@@ -173,6 +184,14 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything
             reason = str(error) or type(error).__name__
             raise FormatError(f"the model's chat template failed{watch.place}: {reason}") from None
+
+
+def _check_documents(documents: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:
+    if documents is None:
+        return None
+    if not isinstance(documents, Sequence) or not all(isinstance(document, Mapping) for document in documents):
+        raise TypeError(f"documents must be a list of dicts with 'title' and 'text', not {documents!r:.80}")
+    return list(documents)
 
 
 @dataclass

@@ -16,8 +16,10 @@ Plain = dict[str, Any]
 
 #: Types of parts that hold text, each with the name of its field.
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+#: Names of the field with a message's reasoning, the usual one first.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 #: Fields beside which an assistant's message may have no content.
-_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", *_REASONING)
 
 
 class NotText:
@@ -53,7 +55,7 @@ def check_messages(messages: Chat) -> list[Plain]:
 def _check_message(number: int, message: Message) -> Plain:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number}: a message must be a dict with 'role' and 'content', not {message!r:.80}")
-    plain: Plain = _plain(message)
+    plain: Plain = _with_reasoning(_plain(message))
     role = plain.get("role")
     if not isinstance(role, str) or not role:
         raise ValueError(f"message {number}: 'role' must be a text such as 'user' or 'assistant', not {role!r:.80}")
@@ -70,6 +72,14 @@ def _check_message(number: int, message: Message) -> Plain:
         if not isinstance(function.get("arguments", {}), str | dict):
             raise ValueError(f"{name}: the 'arguments' of tool_calls[{i}] must be a dict or JSON text")
     return plain
+
+
+def _with_reasoning(message: Plain) -> Plain:
+    """Return a message with its reasoning under both names that templates read, as ``transformers`` does."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:
@@ -107,10 +117,12 @@ def _functions(message: Plain) -> Iterator[Plain]:
 def forms(messages: list[Plain]) -> Iterator[list[Plain]]:
     """Yield the messages in the forms that templates expect, the likeliest first, each once.
 
-    The content may be as given, text, or a list of parts; the arguments of tool calls may be a dict or JSON text.
+    The content may be as given, text, or a list of parts; the arguments of tool calls may be a dict or JSON text. The
+    first form has no field whose value is None, as in ``transformers``.
     """
     seen: list[list[Plain]] = []
-    for change_arguments, change_content in product((_as_dict, _as_json), (_as_given, _as_text, _as_parts)):
+    contents = _without_none, _as_given, _as_text, _as_parts
+    for change_arguments, change_content in product((_as_dict, _as_json), contents):
         form = [_with_arguments(change_content(message), change_arguments) for message in messages]
         if form not in seen:
             seen.append(form)
@@ -125,6 +137,10 @@ def texts(messages: list[Plain]) -> list[str]:
         found += [content] if isinstance(content, str) else [part["text"] for part in content]
         found += [str(function.get("name", "")) for function in _functions(message)]
     return [text.strip() for text in found]
+
+
+def _without_none(message: Plain) -> Plain:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _as_given(message: Plain) -> Plain:

@@ -24,8 +24,8 @@ class Completion:
     prompt_tokens: int
     """Number of tokens of the prompt."""
     finish_reason: FinishReason | None
-    """``"stop"`` after an end token or a stop string, ``"length"`` if ``max_tokens`` was reached or the context is
-    full, ``"cancelled"`` after :meth:`Stream.cancel`. None if an error ended the answer."""
+    """``"stop"`` after an end token, a stop string or a complete grammar, ``"length"`` if ``max_tokens`` was reached or
+    the context is full, ``"cancelled"`` after :meth:`Stream.cancel`. None if an error ended the answer."""
     logprobs: tuple[TokenLogprob, ...] | None
     """The generated tokens with their log probabilities; None if ``logprobs=`` did not ask for them."""
     timings: Timings

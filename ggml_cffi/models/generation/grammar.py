@@ -49,7 +49,7 @@ class Grammar:
             raise ValueError(f"the grammar ({self.kind}) is not valid: {message}")
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | str | type, *, whitespace: bool = True) -> Self:
+    def json_schema(cls, schema: Any, *, whitespace: bool = True) -> Self:
         """Return the grammar of the JSON texts that a schema allows.
 
         Parameters

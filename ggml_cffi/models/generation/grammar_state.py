@@ -60,8 +60,8 @@ class GrammarState:
         if self._limits is None:
             self._limits = _executor().submit(_compute_limits, self._matcher)
 
-    def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Set the logits of the tokens that may not follow to minus infinity, in place.
+    def limit(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return a copy of ``logits``, ``(n_vocab,)``, with minus infinity for the tokens that may not follow.
 
         Raises
         ------
@@ -72,9 +72,10 @@ class GrammarState:
             limits = _compute_limits(self._matcher)
         else:
             limits, self._limits = self._limits.result(), None
-        n = min(limits.size, logits.size)
-        np.minimum(logits[:n], limits[:n], out=logits[:n])
-        logits[n:] = -np.inf  # embeddings are often padded: these ids are no tokens
+        limited = np.full(logits.shape, -np.inf, np.float32) if logits.size > limits.size else np.empty_like(logits)
+        n = min(limits.size, logits.size)  # ids beyond the vocabulary are no tokens: embeddings are often padded
+        np.minimum(logits[:n], limits[:n], out=limited[:n])
+        return limited
 
     def advance(self, token: int) -> None:
         """Move on by ``token``.
@@ -82,10 +83,10 @@ class GrammarState:
         Raises
         ------
         ValueError
-            If the token may not follow.
+            If the token may not follow, or the grammar is too complex for llguidance at this position.
         """
         if not self._matcher.consume_token(token):
-            raise ValueError(f"the grammar has no token {token} at this position: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar stopped at token {token}: {self._matcher.get_error()}")
 
 
 class _Compiler:
@@ -99,11 +100,13 @@ class _Compiler:
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """Return a new matcher at the beginning of a grammar."""
         with self._lock:
-            matcher: LLMatcher = self._beginning(grammar)
-        return matcher.deep_copy()
+            matcher: LLMatcher = self._beginning(grammar).deep_copy()
+            return matcher
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        matcher = import_llguidance().LLMatcher(self._tokens, grammar.source, log_level=0)
+        llguidance = import_llguidance()
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher: LLMatcher = llguidance.LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(f"the grammar ({grammar.kind}) is not valid: {matcher.get_error()}")
         return matcher
@@ -140,8 +143,8 @@ def _compute_limits(matcher: LLMatcher) -> npt.NDArray[np.float32]:
     """Return the upper limit of each token's logit: infinity for the tokens that may follow, else minus infinity."""
     bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
     if matcher.is_error():
-        raise ValueError(f"the grammar is too complex at this position: {matcher.get_error()}")
-    return _LIMITS[bits].reshape(-1)
+        raise ValueError(f"the grammar stopped: {matcher.get_error()}")
+    return np.take(_LIMITS, bits, axis=0, mode="clip").reshape(-1)  # with this mode faster than an index
 
 
 _compilers: WeakKeyDictionary[Tokenizer, _Compiler] = WeakKeyDictionary()

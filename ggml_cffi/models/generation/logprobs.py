@@ -38,7 +38,7 @@ def token_logprob(logits: npt.NDArray[np.float32], token: int, n_top: int, token
     token
         Id of the chosen token.
     n_top
-        Number of most likely tokens, at most all.
+        Number of most likely tokens.
     tokenizer
         The tokenizer, for texts and bytes.
     """
@@ -49,5 +49,5 @@ def token_logprob(logits: npt.NDArray[np.float32], token: int, n_top: int, token
         data = tokenizer.token_bytes(token_id, special=True)
         return TokenLogprob(token_id, data.decode("utf-8", "replace"), data, float(logits[token_id]) - log_sum, top)
 
-    best = best_tokens(logits, min(n_top, logits.size)) if n_top else ()
+    best = best_tokens(logits, n_top) if n_top else ()
     return describe(token, tuple(describe(int(i)) for i in best))

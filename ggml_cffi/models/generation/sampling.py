@@ -16,6 +16,9 @@ from ggml_cffi.models.generation.grammar_state import GrammarState
 from ggml_cffi.models.generation.logprobs import TokenLogprob, token_logprob
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 
+#: Number of most likely tokens that nearly always has those that ``top_p`` and ``min_p`` leave.
+_FEW = 256
+
 #: A function of the token ids so far (int32) and of the logits (float32), which it changes in place.
 LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], None]
 
@@ -188,7 +191,6 @@ class Sampler:
         self._chosen: list[int] = []
         grammar = as_grammar(params.grammar)
         self._grammar = None if grammar is None or tokenizer is None else GrammarState(grammar, tokenizer)
-        self._adjusts = bool(params.logits_processors or params.logit_bias or self._grammar)
         self._counts = bool(params.presence_penalty or params.frequency_penalty)
 
     @property
@@ -243,7 +245,10 @@ class Sampler:
         Exception
             Any exception of a logits processor.
         """
-        token = self._choose(self._penalize(self._adjust(logits, previous), previous))
+        adjusted = self._penalize(self._adjust(logits, previous), previous)
+        token = self._choose(adjusted)
+        if adjusted[token] == -np.inf:  # the highest of all
+            raise ValueError("no token is left: logits_processors, logit_bias and grammar together exclude every token")
         if self.params.logprobs is not None and self._tokenizer is not None:
             self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer))
         if self._grammar is not None:
@@ -257,24 +262,43 @@ class Sampler:
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        k = min(params.top_k or logits.size, logits.size)
-        best = best_tokens(logits, k)
-        ranked = logits[best].astype(np.float64)
-        if not np.isfinite(ranked[0]):  # a broken model: there are no probabilities to draw from
-            return int(best[0])
-        keep = k
-        if params.top_p < 1:
-            keep = int(np.searchsorted(np.cumsum(softmax(ranked)), params.top_p)) + 1
-        if params.min_p > 0:
-            keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
-        return int(self._random.choice(best[:keep], p=softmax(ranked[:keep] / params.temperature)))
+        largest = logits.max()
+        if not np.isfinite(largest):  # a broken model: there are no probabilities to draw from
+            return int(logits.argmax())
+        tokens = self._candidates(logits)
+        weights = np.exp((logits[tokens].astype(np.float64) - largest) / params.temperature)
+        distribution = np.cumsum(weights)
+        distribution /= distribution[-1]
+        return int(tokens[np.searchsorted(distribution, self._random.random(), side="right")])
+
+    def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
+        """Return the tokens that ``top_k``, ``top_p`` and ``min_p`` leave.
+
+        As few tokens as possible are sorted: a sort of a large vocabulary takes longer than a model on a GPU.
+        """
+        params = self.params
+        top_k = min(params.top_k or logits.size, logits.size)
+        if top_k == logits.size and params.top_p == 1 and params.min_p == 0:
+            return np.flatnonzero(logits > -np.inf)
+        for k in (min(_FEW, top_k), top_k):
+            best = best_tokens(logits, k)
+            ranked = logits[best].astype(np.float64)
+            weights = np.exp(ranked - ranked[0])
+            keep = best.size
+            if params.top_p < 1:
+                total = weights.sum() if k == top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
+                keep = int(np.searchsorted(np.cumsum(weights), params.top_p * total)) + 1
+            if params.min_p > 0:
+                keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
+            if keep < best.size or best.size < k:
+                break
+        return best[:keep]
 
     def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Return a copy of ``logits`` that processors, biases and the grammar have changed."""
-        if not self._adjusts:
-            return logits
+        """Return ``logits``, or a copy that processors, biases and the grammar have changed."""
         params = self.params
-        logits = np.array(logits, np.float32)
+        if params.logits_processors or params.logit_bias:
+            logits = np.array(logits, np.float32)
         if params.logits_processors:
             ids = np.asarray(previous, np.int32)
             for process in params.logits_processors:
@@ -282,11 +306,7 @@ class Sampler:
                     raise TypeError(f"{process!r:.80} must change the logits in place, and return nothing")
         if params.logit_bias:
             logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
-        if self._grammar is not None:
-            self._grammar.apply(logits)
-        if logits.max() == -np.inf:
-            raise ValueError("logits_processors, logit_bias and grammar together exclude every token")
-        return logits
+        return logits if self._grammar is None else self._grammar.limit(logits)
 
     def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy in which the tokens so far are less likely."""
@@ -331,10 +351,3 @@ def _check_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
         if not callable(process):
             raise TypeError(f"logits_processors must be functions, not {process!r:.80}")
     return found
-
-
-def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the probabilities of logits, of which the first is the largest."""
-    p: npt.NDArray[np.float64] = np.exp(logits - logits[0])
-    p /= p.sum()
-    return p

@@ -228,12 +228,54 @@ def test_templates_are_chosen_by_name(tmp_path):
         assert model.apply_chat_template([user("a")], tools=[{"name": "f"}]) == "Ta"
         assert model.tokenize([user("a")], tools=[{"name": "f"}]) == model.tokenize("Ta")
         assert model.tokenize([user("a")], template_kwargs={"template": "default"}) == model.tokenize("Da")
-        with pytest.raises(ValueError, match="for messages, and the prompt is a text"):
+        with pytest.raises(ValueError, match="are for messages, and the prompt is a text"):
             model.tokenize("Ta", tools=[{"name": "f"}])
         assert model.apply_chat_template([user("a")], tools=[{"name": "f"}], template="default") == "Da"
         assert model.apply_chat_template([user("a")], documents=[{"text": "d"}], template="rag") == "Rd"
         with pytest.raises(ValueError, match="no chat template 'x'; it has default, "):
             model.apply_chat_template([user("a")], template="x")
+
+
+def test_documents_and_variables_reach_the_template(tmp_path):
+    template = "{{ documents[0].text if documents else '' }}{{ x }}{{ y }}{{ add_generation_prompt }}"
+    with models.load(byte_level_model(tmp_path / "m.gguf", template), ["CPU"], n_ctx=64) as model:
+        documents, chat = [{"text": "d"}], [user("a")]
+        assert model.apply_chat_template(chat, documents=documents, template_kwargs={"x": 1, "y": 2}, y=3) == "d13True"
+        assert model.apply_chat_template(chat, add_generation_prompt=False) == "False"
+        ids = model.tokenize("d1True")
+        assert model.tokenize(chat, documents=documents, template_kwargs={"x": 1}) == ids
+        list(model.generate(chat, 1, documents=documents, template_kwargs={"x": 1}))
+        assert model.cached[-1][: len(ids)] == ids
+        with pytest.raises(ValueError, match="are for messages, and the prompt is a text"):
+            model.generate("a", 1, documents=documents)
+    for wrong in ("d", [3], {"text": "d"}):
+        with pytest.raises(TypeError, match="documents must be a list of dicts"):
+            ChatTemplate(template).render(chat, documents=wrong)
+
+
+def test_fields_without_a_value_are_no_fields():
+    template = "{% for m in messages %}{{ 'tool_calls' in m }}{{ 'content' in m }}{% endfor %}"
+    chat = [user("a") | {"tool_calls": None}, call({}) | {"content": None}]
+    assert ChatTemplate(template).render(chat) == "FalseTrueTrueFalse"
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_each_name_that_templates_read(field):
+    template = ChatTemplate("{{ messages[0].reasoning_content }} {{ messages[0].thinking }} {{ messages[0].content }}")
+    assert template.render([{"role": "assistant", "content": "c", field: "r"}]) == "r r c"
+
+
+def test_a_template_that_names_the_role_developer_may_refuse_it():
+    template = (
+        "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no') }}{% endif %}<{{ m.role }}>"
+        "{% endfor %}"
+    )
+    assert ChatTemplate(template).render([{"role": "developer", "content": "x"}]) == "<system>"
+
+
+def test_the_clock_of_templates_can_be_set():
+    template = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}")
+    assert template.render([], strftime_now=lambda form: f"<{form}>") == "<%Y-%m-%d>"
 
 
 def test_the_channels_of_one_answer_do_not_end_it(tmp_path):

@@ -10,7 +10,7 @@ from tests.support.generation import batcher_of
 class Letters:
     """A tokenizer whose ids are code points."""
 
-    def incremental_decoder(self):
+    def incremental_decoder(self, *, special=False):
         return self
 
     def push(self, token):

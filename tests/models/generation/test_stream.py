@@ -161,7 +161,7 @@ def test_parameters_are_checked_by_the_call(smollm2):
             (TypeError, "max_sequences must be an integer, not True", {"max_sequences": True}),
             (TypeError, "stop must be a string or several strings, not 5", {"stop": 5}),
             (TypeError, "sampling must be SamplingParams, not .*as keyword arguments", {"sampling": {"seed": 1}}),
-            (ValueError, "tools and template_kwargs are for messages", {"tools": [{"name": "clock"}]}),
+            (ValueError, "documents and template_kwargs are for messages", {"tools": [{"name": "clock"}]}),
         ):
             with pytest.raises(error, match=message):
                 model.generate("Hello", **options)
