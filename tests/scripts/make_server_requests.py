@@ -2,7 +2,7 @@
 
     python -m tests.scripts.make_server_requests
 
-Add a request with ``name``, ``path`` and ``body`` to the file, run the script, and read the change before you commit it.
+Add a request with ``name``, ``path`` and ``body`` to the file, run the script, and read the change.
 """
 
 from __future__ import annotations
