@@ -1,6 +1,6 @@
 """Models in a FastAPI application of your own: ``python examples/serve.py MODEL``.
 
-``http://127.0.0.1:8000/llm/`` is the page for chats, and ``/llm/v1`` the base address for clients of OpenAI's interface:
+``http://127.0.0.1:8000/llm/`` is the page for chats, and ``/llm/v1`` the address for clients of OpenAI's interface:
 ``curl 127.0.0.1:8000/llm/v1/completions --json '{"prompt": "The capital of France is"}'``.
 
 Needs ``pip install '.[serve]'`` in the checkout. Without an application of your own, ``ggml-cffi serve`` does the same.

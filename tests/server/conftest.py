@@ -16,6 +16,7 @@ from tests.support.http_server import Served, served
 
 #: An answer that fills the context takes several seconds.
 CONTEXT = 16384
+OPTIONS = ("--devices", "CPU", "--threads", "1", "--ctx", CONTEXT, "--preload")
 #: The template of Hermes and Qwen, with tools.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }} answer in <tool_call></tool_call><|im_end|>\n"
@@ -40,6 +41,5 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Served]:
     """A server of the random model on the CPU."""
-    options = ["--devices", "CPU", "--threads", "1", "--ctx", CONTEXT, "--preload"]
-    with served(f"tiny={tiny}", *options) as found:
+    with served(f"tiny={tiny}", *OPTIONS) as found:
         yield found
