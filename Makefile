@@ -69,6 +69,7 @@ $(BASE): pyproject.toml tools/system.sh
 
 # It has the dependencies of the package too: a goal that needs both asks for this one first.
 $(DEV): pyproject.toml tools/system.sh
+	PYTHON=$(PYTHON) tools/system.sh --tests
 	$(call install,'.[dev]',$(BASE) $@)
 
 clean:

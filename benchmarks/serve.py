@@ -23,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -201,6 +202,7 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
             assert process.stderr is not None
             found = (re.search(r"http://[\d.]+:\d+", line) for line in process.stderr)
             url = next(match[0] for match in found if match)
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
 
             async def run() -> tuple[Result, list[tuple[int, int, int]], tuple[int, int]]:
                 await asyncio.gather(*(ask(url, work) for work in works[-2:]))  # warm

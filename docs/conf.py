@@ -44,7 +44,9 @@ suppress_warnings = ["config.cache"]
 
 _NAPOLEON = Config(napoleon_use_rtype=False)
 #: Modules that the reference names in full; the names of all others are given as ``ggml_cffi.name``.
-_OWN_PAGES = tuple(f"ggml_cffi.{name}" for name in ("enums", "flat", "viz", "models", "isolate", "parallel", "rpc"))
+_OWN_PAGES = tuple(
+    f"ggml_cffi.{name}" for name in ("enums", "flat", "viz", "models", "isolate", "parallel", "rpc", "server")
+)
 
 
 def _complete(_app: Any, docname: str, source: list[str]) -> None:

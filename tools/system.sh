@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the system packages that `make` needs and that are missing: a C++ compiler, Python's venv module, the Vulkan
-# loader, and Mesa's software device if there is no driver for a GPU.
+# loader, and Mesa's software device if there is no driver for a GPU. With --tests, it installs a browser instead.
 # It changes the system only as root on Debian or Ubuntu; elsewhere it prints the names of the packages to install.
 set -euo pipefail
 
@@ -18,6 +18,11 @@ install() { # packages...
     if [ $updated = no ]; then apt-get -qq update || say "apt-get update failed; trying with the current package lists"; updated=yes; fi
     apt-get -qq install -y --no-install-recommends "$@" >/dev/null || fail "apt-get could not install: $*"
 }
+
+if [ "${1:-}" = --tests ]; then # without a browser, the tests of the page for chats are skipped
+    command -v chromium >/dev/null || { is_root_debian && install chromium; } || say "no chromium: its tests are skipped"
+    exit 0
+fi
 
 command -v c++ >/dev/null || install g++
 "$python" -c 'import venv, ensurepip' 2>/dev/null || install python3-venv

@@ -119,6 +119,11 @@ class Catalog(Closing):
         """The loaded models."""
         return [entry.loaded for entry in self._entries.values() if entry.loaded is not None]
 
+    @property
+    def is_open(self) -> bool:
+        """False while a model waits for others to become idle, so that they make room for it."""
+        return self._open.is_set()
+
     # ------------------------------------------------------------------ use
 
     @asynccontextmanager

@@ -94,7 +94,7 @@ async def _complete(service: Service, body: ChatBody) -> dict[str, Any]:
         found = [
             {
                 "index": i,
-                "message": {"content": None, **answer.message.to_dict()},
+                "message": _message(answer),
                 "logprobs": _logprobs(logprobs[i]) if body.logprobs else None,
                 "finish_reason": answer.finish_reason,
             }
@@ -131,6 +131,12 @@ async def _chunks(service: Service, body: ChatBody) -> AsyncGenerator[Data, None
             yield chunk(i, {}, answer.finish_reason)
         if body.include_usage:
             yield head | {"choices": [], "usage": usage(task.n_prompt, sum(answer.n_tokens for answer in answers))}
+
+
+def _message(answer: ChatAnswer) -> dict[str, Any]:
+    """Return the message of an answer: one without tool calls has text, which may be empty."""
+    message = answer.message
+    return message.to_dict() | {"content": message.content if message.tool_calls else message.content or ""}
 
 
 def _head(model: str, kind: str) -> dict[str, Any]:

@@ -158,6 +158,11 @@ class Engine(Closing, ABC):
     def n_running(self) -> int:
         """Number of answers in generation."""
 
+    @property
+    @abstractmethod
+    def n_generated(self) -> int:
+        """Number of tokens generated so far, for all jobs together."""
+
     @abstractmethod
     def stop(self) -> None:
         """End all jobs with :class:`StoppingError`, and accept no others."""
@@ -183,6 +188,10 @@ class LocalEngine(Engine):
         each = 1 if model.deterministic else -(-parallel // len(model.batchers))
         self._replicas = [_Replica(batcher, each) for batcher in model.batchers] if self.facts.generates else []
         self._embeds = _EmbedQueue(model)
+
+    @property
+    def n_generated(self) -> int:
+        return sum(replica.n_generated for replica in self._replicas)
 
     def submit(self, job: Job | EmbedJob, deliver: Deliver) -> Callable[[], None]:
         if self._stopped:
@@ -269,6 +278,7 @@ class _Replica:
         self.batcher = batcher
         self.waiting: deque[_Running] = deque()
         self.active: dict[int, _Running] = {}
+        self.n_generated = 0
         self._parallel = parallel
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards the two collections
@@ -351,6 +361,7 @@ class _Replica:
         request, sampler = running.request, running.request.sampler
         failed = isinstance(sampler, _GuardedSampler) and sampler.error
         if token is not None and not failed:
+            self.n_generated += 1
             running.deliver(Token(token, request.logprobs[-1] if running.logprobs else None))
         elif token is None:
             with self._changed:

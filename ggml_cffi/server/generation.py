@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -76,13 +76,21 @@ class Generation:
             See :meth:`Engine.submit <ggml_cffi.server.engine.Engine.submit>`.
         """
         mailbox = Mailbox()
-        # In a thread: a grammar takes a while to compile.
-        cancel = await asyncio.to_thread(self._loaded.engine.submit, self.job, mailbox.put)
+        cancel = await self._submit(mailbox)
         try:
             async for piece in self._read(mailbox):
                 yield piece
         finally:
             cancel()
+
+    async def _submit(self, mailbox: Mailbox) -> Callable[[], None]:
+        """Begin the job in a thread, since a grammar takes a while to compile, and return its cancel function."""
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._loaded.engine.submit, self.job, mailbox.put))
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # the client has left, and the thread begins the job nevertheless
+            submitting.add_done_callback(lambda done: None if done.exception() else done.result()())
+            raise
 
     async def _read(self, mailbox: Mailbox) -> AsyncGenerator[Piece, None]:
         text = self._detokenizer

@@ -113,6 +113,7 @@ class IsolatedEngine(Engine):
         self._changed = threading.Condition()  # guards all of these
         self._numbers = itertools.count()
         self._stopped = False
+        self._n_generated = 0
         self.worker = Worker(open_host, load, path, options, restarts=sys.maxsize)
         self.facts: Facts = self.worker.call("facts")
         self._thread = threading.Thread(target=self._serve, name="ggml_cffi isolated engine", daemon=True)
@@ -150,6 +151,10 @@ class IsolatedEngine(Engine):
     def n_running(self) -> int:
         return len(self._begun)
 
+    @property
+    def n_generated(self) -> int:
+        return self._n_generated
+
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
@@ -186,6 +191,7 @@ class IsolatedEngine(Engine):
                 return
             _, deliver = self._jobs[number]
             if isinstance(event, Token):
+                self._n_generated += 1
                 self._begun.add(number)
             else:
                 del self._jobs[number]

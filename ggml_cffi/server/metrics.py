@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ggml_cffi.server.catalog import Catalog
@@ -31,7 +31,6 @@ class Metrics:
             "ggml_cffi_request_seconds", "Time of a request, its stream included", ["path"], buckets=_SECONDS, **own
         )
         self.prompt_tokens = Counter("ggml_cffi_prompt_tokens", "Tokens of prompts", ["model"], **own)
-        self.generated_tokens = Counter("ggml_cffi_generated_tokens", "Generated tokens", ["model"], **own)
         self.first_token_seconds = Histogram(
             "ggml_cffi_first_token_seconds", "Time from a prompt to its first token", ["model"], buckets=_SECONDS, **own
         )
@@ -48,13 +47,17 @@ class _Load(Collector):
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges."""
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
         running = GaugeMetricFamily("ggml_cffi_running", "Answers in generation", labels=["model"])
         waiting = GaugeMetricFamily("ggml_cffi_waiting", "Jobs that wait", labels=["model"])
         n_bytes = GaugeMetricFamily("ggml_cffi_model_bytes", "Planned bytes of a loaded model", labels=["model"])
+        generated = CounterMetricFamily(
+            "ggml_cffi_generated_tokens", "Generated tokens since the model was loaded", labels=["model"]
+        )
         for loaded in self._catalog.loaded:
             running.add_metric([loaded.name], loaded.engine.n_running)
             waiting.add_metric([loaded.name], loaded.engine.n_waiting)
+            generated.add_metric([loaded.name], loaded.engine.n_generated)
             n_bytes.add_metric([loaded.name], loaded.engine.facts.n_bytes)
-        yield from (running, waiting, n_bytes)
+        yield from (running, waiting, n_bytes, generated)

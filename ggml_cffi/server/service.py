@@ -59,7 +59,6 @@ class Service:
                 yield piece
         finally:
             await stream.aclose()
-            metrics.generated_tokens.labels(name).inc(generation.n_tokens)
 
 
 def new_id(prefix: str) -> str:

@@ -13,7 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ggml_cffi.core.text import to_json
-from ggml_cffi.server.errors import as_api_error
+from ggml_cffi.server.errors import ApiError, as_api_error
 
 T = TypeVar("T")
 #: One event: its data, perhaps with a name under ``"type"``.
@@ -33,13 +33,18 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
     ------
     ClientLeftError
         If it did.
+    ApiError
+        In place of an exception of ``work``.
     """
     working, leaving = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
+        if not working.done():
+            raise ClientLeftError
+        try:
             return working.result()
-        raise ClientLeftError
+        except Exception as error:
+            raise log_error(error) from None
     finally:
         for task in (working, leaving):
             if not task.done():
@@ -111,7 +116,7 @@ async def _next(events: AsyncGenerator[T, None]) -> T:
     return await anext(events)
 
 
-def log_error(error: Exception) -> Any:
+def log_error(error: Exception) -> ApiError:
     """Return the error for the client, and log those that are the server's."""
     found = as_api_error(error)
     if found.status == 500:

@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import ggml_cffi
-from ggml_cffi import flat, isolate, models, parallel, rpc, viz
+from ggml_cffi import flat, isolate, models, parallel, rpc, server, viz
 from ggml_cffi.cli import make_parser
 from tests.support import PATIENCE, ROOT, need, run_python
 
@@ -97,7 +97,7 @@ def documented(site):
 
 def check_the_reference_has_all_public_names(site):
     names = documented(site)
-    modules = (ggml_cffi, flat, isolate, models, parallel, rpc, viz)
+    modules = (ggml_cffi, flat, isolate, models, parallel, rpc, server, viz)
     want = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
     assert sorted(want - names) == []
 

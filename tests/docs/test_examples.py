@@ -18,7 +18,13 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-NEEDS = {"dask_cluster.py": "distributed", "embeddings.py": "sklearn", "ray_cluster.py": "ray"}
+NEEDS = {
+    "dask_cluster.py": ("distributed", "cluster"),
+    "embeddings.py": ("sklearn", "dev"),
+    "ray_cluster.py": ("ray", "cluster"),
+    "langchain_embeddings.py": ("langchain_core", "adapters"),
+    "llama_index_embeddings.py": ("llama_index", "adapters"),
+}
 
 
 def source(name):
@@ -40,9 +46,9 @@ def run(name, *arguments, **env):
     [pytest.param(n, marks=needs_model(source(n))) for n in EXAMPLES if n not in (*TESTED_ELSEWHERE, *GUIDE)],
 )
 def test_an_example_runs(name):
-    package = NEEDS.get(name)
+    package, extra = NEEDS.get(name, (None, None))
     if package and not find_spec(package):
-        pytest.skip(f"needs {package}: pip install '.[dev]'")
+        pytest.skip(f"needs {package}: pip install '.[{extra}]'")
     assert run(name, RAY_USAGE_STATS_ENABLED="0")
 
 

@@ -14,6 +14,9 @@ from tests.support import bert_float64
 from tests.support.byte_level_model import byte_level_model
 from tests.support.http_server import Served, served
 
+#: An answer that fills the context takes several seconds.
+CONTEXT = 16384
+OPTIONS = ("--devices", "CPU", "--threads", "1", "--ctx", CONTEXT, "--preload")
 #: The template of Hermes and Qwen, with tools.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }} answer in <tool_call></tool_call><|im_end|>\n"
@@ -25,7 +28,8 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file of a random model with one layer and a vocabulary of bytes."""
-    return byte_level_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TEMPLATE)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    return byte_level_model(path, TEMPLATE, {"llama.context_length": CONTEXT})
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,5 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny: Path) -> Iterator[Served]:
     """A server of the random model on the CPU."""
-    options = ["--devices", "CPU", "--threads", "1", "--ctx", "512", "--preload"]
-    with served(f"tiny={tiny}", *options) as found:
+    with served(f"tiny={tiny}", *OPTIONS) as found:
         yield found

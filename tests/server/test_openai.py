@@ -37,7 +37,11 @@ PERSON = {
 }
 
 
-@pytest.fixture(scope="module", params=["CPU", "Vulkan0,Vulkan1"])
+#: A software device takes minutes for these answers.
+_GPUS = pytest.param("Vulkan0,Vulkan1", marks=pytest.mark.nightly)
+
+
+@pytest.fixture(scope="module", params=["CPU", _GPUS])
 def address(request, smollm2):
     """The address of a server with SmolLM2, on the CPU and on two Vulkan devices."""
     if request.param != "CPU":
@@ -220,8 +224,8 @@ def test_errors_have_the_client_s_own_types(client):
     with pytest.raises(openai.BadRequestError, match="at most 256") as error:
         client.completions.create(model="smollm2", prompt="word " * 300)
     assert error.value.code == "context_length_exceeded"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
     with pytest.raises(openai.BadRequestError, match="the grammar"):
-        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
         client.chat.completions.create(model="smollm2", messages=CHAT, response_format=form)
 
 

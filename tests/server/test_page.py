@@ -39,7 +39,7 @@ def test_the_page_shows_an_error_of_the_server(server, tmp_path):
     with open_page(tmp_path) as page:
         page.open(server.url + "/")
         page.wait("document.getElementById('model').value === 'tiny'")
-        send(page, "word " * 600)
+        send(page, "word " * 4000)
         page.wait("document.body.dataset.answers === '1'")
         (message,) = texts(page, "error")
-        assert "this server takes at most 512" in message
+        assert "this server takes at most 16384" in message

@@ -1,0 +1,138 @@
+"""The engine: events of many jobs, cancelling, the end, and errors that stay with their own job."""
+
+import queue
+
+import numpy as np
+import pytest
+
+from ggml_cffi import models
+from ggml_cffi.models import SamplingParams
+from ggml_cffi.server.catalog import open_engine
+from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, LocalEngine, Token, Vectors
+from ggml_cffi.server.errors import QueueFullError, StoppingError
+from ggml_cffi.server.isolated import IsolatedEngine
+from tests.support import need
+
+PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]
+LIMIT = 6
+
+
+@pytest.fixture(params=["here", "in a process"])
+def engine(request, tiny):
+    settings = {"load": {"devices": ["CPU"], "n_ctx": 512, "n_threads": 1}, "parallel": 3, "max_waiting": 8}
+    if request.param == "here":
+        found = open_engine(str(tiny), **settings)
+    else:
+        found = IsolatedEngine(open_engine, str(tiny), settings, max_waiting=8)
+    with found:
+        yield found
+
+
+class Mail:
+    """The events of one job."""
+
+    def __init__(self, engine, job):
+        self.events = queue.SimpleQueue()
+        self.cancel = engine.submit(job, self.events.put)
+
+    def rest(self):
+        """Return the tokens, and the last event."""
+        tokens = []
+        while isinstance(event := self.events.get(timeout=300), Token):
+            tokens.append(event.id)
+        return tokens, event
+
+
+def job(ids, max_tokens=LIMIT, **params):
+    return Job(ids, SamplingParams(ignore_eos=True, **params), max_tokens)
+
+
+def test_answers_of_jobs_together_equal_those_of_generate(engine, tiny):
+    with models.load(tiny, ["CPU"], n_ctx=512, n_threads=1) as model:
+        want = [list(model.generate_tokens(ids, LIMIT, stop_at_end=False, reuse=False)) for ids in PROMPTS]
+    mails = [Mail(engine, job(ids)) for ids in PROMPTS]
+    for mail, tokens in zip(mails, want, strict=True):
+        assert mail.rest() == (tokens, Ended("length"))
+
+
+def test_a_cancelled_job_ends_whether_it_waits_or_runs(engine):
+    mails = [Mail(engine, job([1], None)) for _ in range(6)]
+    for mail in reversed(mails):
+        mail.cancel()
+        mail.cancel()
+    for mail in mails:
+        assert mail.rest()[1] == Ended("cancelled")
+    assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
+    assert (engine.n_running, engine.n_waiting) == (0, 0)
+
+
+def test_an_error_of_one_sampler_is_its_own(engine):
+    bad = job([1], 5, logit_bias=dict.fromkeys(range(260), -np.inf))
+    mails = [Mail(engine, j) for j in (job([2]), bad, job([3]))]
+    (_, first), (tokens, error), (_, last) = (mail.rest() for mail in mails)
+    assert first == last == Ended("length")
+    assert not tokens
+    assert isinstance(error, Failed)
+    assert "exclude every token" in str(error.error)
+
+
+def test_a_job_that_suits_no_model_is_refused(engine):
+    for wrong in (job([]), job([1] * 513), job([1], logit_bias={999: 1.0})):
+        try:
+            _, event = Mail(engine, wrong).rest()
+        except ValueError:
+            continue
+        assert isinstance(event, Failed)
+        assert isinstance(event.error, ValueError)
+
+
+def test_a_full_queue_refuses_jobs_and_the_end_ends_all(engine):
+    mails = [Mail(engine, job([1], None)) for _ in range(8)]
+
+    def fill():
+        while True:  # a few of those that wait may have begun meanwhile
+            mails.append(Mail(engine, job([1], None)))
+
+    with pytest.raises(QueueFullError, match="are waiting for this model already"):
+        fill()
+    engine.stop()
+    for mail in mails:
+        _, event = mail.rest()
+        assert isinstance(event, Failed)
+        assert isinstance(event.error, StoppingError)
+    with pytest.raises(StoppingError):
+        engine.submit(job([1]), mails[0].events.put)
+
+
+def test_texts_of_several_jobs_are_embedded(engine, tiny):
+    with models.load(tiny, ["CPU"], n_ctx=512, n_threads=1) as model:
+        want = model.embed(PROMPTS)
+    mails = [Mail(engine, EmbedJob([ids])) for ids in PROMPTS]
+    for mail, vector in zip(mails, want, strict=True):
+        _, event = mail.rest()
+        assert isinstance(event, Vectors)
+        assert np.abs(event.values[0] - vector).max() < 1e-3
+    _, event = Mail(engine, EmbedJob([[1]], pooling="nonsense")).rest()
+    assert isinstance(event, Failed)
+
+
+def test_log_probabilities_and_the_reason_of_an_end_token(engine, tiny):
+    events = queue.SimpleQueue()
+    engine.submit(Job([1, 2], SamplingParams(logprobs=2, logit_bias={257: 100.0}), 5), events.put)
+    assert events.get(timeout=300) == Ended("stop")
+    engine.submit(Job([1, 2], SamplingParams(logprobs=2, ignore_eos=True), 1), events.put)
+    token = events.get(timeout=300)
+    assert token.logprob.token_id == token.id
+    assert len(token.logprob.top) == 2
+
+
+def test_replicas_share_the_jobs(two_gpus, tiny):
+    need(two_gpus)
+    options = {"devices": list(two_gpus), "split": "data", "n_ctx": 256, "n_threads": 1}
+    with models.load(tiny, **options) as model:
+        want = [list(model.generate_tokens(ids, LIMIT, stop_at_end=False, reuse=False)) for ids in PROMPTS]
+    with open_engine(str(tiny), load=options, parallel=4, max_waiting=8) as engine:
+        assert isinstance(engine, LocalEngine)
+        mails = [Mail(engine, job(ids)) for ids in PROMPTS]
+        assert [mail.rest()[0] for mail in mails] == want
+        assert all(batcher.cache.kept for batcher in engine.model.batchers)
