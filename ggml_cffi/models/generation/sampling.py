@@ -277,16 +277,16 @@ class Sampler:
         As few tokens as possible are sorted: a sort of a large vocabulary takes longer than a model on a GPU.
         """
         params = self.params
-        top_k = min(params.top_k or logits.size, logits.size)
-        if top_k == logits.size and params.top_p == 1 and params.min_p == 0:
+        n = logits.size
+        if not params.top_k and params.top_p == 1 and params.min_p == 0:
             return np.flatnonzero(logits > -np.inf)
-        for k in (min(_FEW, top_k), top_k):
+        for k in (min(params.top_k, n),) if params.top_k else (min(_FEW, n), n):
             best = best_tokens(logits, k)
             ranked = logits[best].astype(np.float64)
             weights = np.exp(ranked - ranked[0])
             keep = best.size
             if params.top_p < 1:
-                total = weights.sum() if k == top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
+                total = weights.sum() if params.top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
                 keep = int(np.searchsorted(np.cumsum(weights), params.top_p * total)) + 1
             if params.min_p > 0:
                 keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))

@@ -189,7 +189,9 @@ def test_best_tokens_are_the_first_of_all_in_order(rng, size):
     assert best_tokens(np.full(size, np.nan, np.float32), 10).size == min(size, 10)
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"min_p": 0.001}, {"top_p": 0.9999}, {"top_k": 700}, {}])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.4}, {"min_p": 0.001}, {"top_p": 0.9999}, {"top_k": 700}, {"top_k": 700, "top_p": 0.1}, {}]
+)
 def test_a_large_vocabulary_is_limited_as_a_sort_of_all_limits_it(rng, options):
     logits = (2 * rng.standard_normal(20_000)).astype(np.float32)
     p = np.exp(logits.astype(np.float64))
