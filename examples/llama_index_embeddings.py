@@ -11,8 +11,8 @@ from pathlib import Path
 
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import TextNode
-from pydantic import PrivateAttr
 
 from ggml_cffi import models
 
