@@ -24,7 +24,10 @@ version = release = ggml_cffi.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore = [("py:class", "_R")]  # a type variable beside a name that only type checkers import
+nitpick_ignore = [
+    ("py:class", "_R"),  # a type variable beside a name that only type checkers import
+    ("py:class", "fastapi.applications.FastAPI"),  # FastAPI's own documentation names it fastapi.FastAPI
+]
 smartquotes = False  # would turn the two hyphens of options into a dash
 
 html_theme = "furo"

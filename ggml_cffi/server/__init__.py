@@ -10,5 +10,6 @@ many clients together, and ``isolated`` does so in a process of its own. ``chat`
 
 from ggml_cffi.server.app import create_app
 from ggml_cffi.server.catalog import Catalog, ModelSpec
+from ggml_cffi.server.errors import ApiError, QueueFullError
 
-__all__ = ["Catalog", "ModelSpec", "create_app"]
+__all__ = ["ApiError", "Catalog", "ModelSpec", "QueueFullError", "create_app"]

@@ -2,9 +2,25 @@
 
 import json
 
+import pytest
+
+from tests.server.conftest import CONTEXT, OPTIONS
 from tests.support import ROOT
+from tests.support.byte_level_model import byte_level_model
 from tests.support.chromium import open_page
-from tests.support.http_server import until
+from tests.support.http_server import served, until
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+END = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of a model without end tokens: an answer lasts until it is stopped."""
+    path = tmp_path_factory.mktemp("endless") / "tiny.gguf"
+    byte_level_model(path, TEMPLATE, {"llama.context_length": CONTEXT}, specials=(), without=END)
+    with served(f"tiny={path}", *OPTIONS) as found:
+        yield found
 
 
 def send(page, text):
