@@ -55,12 +55,13 @@ wheel: $(DEV)
 setup: $(BASE)
 	PYTHON=$(CURDIR)/$(BIN)/python ./build_lib.sh
 
-# pip compiles bytecode with one processor; compileall takes all of them, and leaves out the tests of the packages.
+# pip compiles bytecode with one processor; compileall takes all of them, and leaves out the tests of the packages. Like
+# pip, this goes on after a file that does not compile, such as a template.
 define install
 	PYTHON=$(PYTHON) tools/system.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile -e $(1)
-	$(BIN)/python -m compileall -q -j 0 -x /tests/ $(VENV)/lib ggml_cffi
+	$(BIN)/python -m compileall -q -j 0 -x /tests/ $(VENV)/lib ggml_cffi || true
 	touch $(2)
 endef
 

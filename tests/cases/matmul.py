@@ -59,8 +59,8 @@ CASES = [
     ),
     case("linear", COARSE, x=In((9, 512)), weight=In((33, 512), Type.BF16), bias=In((33,))),
     case("linear", ROUNDED, x=In((32,)), weight=In((6, 32))),
-    case("linear", ROUNDED, x=In((2, 3, 32)), weight=In((6, 32)), bias=In((6,))),
-    *(case("mul_mat", COARSE, a=In((5, 32), Type.BF16), b=In((m, 32), Type.BF16)) for m in (1, 8, 9)),
+    case("linear", ROUNDED, x=In((2, 1, 32)), weight=In((6, 32)), bias=In((6,))),
+    *(case("mul_mat", COARSE, a=In((5, 32), Type.BF16), b=In((m, 32), Type.BF16)) for m in (1, 2, 9)),
     *(case("mul_mat", COARSE, a=In((5, 32)), b=In((m, 32), dtype)) for m in (1, 9) for dtype in (F16, Type.BF16)),
     # The accuracy of F32 also for operands of half precision, without tolerances of their types.
     *(
