@@ -12,7 +12,7 @@ from ggml_cffi.core.vulkan_setup import Card, VulkanDriver, VulkanLoader, Vulkan
 
 CAPABILITIES = Capabilities(True, True, False, True, True)
 FAST = {"fp16": "1", "int_dot": "1", "matrix_cores": "KHR_coopmat"}
-GPU = DeviceFacts("Vulkan0", "GPU", "Vulkan", "a GPU", 1, 2, None, CAPABILITIES, FAST, False)
+GPU = DeviceFacts("Vulkan0", "GPU", "Vulkan", "a GPU", 1, 2, None, None, CAPABILITIES, FAST, False)
 DRIVER = VulkanDriver("/usr/share/vulkan/icd.d/radeon_icd.json", "libvulkan_radeon.so", "1.3.0")
 SETUP = VulkanSetup(
     VulkanLoader("libvulkan.so.1", "1.3.0"), (DRIVER,), (Card("0000:01:00.0", "AMD"),), ("/dev/dri/renderD128",), ()

@@ -68,7 +68,10 @@ def test_a_builder_passes_the_same_arguments_to_c_as_the_operation(op, monkeypat
     recorder = Recorder(monkeypatch)
     for i, case in enumerate(BY_OP[op]):
         with ggml.Context() as ctx:
-            result, inputs = case.build(ctx)
+            try:
+                result, inputs = case.build(ctx)
+            except ggml.LibraryMismatchError:  # for a newer version of ggml
+                continue
             name, args = recorder.calls[-1]
             if name is None or name in generator.BY_HAND:
                 assert op.startswith(("rope", "opt_step")) or case.op == "linear", f"{op} calls no builder of ggml.h"
