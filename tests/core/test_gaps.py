@@ -25,6 +25,7 @@ WHOLE = Diagnosis(
     SETUP,
     (GPU,),
     ("Vulkan0",),
+    "",
     None,
     PythonFacts("3.11", "python", "Linux", {}),
     {},
