@@ -256,8 +256,11 @@ class ParallelProgram(ParallelTrace):
         return first_run([b.device for b in self.backends], self.step_graphs[0].node_pointers)
 
     def record(self) -> None:
-        """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``."""
-        if not (self._is_new or self._compiles):
+        """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``.
+
+        Nothing is recorded if a run first copies the inputs to the device: recorded work would come before the copy.
+        """
+        if not (self._is_new or self._compiles or self._mirror):
             self.executor.record(self.steps)
 
     def submit_and_poll(

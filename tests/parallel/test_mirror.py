@@ -7,8 +7,11 @@ import ggml_cffi as ggml
 from ggml_cffi import models, ops, parallel
 from ggml_cffi.core import transfer
 from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.parallel.program import ParallelProgram
+from ggml_cffi.parallel.rank import Rank
 from tests.support import relative_error
 from tests.support.llama_float64 import Reference, random_model
+from tests.support.ranks import chain, expected
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +32,16 @@ def test_a_function_of_arrays(device_name, rng):
             product, total = f(x, y)
             assert relative_error(product, x.astype(np.float64) @ w.T.astype(np.float64)) < 2e-3
             np.testing.assert_allclose(total, x + y, rtol=1e-6)
+
+
+def test_work_is_not_recorded_before_its_inputs_are_copied(two_gpus, rng):
+    w, x = rng.standard_normal((64, 64)).astype(np.float32), rng.standard_normal((3, 1, 64)).astype(np.float32)
+    with parallel.TensorParallel(two_gpus[0]) as group:
+        function, inputs = chain(group.weight(w), 1), [((1, 64), ggml.F32)]
+        with ParallelProgram(group, [Rank(0, 1)], function, inputs, ahead=True) as program:
+            for row in x:
+                program.record()
+                assert relative_error(program.run([row]), expected(row, w, 1)) < 2e-3
 
 
 def test_several_devices_cannot_exchange_data(two_gpus):
