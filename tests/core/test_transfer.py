@@ -140,15 +140,15 @@ def test_a_forked_process_does_not_free_pinned_memory(two_gpus):
         "    child = os.fork()\n"
         "    if child: os.waitpid(child, 0)\n"
         "    for each in (buffer, ordinary):\n"
-        "        try: print('parent' if child else 'child', each.size, flush=True)\n"
+        "        try: print('parent' if child else 'child', each.size >= 64, flush=True)\n"
         "        except ggml.ClosedError as error: print('child', error, flush=True)\n"
         "    if not child: os._exit(0)\n"
     )
     assert run_python(code).stdout.splitlines() == [
         "child this Buffer was opened before a fork; open a new one in a spawned process instead",
-        "child 64",
-        "parent 64",
-        "parent 64",
+        "child True",
+        "parent True",
+        "parent True",
     ]
 
 
