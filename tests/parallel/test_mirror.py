@@ -61,3 +61,5 @@ def test_a_model_by_stages(two_gpus, tmp_path, rng, split):
         for n in (1, 7, 40):
             assert relative_error(model.forward(ids[:n]), reference.forward(ids[:n])) < 1e-2
         assert len(list(model.generate_tokens(ids, 300, stop_at_end=False))) == 300  # more KV slots than one step
+        model.clear_cache()
+        assert relative_error(model.forward(ids), reference.forward(ids)) < 1e-2  # fewer again
