@@ -57,6 +57,10 @@ def test_a_model_by_stages(two_gpus, tmp_path, rng, split):
     with models.load(path, two_gpus, split, n_ctx=512, n_batch=16) as model:
         planned = models.plan(path, two_gpus, split, n_ctx=512, n_batch=16)
         assert [share.compute_bytes for share in planned.devices[:2]] == [p.compute_bytes for p in model.placement[:2]]
+        for group in (stage.group for stage in model.batchers[0].runner.stages):
+            before = group.device_bytes()
+            group.host_block(1, 1)  # of the next batch in flight: it is there already
+            assert group.device_bytes() == before
         assert [len(stage.graph.layers) for stage in model.batchers[0].runner.stages] == [1, 2]
         for n in (1, 7, 40):
             assert relative_error(model.forward(ids[:n]), reference.forward(ids[:n])) < 1e-2
