@@ -30,8 +30,13 @@ class Libraries(BuildHookInterface):
 
 
 def _platform(folder: Path) -> str:
-    """Return the platform tag that ``build_lib.sh --portable`` noted, else that of this machine."""
+    """Return the platform tag that ``build_lib.sh --portable`` noted, else that of this machine.
+
+    A plug-in that ``--backend`` added was built for this machine, whatever the rest of the folder is for.
+    """
     notes = folder / "BUILD"
-    lines = notes.read_text().splitlines() if notes.exists() else []
-    noted = dict(line.split(maxsplit=1) for line in lines)
-    return noted.get("platform") or sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    lines = [line.split() for line in notes.read_text().splitlines()] if notes.exists() else []
+    noted = [line[1] for line in lines if line[0] == "platform"]
+    if noted and not any("added" in line for line in lines):
+        return noted[0]
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")

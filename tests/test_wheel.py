@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -109,6 +110,18 @@ def test_auditwheel_finds_that_a_wheel_runs_with_the_glibc_of_its_tag(wheel):
     assert found, told
     assert int(found[1]) <= int(tag[1])
     assert "libvulkan" not in told
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_wheel_of_portable_libraries_is_for_older_systems_unless_a_plugin_was_added(tmp_path, added):
+    """``build_lib.sh --backend`` compiles the plug-in for the machine on which it runs."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    (folder / "libggml-base.so.0").write_bytes(b"")
+    lines = ["core core-1", "platform manylinux_2_28_x86_64", "vulkan vulkan-2", *["cuda cuda-3 added 0f"] * added]
+    (folder / "BUILD").write_text("\n".join(lines))
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_") if added else "manylinux_2_28_x86_64"
+    assert build(tmp_path, folder).name.endswith(f"-py3-none-{platform}.whl")
 
 
 def test_a_wheel_without_libraries_is_for_any_platform_and_brings_the_prebuilt_library(tmp_path):

@@ -92,9 +92,11 @@ def main() -> int:
 
     def work(name: str) -> Result:
         pair = pairs.get()
-        result = test(variants[name], arguments, pair)
+        try:
+            result = test(variants[name], arguments, pair)
+        finally:
+            pairs.put(pair)  # others wait for it
         print(f"{name}: {result}", flush=True)
-        pairs.put(pair)
         return result
 
     with ThreadPoolExecutor(n_pairs) as pool:

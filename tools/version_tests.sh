@@ -1,5 +1,6 @@
 # The tests that debian_ggml.sh and prebuilt_ggml.sh run with versions of ggml other than that of build_lib.sh. They source
 # this file and set source_dir.
+# shellcheck shell=bash disable=SC2034,SC2154
 
 cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
 test_packages=(gguf mypy safetensors hypothesis pexpect pytest pytest-timeout pytest-xdist pycparser

@@ -12,6 +12,7 @@ from ggml_cffi.core.device import Device, DeviceLike, check_process, device, dev
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import RemoteLock, free_when_unlocked
 from ggml_cffi.enums import BackendBufferUsage as Usage
+from ggml_cffi.enums import BackendDevType
 from ggml_cffi.errors import OutOfMemoryError
 
 
@@ -124,7 +125,7 @@ class Buffer(Handle):
             raise
 
     def _adopt(self, pointer: Any, free: Callable[[Any], None], parents: Iterable[Handle], usage: Usage) -> None:
-        super().__init__(pointer, free, parents, fork_safe=bool(c.ggml_backend_buffer_is_host(pointer)))
+        super().__init__(pointer, free, parents, fork_safe=_is_ordinary_memory(pointer))
         self._on_close = None
         c.ggml_backend_buffer_set_usage(pointer, usage)
 
@@ -230,6 +231,14 @@ class Buffer(Handle):
 
     def __repr__(self) -> str:
         return "<Buffer closed>" if self.closed else f"<Buffer {self.buffer_type.name}, {self.size:,} bytes>"
+
+
+def _is_ordinary_memory(pointer: Any) -> bool:
+    """Return whether a buffer (a C pointer) is in host memory that no driver of a GPU has pinned."""
+    if not c.ggml_backend_buffer_is_host(pointer):
+        return False
+    device = c.ggml_backend_buft_get_device(c.ggml_backend_buffer_get_type(pointer))
+    return not device or c.ggml_backend_dev_type(device) == BackendDevType.CPU
 
 
 class HostMemory:

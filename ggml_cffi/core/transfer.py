@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -86,7 +86,7 @@ def whole_pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-@cache
+@lru_cache(64)  # not all: each hypothetical device of a plan is another one
 def shares_host_memory(device: Device) -> bool:
     """Return whether a device reads and writes the memory of a :class:`HostBlock`."""
     with HostBlock(1, [device]) as block:

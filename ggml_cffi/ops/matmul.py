@@ -7,7 +7,7 @@ from ggml_cffi.c import library
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import is_quantized
 from ggml_cffi.core.tensor import Head, Tensor
-from ggml_cffi.enums import Prec, Type
+from ggml_cffi.enums import Op, Prec, Type
 from ggml_cffi.ops._f32 import batched_product, decoded, fits_batches, is_f32, split_product
 from ggml_cffi.ops._operands import check_result, contiguous_rows, op_error, result_context
 from ggml_cffi.ops._parameters import MAX_GROUPS
@@ -167,6 +167,19 @@ def _set_precision(op: str, out: Tensor, prec: Prec, b_prec: Prec) -> None:
     set_prec(out.ptr, prec)
     if b_prec is not Prec.DEFAULT:
         c.ggml_prec_set_src(out.ptr, b_prec, 1)
+
+
+def sum_in_f32(product: Tensor) -> Tensor:
+    """Request sums in F32 of the result of :func:`mul_mat`, whose operands a device may round. Return the result.
+
+    GPUs sum products of F16 in F16 by default, in which 65504 is the largest number. A product of full precision may be
+    several nodes, each with sums in F32.
+
+    C: ``ggml_prec_set_acc`` (``ggml_mul_mat_set_prec`` before ggml 0.25.3).
+    """
+    if product.op is Op.MUL_MAT:
+        _set_precision("mul_mat", product, Prec.F32, Prec.DEFAULT)
+    return product
 
 
 def linear(

@@ -16,7 +16,7 @@ from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.shaders import first_run
 from ggml_cffi.enums import Status
-from ggml_cffi.errors import AbortedError, GgmlError, UnsupportedOpError
+from ggml_cffi.errors import AbortedError, ClosedError, GgmlError, UnsupportedOpError
 from ggml_cffi.parallel.executors import WRITTEN_ONCE, PolledResults, can_poll
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.mirror import Mirror
@@ -192,6 +192,7 @@ class ParallelProgram(ParallelTrace):
 
     def run(self, arrays: Sequence[npt.NDArray[Any]]) -> Any:
         """Write the inputs, compute, and return copies of the results. See ``ParallelFunction`` for the errors."""
+        self._check_open()
         for i, (array, target) in enumerate(zip(arrays, self.input_arrays, strict=True)):
             if target.dtype.kind == "i":
                 raw = np.ascontiguousarray(array, target.dtype).reshape(-1).view(np.uint8)
@@ -223,7 +224,10 @@ class ParallelProgram(ParallelTrace):
         ------
         AbortedError, GgmlError
             If a device reports failure.
+        ClosedError
+            If the program is closed: the group was closed, or has since run many programs for other signatures.
         """
+        self._check_open()
         if self._compiles:
             with self._compiling():
                 self.compute(meanwhile)
@@ -256,8 +260,12 @@ class ParallelProgram(ParallelTrace):
         return first_run([b.device for b in self.backends], self.step_graphs[0].node_pointers)
 
     def record(self) -> None:
-        """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``."""
-        if not (self._is_new or self._compiles):
+        """Record the beginning of the program on the only device, if the executor can; see ``RecordAhead.record``.
+
+        Nothing is recorded if a run first copies the inputs to the device: recorded work would come before the copy.
+        """
+        self._check_open()
+        if not (self._is_new or self._compiles or self._mirror):
             self.executor.record(self.steps)
 
     def submit_and_poll(
@@ -276,6 +284,7 @@ class ParallelProgram(ParallelTrace):
             Called after a timeout; default ``executor.finish``. A caller that holds the lock of another device passes
             a function that releases it before it waits for this device.
         """
+        self._check_open()
         assert self.polled_output is not None
         if self._is_new or self._compiles:
             self.compute()
@@ -286,6 +295,10 @@ class ParallelProgram(ParallelTrace):
         meanwhile()
         self.polled_output.wait(0, finish or self.executor.finish)
         return self.result()
+
+    def _check_open(self) -> None:
+        if not self._owners:
+            raise ClosedError("this program is closed: trace the function again in an open group")
 
     def close(self) -> None:
         """Free the graphs, and release the memory."""

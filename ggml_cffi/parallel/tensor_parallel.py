@@ -1,8 +1,9 @@
 """Tensor parallelism: several devices share every layer.
 
 Each device has a shard of the weights, and computes its part of each layer. For an all-reduce, each device writes its
-partial sum to host memory and reads the sums of the others there. No data goes through Python or the processor. A
-program has one step more than it has all-reduces. Between two steps, the devices wait for one another.
+partial sum to host memory and reads the sums of the others there. CUDA devices that reach one another leave it in their
+own memory. No data goes through Python or the processor. A program has one step more than it has all-reduces. Between
+two steps, the devices wait for one another.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TensorParallel(Group):
     threads
         True for a thread for each device, which submits its work; False for one thread that serves the devices in
         turns. By default, one thread records short steps ahead while the devices compute. Other steps use a thread for
-        each device if the processor has enough cores.
+        each device if the processor has enough cores. CUDA devices wait for one another without the host.
     n_threads
         Threads of the CPU, if it computes; default all that this process may use.
     precision

@@ -20,7 +20,8 @@ from ggml_cffi.scheduler.graph import Graph
 def find_spread(graph: Graph, backends: Sequence[Backend]) -> dict[Any, Backend]:
     """Return the nodes with operands on several CUDA devices, by C pointer, each with the backend to compute it.
 
-    This is the backend of the node's own memory, else of its first weight, else of its first operand.
+    This is the backend of the node's own memory, else of its first weight, else of its first operand. A node whose own
+    memory is the host's is not among them: the CPU computes it.
     """
     on_cuda = {b.device.ptr: b for b in reversed(backends) if has_cuda_kernels(b.device)}
     if len(on_cuda) < 2:
@@ -32,6 +33,8 @@ def find_spread(graph: Graph, backends: Sequence[Backend]) -> dict[Any, Backend]
         if len(set(used)) > 1 and p.op not in VIEWS:
             own = p.view_src.buffer if p.view_src else p.buffer
             weights = [b for b in buffers if c.ggml_backend_buffer_get_usage(b) == Usage.WEIGHTS]
+            if own and _device(own) not in on_cuda:
+                continue
             chosen = [_device(buffer) for buffer in ([own] if own else weights)]
             found[p] = next((on_cuda[device] for device in chosen if device in on_cuda), on_cuda[used[0]])
     return found
@@ -51,4 +54,7 @@ def supports_copied(backend: Backend, p: Any) -> bool:
 
 
 def _device(buffer: Any) -> Any:
+    """Return the device of a buffer (a C pointer), None for memory of the host, also for pinned memory of a device."""
+    if c.ggml_backend_buffer_is_host(buffer):
+        return None
     return c.ggml_backend_buft_get_device(c.ggml_backend_buffer_get_type(buffer))

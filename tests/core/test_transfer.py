@@ -1,9 +1,12 @@
 """Transfers between devices, pinned memory, DLPack."""
 
+import os
+
 import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from tests.support import run_python
 
 
 def on(device, values, dtype="f32", ctx=None):
@@ -123,6 +126,30 @@ def test_pinned_memory_outlives_its_device_objects(two_gpus):
     assert array.sum() == 8
     assert ggml.pinned((0, 4), device=two_gpus[0]).shape == (0, 4)
     assert ggml.pinned((2,), device="CPU").shape == (2,)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
+def test_a_forked_process_does_not_free_pinned_memory(two_gpus):
+    """The driver that pinned it does not work there."""
+    code = (
+        "import os\nimport ggml_cffi as ggml\n"
+        "from ggml_cffi import c\n"
+        f"pinned = ggml.BufferType(c.ggml_backend_dev_host_buffer_type(ggml.device({two_gpus[0]!r}).ptr))\n"
+        "with ggml.Buffer(pinned, 64) as buffer, ggml.Buffer('CPU', 64) as ordinary:\n"
+        "    assert buffer.is_host and ordinary.is_host\n"
+        "    child = os.fork()\n"
+        "    if child: os.waitpid(child, 0)\n"
+        "    for each in (buffer, ordinary):\n"
+        "        try: print('parent' if child else 'child', each.size >= 64, flush=True)\n"
+        "        except ggml.ClosedError as error: print('child', error, flush=True)\n"
+        "    if not child: os._exit(0)\n"
+    )
+    assert run_python(code).stdout.splitlines() == [
+        "child this Buffer was opened before a fork; open a new one in a spawned process instead",
+        "child True",
+        "parent True",
+        "parent True",
+    ]
 
 
 def test_dlpack_exports_host_memory(two_gpus):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from ggml_cffi import c
 from ggml_cffi.core import cuda
 from ggml_cffi.scheduler.spread import find_spread, supports_copied
 from tests.support import need, relative_error
@@ -43,6 +44,32 @@ def test_nodes_with_operands_on_two_devices_are_computed_with_copies(gpus, rng):
             np.testing.assert_array_equal(total.numpy(), 2 * x)
             np.testing.assert_array_equal(written.numpy(), 2 * x)
             assert relative_error(product.numpy(), w @ x.T) < 2e-3
+
+
+def test_nodes_that_write_to_host_memory_are_not_computed_by_a_gpu(gpus, rng):
+    """Kernels cannot write there. Rows, their numbers and their target are in three places."""
+    x = rng.standard_normal((8, 8)).astype(np.float32)
+    with ggml.Context() as ctx, ggml.Scheduler(gpus) as s:
+        numbers = ctx.new_tensor("i64", (8,))
+        ctx.alloc(gpus[1], [numbers])
+        numbers.set(np.arange(8)[::-1])
+        written = ggml.set_rows(on(ctx, "CPU", 0 * x), on(ctx, gpus[0], x), numbers)
+        with ggml.Graph(written) as graph:
+            assert find_spread(graph, s.backends) == {}
+            s.compute(graph)
+            assert s.backend_of(written).name == "CPU"
+            np.testing.assert_array_equal(written.numpy(), x[::-1])
+
+
+def test_pinned_memory_is_no_memory_of_the_device_that_allocates_it(gpus, rng):
+    x = rng.standard_normal((8, 8)).astype(np.float32)
+    with ggml.Context() as ctx, ggml.Scheduler(gpus) as s:
+        pinned, second = ctx.new_tensor("f32", x.shape), on(ctx, gpus[1], x)
+        host = c.ggml_backend_dev_host_buffer_type(ggml.device(gpus[0]).ptr)
+        ctx.alloc(ggml.BufferType(host), [pinned])
+        pinned.set(x)
+        with ggml.Graph(ggml.add(pinned, second)) as graph:
+            assert find_spread(graph, s.backends) == {}
 
 
 def test_a_placement_by_hand_comes_first(gpus, rng):

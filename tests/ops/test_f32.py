@@ -6,6 +6,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import Prec, parallel
 from ggml_cffi.core.precision import keeps_f32
+from ggml_cffi.ops.matmul import sum_in_f32
 from tests.support import skip_if_newer_needed
 
 LIMIT = 1e-5
@@ -200,3 +201,16 @@ def test_ranks_are_as_accurate(devices, rng):
         got = f(x)
     want = x.astype(np.float64) @ up.T.astype(np.float64) @ down.T.astype(np.float64)
     assert np.max(np.abs(got - want)) <= LIMIT * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_sums_in_f32_of_halves_exceed_the_largest_half(devices, rows):
+    with ggml.Context() as ctx, ggml.Scheduler(devices) as scheduler:
+        k, q = ctx.constant(np.full((2, 48, 64), 60), "f16"), ctx.constant(np.full((2, rows, 64), 60))
+        product = sum_in_f32(ggml.mul_mat(k, q))
+        assert product.ptr.op_params[0] == Prec.F32
+        if ggml.device(devices[0]).is_gpu:
+            scheduler.place(product, devices[0])
+        with ggml.Graph(product) as graph:
+            scheduler.compute(graph)
+            assert (product.numpy() == 64 * 60 * 60).all()

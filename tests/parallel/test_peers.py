@@ -10,7 +10,7 @@ from ggml_cffi.c import cuda_peers
 from ggml_cffi.core import transfer, unified
 from ggml_cffi.core.buffer import Buffer
 from ggml_cffi.parallel import trace
-from ggml_cffi.parallel.executors import Step, Streams, streams
+from ggml_cffi.parallel.executors import Step, Streams, streams, turns
 from tests.support import relative_error
 from tests.support.ranks import DIM, Blocks, Ranks
 
@@ -45,7 +45,8 @@ def test_a_stream_waits_for_all_others_between_steps(monkeypatch):
         ggml_backend_graph_compute_async=lambda pointer, graph: calls.append((graph, pointer)) or 0,
         ggml_backend_synchronize=lambda pointer: calls.append(("synchronize", pointer)),
     )
-    monkeypatch.setattr(streams, "c", fake)
+    for module in (streams, turns):
+        monkeypatch.setattr(module, "c", fake)
     with Ranks(2, threads=False) as group, Streams(group.backends) as executor:
         a, b = (backend.ptr for backend in group.backends)
         ea, eb = (f"event of {backend.device.ptr}" for backend in group.backends)

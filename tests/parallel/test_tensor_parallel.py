@@ -31,6 +31,18 @@ def test_ranks_agree_with_one_device(n, threads, rng):
         assert [len(p.step_graphs[0].graphs) for p in f.programs] == [steps] * 3
 
 
+def test_a_closed_program_raises(rng):
+    """Its graphs are freed, though its backend is open."""
+    x = rng.standard_normal((1, DIM)).astype(np.float32)
+    with ggml.Backend("CPU", n_threads=1) as backend:
+        with parallel.TensorParallel([backend]) as group:
+            program = Blocks(rng).network(group).trace(x)
+            program.run([x])
+        for call in (lambda: program.run([x]), program.compute, program.record):
+            with pytest.raises(ggml.ClosedError, match="this program is closed: trace the function again"):
+                call()
+
+
 @pytest.mark.parametrize("threads", [False, True])
 def test_gpus_agree_with_one_device(devices, threads, rng):
     blocks = Blocks(rng)

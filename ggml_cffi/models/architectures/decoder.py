@@ -25,6 +25,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, TensorParallelSpec
 from ggml_cffi.ops import RopeMode
+from ggml_cffi.ops.matmul import sum_in_f32
 from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
 
 _PROBED_SLOTS = 256  # KV slots of the attention about which devices are asked
@@ -271,7 +272,7 @@ class Decoder(Architecture):
         q = ops.permute(q, (1, 0, 2))
         if cache.v_transposed:
             v = _store_transposed(cache.v, v, self.v_size, inputs.kv_slots, mask)
-            scores = ops.mul_mat(k, q)
+            scores = sum_in_f32(ops.mul_mat(k, q))  # scores of some models exceed F16
             if self.attention_cap:
                 scores = ops.scale(ops.tanh(ops.scale(scores, self.scale / self.attention_cap)), self.attention_cap)
             p = ops.soft_max_ext(scores, mask, scale=1.0 if self.attention_cap else self.scale)

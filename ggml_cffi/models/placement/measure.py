@@ -115,7 +115,7 @@ def _measure_stages(weights: Weights, key: Key) -> None:
             for placement, size, graphs in zip(own, traced.arena_bytes, traced.step_graphs, strict=True):
                 placement.compute_bytes = size
                 if len(devices) == 1 and not shares_host_memory(devices[0]):
-                    placement.compute_bytes += whole_pages(traced.host_bytes)
+                    placement.compute_bytes += 2 * whole_pages(traced.host_bytes)  # for batches in flight
                 if not placement.is_cpu:
                     placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
 

@@ -233,6 +233,8 @@ class Stage(Closing):
         """
         self._n_batch, self._n_slots = n_batch, n_slots
         StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0).close()
+        if self.group.mirrors:
+            self.group.host_block(1, 1)  # as large as the other: batches in flight use both
         return self.group.device_bytes()
 
     def key_of(self, batch: Batch) -> Key:

@@ -36,20 +36,15 @@ class Streams(Turns):
             self._wait()
 
     def submit(self, steps: Steps) -> int:
-        """Begin to compute a program, and return before it is complete."""
+        """Begin to compute a program, and return before it is complete.
+
+        Call :meth:`finish` before the next program, whose first step would not wait for the other devices: they may
+        still read partial sums that it overwrites.
+        """
         with self.locks:
             status = self._submit_all(steps)
         self._count(steps)
         return status
-
-    def finish(self, *, if_free: bool = False) -> None:
-        """Wait for a submitted program. With ``if_free``, return at once if another thread holds a device."""
-        for backend in self.backends:
-            if backend.lock.acquire(blocking=not if_free):
-                try:
-                    c.ggml_backend_synchronize(backend.ptr)
-                finally:
-                    backend.lock.release()
 
     def _submit_all(self, steps: Steps) -> int:
         """Submit the steps. C: ``ggml_backend_event_record``, ``ggml_backend_event_wait``."""

@@ -54,13 +54,13 @@ class Turns(Executor):
         return status
 
     def finish(self, *, if_free: bool = False) -> None:
-        """Wait for a submitted program. With ``if_free``, return at once if another thread holds the device."""
-        lock = self.backends[0].lock
-        if lock.acquire(blocking=not if_free):
-            try:
-                self._wait()
-            finally:
-                lock.release()
+        """Wait for a submitted program. With ``if_free``, do not wait for a device that another thread holds."""
+        for backend in self.backends:
+            if backend.lock.acquire(blocking=not if_free):
+                try:
+                    c.ggml_backend_synchronize(backend.ptr)
+                finally:
+                    backend.lock.release()
 
     def _start(self, r: int, step: Step) -> int:
         """Submit a step to device ``r``. C: ``ggml_backend_graph_compute_async``."""

@@ -8,7 +8,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import c, models
-from ggml_cffi.enums import Op
+from ggml_cffi.enums import Op, Prec
 from ggml_cffi.models import ARCHITECTURES
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
 from tests.scripts import make_transformers
@@ -244,6 +244,17 @@ def test_a_layer_with_a_sliding_window_needs_its_mask(tmp_path, rng):
         it.architecture.attention(2, h, weights, it.cache(), inputs)
         with pytest.raises(ValueError, match=r"layer 1 has a sliding window of 8 tokens: set inputs.window_mask"):
             it.architecture.attention(1, h, weights, it.cache(), inputs)
+
+
+def test_scores_of_attention_as_products_are_summed_in_f32(tmp_path, rng):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    with Parts(path) as it:
+        cache = LayerCache(*(it.constant(np.zeros(shape), "f16") for shape in ((it.n, 64), (64, it.n))), True)
+        out = it.architecture.attention(0, it.constant(np.ones((it.n, 64))), it.weights(), cache, it.inputs)
+        with ggml.Graph(out) as graph:
+            (weights,) = (p for p in graph.node_pointers() if p.op == Op.SOFT_MAX)
+            scores = weights.src[0]
+            assert (scores.op, scores.op_params[0]) == (Op.MUL_MAT, Prec.F32)
 
 
 # ---------------------------------------------------------------------- invalid files
