@@ -123,6 +123,7 @@ def test_a_thousand_schema_bound_answers_are_valid(smollm2):
         (lambda: Grammar.json_schema({"type": "strin"}), "json_schema.*Invalid type: strin"),
         (lambda: Grammar.json_schema({"not": {"type": "string"}}), 'Unimplemented keys: \\["not"\\]'),
         (lambda: Grammar.json_schema("{"), "not JSON"),
+        (lambda: Grammar.json_schema({"const": float("nan")}), "the JSON schema has a value that is not JSON"),
         (lambda: Grammar.lark("foo:"), "no start rule found"),
         (lambda: Grammar.gbnf('start ::= "a"'), "No 'root' rule found"),
         (lambda: Grammar.gbnf("root ::= ("), "Expected '\\)'"),
@@ -143,6 +144,8 @@ def test_values_that_are_no_grammar_are_refused():
     for value in ([1], int, "[1]"):
         with pytest.raises(TypeError, match="must be a mapping, a text or a Pydantic model"):
             Grammar.json_schema(value)
+    with pytest.raises(TypeError, match=r"the JSON schema has a value that is not JSON: .*set"):
+        Grammar.json_schema({"enum": {1, 2}})
     with pytest.raises(ValueError, match=r"Sampler\(tokenizer=\.\.\.\)"):
         Sampler(grammar=PERSON)
 
