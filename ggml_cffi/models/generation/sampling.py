@@ -82,7 +82,8 @@ class SamplingParams:
     """Functions ``f(token_ids, logits)`` that change the logits in place, and return nothing. They are called in order,
     before all other steps, for each token to choose. ``token_ids`` are those of the prompt and of the answer so far,
     an int32 array; ``logits`` is a float32 array ``(n_vocab,)`` that the function may change, but not keep. An
-    exception ends the request, and is raised to its caller. Several requests may call a function at the same time."""
+    exception ends the request, and is raised to its caller. Several requests may call a function at the same time. It
+    cannot use the model that calls it."""
     grammar: Grammar | Mapping[str, Any] | None = None
     """The texts that an answer may have; a mapping is a JSON schema. The answer ends when it is complete. It is
     incomplete if ``max_tokens`` or a stop string ended it."""

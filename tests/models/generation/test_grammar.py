@@ -276,6 +276,22 @@ def test_an_exception_of_a_logits_processor_ends_its_request_only(model):
     assert list(model.generate_tokens([5, 6], 20, stop_at_end=False)) == want
 
 
+@pytest.mark.timeout(60)  # it waited for itself
+@pytest.mark.parametrize("use", ["forward", "generate", "cached", "close"])
+def test_a_logits_processor_that_uses_its_model_is_refused(model, use):
+    def processor(*_):
+        {
+            "forward": lambda: model.forward([1]),
+            "generate": lambda: list(model.generate_tokens([1], 1)),
+            "cached": lambda: model.cached,
+            "close": lambda: model.batchers[0].close(),
+        }[use]()
+
+    with pytest.raises(RuntimeError, match="cannot use the model that called it: load a second one"):
+        list(model.generate_tokens([1, 2], 3, logits_processors=[processor]))
+    assert len(list(model.generate_tokens([1, 2], 3, stop_at_end=False))) == 3
+
+
 def test_logits_processors_get_the_prompt_and_the_answer(model):
     seen = []
 
