@@ -81,6 +81,9 @@ class CompletionMethods:
         A thread of a pool waits for the tokens of each call; the event loop continues. Calls of several tasks share
         runs and the KV cache. A task that is cancelled while it awaits an item ends its call.
 
+        The call itself, before the first ``await``, tokenizes the prompts and compiles a grammar. If that takes long,
+        call it in a thread: ``await asyncio.to_thread(model.agenerate, prompt)`` returns the stream.
+
         Parameters
         ----------
         prompt, max_tokens, **options
