@@ -51,8 +51,8 @@ class Tools:
         if "string" not in kinds or (kinds == {"string", "null"} and text in ("null", "None")):
             try:
                 found = json.loads(_PYTHON.get(text, text), parse_constant=_refuse)
-                return json.dumps(found, ensure_ascii=False)
-            except ValueError:
+                return json.dumps(found, ensure_ascii=False, allow_nan=False)
+            except (ValueError, RecursionError):  # no JSON, a number beyond float, or too many brackets
                 pass
         return json.dumps(value, ensure_ascii=False)
 

@@ -516,6 +516,18 @@ def test_bare_arguments_have_the_type_of_the_schema(value, kind, want):
     assert calls_of(message) == [("f", {"a": want})]
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "1e999", "-1e999", "9" * 5000])
+def test_values_that_json_cannot_have_become_text(value):
+    call = ChatParser("glm4").parse(f"<tool_call>f\n<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>")
+    assert json.loads(call.tool_calls[0].arguments) == {"a": value}
+    for form, text in (
+        ("gemma4", f"<|tool_call>call:f{{a:{value}}}<tool_call|>"),
+        ("gemma3", f"```tool_code\nf(a={value})\n```"),
+    ):
+        message = ChatParser(form).parse(text)
+        assert (message.content, message.tool_calls) == (text, [])
+
+
 def test_a_message_goes_into_the_next_prompt():
     text = 'Wait.<tool_call>{"name": "clock", "arguments": {"a": 1}}</tool_call>'
     message = ChatParser("hermes").parse(f"<think>Hm.</think>{text}")
