@@ -319,7 +319,7 @@ class Sampler:
 
     def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy in which the tokens so far are less likely."""
-        if self._repeats and previous:
+        if self._repeats and len(previous):
             logits = self._penalize_repeated(logits, previous)
         if self._n_chosen:
             tokens, counts = _as_arrays(self._n_chosen)

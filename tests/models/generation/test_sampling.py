@@ -65,6 +65,7 @@ def test_repeat_penalty_covers_the_last_tokens():
     assert Sampler(repeat_penalty=3.0, repeat_last_n=1)(logits, [0, 1]) == 0
     assert Sampler(repeat_penalty=3.0, repeat_last_n=-1)(np.array([-1.0, -2.0], np.float32), [0]) == 1
     assert Sampler(repeat_penalty=3.0, repeat_last_n=0)(logits, [0]) == 0
+    assert Sampler(repeat_penalty=3.0)(logits, np.array([0, 0])) == 1
 
 
 def test_logits_that_are_not_finite_give_some_token():
