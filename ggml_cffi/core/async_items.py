@@ -62,6 +62,7 @@ class AsyncItems(AsyncIterator[T], Generic[T]):
             raise
         if isinstance(item, _End):
             self._cancelled = True  # later calls do not wait
+            self._queue.put_nowait(_End())  # nor do other tasks that await an item
             if item.error is not None:
                 raise item.error
             raise StopAsyncIteration

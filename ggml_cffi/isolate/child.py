@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
@@ -137,6 +137,11 @@ class _RequestServer:
                 raise TypeError(f"{name!r} is a {type(found).__name__}, which cannot be called")
             return "value", found
         result = found(*args, **kwargs)
+        if isinstance(result, AsyncIterator):
+            raise TypeError(
+                f"{name!r} returns an asynchronous iterator, which cannot leave its process: call a function that "
+                "returns an iterator, such as a model's generate, and read it by async for"
+            )
         if not isinstance(result, Iterator):
             return "value", result
         self.n_streams += 1

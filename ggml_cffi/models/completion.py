@@ -47,13 +47,18 @@ class CompletionMethods:
         FormatError
             If the model has no chat template, or the template refuses the messages.
         TypeError, ValueError, ClosedError
-            See :meth:`generate`.
+            See :meth:`generate`. TypeError also if ``messages`` is neither a text nor the messages of one chat.
 
         Examples
         --------
         >>> print(model.chat("Who are you?", max_tokens=32))  # doctest: +SKIP
         """
         chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        if not isinstance(chat, Sequence) or not chat or not isinstance(chat[0], Mapping):
+            raise TypeError(
+                f"messages must be a text, or a list of dicts with 'role' and 'content', not {messages!r:.80}: "
+                "for several chats call generate(chats).completions()"
+            )
         completion: Completion = self.generate(chat, max_tokens, **options).completion()
         return completion
 
@@ -75,6 +80,9 @@ class CompletionMethods:
 
         A thread of a pool waits for the tokens of each call; the event loop continues. Calls of several tasks share
         runs and the KV cache. A task that is cancelled while it awaits an item ends its call.
+
+        The call itself, before the first ``await``, tokenizes the prompts and compiles a grammar. If that takes long,
+        call it in a thread: ``await asyncio.to_thread(model.agenerate, prompt)`` returns the stream.
 
         Parameters
         ----------

@@ -171,6 +171,8 @@ def _find(hub: Any, address: HubAddress) -> _Files:
 
     try:
         info = hub.HfApi().model_info(address.repo, revision=address.revision, files_metadata=True)
+    except errors.HFValidationError as error:
+        raise ValueError(f"{address} is no address of a model on the hub: {error}") from None
     except errors.HfHubHTTPError as error:
         if error.response is None or error.response.status_code < 500:
             raise

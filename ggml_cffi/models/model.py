@@ -214,6 +214,8 @@ class Model(TextMethods, CompletionMethods, Closing):
         ClosedError
             If the model is closed, by the call or while iterating.
         """
+        if not isinstance(prompt, Sequence):  # a dict is none
+            raise TypeError(f"prompt must be a text, the messages of a chat, or a list of either, not {prompt!r:.80}")
         self._runners[0].check_open()
         self.architecture.check_decoder()
         stops, params = check_stop(stop), SamplingParams.from_options(sampling, **options)

@@ -119,6 +119,8 @@ def test_a_stream_of_a_model_has_its_attributes_and_methods(smollm2):
             return [piece async for piece in stream]
 
         assert asyncio.run(main()) == [" Paris", "."]
+        with pytest.raises(TypeError, match=r"'agenerate' returns an asynchronous iterator.* as a model's generate"):
+            worker.agenerate(prompt, 2)
 
         with worker.generate(prompt) as stream:
             next(stream)

@@ -86,6 +86,11 @@ def test_an_address_of_another_form_is_refused(address):
         models.fetch(address)
 
 
+def test_an_address_that_no_repository_can_have_is_refused():
+    with pytest.raises(ValueError, match=r"^hf://a--b/c:Q8_0 is no address of a model on the hub: .*'a--b/c'"):
+        models.fetch("hf://a--b/c:Q8_0")
+
+
 NAMES = [
     "m-Q4_K_M.gguf", "m-Q4_K.gguf", "m.q8_0.gguf", "m-IQ4_XS.gguf", "BF16/m-00001-of-00002.gguf",
     "BF16/m-00002-of-00002.gguf", "m-Q5_0-00001-of-00002.gguf", "a-Q6_K.gguf", "b-Q6_K.gguf", "m-F16.gguf",

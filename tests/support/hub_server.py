@@ -122,7 +122,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             if self.command == "GET":
-                hub.sent += len(data)  # before the client has the last of them
+                hub.sent += len(data)  # before the client has the data, and looks at the number
                 self.wfile.write(data)
 
         def send_json(self, content: object) -> None:

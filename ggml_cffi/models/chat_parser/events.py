@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+
+_random = random.SystemRandom()  # a seed of the program must not make ids equal
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Answer:
         """Begin a tool call, with an id of its own if the model gave none."""
         self.border("\n")
         if not self.complete:
-            call_id = call_id or "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+            call_id = call_id or "".join(_random.choices(string.ascii_letters + string.digits, k=9))
             index = len(self._calls)
             self._calls.append(_Call(call_id, name, partial(ToolCallDelta, index)))
             self._emit(lambda _: ToolCallStart(index, call_id, name))

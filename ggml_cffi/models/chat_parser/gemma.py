@@ -33,7 +33,7 @@ def parse(source: Source, answer: Answer, _: Tools) -> Steps[None]:
         text = "".join(body)
         try:
             name, arguments = _read(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer.content(marker + text + end)
         else:
             answer.start(name)
@@ -51,7 +51,7 @@ def _read(text: str) -> tuple[str, str]:
         json.dumps(piece, ensure_ascii=False) if i % 2 else re.sub(r"\bNone\b", "null", _KEY.sub(r'\1"\2":', piece))
         for i, piece in enumerate(pieces)
     ]
-    return call[1], json.dumps(json.loads("".join(parts)), ensure_ascii=False)
+    return call[1], json.dumps(json.loads("".join(parts)), ensure_ascii=False, allow_nan=False)
 
 
 def parse_gemma3(source: Source, answer: Answer, tools: Tools) -> Steps[None]:

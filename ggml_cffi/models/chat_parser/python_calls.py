@@ -38,4 +38,4 @@ def _read_call(node: ast.expr, tools: Tools) -> tuple[str, str]:
         raise ValueError("an argument has no name")
     arguments = dict(zip(tools.parameters(name), map(ast.literal_eval, node.args), strict=False))
     arguments |= {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-    return name, json.dumps(arguments, ensure_ascii=False)
+    return name, json.dumps(arguments, ensure_ascii=False, allow_nan=False)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from threading import Lock
+from threading import Lock, get_ident
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,7 @@ class Batcher(Closing):
         self._batches = BatchBuilder(runner, self.cache.slots, one_by_one=one_by_one, alignment=alignment)
         self._finished: deque[TokenSequence] = deque()  # still in ``active``
         self._running: list[TokenSequence] = []  # changed with ``runner.abort_lock``
+        self._sampling_thread: int | None = None
 
     @property
     def workload(self) -> int:
@@ -61,14 +62,21 @@ class Batcher(Closing):
     @contextmanager
     def exclusive(self) -> Iterator[KVCache]:
         """Hold :attr:`lock`, move finished sequences to the kept ones, and yield the KV cache."""
+        self._check_caller()
         with self.lock:
             self._settle()
             yield self.cache
 
     def common_prefix(self, ids: list[int]) -> int:
         """Return the length of the longest prefix that ``ids`` has in common with a kept sequence."""
+        self._check_caller()
         with self.lock:
             return self.cache.common_prefix(ids)
+
+    def _check_caller(self) -> None:
+        """Raise RuntimeError in a logits processor: the step that called it holds the lock."""
+        if self._sampling_thread == get_ident():
+            raise RuntimeError("a logits processor cannot use the model that called it: load a second one for it")
 
     # ------------------------------------------------------------------ one sequence
 
@@ -209,6 +217,7 @@ class Batcher(Closing):
         ClosedError
             If the model or the sequence was closed.
         """
+        self._check_caller()
         with self.lock:
             if caller.ready or caller.cancelled:  # a step of another thread may have computed it
                 return
@@ -224,14 +233,21 @@ class Batcher(Closing):
                 logits = self._run_unless_cancelled(parts)
                 if logits is None:
                     return
-                seconds = time.perf_counter() - start
-                for (sequence, n), row in zip(parts, logits, strict=True):
-                    sequence.timings.add_run(n, seconds, decoded=sequence.n_cached >= sequence.n_prompt)
-                    sequence.n_cached += n
-                    if not sequence.n_pending:
-                        sequence.sample(row)
+                self._sample(parts, logits, time.perf_counter() - start)
                 return
         time.sleep(PAUSE_SECONDS / 100)  # another sequence needs the slots, and its caller is about to wait again
+
+    def _sample(self, parts: list[tuple[TokenSequence, int]], logits: Logits, seconds: float) -> None:
+        """Choose the next token of each sequence that is computed to its end, after a run of some seconds."""
+        self._sampling_thread = get_ident()
+        try:
+            for (sequence, n), row in zip(parts, logits, strict=True):
+                sequence.timings.add_run(n, seconds, decoded=sequence.n_cached >= sequence.n_prompt)
+                sequence.n_cached += n
+                if not sequence.n_pending:
+                    sequence.sample(row)
+        finally:
+            self._sampling_thread = None
 
     def _plan(self) -> list[tuple[TokenSequence, int]]:
         """Return the sequences of the next run, each with the number of its tokens to compute."""
@@ -310,6 +326,7 @@ class Batcher(Closing):
 
     def close(self) -> None:
         """End all sequences, and close the runner."""
+        self._check_caller()
         with self.lock:
             for sequence in self.active:
                 sequence.finished = True

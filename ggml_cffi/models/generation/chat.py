@@ -165,16 +165,28 @@ class ChatTemplate:
         return best
 
     def _warn_of_lost(self, messages: list[Plain], text: str, variables: dict[str, Any]) -> None:
-        """Log a warning for each message that leaves no trace in ``text``, the rendering of all messages."""
-        for number, message in enumerate(messages):
-            content = message.get("content")
-            if not isinstance(content, str) or not content.strip() or content.strip() in text:
-                continue
-            changed = [*messages[:number], message | {"content": content + "."}, *messages[number + 1 :]]
-            with suppress(FormatError):
-                if self._render(changed, variables) == text:
-                    name = f"message {number} ({message['role']})"
-                    _logger.warning("%s is left out: the model's chat template does not write it", name)
+        """Log a warning for each message that leaves no trace in ``text``, the rendering of all messages.
+
+        A message whose content a template changes, as most change earlier reasoning, is not lost: all of them get
+        different marks in one rendering, since a rendering for each would take seconds for a long chat.
+        """
+        marks = {i: f"\ue000{i}\ue000" for i, message in enumerate(messages) if _is_missing(message, text)}
+        if self._render_marked(messages, {}, variables) != text:  # it expects another form of the messages
+            return
+        marked = self._render_marked(messages, marks, variables)
+        lost = {i: mark for i, mark in marks.items() if mark not in marked}
+        if lost and self._render_marked(messages, lost, variables) != text:
+            lost = {i: mark for i, mark in lost.items() if self._render_marked(messages, {i: mark}, variables) == text}
+        for i in lost:
+            name = f"message {i} ({messages[i]['role']})"
+            _logger.warning("%s is left out: the model's chat template does not write it", name)
+
+    def _render_marked(self, messages: list[Plain], marks: dict[int, str], variables: dict[str, Any]) -> str:
+        """Return the text of messages some of which end with a mark, no text if the template refuses them."""
+        marked = [m | {"content": m["content"] + marks[i]} if i in marks else m for i, m in enumerate(messages)]
+        with suppress(FormatError):
+            return self._render(marked, variables)
+        return ""
 
     def _render(self, messages: list[Plain], variables: dict[str, Any]) -> str:
         watch = _Watch()
@@ -184,6 +196,12 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything
             reason = str(error) or type(error).__name__
             raise FormatError(f"the model's chat template failed{watch.place}: {reason}") from None
+
+
+def _is_missing(message: Plain, text: str) -> bool:
+    """Return whether ``text`` is without the content of a message."""
+    content = message.get("content")
+    return isinstance(content, str) and content.strip() not in text
 
 
 def _check_documents(documents: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]] | None:

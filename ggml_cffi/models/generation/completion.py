@@ -54,7 +54,8 @@ class Answers:
     @property
     def token_ids(self) -> list[int]:
         """The generated tokens, those of a stop string included, without the end token."""
-        return list(self._request.token_ids)
+        request = self._request
+        return request.token_ids[: request.stopped_at]
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
@@ -62,12 +63,13 @@ class Answers:
 
         It has every generated token, also those whose text is held back or behind a stop string.
         """
-        return list(self._request.logprobs)
+        request = self._request
+        return request.logprobs[: request.stopped_at]
 
     @property
     def finish_reason(self) -> FinishReason | None:
         """The reason for the end: see :attr:`Completion.finish_reason`. None before the end."""
-        return self._request.finish_reason
+        return _finish_reason(self._request)
 
     @property
     def _request(self) -> Request:
@@ -80,9 +82,14 @@ class Answers:
         asked = request.sampler.params.logprobs is not None
         return Completion(
             "".join(request.chunks),
-            tuple(request.token_ids),
+            tuple(request.token_ids[: request.stopped_at]),
             len(request.ids),
-            request.finish_reason,
-            tuple(request.logprobs) if asked else None,
+            _finish_reason(request),
+            tuple(request.logprobs[: request.stopped_at]) if asked else None,
             self.timings,
         )
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    """Return the reason for the end, also if a replica's thread found another one after the stop string."""
+    return request.finish_reason if request.stopped_at is None else "stop"

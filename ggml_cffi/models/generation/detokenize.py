@@ -106,13 +106,16 @@ def numbered_text_chunks(
 ) -> Generator[tuple[int, str], None, None]:
     """Yield pairs of a request's number and a chunk of its text; cancel a request at a stop string."""
     texts = [IncrementalDetokenizer(tokenizer, stop, special=special) for _ in requests]
+    n_tokens = [0] * len(requests)
     with closing(tokens):
         for number, token in tokens:
             text = texts[number]
+            if text.stopped:  # tokens that a replica's thread generated meanwhile
+                continue
+            n_tokens[number] += token is not None
             chunk = text.finish() if token is None else text.push(token)
             if text.stopped:
-                requests[number].finish("stop")
-                requests[number].cancel()
+                requests[number].stop(n_tokens[number])
             if chunk:
                 requests[number].chunks.append(chunk)
                 yield number, chunk

@@ -78,7 +78,11 @@ class Grammar:
             raise TypeError(f"a JSON schema must be a mapping, a text or a Pydantic model, not {schema!r:.80}")
         options: Any = {"whitespace_pattern": _JSON_WHITESPACE} if whitespace else _NO_WHITESPACE
         compile_schema = import_llguidance().LLMatcher.grammar_from_json_schema
-        return cls("json_schema", compile_schema(json.dumps(schema), defaults=options))
+        try:
+            text = json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the JSON schema has a value that is not JSON: {error}") from None
+        return cls("json_schema", compile_schema(text, defaults=options))
 
     @classmethod
     def json_object(cls, *, whitespace: bool = True) -> Self:

@@ -47,6 +47,8 @@ class Request:
     """The reason for the end; None before it, and after an error."""
     logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
     """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
+    stopped_at: int | None = field(default=None, init=False)
+    """Number of tokens up to the end of a stop string, after :meth:`stop`. A replica's thread may generate more."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
 
     def cancel(self) -> None:
@@ -56,6 +58,11 @@ class Request:
         if self._begun is not None:
             batcher, sequence = self._begun
             batcher.cancel(sequence)
+
+    def stop(self, n_tokens: int) -> None:
+        """End the answer at a stop string, which the text of its first ``n_tokens`` tokens has."""
+        self.stopped_at = n_tokens
+        self.cancel()
 
     def begin(self, batcher: Batcher, timings: Timings) -> TokenSequence:
         """Return a new sequence of ``batcher`` for this request."""

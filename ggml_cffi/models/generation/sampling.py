@@ -82,7 +82,8 @@ class SamplingParams:
     """Functions ``f(token_ids, logits)`` that change the logits in place, and return nothing. They are called in order,
     before all other steps, for each token to choose. ``token_ids`` are those of the prompt and of the answer so far,
     an int32 array; ``logits`` is a float32 array ``(n_vocab,)`` that the function may change, but not keep. An
-    exception ends the request, and is raised to its caller. Several requests may call a function at the same time."""
+    exception ends the request, and is raised to its caller. Several requests may call a function at the same time. It
+    cannot use the model that calls it."""
     grammar: Grammar | Mapping[str, Any] | None = None
     """The texts that an answer may have; a mapping is a JSON schema. The answer ends when it is complete. It is
     incomplete if ``max_tokens`` or a stop string ended it."""
@@ -188,10 +189,14 @@ class Sampler:
             raise ValueError("a grammar and logprobs need the tokenizer of the model: Sampler(tokenizer=...)")
         self._tokenizer = tokenizer
         self._random = np.random.default_rng(params.seed)
-        self._chosen: list[int] = []
         grammar = as_grammar(params.grammar)
         self._grammar = None if grammar is None or tokenizer is None else GrammarState(grammar, tokenizer)
+        self._bias = _as_arrays(params.logit_bias) if params.logit_bias else None
+        self._repeats = params.repeat_penalty != 1 and params.repeat_last_n != 0
         self._counts = bool(params.presence_penalty or params.frequency_penalty)
+        self._n_chosen: dict[int, int] = {}  # occurrences of each token in the answer, if ``_counts``
+        changes = params.logits_processors or self._bias or self._grammar or self._repeats or self._counts
+        self._only_chooses = not changes and params.logprobs is None
 
     @property
     def complete(self) -> bool:
@@ -241,20 +246,22 @@ class Sampler:
         Raises
         ------
         ValueError
-            If the parameters exclude every token.
+            If the parameters exclude every token, or a logits processor writes NaN.
         Exception
             Any exception of a logits processor.
         """
+        if self._only_chooses:
+            return self._choose(logits)
         adjusted = self._penalize(self._adjust(logits, previous), previous)
         token = self._choose(adjusted)
-        if adjusted[token] == -np.inf:  # the highest of all
-            raise ValueError("no token is left: logits_processors, logit_bias and grammar together exclude every token")
+        if not adjusted[token] > -np.inf:  # the highest of all, or the first NaN
+            raise ValueError(_no_token(adjusted[token], logits))
         if self.params.logprobs is not None and self._tokenizer is not None:
             self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer))
         if self._grammar is not None:
             self._grammar.advance(token)
         if self._counts:
-            self._chosen.append(token)
+            self._n_chosen[token] = self._n_chosen.get(token, 0) + 1
         return token
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> int:
@@ -266,7 +273,8 @@ class Sampler:
         if not np.isfinite(largest):  # a broken model: there are no probabilities to draw from
             return int(logits.argmax())
         tokens = self._candidates(logits)
-        weights = np.exp((logits[tokens].astype(np.float64) - largest) / params.temperature)
+        with np.errstate(over="ignore"):  # by a temperature near 0
+            weights = np.exp((logits[tokens].astype(np.float64) - largest) / params.temperature)
         distribution = np.cumsum(weights)
         distribution /= distribution[-1]
         return int(tokens[np.searchsorted(distribution, self._random.random(), side="right")])
@@ -297,36 +305,61 @@ class Sampler:
     def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy that processors, biases and the grammar have changed."""
         params = self.params
-        if params.logits_processors or params.logit_bias:
+        if params.logits_processors or self._bias:
             logits = np.array(logits, np.float32)
         if params.logits_processors:
             ids = np.asarray(previous, np.int32)
             for process in params.logits_processors:
                 if process(ids, logits) is not None:
                     raise TypeError(f"{process!r:.80} must change the logits in place, and return nothing")
-        if params.logit_bias:
-            logits[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), np.float32)
+        if self._bias:
+            tokens, values = self._bias
+            logits[tokens] += values
         return logits if self._grammar is None else self._grammar.limit(logits)
 
     def _penalize(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy in which the tokens so far are less likely."""
-        params = self.params
-        if params.repeat_penalty != 1 and params.repeat_last_n and previous:
+        if self._repeats and len(previous):
             logits = self._penalize_repeated(logits, previous)
-        if self._chosen:
-            tokens, counts = np.unique(self._chosen, return_counts=True)
-            logits = logits.copy()
-            logits[tokens] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+        if self._n_chosen:
+            tokens, counts = _as_arrays(self._n_chosen)
+            params = self.params
+            values = logits[tokens] - (params.presence_penalty + params.frequency_penalty * counts.astype(np.float64))
+            logits = _replaced(logits, tokens, values)
         return logits
 
     def _penalize_repeated(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return a copy of ``logits`` in which the last tokens are less likely."""
         penalty, n = self.params.repeat_penalty, self.params.repeat_last_n
         repeated = np.unique(np.asarray(previous if n == -1 else previous[-n:]))
-        penalized = logits.copy()
-        values = penalized[repeated]
-        penalized[repeated] = np.where(values > 0, values / penalty, values * penalty)
-        return penalized
+        values = logits[repeated].astype(np.float64)
+        return _replaced(logits, repeated, np.where(values > 0, values / penalty, values * penalty))
+
+
+def _replaced(
+    logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.intp], values: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float32]:
+    """Return a copy of ``logits`` with other values for some tokens, infinite ones beyond the range of float32."""
+    replaced = logits.copy()
+    with np.errstate(over="ignore"):
+        replaced[tokens] = values
+    return replaced
+
+
+def _as_arrays(numbers: Mapping[int, float]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Return the keys and the values of a mapping, infinite ones beyond the range of float32."""
+    with np.errstate(over="ignore"):
+        values = np.fromiter(numbers.values(), np.float64, len(numbers)).astype(np.float32)
+    return np.fromiter(numbers, np.intp, len(numbers)), values
+
+
+def _no_token(value: np.float32, logits: npt.NDArray[np.float32]) -> str:
+    """Return the reason why no token can be chosen: ``value`` is the highest logit after all changes to ``logits``."""
+    if value == -np.inf:
+        return "no token is left: logits_processors, logit_bias and grammar together exclude every token"
+    if np.isnan(logits).any():
+        return "the model's logits are NaN: there is no most likely token"
+    return "logits are NaN after logits_processors: exclude a token with -inf"
 
 
 def _check_bias(bias: Any) -> dict[int, float] | None:

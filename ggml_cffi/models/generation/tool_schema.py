@@ -48,8 +48,10 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
     Raises
     ------
+    TypeError
+        If it is no function.
     ValueError
-        If a parameter has no type, or another one, or the function has no docstring.
+        If a parameter has no type, or another one, or cannot be given by its name; or the function has no docstring.
 
     Examples
     --------
@@ -63,7 +65,9 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     >>> tool_schema(weather)["function"]["parameters"]["required"]
     ['city']
     """
-    name = getattr(function, "__name__", repr(function))
+    if not inspect.isroutine(function):
+        raise TypeError(f"a tool must be a JSON schema or a function, not {function!r:.80}")
+    name = function.__name__
     doc = inspect.getdoc(function)
     if not doc:
         raise ValueError(f"the function {name} has no docstring, which tells the model its purpose")
@@ -76,6 +80,8 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
             if number == 0 and parameter.name in ("self", "cls"):
                 continue
             raise ValueError(f"the parameter {parameter.name!r} of the function {name} has no type")
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ValueError(f"the parameter '{parameter}' of the function {name} cannot be given by its name")
         properties[parameter.name] = _of_type(hints[parameter.name], f"the parameter {parameter.name!r} of {name}")
         properties[parameter.name] |= _described(parameters.get(parameter.name))
         if parameter.default is parameter.empty:
@@ -106,11 +112,7 @@ def tool_schemas(tools: Sequence[Tool] | None) -> list[Mapping[str, Any]] | None
 
 
 def _schema_of(tool: Tool) -> Mapping[str, Any]:
-    if isinstance(tool, Mapping):
-        return tool
-    if not callable(tool) or isinstance(tool, type):
-        raise TypeError(f"a tool must be a JSON schema or a function, not {tool!r:.80}")
-    return tool_schema(tool)
+    return tool if isinstance(tool, Mapping) else tool_schema(tool)
 
 
 def _of_type(hint: Any, owner: str) -> dict[str, Any]:

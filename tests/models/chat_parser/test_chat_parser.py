@@ -506,14 +506,34 @@ def test_only_the_first_call_counts_without_parallel_calls():
         ("NaN", "number", "NaN"),
         ("5", None, 5),
         ("a", None, "a"),
+        ("5", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "5"),
+        ("null", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("None", {"type": "string", "nullable": True}, None),
+        ("5", {"type": "string", "nullable": True}, "5"),
+        ("5", {"enum": ["5", "6"]}, "5"),
+        ("5", {"const": "5"}, "5"),
+        ("5", {"oneOf": [{"enum": [5, 6]}, True]}, 5),
+        ("5", {"type": {}, "enum": 1, "anyOf": {}}, 5),
     ],
 )
 def test_bare_arguments_have_the_type_of_the_schema(value, kind, want):
-    schema = {} if kind is None else {"type": kind}
+    schema = kind if isinstance(kind, dict) else {} if kind is None else {"type": kind}
     tools = [{"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}]
     text = f"<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
     message = ChatParser("glm4", tools=tools).parse(text)
     assert calls_of(message) == [("f", {"a": want})]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1e999", "-1e999", "9" * 5000])
+def test_values_that_json_cannot_have_become_text(value):
+    call = ChatParser("glm4").parse(f"<tool_call>f\n<arg_key>a</arg_key><arg_value>{value}</arg_value></tool_call>")
+    assert json.loads(call.tool_calls[0].arguments) == {"a": value}
+    for form, text in (
+        ("gemma4", f"<|tool_call>call:f{{a:{value}}}<tool_call|>"),
+        ("gemma3", f"```tool_code\nf(a={value})\n```"),
+    ):
+        message = ChatParser(form).parse(text)
+        assert (message.content, message.tool_calls) == (text, [])
 
 
 def test_a_message_goes_into_the_next_prompt():
@@ -539,6 +559,9 @@ def test_a_message_goes_into_the_next_prompt():
 
 
 def test_wrong_use_raises():
+    for tool in ({}, {"type": "function"}, {"type": "function", "function": {"name": 1}}, {"function": "weather"}):
+        with pytest.raises(ValueError, match=r"a tool must be .*'name'"):
+            ChatParser("hermes", tools=[tool])
     with pytest.raises(ValueError, match="no format 'x': give one of plain, hermes, "):
         ChatParser("x")
     parser = ChatParser("plain")

@@ -64,6 +64,22 @@ def test_tasks_get_the_answers_of_generate(model):
         ]
 
 
+@pytest.mark.timeout(60)  # one of the tasks waited forever
+@pytest.mark.parametrize("cancel", [False, True])
+def test_several_tasks_may_await_one_stream(model, cancel):
+    async def main():
+        stream = await asyncio.to_thread(model.agenerate, FRANCE, 4)
+        tasks = [asyncio.create_task(stream.completion()) for _ in range(3)]
+        await asyncio.sleep(0)
+        if cancel:
+            stream.cancel()
+        return await asyncio.gather(*tasks)
+
+    reason = "cancelled" if cancel else "length"
+    assert [completion.finish_reason for completion in asyncio.run(main())] == [reason] * 3
+    wait_until_idle(model)
+
+
 def test_a_cancelled_task_ends_its_call(model):
     async def main():
         streams = [model.agenerate("Once upon a time"), model.agenerate("A long story:")]

@@ -183,6 +183,25 @@ def test_the_role_developer_is_system_where_the_template_does_not_know_it():
     assert ChatTemplate(template).render([{"role": "developer", "content": "x"}]) == "D"
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_long_chat_is_not_rendered_more_often_than_a_short_one(caplog, parts):
+    content = "message.content[0].text" if parts else "message.content"
+    template = ChatTemplate(
+        "{{ count() }}{% for message in messages %}{{ message.role }}: {{ " + content + ".split('</think>')[-1] }}\n"
+        "{% endfor %}"
+    )
+
+    def renderings(n):
+        times = []
+        answer = {"role": "assistant", "content": "<think>Hm.</think>Yes."}
+        text = template.render([answer] * n, count=lambda: times.append(0) or "")
+        assert text == "assistant: Yes.\n" * n
+        return len(times)
+
+    assert renderings(40) == renderings(3)
+    assert not caplog.records
+
+
 def test_a_message_that_leaves_no_trace_is_told_in_the_log(caplog):
     template = ChatTemplate(
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content | upper }}{% endif %}{% endfor %}"

@@ -106,6 +106,38 @@ def test_the_replicas_give_each_prompt_its_completion(two_gpus, path, rng):
             assert list(alone) == list(c.token_ids)
 
 
+def test_a_stop_string_ends_an_answer_of_which_a_replica_has_more_tokens(model):
+    ids = model.generate(FRANCE, 4).completion().token_ids
+    request = models.generation.Request([1], models.Sampler(), len(ids), frozenset())
+    timings = models.Timings()
+
+    def ahead():
+        for token in ids:
+            request.accept(token, timings)
+        assert request.is_complete(64)
+        yield from [(0, token) for token in ids]
+        yield 0, None
+
+    chunks = models.generation.numbered_text_chunks(ahead(), [request], model.tokenizer, (".",))
+    stream = models.Stream(chunks, [request], timings)
+    (completion,) = stream.completions()
+    assert (completion.text, completion.finish_reason) == (" Paris", "stop")
+    assert completion.token_ids == tuple(stream.token_ids) == ids[:2]
+    assert stream.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("messages", [[], ["Hello"], [[{"role": "user", "content": "Hello"}]], None, b"Hello"])
+def test_a_chat_that_is_not_one_conversation_is_refused(model, messages):
+    with pytest.raises(TypeError, match=r"messages must be a text, or a list of dicts.*generate\(chats\)\.completions"):
+        model.chat(messages, 1)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user", "content": "Hello"}, iter(["Hello"])])
+def test_a_prompt_of_another_type_is_refused(model, prompt):
+    with pytest.raises(TypeError, match="prompt must be a text, the messages of a chat, or a list of either, not"):
+        model.generate(prompt, 1)
+
+
 def test_a_chat_is_one_call(model):
     answer = model.chat("Who are you?", 3)
     messages = [{"role": "user", "content": "Who are you?"}]

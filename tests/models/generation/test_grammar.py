@@ -123,6 +123,7 @@ def test_a_thousand_schema_bound_answers_are_valid(smollm2):
         (lambda: Grammar.json_schema({"type": "strin"}), "json_schema.*Invalid type: strin"),
         (lambda: Grammar.json_schema({"not": {"type": "string"}}), 'Unimplemented keys: \\["not"\\]'),
         (lambda: Grammar.json_schema("{"), "not JSON"),
+        (lambda: Grammar.json_schema({"const": float("nan")}), "the JSON schema has a value that is not JSON"),
         (lambda: Grammar.lark("foo:"), "no start rule found"),
         (lambda: Grammar.gbnf('start ::= "a"'), "No 'root' rule found"),
         (lambda: Grammar.gbnf("root ::= ("), "Expected '\\)'"),
@@ -143,6 +144,8 @@ def test_values_that_are_no_grammar_are_refused():
     for value in ([1], int, "[1]"):
         with pytest.raises(TypeError, match="must be a mapping, a text or a Pydantic model"):
             Grammar.json_schema(value)
+    with pytest.raises(TypeError, match=r"the JSON schema has a value that is not JSON: .*set"):
+        Grammar.json_schema({"enum": {1, 2}})
     with pytest.raises(ValueError, match=r"Sampler\(tokenizer=\.\.\.\)"):
         Sampler(grammar=PERSON)
 
@@ -271,6 +274,22 @@ def test_an_exception_of_a_logits_processor_ends_its_request_only(model):
     with pytest.raises(ZeroDivisionError):  # several prompts are one request of their caller
         list(model.generate(["xxxxx", "y"], 20, logits_processors=[fail_later]))
     assert list(model.generate_tokens([5, 6], 20, stop_at_end=False)) == want
+
+
+@pytest.mark.timeout(60)  # it waited for itself
+@pytest.mark.parametrize("use", ["forward", "generate", "cached", "close"])
+def test_a_logits_processor_that_uses_its_model_is_refused(model, use):
+    def processor(*_):
+        {
+            "forward": lambda: model.forward([1]),
+            "generate": lambda: list(model.generate_tokens([1], 1)),
+            "cached": lambda: model.cached,
+            "close": lambda: model.batchers[0].close(),
+        }[use]()
+
+    with pytest.raises(RuntimeError, match="cannot use the model that called it: load a second one"):
+        list(model.generate_tokens([1, 2], 3, logits_processors=[processor]))
+    assert len(list(model.generate_tokens([1, 2], 3, stop_at_end=False))) == 3
 
 
 def test_logits_processors_get_the_prompt_and_the_answer(model):

@@ -1,5 +1,6 @@
 """Sampling: parameters, and the choice of a token from logits."""
 
+import warnings
 from dataclasses import FrozenInstanceError, fields
 
 import numpy as np
@@ -64,10 +65,37 @@ def test_repeat_penalty_covers_the_last_tokens():
     assert Sampler(repeat_penalty=3.0, repeat_last_n=1)(logits, [0, 1]) == 0
     assert Sampler(repeat_penalty=3.0, repeat_last_n=-1)(np.array([-1.0, -2.0], np.float32), [0]) == 1
     assert Sampler(repeat_penalty=3.0, repeat_last_n=0)(logits, [0]) == 0
+    assert Sampler(repeat_penalty=3.0)(logits, np.array([0, 0])) == 1
 
 
 def test_logits_that_are_not_finite_give_some_token():
     assert Sampler(temperature=1.0)(np.full(4, np.nan, np.float32)) in range(4)
+
+
+def test_extreme_parameters_give_tokens_without_a_warning():
+    logits = np.array([0.0, 3.0, 2.0, -1.0], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Sampler(logit_bias={3: 1e300})(logits) == 3
+        assert Sampler(logit_bias={1: -1e300})(logits) == 2
+        assert Sampler(repeat_penalty=1e300)(logits, [0, 3]) == 1
+        assert Sampler(repeat_penalty=1e-300)(logits, [0, 2]) == 2
+        assert Sampler(temperature=5e-324, seed=0)(logits) == 1
+        for penalty in ("presence_penalty", "frequency_penalty"):
+            often, never = Sampler(**{penalty: -1e300}), Sampler(**{penalty: 1e300})
+            assert [often(logits) for _ in range(3)] == [1, 1, 1]
+            assert [never(logits) for _ in range(3)] == [1, 2, 0]
+
+
+def test_logits_that_a_processor_makes_nan_are_refused():
+    def broken(_, logits):
+        logits[2] = np.nan
+
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="NaN after logits_processors: exclude a token with -inf"):
+            Sampler(logits_processors=[broken], temperature=temperature)(LOGITS)
+    with pytest.raises(ValueError, match="the model's logits are NaN"):
+        Sampler(logit_bias={0: 1.0})(np.full(4, np.nan, np.float32))
 
 
 def test_sampling_params_are_checked_when_they_are_made():

@@ -1,6 +1,7 @@
 """JSON schemas of Python functions, as ``transformers`` makes them."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -80,6 +81,14 @@ def no_choices(city: str):
     """
 
 
+def several_values(*cities: str):
+    """Return the weather."""
+
+
+def by_place(city: str, /):
+    """Return the weather."""
+
+
 @pytest.mark.parametrize(
     ("function", "match"),
     [
@@ -87,6 +96,8 @@ def no_choices(city: str):
         (no_docstring, "the function no_docstring has no docstring"),
         (other_type, "the parameter 'city' of other_type has the type .*Store.* write the schema as a dict"),
         (no_choices, "the choices 'Rome' are no JSON list"),
+        (several_values, r"the parameter '\*cities: str' of the function several_values cannot be given by its name"),
+        (by_place, "the parameter 'city: str' of the function by_place cannot be given by its name"),
     ],
 )
 def test_a_function_that_says_too_little_is_refused(function, match):
@@ -103,7 +114,7 @@ def test_tools_may_be_functions():
     for wrong in ("weather", {"name": "f"}, 3):
         with pytest.raises(TypeError, match="tools must be a list of JSON schemas or functions"):
             template.render([], tools=wrong)
-    for wrong in (["weather"], [Store]):
+    for wrong in (["weather"], [Store], [partial(weather)]):
         with pytest.raises(TypeError, match="a tool must be a JSON schema or a function"):
             template.render([], tools=wrong)
 
