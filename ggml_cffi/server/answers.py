@@ -26,7 +26,7 @@ from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation
-from ggml_cffi.server.service import Service, choices, new_id
+from ggml_cffi.server.service import Service, check_length, choices, new_id
 
 Delta = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd
 
@@ -130,7 +130,7 @@ def prepare(
         {**message, "role": "system"} if message.get("role") == "developer" else dict(message) for message in messages
     ]
     text = loaded.text.apply_chat_template(chat, tools=choice.tools or None, **(template_kwargs or {}))
-    ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(text))
+    ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(check_length(loaded, text)))
     return ChatTask(choices(Job(ids, params, max_tokens), n), text, choice, stop, constrained)
 
 

@@ -18,7 +18,7 @@ from ggml_cffi.core.text import parse_size
 from ggml_cffi.server import chat, completions, embeddings, responses, system, tokens
 from ggml_cffi.server.catalog import Catalog, ModelSpec
 from ggml_cffi.server.errors import ApiError
-from ggml_cffi.server.limits import Limits
+from ggml_cffi.server.limits import BODY_TOO_LARGE, Limits
 from ggml_cffi.server.metrics import Metrics
 from ggml_cffi.server.service import Service
 from ggml_cffi.server.sse import ClientLeftError, log_error
@@ -112,7 +112,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code in (404, 405):
             return _response(ApiError(error.status_code, f"there is no {request.method} {request.url.path!r:.200}"))
-        return _response(ApiError(error.status_code, str(error.detail)))
+        code = BODY_TOO_LARGE if error.status_code == 413 else None
+        return _response(ApiError(error.status_code, str(error.detail), code=code))
 
     @app.exception_handler(ClientLeftError)
     async def left(_: Request, _error: ClientLeftError) -> Response:

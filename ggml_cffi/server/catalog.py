@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ class Loaded(Closing):
     engine: Engine
     file: GGUFFile | None = None
     """The file behind :attr:`text`, if the model itself is in another process."""
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Largest number of bytes of a text that fits into the context of a model that generates text."""
+        tokenizer = self.text.tokenizer
+        longest = max(len(tokenizer.token_bytes(token, special=True)) for token in range(len(tokenizer)))
+        return longest * self.engine.facts.n_ctx
 
     def close(self) -> None:
         """Unload the model."""

@@ -61,6 +61,21 @@ class Service:
             await stream.aclose()
 
 
+def check_length(loaded: Loaded, text: str) -> str:
+    """Return a text whose tokens may fit into the context. It takes minutes to find the tokens of millions of spaces.
+
+    Raises
+    ------
+    ApiError
+        If the text has too many characters even for the longest tokens of the vocabulary.
+    """
+    facts = loaded.engine.facts
+    if facts.generates and len(text) > loaded.longest_prompt:
+        message = f"the prompt has {len(text)} characters, and the context has room for {facts.n_ctx} tokens"
+        raise ApiError(400, message, code="context_length_exceeded")
+    return text
+
+
 def new_id(prefix: str) -> str:
     """Return an id for a response or a part of it."""
     return f"{prefix}{secrets.token_hex(12)}"

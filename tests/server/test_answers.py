@@ -237,6 +237,7 @@ def test_items_of_a_response_s_input_become_messages(client, engine):
         ({"input": [{"type": "item_reference"}]}, "input[0] has the type 'item_reference'"),
         ({"tools": [{"type": "web_search"}]}, "only functions are supported"),
         ({"tools": [{"type": "function"}]}, "tools[0] must have a 'name'"),
+        ({"include": ["message.output_text.logprobs"]}, "log probabilities are not supported here"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice must be"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format must be"),
     ],

@@ -161,9 +161,21 @@ def test_limits_of_size(limited):
     for response in (large, in_parts):
         assert response.status_code == 413
         assert "may have 2000 bytes" in response.json()["error"]["message"]
+        assert response.json()["error"]["code"] == "body_too_large"
     response = limited.post("/v1/completions", {**SHORT, "prompt": "x" * 501}, **KEY)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_the_tokens_of_a_text_that_never_fits_are_not_computed(server, path):
+    text = " " * 300_000
+    field = {"chat/completions": {"messages": [{"role": "user", "content": text}]}, "completions": {"prompt": text}}
+    response = server.post(path, {"model": "tiny", **field.get(path[4:], {"input": text})})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert re.search("the prompt has 300... characters, and the context has room for 16384 tokens", error["message"])
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_a_key_is_demanded(limited):
