@@ -81,9 +81,10 @@ class EventStream(StreamingResponse):
         self, first: Data, events: AsyncGenerator[Data, None], *, named: bool = False, done: str | None = "[DONE]"
     ) -> None:
         self._events, self._named, self._done = events, named, done
-        self._ready: asyncio.Queue[Data | None] = asyncio.Queue()  # None after the last event
+        self._lines: asyncio.Queue[str | None] = asyncio.Queue()  # None after the last event
+        self._put(first)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._lines(first), media_type="text/event-stream", headers=headers)
+        super().__init__(self._take(), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         running = asyncio.create_task(self._run())
@@ -94,26 +95,24 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
     async def _run(self) -> None:
-        """Collect the events. An error is an event too, since the status has been sent already."""
+        """Write the events. An error is an event too, since the status has been sent already."""
         try:
             async for event in self._events:
-                self._ready.put_nowait(event)
+                self._put(event)
         except Exception as error:
-            self._ready.put_nowait({"type": "error", **log_error(error).body()})
-        self._ready.put_nowait(None)
-
-    async def _lines(self, first: Data) -> AsyncGenerator[str, None]:
-        """Yield the events as text."""
-        event: Data | None = first
-        while event is not None:
-            yield self._line(event)
-            event = await self._ready.get()
+            self._put({"type": "error", **log_error(error).body()})
         if self._done is not None:
-            yield f"data: {self._done}\n\n"
+            self._lines.put_nowait(f"data: {self._done}\n\n")
+        self._lines.put_nowait(None)
 
-    def _line(self, event: Data) -> str:
+    def _put(self, event: Data) -> None:
+        """Write an event as text at once, since its generator may change its parts later."""
         name = f"event: {event['type']}\n" if self._named else ""
-        return f"{name}data: {to_json(event)}\n\n"
+        self._lines.put_nowait(f"{name}data: {to_json(event)}\n\n")
+
+    async def _take(self) -> AsyncGenerator[str, None]:
+        while (line := await self._lines.get()) is not None:
+            yield line
 
 
 async def stream(
