@@ -16,6 +16,9 @@ from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.metrics import Metrics
 from ggml_cffi.server.schemas import SamplingBody
 
+#: Largest number of stop strings: each is looked for after every token.
+_MAX_STOPS = 64
+
 
 @dataclass(frozen=True)
 class Service:
@@ -114,7 +117,15 @@ def choices(job: Job, n: int | None) -> list[Job]:
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Return the stop strings of a request; an empty list means none."""
+    """Return the stop strings of a request; an empty list means none.
+
+    Raises
+    ------
+    ApiError, ValueError
+        If there are too many, or one is empty.
+    """
+    if isinstance(stop, list) and len(stop) > _MAX_STOPS:
+        raise ApiError(400, f"a request may have {_MAX_STOPS} stop strings, not {len(stop)}", param="stop")
     return check_stop(stop or None)
 
 

@@ -257,6 +257,19 @@ def test_completions_of_several_prompts_in_a_stream(client, engine):
         assert parts[-1]["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_keys": ["a", " "]}, "an API key is empty"),
+        ({"max_prompt": 0}, "max_prompt must be at least 1"),
+        ({"body_seconds": 0}, "body_seconds must be above 0"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_app({"m": "m.gguf"}, **options)
+
+
 def test_metrics_count_requests_and_prompts(client, engine):
     engine.text = "x"
     for _ in range(2):

@@ -62,6 +62,7 @@ def test_a_client_that_leaves_frees_its_slot(server, stream, after):
         (b'{"prompt": "a", "temperature": NaN}', "temperature must be at least 0 and finite"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens: Input should be greater than or equal to 0"),
         (b'{"prompt": "a", "n": 1000}', "n: Input should be less than or equal to 64"),
+        (b'{"prompt": "a", "stop": [%s"x"]}' % (b'"x",' * 64), "a request may have 64 stop strings, not 65"),
         (b'{"prompt": "a", "stop": [""]}', "a stop string must not be empty"),
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": []}', "a request may have 1 to 64 answers"),
@@ -195,10 +196,11 @@ def test_a_key_is_demanded(limited):
 
 
 def test_pages_of_other_origins_need_permission(limited, server):
-    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
     for origin, allowed in (("http://a.example", "http://a.example"), ("http://b.example", None)):
         response = httpx.options(limited.url + "/v1/models", headers={**ask, "Origin": origin})
         assert response.headers.get("access-control-allow-origin") == allowed
+        assert (response.status_code == 200) == (allowed is not None)
         refused = limited.get("/v1/models", headers={"Origin": origin})
         assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (401, allowed)
     response = server.get("/v1/models", headers={"Origin": "http://a.example"})

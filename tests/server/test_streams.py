@@ -1,8 +1,13 @@
 """Streams of events: a client that does not read, and generators that are closed early."""
 
 import asyncio
+import threading
 from contextlib import aclosing
 
+from ggml_cffi.models import SamplingParams
+from ggml_cffi.server.catalog import Loaded, open_engine
+from ggml_cffi.server.engine import Job
+from ggml_cffi.server.generation import Generation
 from ggml_cffi.server.sse import EventStream, merged
 
 
@@ -34,6 +39,31 @@ def test_a_client_that_does_not_read_keeps_no_model_in_use():
 
     lines = asyncio.run(main())
     assert lines == [f'data: {{"n": {i}}}' for i in range(1000)] + ["data: [DONE]", ""]
+
+
+def test_the_end_of_the_loop_during_a_submission_reports_no_error(tiny):
+    began, goes_on, problems = threading.Event(), threading.Event(), []
+
+    def slowly(job, deliver):
+        began.set()
+        assert goes_on.wait(60)
+        return submit(job, deliver)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, problem: problems.append(problem))
+        job = Job([1], SamplingParams(), 1)
+        asking = asyncio.create_task(anext(Generation(loaded, job).pieces()))
+        await asyncio.to_thread(began.wait, 60)
+        asking.cancel()
+        await asyncio.wait([asking])
+        loop.call_soon(goes_on.set)
+
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 64}, parallel=1, max_waiting=1) as engine:
+        submit, engine.submit = engine.submit, slowly
+        loaded = Loaded("m", engine.model, engine)
+        asyncio.run(main())
+    assert not problems
 
 
 def test_the_end_of_merged_items_ends_their_generators():
