@@ -152,10 +152,8 @@ class Catalog(Closing):
             If there is no such model.
         QueueFullError
             If too many requests wait for it to be loaded.
-        StoppingError
-            If the server stops.
         GgmlError, OSError, ValueError
-            If it cannot be loaded.
+            If it cannot be loaded, or the server stops.
         """
         entry = self._find(name)
         loaded = await self._ready(entry)

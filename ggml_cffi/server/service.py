@@ -74,7 +74,7 @@ def check_length(loaded: Loaded, text: str) -> str:
     """
     facts = loaded.engine.facts
     if facts.generates and len(text) > loaded.longest_prompt:
-        message = f"the prompt has {len(text)} characters, and the context has room for {facts.n_ctx} tokens"
+        message = f"the prompt has {len(text)} characters, and this server takes at most {facts.n_ctx} tokens"
         raise ApiError(400, message, code="context_length_exceeded")
     return text
 

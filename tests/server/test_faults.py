@@ -175,7 +175,7 @@ def test_the_tokens_of_a_text_that_never_fits_are_not_computed(server, path):
     response = server.post(path, {"model": "tiny", **field.get(path[4:], {"input": text})})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert re.search("the prompt has 300... characters, and the context has room for 16384 tokens", error["message"])
+    assert re.search("the prompt has 300... characters, and this server takes at most 16384 tokens", error["message"])
     assert error["code"] == "context_length_exceeded"
 
 
