@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ggml_cffi.cli._model_args import add_model_arguments, load_options
+from ggml_cffi.core.numbers import as_integer
 from ggml_cffi.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         from ggml_cffi import server
     except ModuleNotFoundError as error:
         raise missing_extra("the command serve", str(error.name), "serve") from None
+    port = as_integer("--port", args.port, 0, 65535)
     keys = args.api_key or [key for key in [os.environ.get("GGML_CFFI_API_KEY")] if key]
     _warn(args.host, keys)
     catalog = server.Catalog(
@@ -81,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     app = server.create_app(
         catalog, api_keys=keys, cors_origins=args.cors_origin, max_prompt=args.max_prompt, max_body=args.max_body
     )
-    config = uvicorn.Config(app, args.host, args.port, ws="none", timeout_graceful_shutdown=_GRACE)
+    config = uvicorn.Config(app, args.host, port, ws="none", timeout_graceful_shutdown=_GRACE)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises the signal again at its end
     with catalog, suppress(KeyboardInterrupt):
         Server(config).run()
@@ -96,7 +98,7 @@ def model_specs(args: argparse.Namespace) -> dict[str, ModelSpec]:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If two models have the same name.
+        If two models have the same name, or one has none.
     """
     from ggml_cffi.server import ModelSpec
     from ggml_cffi.server.catalog import default_name
@@ -109,6 +111,8 @@ def model_specs(args: argparse.Namespace) -> dict[str, ModelSpec]:
         alias, given, path = text.partition("=")
         if not given or os.path.exists(text):
             alias, path = default_name(text), text
+        if not alias:
+            raise ValueError(f"the model {text!r} has no name: write NAME=FILE")
         if alias in found:
             raise ValueError(f"two models have the name {alias!r}: give them others as NAME=FILE")
         if "://" not in path and not os.path.exists(path):

@@ -21,11 +21,12 @@ from ggml_cffi.models import (
     ToolCallEnd,
     ToolCallStart,
 )
+from ggml_cffi.server.call_schema import call_schema
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation
-from ggml_cffi.server.service import Service, choices, new_id
+from ggml_cffi.server.service import Service, check_length, choices, new_id
 
 Delta = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd
 
@@ -122,36 +123,15 @@ def prepare(
         message = "response_format and tools exclude one another: set tool_choice to 'none'"
         raise ApiError(400, message, param="response_format")
     if choice.forced:
-        params = SamplingParams.from_options(params, grammar=Grammar.json_schema(call_schema(choice)))
+        functions = [tool["function"] for tool in choice.tools if tool["function"]["name"] in choice.forced]
+        schema = call_schema(functions, several=bool(choice.parallel))
+        params = SamplingParams.from_options(params, grammar=Grammar.json_schema(schema))
     chat = [
         {**message, "role": "system"} if message.get("role") == "developer" else dict(message) for message in messages
     ]
     text = loaded.text.apply_chat_template(chat, tools=choice.tools or None, **(template_kwargs or {}))
-    ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(text))
+    ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(check_length(loaded, text)))
     return ChatTask(choices(Job(ids, params, max_tokens), n), text, choice, stop, constrained)
-
-
-def call_schema(choice: ToolChoice) -> dict[str, Any]:
-    """Return the JSON schema of a call that the model must make, or of several calls."""
-    definitions: dict[str, Any] = {}
-    calls = []
-    for tool in choice.tools:
-        function = tool["function"]
-        if function["name"] in choice.forced:
-            parameters = dict(function.get("parameters") or {"type": "object"})
-            definitions |= parameters.pop("$defs", {})
-            calls.append(
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": function["name"]}, "arguments": parameters},
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-            )
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    if choice.parallel:
-        schema = {"type": "array", "items": schema, "minItems": 1}
-    return schema | ({"$defs": definitions} if definitions else {})
 
 
 class ForcedCalls:

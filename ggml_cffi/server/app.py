@@ -14,11 +14,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 import ggml_cffi
+from ggml_cffi.core.numbers import as_integer
 from ggml_cffi.core.text import parse_size
 from ggml_cffi.server import chat, completions, embeddings, responses, system, tokens
 from ggml_cffi.server.catalog import Catalog, ModelSpec
 from ggml_cffi.server.errors import ApiError
-from ggml_cffi.server.limits import Limits
+from ggml_cffi.server.limits import BODY_TOO_LARGE, Limits
 from ggml_cffi.server.metrics import Metrics
 from ggml_cffi.server.service import Service
 from ggml_cffi.server.sse import ClientLeftError, log_error
@@ -42,7 +43,7 @@ def create_app(
         The models by name: paths of GGUF files, or :class:`ModelSpec`. Or a :class:`Catalog`, which the caller closes:
         for an application that is mounted in another one, whose lifespan does not reach it.
     api_keys
-        Keys, of which each request needs one; none for an open server.
+        Keys, of which each request needs one; none for an open server. A key must not be empty.
     cors_origins
         Origins of other pages that may use the server from a browser; ``"*"`` for all.
     max_prompt
@@ -66,6 +67,12 @@ def create_app(
     """
     if isinstance(models, Catalog) and options:
         raise TypeError(f"{', '.join(options)}: give these to Catalog")
+    if any(not key.strip() for key in api_keys):
+        raise ValueError("an API key is empty, so that everybody would have it: give another one, or none at all")
+    if max_prompt is not None:
+        as_integer("max_prompt", max_prompt, 1)
+    if not body_seconds > 0:
+        raise ValueError(f"body_seconds must be above 0, not {body_seconds}")
     own = not isinstance(models, Catalog)
     catalog = models if isinstance(models, Catalog) else Catalog(models, **options)
     service = Service(catalog, Metrics(catalog), max_prompt)
@@ -91,9 +98,8 @@ def create_app(
         body_seconds=body_seconds,
     )
     if cors_origins:
-        headers = ["Authorization", "Content-Type"]
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=headers
+        app.add_middleware(  # OpenAI's client for browsers sends headers of its own
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return app
 
@@ -112,7 +118,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code in (404, 405):
             return _response(ApiError(error.status_code, f"there is no {request.method} {request.url.path!r:.200}"))
-        return _response(ApiError(error.status_code, str(error.detail)))
+        code = BODY_TOO_LARGE if error.status_code == 413 else None
+        return _response(ApiError(error.status_code, str(error.detail), code=code))
 
     @app.exception_handler(ClientLeftError)
     async def left(_: Request, _error: ClientLeftError) -> Response:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures import architecture_of
 from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine, LocalEngine
-from ggml_cffi.server.errors import ApiError, QueueFullError
+from ggml_cffi.server.errors import ApiError, QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
 
 
@@ -46,6 +48,13 @@ class Loaded(Closing):
     engine: Engine
     file: GGUFFile | None = None
     """The file behind :attr:`text`, if the model itself is in another process."""
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Largest number of bytes of a text that fits into the context of a model that generates text."""
+        tokenizer = self.text.tokenizer
+        longest = max(len(tokenizer.token_bytes(token, special=True)) for token in range(len(tokenizer)))
+        return longest * self.engine.facts.n_ctx
 
     def close(self) -> None:
         """Unload the model."""
@@ -108,6 +117,8 @@ class Catalog(Closing):
         self._turn = asyncio.Lock()  # held while a model is loaded
         self._idle, self._open = asyncio.Event(), asyncio.Event()
         self._open.set()  # cleared while models become idle, to be unloaded
+        self._stopped = False
+        self._ending = threading.Lock()  # a model is loaded before the end, or not at all
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +153,7 @@ class Catalog(Closing):
         QueueFullError
             If too many requests wait for it to be loaded.
         GgmlError, OSError, ValueError
-            If it cannot be loaded.
+            If it cannot be loaded, or the server stops.
         """
         entry = self._find(name)
         loaded = await self._ready(entry)
@@ -171,6 +182,8 @@ class Catalog(Closing):
         with self._counted(entry):
             while True:
                 await self._open.wait()
+                if self._stopped:
+                    raise StoppingError("the server is stopping")
                 if entry.loaded is not None:
                     return entry.loaded
                 if entry.loading is None:
@@ -197,12 +210,22 @@ class Catalog(Closing):
                     await self._make_room(await asyncio.to_thread(planned_bytes, entry.spec))
                 while entry.loaded is None:
                     try:
-                        entry.loaded = await asyncio.to_thread(self._open_model, entry)
+                        await asyncio.to_thread(self._load_in_thread, entry)
                     except OutOfMemoryError:
                         if not await self._unload_one():
                             raise
         finally:
             entry.loading = None
+
+    def _load_in_thread(self, entry: _Entry) -> None:
+        """Load the model of an entry. The entry has it even if the task that called this was cancelled meanwhile."""
+        loaded = self._open_model(entry)
+        with self._ending:
+            if not self._stopped:
+                entry.loaded = loaded
+                return
+        loaded.close()
+        raise StoppingError("the server is stopping")
 
     def _open_model(self, entry: _Entry) -> Loaded:
         path, options = resolve(entry.spec.path), dict(entry.spec.options)
@@ -252,12 +275,15 @@ class Catalog(Closing):
     # ------------------------------------------------------------------ the end
 
     def stop(self) -> None:
-        """End all requests with an error, which ends their streams."""
+        """End all requests with an error, which ends their streams, and accept no others."""
+        with self._ending:
+            self._stopped = True
         for loaded in self.loaded:
             loaded.engine.stop()
 
     def close(self) -> None:
-        """Unload all models."""
+        """Stop, and unload all models."""
+        self.stop()
         for entry in self._entries.values():
             loaded, entry.loaded = entry.loaded, None
             if loaded is not None:

@@ -18,7 +18,7 @@ from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.schemas import MAX_CHOICES, CompletionBody, Prompts
-from ggml_cffi.server.service import Service, choices, new_id, sampling_params, stop_strings, usage
+from ggml_cffi.server.service import Service, check_length, choices, new_id, sampling_params, stop_strings, usage
 from ggml_cffi.server.sse import Data, merged, stream, unless_client_leaves
 
 
@@ -48,10 +48,14 @@ class _Task:
 def prompt_ids(loaded: Loaded, prompts: Prompts) -> list[list[int]]:
     """Return the token ids of each prompt of a request: a text, texts, token ids, or lists of token ids."""
     if isinstance(prompts, str):
-        return [loaded.text.tokenize(prompts)]
+        return [_tokens(loaded, prompts)]
     if prompts and isinstance(prompts[0], int):
         return [check_ids(loaded, prompts)]
-    return [loaded.text.tokenize(p) if isinstance(p, str) else check_ids(loaded, p) for p in prompts]  # type: ignore[arg-type]
+    return [_tokens(loaded, p) if isinstance(p, str) else check_ids(loaded, p) for p in prompts]  # type: ignore[arg-type]
+
+
+def _tokens(loaded: Loaded, text: str) -> list[int]:
+    return loaded.text.tokenize(check_length(loaded, text))
 
 
 def check_ids(loaded: Loaded, ids: list[int]) -> list[int]:

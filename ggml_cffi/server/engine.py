@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from ggml_cffi.models import Model
     from ggml_cffi.models.generation import Batcher
 
+#: Tokens of texts that are embedded in one call, which nothing interrupts: several runs of most devices.
+_EMBED_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class Job:
@@ -435,13 +438,32 @@ class _EmbedQueue:
         texts: list[list[int]] = [ids for job, _ in group for ids in job.texts]
         events: list[Event]
         try:
-            vectors = self._model.embed(texts, pooling=pooling, normalize=normalize)
+            parts = []
+            for part in _parts(texts):
+                if self._stopped:  # a long list of texts does not hold up the end of the server
+                    raise StoppingError("the server is stopping")
+                parts.append(self._model.embed(part, pooling=pooling, normalize=normalize))
+            vectors = np.concatenate(parts)
             ends = list(itertools.accumulate(len(job.texts) for job, _ in group))
             events = [Vectors(vectors[end - len(job.texts) : end]) for (job, _), end in zip(group, ends, strict=True)]
         except Exception as error:
             events = [Failed(error)] * len(group)
         for (_, deliver), event in zip(group, events, strict=True):
             deliver(event)
+
+
+def _parts(texts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Yield texts in order, in lists of about ``_EMBED_TOKENS`` tokens."""
+    part: list[list[int]] = []
+    n_tokens = 0
+    for ids in texts:
+        part.append(ids)
+        n_tokens += len(ids)
+        if n_tokens >= _EMBED_TOKENS:
+            yield part
+            part, n_tokens = [], 0
+    if part:
+        yield part
 
 
 def _grouped(jobs: list[tuple[EmbedJob, Deliver]]) -> dict[tuple[str | None, bool], list[tuple[EmbedJob, Deliver]]]:

@@ -89,7 +89,7 @@ class Generation:
         try:
             return await asyncio.shield(submitting)
         except asyncio.CancelledError:  # the client has left, and the thread begins the job nevertheless
-            submitting.add_done_callback(lambda done: None if done.exception() else done.result()())
+            submitting.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result()())
             raise
 
     async def _read(self, mailbox: Mailbox) -> AsyncGenerator[Piece, None]:

@@ -17,6 +17,9 @@ from ggml_cffi.server.metrics import Metrics
 #: Paths without a key: a browser opens the page before it can send one.
 _OPEN = ("/", "/health", "/static/chat.js", "/static/chat.css")
 
+#: Code of the error for a body that is too large.
+BODY_TOO_LARGE = "body_too_large"
+
 
 class Limits:
     """Middleware that refuses requests before any of them is read.
@@ -82,7 +85,7 @@ class Limits:
         return None
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body of a request may have {self._max_body} bytes", code="body_too_large")
+        return ApiError(413, f"the body of a request may have {self._max_body} bytes", code=BODY_TOO_LARGE)
 
     def _limited(self, receive: Receive) -> Receive:
         """Return ``receive`` with limits, for bodies that do not tell their length or arrive slowly."""
@@ -99,7 +102,7 @@ class Limits:
             n += len(message.get("body", b""))
             ended = not message.get("more_body", False)
             if n > self._max_body:
-                raise HTTPException(413, str(self._too_large()))
+                raise HTTPException(413, str(self._too_large()))  # FastAPI passes on no other exception
             return message
 
         return limited

@@ -109,6 +109,8 @@ def _prepare(service: Service, loaded: Loaded, body: ResponsesBody) -> ChatTask:
     for name in ("previous_response_id", "background"):
         if getattr(body, name):
             raise ApiError(400, f"{name} is not supported: this server stores no responses", param=name)
+    if any("logprobs" in name for name in body.include or []):
+        raise ApiError(400, "log probabilities are not supported here: use /v1/chat/completions", param="include")
     effort = body.reasoning.effort if body.reasoning else None
     params = sampling_params(SamplingBody(temperature=body.temperature, top_p=body.top_p), grammar=grammar_of(body))
     return prepare(

@@ -16,6 +16,9 @@ from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.metrics import Metrics
 from ggml_cffi.server.schemas import SamplingBody
 
+#: Largest number of stop strings: each is looked for after every token.
+_MAX_STOPS = 64
+
 
 @dataclass(frozen=True)
 class Service:
@@ -61,6 +64,21 @@ class Service:
             await stream.aclose()
 
 
+def check_length(loaded: Loaded, text: str) -> str:
+    """Return a text whose tokens may fit into the context. It takes minutes to find the tokens of millions of spaces.
+
+    Raises
+    ------
+    ApiError
+        If the text has too many characters even for the longest tokens of the vocabulary.
+    """
+    facts = loaded.engine.facts
+    if facts.generates and len(text) > loaded.longest_prompt:
+        message = f"the prompt has {len(text)} characters, and this server takes at most {facts.n_ctx} tokens"
+        raise ApiError(400, message, code="context_length_exceeded")
+    return text
+
+
 def new_id(prefix: str) -> str:
     """Return an id for a response or a part of it."""
     return f"{prefix}{secrets.token_hex(12)}"
@@ -99,7 +117,15 @@ def choices(job: Job, n: int | None) -> list[Job]:
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Return the stop strings of a request; an empty list means none."""
+    """Return the stop strings of a request; an empty list means none.
+
+    Raises
+    ------
+    ApiError, ValueError
+        If there are too many, or one is empty.
+    """
+    if isinstance(stop, list) and len(stop) > _MAX_STOPS:
+        raise ApiError(400, f"a request may have {_MAX_STOPS} stop strings, not {len(stop)}", param="stop")
     return check_stop(stop or None)
 
 

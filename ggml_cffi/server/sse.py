@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -46,11 +46,14 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
         except Exception as error:
             raise log_error(error) from None
     finally:
-        for task in (working, leaving):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+        await cancelled(working, leaving)
+
+
+async def cancelled(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnect(request: Request) -> None:
@@ -60,6 +63,9 @@ async def _disconnect(request: Request) -> None:
 
 class EventStream(StreamingResponse):
     """A response of server-sent events. It closes their generator when it ends, also when the client leaves.
+
+    The generator runs at its own speed: events wait in memory for a client that reads slowly. Otherwise that client
+    would keep the model in use, and no other model could take its memory.
 
     Parameters
     ----------
@@ -75,29 +81,38 @@ class EventStream(StreamingResponse):
         self, first: Data, events: AsyncGenerator[Data, None], *, named: bool = False, done: str | None = "[DONE]"
     ) -> None:
         self._events, self._named, self._done = events, named, done
+        self._lines: asyncio.Queue[str | None] = asyncio.Queue()  # None after the last event
+        self._put(first)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(self._lines(first), media_type="text/event-stream", headers=headers)
+        super().__init__(self._take(), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        running = asyncio.create_task(self._run())
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await cancelled(running)
             await self._events.aclose()
 
-    async def _lines(self, first: Data) -> AsyncGenerator[str, None]:
-        """Yield the events as text. An error is an event too, since the status has been sent already."""
-        yield self._line(first)
+    async def _run(self) -> None:
+        """Write the events. An error is an event too, since the status has been sent already."""
         try:
             async for event in self._events:
-                yield self._line(event)
+                self._put(event)
         except Exception as error:
-            yield self._line({"type": "error", **log_error(error).body()})
+            self._put({"type": "error", **log_error(error).body()})
         if self._done is not None:
-            yield f"data: {self._done}\n\n"
+            self._lines.put_nowait(f"data: {self._done}\n\n")
+        self._lines.put_nowait(None)
 
-    def _line(self, event: Data) -> str:
+    def _put(self, event: Data) -> None:
+        """Write an event as text at once, since its generator may change its parts later."""
         name = f"event: {event['type']}\n" if self._named else ""
-        return f"{name}data: {to_json(event)}\n\n"
+        self._lines.put_nowait(f"{name}data: {to_json(event)}\n\n")
+
+    async def _take(self) -> AsyncGenerator[str, None]:
+        while (line := await self._lines.get()) is not None:
+            yield line
 
 
 async def stream(
@@ -127,8 +142,9 @@ def log_error(error: Exception) -> ApiError:
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Yield the items of several generators as they come, each with its generator's number."""
     if len(sources) == 1:
-        async for item in sources[0]:
-            yield 0, item
+        async with aclosing(sources[0]) as items:
+            async for item in items:
+                yield 0, item
         return
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=len(sources))
 
@@ -153,12 +169,6 @@ async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
             else:
                 yield found
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancelled(*tasks)
         for source in sources:
             await source.aclose()
-
-
-#: A route's function.
-Route = Callable[..., Awaitable[Response]]

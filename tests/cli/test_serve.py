@@ -24,6 +24,8 @@ def test_models_have_names_and_the_options_of_the_command_line(tmp_path):
     assert (options["n_ctx"], options["kv_slots"], options["split"]) == (64, 256, "data")
     with pytest.raises(ValueError, match="two models have the name 'a'"):
         specs(a, a)
+    with pytest.raises(ValueError, match="has no name: write NAME=FILE"):
+        specs(f"={a}")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         specs(tmp_path / "missing.gguf")
 
@@ -43,3 +45,5 @@ def test_wrong_arguments_are_one_line(tmp_path):
     assert "there is no file" in run("serve", tmp_path / "missing.gguf", code=2).stderr
     model = byte_level_model(tmp_path / "a.gguf")
     assert "parallel must be at least 1" in run("serve", model, "--parallel", "0", code=2).stderr
+    assert "--port must be 0 to 65535" in run("serve", model, "--port", "65536", code=2).stderr
+    assert "an API key is empty" in run("serve", model, "--api-key", "", code=2).stderr

@@ -237,6 +237,7 @@ def test_items_of_a_response_s_input_become_messages(client, engine):
         ({"input": [{"type": "item_reference"}]}, "input[0] has the type 'item_reference'"),
         ({"tools": [{"type": "web_search"}]}, "only functions are supported"),
         ({"tools": [{"type": "function"}]}, "tools[0] must have a 'name'"),
+        ({"include": ["message.output_text.logprobs"]}, "log probabilities are not supported here"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice must be"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format must be"),
     ],
@@ -254,6 +255,19 @@ def test_completions_of_several_prompts_in_a_stream(client, engine):
         parts = [chunk["choices"][0] for chunk in found if chunk["choices"][0]["index"] == i]
         assert "".join(part["text"] for part in parts) == f"{prompt}xy"
         assert parts[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_keys": ["a", " "]}, "an API key is empty"),
+        ({"max_prompt": 0}, "max_prompt must be at least 1"),
+        ({"body_seconds": 0}, "body_seconds must be above 0"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create_app({"m": "m.gguf"}, **options)
 
 
 def test_metrics_count_requests_and_prompts(client, engine):

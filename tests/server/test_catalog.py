@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from ggml_cffi import models
+from ggml_cffi.errors import ClosedError
 from ggml_cffi.server import Catalog, ModelSpec
-from ggml_cffi.server.catalog import planned_bytes
-from ggml_cffi.server.errors import ApiError
+from ggml_cffi.server.catalog import open_engine, planned_bytes
+from ggml_cffi.server.engine import EmbedJob
+from ggml_cffi.server.errors import ApiError, StoppingError
 from tests.support.http_server import served
 
 OPTIONS = {"devices": ["CPU"], "n_ctx": 512, "n_threads": 1}
@@ -105,6 +107,36 @@ def test_requests_that_wait_for_a_load_share_it_and_may_leave(specs):
 
     with Catalog(specs) as catalog:
         asyncio.run(main())
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_load_that_the_end_of_the_server_interrupts_leaves_no_model_open(specs, monkeypatch, stops):
+    began, goes_on, engines = threading.Event(), threading.Event(), []
+
+    def slowly(path, **settings):
+        began.set()
+        assert goes_on.wait(60)
+        engines.append(open_engine(path, **settings))
+        return engines[-1]
+
+    async def main():
+        asking = asyncio.create_task(use(catalog, "a"))
+        await asyncio.to_thread(began.wait, 60)
+        asking.cancel()
+        if stops:
+            catalog.stop()
+            with pytest.raises(StoppingError):
+                await use(catalog, "b")
+        asyncio.get_running_loop().call_soon(goes_on.set)
+
+    monkeypatch.setattr("ggml_cffi.server.catalog.open_engine", slowly)
+    with Catalog(specs) as catalog:
+        asyncio.run(main())
+    (engine,) = engines
+    with pytest.raises(StoppingError):
+        engine.submit(EmbedJob([[1]]), print)
+    with pytest.raises(ClosedError):
+        engine.model.embed([[1]])
 
 
 def test_names(specs):

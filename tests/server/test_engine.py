@@ -116,6 +116,25 @@ def test_texts_of_several_jobs_are_embedded(engine, tiny):
     assert isinstance(event, Failed)
 
 
+def test_a_long_list_of_texts_does_not_hold_up_the_end(tiny):
+    texts, calls = [[i % 256] * (1 + i % 400) for i in range(200)], []
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=1, max_waiting=1) as engine:
+        embed = engine.model.embed
+        _, event = Mail(engine, EmbedJob(texts)).rest()
+        assert np.abs(event.values - embed(texts)).max() < 1e-3
+
+        def stops(texts, **options):
+            calls.append(len(texts))
+            engine.stop()
+            return embed(texts, **options)
+
+        engine.model.embed = stops
+        _, event = Mail(engine, EmbedJob(texts)).rest()
+        assert isinstance(event, Failed)
+        assert isinstance(event.error, StoppingError)
+        assert sum(calls) < len(texts)
+
+
 def test_log_probabilities_and_the_reason_of_an_end_token(engine, tiny):
     events = queue.SimpleQueue()
     engine.submit(Job([1, 2], SamplingParams(logprobs=2, logit_bias={257: 100.0}), 5), events.put)

@@ -62,6 +62,7 @@ def test_a_client_that_leaves_frees_its_slot(server, stream, after):
         (b'{"prompt": "a", "temperature": NaN}', "temperature must be at least 0 and finite"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens: Input should be greater than or equal to 0"),
         (b'{"prompt": "a", "n": 1000}', "n: Input should be less than or equal to 64"),
+        (b'{"prompt": "a", "stop": [%s"x"]}' % (b'"x",' * 64), "a request may have 64 stop strings, not 65"),
         (b'{"prompt": "a", "stop": [""]}', "a stop string must not be empty"),
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": []}', "a request may have 1 to 64 answers"),
@@ -161,9 +162,21 @@ def test_limits_of_size(limited):
     for response in (large, in_parts):
         assert response.status_code == 413
         assert "may have 2000 bytes" in response.json()["error"]["message"]
+        assert response.json()["error"]["code"] == "body_too_large"
     response = limited.post("/v1/completions", {**SHORT, "prompt": "x" * 501}, **KEY)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+def test_the_tokens_of_a_text_that_never_fits_are_not_computed(server, path):
+    text = " " * 300_000
+    field = {"chat/completions": {"messages": [{"role": "user", "content": text}]}, "completions": {"prompt": text}}
+    response = server.post(path, {"model": "tiny", **field.get(path[4:], {"input": text})})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert re.search("the prompt has 300... characters, and this server takes at most 16384 tokens", error["message"])
+    assert error["code"] == "context_length_exceeded"
 
 
 def test_a_key_is_demanded(limited):
@@ -183,10 +196,11 @@ def test_a_key_is_demanded(limited):
 
 
 def test_pages_of_other_origins_need_permission(limited, server):
-    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
     for origin, allowed in (("http://a.example", "http://a.example"), ("http://b.example", None)):
         response = httpx.options(limited.url + "/v1/models", headers={**ask, "Origin": origin})
         assert response.headers.get("access-control-allow-origin") == allowed
+        assert (response.status_code == 200) == (allowed is not None)
         refused = limited.get("/v1/models", headers={"Origin": origin})
         assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (401, allowed)
     response = server.get("/v1/models", headers={"Origin": "http://a.example"})
