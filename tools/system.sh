@@ -20,7 +20,7 @@ install() { # packages...
 }
 
 if [ "${1:-}" = --tests ]; then # without a browser, the tests of the page for chats are skipped
-    command -v chromium >/dev/null || { is_root_debian && install chromium; } || say "no chromium: its tests are skipped"
+    command -v chromium >/dev/null || (is_root_debian && install chromium) || say "no chromium: its tests are skipped"
     exit 0
 fi
 
