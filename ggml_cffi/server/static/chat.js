@@ -4,6 +4,8 @@
 const get = (id) => document.getElementById(id);
 const [chat, form, prompt, send, stop, status, model] = ["chat", "form", "prompt", "send", "stop", "status", "model"].map(get);
 
+const DRAW_EVERY = 50; // milliseconds
+
 let messages = [];
 let running = null; // the AbortController of the answer that arrives
 
@@ -59,32 +61,39 @@ async function answer() {
     method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal,
   });
   if (!response.ok) throw await problem(response);
-  let element = null, reasoning = null, first = 0, pieces = 0, text = "";
-  const count = (n) => {
+  let first = 0, pieces = 0, text = "", drawing = null;
+  const parts = { reasoning: { element: null, fresh: "" }, assistant: { element: null, fresh: "" } };
+  // Drawing for each token would leave the browser no time for clicks.
+  const draw = () => {
+    drawing = null;
+    for (const [role, part] of Object.entries(parts)) {
+      if (!part.fresh) continue;
+      part.element ??= show(role, "");
+      part.element.append(part.fresh);
+      part.fresh = "";
+    }
     const seconds = (performance.now() - first) / 1000;
-    const speed = n > 1 && seconds > 0 ? `, ${((n - 1) / seconds).toFixed(1)} tokens/s` : "";
-    status.textContent = `${n} tokens${speed}, first after ${((first - start) / 1000).toFixed(2)} s`;
+    const speed = pieces > 1 && seconds > 0 ? `, ${((pieces - 1) / seconds).toFixed(1)} tokens/s` : "";
+    status.textContent = `${pieces} tokens${speed}, first after ${((first - start) / 1000).toFixed(2)} s`;
+    if (chat.scrollHeight - chat.scrollTop - chat.clientHeight < 200) chat.scrollTop = chat.scrollHeight;
   };
   try {
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       const delta = event.choices[0]?.delta ?? {};
-      if (delta.reasoning_content) {
-        reasoning ??= show("reasoning", "");
-        reasoning.textContent += delta.reasoning_content;
-      }
-      if (delta.content) {
-        element ??= show("assistant", "");
-        element.textContent = text += delta.content;
-      }
+      text += delta.content ?? "";
+      parts.assistant.fresh += delta.content ?? "";
+      parts.reasoning.fresh += delta.reasoning_content ?? "";
       if (delta.content || delta.reasoning_content) {
         first ||= performance.now();
-        count(++pieces);
-        if (chat.scrollHeight - chat.scrollTop - chat.clientHeight < 200) chat.scrollTop = chat.scrollHeight;
+        pieces += 1;
+        drawing ??= setTimeout(draw, DRAW_EVERY);
       }
-      if (event.usage) count(event.usage.completion_tokens);
+      if (event.usage) pieces = event.usage.completion_tokens;
     }
   } finally {
+    clearTimeout(drawing);
+    if (first) draw();
     if (text) messages.push({ role: "assistant", content: text });
   }
 }
