@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,7 +113,7 @@ class IsolatedEngine(Engine):
         self._numbers = itertools.count()
         self._stopped = False
         self._n_generated = 0
-        self.worker = Worker(open_host, load, path, options, restarts=sys.maxsize)
+        self.worker = Worker(open_host, load, path, options)
         self.facts: Facts = self.worker.call("facts")
         self._thread = threading.Thread(target=self._serve, name="ggml_cffi isolated engine", daemon=True)
         self._thread.start()
@@ -170,6 +169,7 @@ class IsolatedEngine(Engine):
     # ------------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
+        crashed = False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self._stopped)
@@ -177,9 +177,13 @@ class IsolatedEngine(Engine):
                     return
                 commands, self._commands = self._commands, []
             try:
+                if crashed:  # only now: a process that ended between two calls had jobs, which must fail first
+                    self.worker.restart()
+                    crashed = False
                 events = self.worker.call("exchange", commands, _POLL_SECONDS)
             except Exception as error:
                 _logger.error("%s", error)
+                crashed = not self.worker.alive
                 self._fail(error)
                 continue
             for number, event in events:

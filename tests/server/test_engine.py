@@ -1,10 +1,13 @@
 """The engine: events of many jobs, cancelling, the end, and errors that stay with their own job."""
 
+import os
 import queue
+import signal
 
 import numpy as np
 import pytest
 
+import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models import SamplingParams
 from ggml_cffi.server.catalog import open_engine
@@ -143,6 +146,25 @@ def test_log_probabilities_and_the_reason_of_an_end_token(engine, tiny):
     token = events.get(timeout=300)
     assert token.logprob.token_id == token.id
     assert len(token.logprob.top) == 2
+
+
+def test_a_process_that_ends_between_two_calls_ends_its_jobs(tiny, monkeypatch):
+    settings = {"load": {"devices": ["CPU"], "n_ctx": 512, "n_threads": 1}, "parallel": 1, "max_waiting": 1}
+    with IsolatedEngine(open_engine, str(tiny), settings) as engine:
+        call, calls = engine.worker.call, []
+
+        def call_after_a_crash(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                pid = engine.worker.pid
+                os.kill(pid, signal.SIGKILL)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return call(*args)
+
+        monkeypatch.setattr(engine.worker, "call", call_after_a_crash)
+        _, event = Mail(engine, job([1], None)).rest()
+        assert isinstance(event.error, ggml.BackendCrashedError)
+        assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
 
 
 def test_replicas_share_the_jobs(two_gpus, tiny):
