@@ -47,13 +47,14 @@ def end() -> None:
 
 def _listen() -> tuple[int, int]:
     global _pipe, _pid
-    _pipe, _pid = os.pipe(), os.getpid()
-    for fd in _pipe:
+    pipe = os.pipe()
+    for fd in pipe:
         os.set_blocking(fd, False)
     _thread.start_new_thread(
-        _watch, (_pipe[0],)
+        _watch, (pipe[0],)
     )  # a threading.Thread can fail if a signal's exception is raised at its start
-    return _pipe
+    _pid, _pipe = os.getpid(), pipe  # last: a signal's exception before leaves no half of it
+    return pipe
 
 
 def _watch(source: int) -> None:
