@@ -42,9 +42,6 @@ class StepGraphs(Closing):
         Tensors to compute first.
     results
         Tensors to compute, each with the tensor in shared memory that receives its values.
-    copy_results
-        True to copy results to shared memory, rather than to compute them there: for devices whose kernels write single
-        numbers over the bus.
     side_by_side
         True to order nodes so that independent ones are neighbours, for GPUs.
     maker
@@ -59,10 +56,8 @@ class StepGraphs(Closing):
         maker: StepMaker,
         *,
         side_by_side: bool,
-        copy_results: bool = False,
     ) -> None:
         self.rank = rank
-        self._copy_results = copy_results
         self.in_shared_memory: dict[Any, Tensor] = {}
         """Nodes that are computed directly in shared memory, each with the tensor there that it replaces."""
         self.graphs: list[Graph] = []
@@ -96,10 +91,10 @@ class StepGraphs(Closing):
         """Return the tensors at which the graph of each step ends."""
         rank = self.rank
         ends: list[list[Tensor]] = [[*first]] + [[] for _ in rank.all_reduces]
-        for k, s in enumerate(rank.all_reduces):
-            ends[k].append(self._share(s.partial, s.slots[rank.index], k))
-        for t, target in results:
-            ends[-1].append(self._share(t, target, len(rank.all_reduces), copy=self._copy_results))
+        shared = [(s.partial, s.slots[rank.index], k) for k, s in enumerate(rank.all_reduces)]
+        shared += [(t, target, len(rank.all_reduces)) for t, target in results]
+        for t, target, k in shared:
+            ends[k].append(self._share(t, target, k))
         nodes += [t.ptr for tensors in ends for t in tensors]
         for p in self._read_by_later_steps(nodes):
             ends[self._step[p]].append(self._wrap(p))
@@ -147,16 +142,16 @@ class StepGraphs(Closing):
                         stack += [(src, False) for src in p.src if src]
         return found
 
-    def _share(self, t: Tensor, target: Tensor, k: int, *, copy: bool = False) -> Tensor:
+    def _share(self, t: Tensor, target: Tensor, k: int) -> Tensor:
         """Return the node that writes ``t`` to ``target`` in step ``k``: ``t``, or a copy if others read it."""
         p = t.ptr
         alone = self._uses[p] == 1 and self._step[p] == k and p.op not in VIEWS and not p.view_src
-        if alone and t.dtype is target.dtype and not copy:
+        if alone and t.dtype is target.dtype:
             self.in_shared_memory[p] = target
             return t
-        made = self.rank.context.build(c.ggml_cpy, t.ndim, t.ptr, target.ptr)
-        self._step[made.ptr] = k
-        return made
+        copy = self.rank.context.build(c.ggml_cpy, t.ndim, t.ptr, target.ptr)
+        self._step[copy.ptr] = k
+        return copy
 
     def _read_by_later_steps(self, nodes: Sequence[Any]) -> list[Any]:
         """Return the nodes that are read in a later step."""

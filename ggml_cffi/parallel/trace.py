@@ -12,7 +12,7 @@ from ggml_cffi.core import dtypes
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.core.unified import are_peers, has_unified_addresses
+from ggml_cffi.core.unified import are_peers
 from ggml_cffi.enums import Type
 from ggml_cffi.parallel.arena import assign_offsets
 from ggml_cffi.parallel.executors import choose_step_maker
@@ -99,8 +99,7 @@ class ParallelTrace(Closing):
                 first.append(rank.context.build(c.ggml_cpy, 1, source.ptr, target.ptr))
                 self._copies.append((source, target, first[0]))
             maker = choose_step_maker(devices, ahead=ahead)
-            order, copy = not devices[0].is_cpu, has_unified_addresses(devices[0])
-            self.step_graphs.append(StepGraphs(rank, first, outputs, maker, side_by_side=order, copy_results=copy))
+            self.step_graphs.append(StepGraphs(rank, first, outputs, maker, side_by_side=not devices[0].is_cpu))
 
     def _check(self, results: Sequence[Sequence[Any]]) -> None:
         for rank, own in zip(self.ranks, results, strict=True):

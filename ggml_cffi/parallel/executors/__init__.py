@@ -2,8 +2,8 @@
 
 Four classes have one interface (``base``): ``Turns`` (one thread), ``Threads`` (a thread for each device), ``Streams``
 (devices wait for one another without the host) and ``RecordAhead`` (the next step is recorded while the devices compute
-this one, and results are polled in host memory). ``choose`` picks one. Only ``record_ahead`` depends on the inside of
-ggml's Vulkan.
+this one, and results are polled in host memory). ``choose`` picks one. Only ``record_ahead`` depends on the inside
+of ggml's Vulkan, and only ``captured`` on that of its CUDA.
 """
 
 from ggml_cffi.parallel.executors.base import Executor, Freeze, Step, StepMaker, Steps
