@@ -22,9 +22,10 @@ from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures import architecture_of
 from ggml_cffi.models.text import TextMethods
-from ggml_cffi.server.engine import Engine, LocalEngine
+from ggml_cffi.server.engine import Engine
 from ggml_cffi.server.errors import ApiError, QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
+from ggml_cffi.server.local_engine import LocalEngine
 
 
 @dataclass(frozen=True)

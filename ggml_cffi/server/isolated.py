@@ -21,10 +21,10 @@ from ggml_cffi.server.engine import (
     Facts,
     Failed,
     Job,
-    LocalEngine,
     Token,
 )
 from ggml_cffi.server.errors import QueueFullError, StoppingError
+from ggml_cffi.server.local_engine import LocalEngine
 
 #: A job to begin, or None to cancel the one with this number.
 Command = tuple[int, Job | EmbedJob | None]

@@ -11,9 +11,10 @@ import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models import SamplingParams
 from ggml_cffi.server.catalog import open_engine
-from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, LocalEngine, Token, Vectors
+from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, Token, Vectors
 from ggml_cffi.server.errors import QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
+from ggml_cffi.server.local_engine import LocalEngine
 from tests.support import need
 
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]

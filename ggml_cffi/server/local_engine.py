@@ -1,0 +1,358 @@
+"""The engine of a model in this process.
+
+Each replica has one thread, which computes a step for all of its answers at once. A thread for each client would cost a
+third more processor time, and fragment the batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ggml_cffi.models import Timings
+from ggml_cffi.models.generation import Request, Sampler, generate_many
+from ggml_cffi.server.engine import Deliver, EmbedJob, Ended, Engine, Event, Facts, Failed, Job, Token, Vectors
+from ggml_cffi.server.errors import QueueFullError, StoppingError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ggml_cffi.models import Model
+    from ggml_cffi.models.generation import Batcher
+
+#: Tokens of texts that are embedded in one call, which nothing interrupts: several runs of most devices.
+_EMBED_TOKENS = 8192
+
+
+class LocalEngine(Engine):
+    """An engine in this process.
+
+    Parameters
+    ----------
+    model
+        The model. The engine closes it.
+    parallel
+        Largest number of answers in generation at once, on all replicas together.
+    max_waiting
+        Largest number of jobs that wait for that.
+    """
+
+    def __init__(self, model: Model, *, parallel: int = 16, max_waiting: int = 256) -> None:
+        self.model, self.facts = model, facts_of(model)
+        self._max_waiting = max_waiting
+        self._stopped = False
+        each = 1 if model.deterministic else -(-parallel // len(model.batchers))
+        self._replicas = [_Replica(batcher, each) for batcher in model.batchers] if self.facts.generates else []
+        self._embeds = _EmbedQueue(model)
+
+    @property
+    def n_generated(self) -> int:
+        return sum(replica.n_generated for replica in self._replicas)
+
+    def submit(self, job: Job | EmbedJob, deliver: Deliver) -> Callable[[], None]:
+        if self._stopped:
+            raise StoppingError("the server is stopping")
+        if self.n_waiting >= self._max_waiting:
+            raise QueueFullError(f"{self.n_waiting} requests are waiting for this model already: try again later")
+        if isinstance(job, EmbedJob):
+            return self._embeds.add(job, deliver)
+        self.model.architecture.check_decoder()
+        running = _Running(self._request(job), deliver, logprobs=job.params.logprobs is not None)
+        replica = min(self._replicas, key=lambda replica: replica.load)
+        replica.add(running)
+        return lambda: replica.cancel(running)
+
+    def _request(self, job: Job) -> Request:
+        model = self.model
+        if not 0 < len(job.ids) <= model.n_ctx:
+            raise ValueError(f"a prompt has 1 to {model.n_ctx} tokens, not {len(job.ids)}")
+        limit = model.n_ctx + 1 if job.max_tokens is None else job.max_tokens
+        ends = frozenset[int]() if job.params.ignore_eos else model.tokenizer.end_tokens
+        sampler = _GuardedSampler.for_model(job.params, model.architecture.n_vocab, lambda: model.tokenizer)
+        return Request(job.ids, sampler, limit, ends)
+
+    @property
+    def n_waiting(self) -> int:
+        return sum(len(replica.waiting) for replica in self._replicas) + self._embeds.n_waiting
+
+    @property
+    def n_running(self) -> int:
+        return sum(len(replica.active) for replica in self._replicas)
+
+    def stop(self) -> None:
+        self._stopped = True
+        for replica in self._replicas:
+            replica.stop()
+        self._embeds.stop()
+
+    def close(self) -> None:
+        """Stop, wait for the threads, and close the model."""
+        self.stop()
+        for replica in self._replicas:
+            replica.thread.join()
+        self._embeds.thread.join()
+        self.model.close()
+
+
+class _GuardedSampler(Sampler):
+    """A sampler whose exception ends its own answer only: the step serves other clients too."""
+
+    error: Exception | None = None
+
+    def __call__(self, logits: npt.NDArray[np.float32], previous: Sequence[int] = ()) -> int:
+        try:
+            return super().__call__(logits, previous)
+        except Exception as error:
+            self.error, self.logprobs = error, []
+            return 0  # not delivered
+
+    @property
+    def complete(self) -> bool:
+        return self.error is not None or super().complete
+
+
+@dataclass(eq=False)
+class _Running:
+    """An answer that waits or is in generation."""
+
+    request: Request
+    deliver: Deliver
+    logprobs: bool
+    done: bool = field(default=False, init=False)
+
+    def end(self, event: Event) -> None:
+        """Deliver the last event, once."""
+        if not self.done:
+            self.done = True
+            self.deliver(event)
+
+
+class _Replica:
+    """The answers of one batcher, and the thread that computes them. It iterates over the requests to begin now."""
+
+    def __init__(self, batcher: Batcher, parallel: int) -> None:
+        self.batcher = batcher
+        self.waiting: deque[_Running] = deque()
+        self.active: dict[int, _Running] = {}
+        self.n_generated = 0
+        self._parallel = parallel
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()  # guards the two collections
+        self._stopped = False
+        self.thread = threading.Thread(target=self._serve, name="ggml_cffi server", daemon=True)
+        self.thread.start()
+
+    @property
+    def load(self) -> int:
+        """Number of answers that wait or are in generation."""
+        return len(self.waiting) + len(self.active)
+
+    def add(self, running: _Running) -> None:
+        """Append an answer to those that wait."""
+        with self._changed:
+            if self._stopped:
+                raise StoppingError("the server is stopping")
+            self.waiting.append(running)
+            self._changed.notify()
+
+    def cancel(self, running: _Running) -> None:
+        """End an answer: at once if it waits, else with the current step."""
+        running.request.cancel()
+        with self._changed:
+            if running not in self.waiting:
+                return
+            self.waiting.remove(running)
+        running.end(Ended("cancelled"))
+
+    def stop(self) -> None:
+        """End all answers, and then the thread."""
+        with self._changed:
+            self._stopped = True
+            found = [*self.active.values(), *self.waiting]
+            self.waiting.clear()
+            self._changed.notify()
+        for running in found:
+            running.request.cancel()
+            running.end(Failed(StoppingError("the server is stopping")))
+
+    # ------------------------------------------------------------------ the thread
+
+    def _serve(self) -> None:
+        while self._wait():
+            try:
+                with closing(generate_many(self.batcher, self, self._parallel, Timings())) as tokens:
+                    for number, token in tokens:
+                        self._deliver(number, token)
+            except Exception as error:
+                self._fail(error)
+
+    def _wait(self) -> bool:
+        """Wait for a job. Return False if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.waiting or self._stopped)
+            return not self._stopped
+
+    def __iter__(self) -> Iterator[tuple[int, Request]]:
+        return self
+
+    def __next__(self) -> tuple[int, Request]:
+        """Return the request that waits longest, if the KV cache has room for its prompt."""
+        with self._changed:
+            if not self.waiting or not self._has_room(self.waiting[0]):
+                raise StopIteration
+            running = self.waiting.popleft()
+            number = next(self._numbers)
+            self.active[number] = running
+        return number, running.request
+
+    def _has_room(self, running: _Running) -> bool:
+        """Return whether the prompt fits beside the answers in generation, so that none of them is evicted for it."""
+        if not self.active:
+            return True
+        used = sum(len(other.request.ids) + len(other.request.token_ids) for other in self.active.values())
+        return used + len(running.request.ids) <= self.batcher.runner.n_slots
+
+    def _deliver(self, number: int, token: int | None) -> None:
+        running = self.active[number]
+        request, sampler = running.request, running.request.sampler
+        failed = isinstance(sampler, _GuardedSampler) and sampler.error
+        if token is not None and not failed:
+            self.n_generated += 1
+            running.deliver(Token(token, request.logprobs[-1] if running.logprobs else None))
+        elif token is None:
+            with self._changed:
+                del self.active[number]
+            running.end(Failed(failed) if failed else Ended(request.finish_reason or "stop"))
+
+    def _fail(self, error: Exception) -> None:
+        """End the answers in generation: their step failed."""
+        with self._changed:
+            found = [*self.active.values()]
+            self.active.clear()
+        for running in found:
+            running.end(Failed(error))
+
+
+class _EmbedQueue:
+    """The texts that several clients want to embed, and the thread that embeds all of them together."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._jobs: list[tuple[EmbedJob, Deliver]] = []
+        self._changed = threading.Condition()
+        self._stopped = False
+        self.thread = threading.Thread(target=self._serve, name="ggml_cffi embeddings", daemon=True)
+        self.thread.start()
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._jobs)
+
+    def add(self, job: EmbedJob, deliver: Deliver) -> Callable[[], None]:
+        """Append a job, and return a function that takes it out again."""
+        entry = job, deliver
+        with self._changed:
+            if self._stopped:
+                raise StoppingError("the server is stopping")
+            self._jobs.append(entry)
+            self._changed.notify()
+        return lambda: self._cancel(entry)
+
+    def _cancel(self, entry: tuple[EmbedJob, Deliver]) -> None:
+        with self._changed:
+            kept = [other for other in self._jobs if other is not entry]
+            found = len(kept) < len(self._jobs)
+            self._jobs = kept
+        if found:
+            entry[1](Ended("cancelled"))
+
+    def stop(self) -> None:
+        """End the jobs that wait, and then the thread."""
+        with self._changed:
+            self._stopped = True
+            found, self._jobs = self._jobs, []
+            self._changed.notify()
+        for _, deliver in found:
+            deliver(Failed(StoppingError("the server is stopping")))
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._stopped)
+                if self._stopped:
+                    return
+                taken, self._jobs = self._jobs, []
+            for key, group in _grouped(taken).items():
+                self._embed(group, *key)
+
+    def _embed(self, group: list[tuple[EmbedJob, Deliver]], pooling: str | None, normalize: bool) -> None:
+        """Embed the texts of all jobs in as few runs as possible, and deliver to each job its vectors."""
+        texts: list[list[int]] = [ids for job, _ in group for ids in job.texts]
+        events: list[Event]
+        try:
+            parts = []
+            for part in _parts(texts):
+                if self._stopped:  # a long list of texts does not hold up the end of the server
+                    raise StoppingError("the server is stopping")
+                parts.append(self._model.embed(part, pooling=pooling, normalize=normalize))
+            vectors = np.concatenate(parts)
+            ends = list(itertools.accumulate(len(job.texts) for job, _ in group))
+            events = [Vectors(vectors[end - len(job.texts) : end]) for (job, _), end in zip(group, ends, strict=True)]
+        except Exception as error:
+            events = [Failed(error)] * len(group)
+        for (_, deliver), event in zip(group, events, strict=True):
+            deliver(event)
+
+
+def _parts(texts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Yield texts in order, in lists of about ``_EMBED_TOKENS`` tokens."""
+    part: list[list[int]] = []
+    n_tokens = 0
+    for ids in texts:
+        part.append(ids)
+        n_tokens += len(ids)
+        if n_tokens >= _EMBED_TOKENS:
+            yield part
+            part, n_tokens = [], 0
+    if part:
+        yield part
+
+
+def _grouped(jobs: list[tuple[EmbedJob, Deliver]]) -> dict[tuple[str | None, bool], list[tuple[EmbedJob, Deliver]]]:
+    """Return the jobs that may share a call, by its options."""
+    groups: dict[tuple[str | None, bool], list[tuple[EmbedJob, Deliver]]] = {}
+    for job, deliver in jobs:
+        groups.setdefault((job.pooling, job.normalize), []).append((job, deliver))
+    return groups
+
+
+def facts_of(model: Model) -> Facts:
+    """Return the facts of a model."""
+    architecture = model.architecture
+    limit = architecture.max_sequence_length or model.n_ctx
+    return Facts(
+        n_ctx=model.n_ctx,
+        generates=architecture.causal,
+        n_embd=architecture.n_embd,
+        max_embed_tokens=min(model.n_ctx, limit) if _can_embed(model) else 0,
+        n_vocab=architecture.n_vocab,
+        devices=tuple(placed.device for placed in model.placement),
+        n_bytes=sum(device.total for device in model.plan.devices),
+    )
+
+
+def _can_embed(model: Model) -> bool:
+    """Return whether layers are whole on a device, as embeddings need it."""
+    try:
+        return not model.scheduler.closed
+    except ValueError:
+        return False
