@@ -30,7 +30,8 @@ command -v c++ >/dev/null || install g++
 # Every driver manifest other than that of the software device belongs to a GPU.
 has_driver() { find /usr/share/vulkan/icd.d /etc/vulkan/icd.d -name '*.json' "$@" 2>/dev/null | grep -q .; }
 has_gpu() { compgen -G '/dev/dri/renderD*' >/dev/null || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
-loader() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || compgen -G '/usr/lib/*/libvulkan.so.1' >/dev/null; }
+# Programs such as Chromium keep a loader of their own in a folder of /usr/lib, which nothing else finds.
+loader() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || compgen -G '/usr/lib/*-linux-*/libvulkan.so.1' >/dev/null; }
 
 [ "$(uname -s)" = Linux ] || exit 0
 loader || { is_root_debian && install libvulkan1; } || say "no Vulkan loader (libvulkan1): ggml will use the CPU only"
