@@ -348,12 +348,13 @@ class Context(Handle):
     def _forget(self, buffer: Buffer) -> None:
         if buffer not in self._buffers:  # another thread closes the context
             return
-        self._buffers.remove(buffer)
         pointer = buffer.ptr
         for t in self.tensors():
             # A scheduler takes tensors without memory for inputs. Released tensors are recorded here, to be refused.
             if t.ptr.buffer == pointer:
                 self._released.add(t.ptr)
+        # Now, so that a thread that reads a tensor either finds the buffer, and keeps it, or finds the tensor released.
+        self._buffers.remove(buffer)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -395,10 +396,11 @@ class Context(Handle):
             for buffer in tuple(getattr(self, "_buffers", ())):
                 buffer._on_close = None
                 buffer.close()
-            if not self.closed:
+            was_open = not self.closed
+            super().close()  # before the buffers are forgotten: a thread that finds none must find the context closed
+            if was_open:
                 self._buffers.clear()
                 self.uses.clear()
-            super().close()
 
     def __repr__(self) -> str:
         return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"
