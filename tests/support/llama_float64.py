@@ -143,8 +143,8 @@ def random_model(
 ):
     """Write a small model with random weights and grouped-query attention.
 
-    ``more`` adds tensors, ``changes`` changes the metadata. A key that begins with a dot gets the name of the
-    architecture as a prefix.
+    ``more`` adds or replaces tensors, F32 or a pair of type and values. ``changes`` changes the metadata. A key that
+    begins with a dot gets the name of the architecture as a prefix.
     """
     from tests.support import gguf_writer
 
@@ -188,5 +188,6 @@ def random_model(
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(HEAD) for part in ("attn_q", "attn_k")}
         if name == "gemma3":
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
-    tensors |= {name: (ggml.F32, np.asarray(value)) for name, value in (more or {}).items()}
+    for key, value in (more or {}).items():
+        tensors[key] = value if isinstance(value, tuple) else (ggml.F32, np.asarray(value))
     return gguf_writer.write(path, meta, tensors)

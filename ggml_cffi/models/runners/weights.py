@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product, takewhile
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
-from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec
+from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 from ggml_cffi.scheduler import cuda_rules
 
@@ -159,8 +159,10 @@ class Weights(Closing):
         self._whole_attention = whole_attention
         self._specs: dict[int, TensorParallelSpec] = {}
         self._sources: list[_Source] = []
+        self._joined: dict[Tensor, list[Tensor]] = {}  # with their parts
         try:
             self._place_weights()
+            self._join_weights()
             self._place_caches(n_slots, kv_dtype)
             self._alloc()
             if not self._dry:
@@ -256,6 +258,35 @@ class Weights(Closing):
         on_cpu = len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu
         return on_cpu and info.offset % 32 == 0 and _device_type(info) is info.dtype
 
+    def _join_weights(self) -> None:
+        """Make one tensor of weights that multiply the same tokens; see :attr:`Architecture.joined`."""
+        mapped = {t for source in self._sources if self._is_mapped(source) for t in source.tensors}
+        for own, backend in zip(self.by_device, self.backends, strict=True):
+            for layer, names in product(range(self.architecture.n_layers), self.architecture.joined):
+                self._join(own, layer, names, mapped, backend.buffer_type.alignment)
+
+    def _join(
+        self, own: dict[str, Tensor], layer: int, names: Sequence[str], mapped: set[Tensor], alignment: int
+    ) -> None:
+        """Join the first weights that have one type, if there are several, and their biases."""
+        weights, biases = (
+            [t for name in names if (t := own.get(f"blk.{layer}.{name}.{kind}")) is not None]
+            for kind in ("weight", "bias")
+        )
+        dtype = weights[0].dtype if weights else None
+        weights = list(takewhile(lambda t: t.dtype is dtype and t not in mapped, weights))
+        if len(weights) < 2 or len(biases) not in (0, len(names)):
+            return
+        joined = {"weight": weights, "bias": biases[: len(weights)]}
+        if any(t.nbytes % alignment for parts in joined.values() for t in parts):
+            return  # each part begins where a tensor may begin
+        for kind, parts in joined.items():
+            if parts:
+                shape = (sum(t.shape[0] for t in parts), *parts[0].shape[1:])
+                name = joined_name(layer, names[: len(parts)], kind)
+                own[name] = whole = self.context.new_tensor(parts[0].dtype, shape, name=name)
+                self._joined[whole] = parts
+
     def _place_caches(self, n_slots: int, dtype: Type) -> None:
         """Make the tensors of all caches."""
         for stage in self.stages:
@@ -298,17 +329,24 @@ class Weights(Closing):
         """Allocate all tensors that are not mapped from the file."""
         for device, backend in enumerate(self.backends):
             caches = [t for cache in self._caches_on(device) for t in (cache.k, cache.v)]
-            streamed = [
+            joined = [t for t in self.by_device[device].values() if t in self._joined]
+            parts = {t for whole in joined for t in self._joined[whole]}
+            streamed = joined + [
                 tensor
                 for source in self._sources
                 if self._dry or not self._is_mapped(source)
                 for number, tensor in zip(source.devices, source.tensors, strict=True)
-                if number == device and tensor.size
+                if number == device and tensor.size and tensor not in parts
             ]
             if caches:
                 self.context.alloc(backend.buffer_type, caches)
-            if streamed:
-                self.context.alloc(backend.buffer_type, streamed, usage=Usage.WEIGHTS)
+            made = self.context.alloc(backend.buffer_type, streamed, usage=Usage.WEIGHTS) if streamed else []
+            buffers = {buffer.ptr: buffer for buffer in made}
+            for whole in joined:
+                address = c.ffi.cast("char *", whole.ptr.data)
+                for part in self._joined[whole]:
+                    self.context.put(part, buffers[whole.ptr.buffer], address)
+                    address += part.nbytes
 
     def _caches_on(self, device: int) -> Iterator[LayerCache]:
         for stage in self.stages:
