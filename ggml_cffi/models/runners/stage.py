@@ -17,6 +17,7 @@ from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.kv_length import KVLength
+from ggml_cffi.models.runners.link import Link
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
@@ -138,10 +139,25 @@ class StageGraph:
         logits.name = "logits"
         return rank.all_gather(logits)
 
-    def measure(self, backends: Sequence[Backend], key: Key) -> ParallelTrace:
-        """Return the graph without memory, with the number of bytes that it needs."""
+    def measure(
+        self, backends: Sequence[Backend], key: Key, *, receives: bool = False, sends: bool = False
+    ) -> ParallelTrace:
+        """Return the graph without memory, with the number of bytes that it needs.
+
+        Parameters
+        ----------
+        receives, sends
+            True if the stage has a :class:`~ggml_cffi.models.runners.link.Link` from the previous, to the next stage.
+        """
         n = len(backends)
-        return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.input_types(*key))
+        return ParallelTrace(
+            backends,
+            [Rank(r, n) for r in range(n)],
+            self.trace,
+            self.input_types(*key),
+            receives=receives,
+            sends=sends,
+        )
 
 
 class StageProgram(Closing):
@@ -156,20 +172,40 @@ class StageProgram(Closing):
     key
         Sizes of the graph.
     slot
-        Number of the block of host memory for inputs and results.
+        Number of the block of host memory for inputs and results, and of the slot of the links.
+    receives, sends
+        Links from the previous stage and to the next one, if there are any.
     """
 
-    def __init__(self, graph: StageGraph, group: Group, key: Key, slot: int) -> None:
+    def __init__(
+        self,
+        graph: StageGraph,
+        group: Group,
+        key: Key,
+        slot: int,
+        receives: Link | None = None,
+        sends: Link | None = None,
+    ) -> None:
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
         views: list[tuple[Tensor, int]] = []
         trace = partial(graph.trace, kv_views=views)
         self.graph = graph
-        self.program = ParallelProgram(group, ranks, trace, graph.input_types(*key), slot, ahead=not graph.is_first)
+        self.program = ParallelProgram(
+            group,
+            ranks,
+            trace,
+            graph.input_types(*key),
+            slot,
+            ahead=not graph.is_first,
+            source=None if receives is None else receives.buffers[slot],
+            target=None if sends is None else sends.buffers[slot],
+        )
         """The program."""
         masks = [mask for own in self.program.inputs for mask in own[-graph.n_masks :]]
         self._length = KVLength(views, masks, key[1])
         self._masks = self.program.input_arrays[-graph.n_masks :]  # for all KV slots
+        self._n_start = int(receives is None)  # arrays of the first input
         self._lengths: set[int] = set()  # with which the program ran, or is about to run
 
     def write(self, batch: Batch) -> None:
@@ -182,12 +218,13 @@ class StageProgram(Closing):
         if n_kv not in self._lengths:  # flash attention may need more scratch memory than before
             self._lengths.add(n_kv)
             self.program.renew()
-        for target, values in zip(arrays[1:], self.graph.input_values(batch), strict=True):
+        for target, values in zip(arrays[self._n_start :], self.graph.input_values(batch), strict=True):
             fill(target, values)
 
     def write_start(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> None:
-        """Write the first input: tokens, or ``x``, the result of the previous stage."""
-        fill(self.program.input_arrays[0], batch.tokens if x is None else x[: len(batch.tokens)])
+        """Write the first input: tokens, or ``x``, the result of the previous stage. With a link, it is there."""
+        if self._n_start:
+            fill(self.program.input_arrays[0], batch.tokens if x is None else x[: len(batch.tokens)])
 
     def close(self) -> None:
         """Free the program."""
@@ -208,10 +245,14 @@ class Stage(Closing):
         The graph of the layers.
     group
         The devices; closed with this object.
+    receives, sends
+        Links from the previous stage and to the next one, if there are any. The second is closed with this object.
     """
 
-    def __init__(self, graph: StageGraph, group: Group) -> None:
-        self.graph, self.group = graph, group
+    def __init__(
+        self, graph: StageGraph, group: Group, receives: Link | None = None, sends: Link | None = None
+    ) -> None:
+        self.graph, self.group, self.receives, self.sends = graph, group, receives, sends
         self.n_built = 0
         """Number of programs built so far."""
         self._n_batch = self._n_slots = 0
@@ -232,10 +273,11 @@ class Stage(Closing):
             If a device has too little memory.
         """
         self._n_batch, self._n_slots = n_batch, n_slots
-        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0).close()
+        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0, self.receives, self.sends).close()
         if self.group.mirrors:
             self.group.host_block(1, 1)  # as large as the other: batches in flight use both
-        return self.group.device_bytes()
+        received = sum(buffer.size for buffer in self.receives.buffers) if self.receives else 0
+        return [size + received for size in self.group.device_bytes()]
 
     def key_of(self, batch: Batch) -> Key:
         """Return the sizes of the graph that computes a batch."""
@@ -327,7 +369,7 @@ class Stage(Closing):
 
     def _new_program(self, key: Key, slot: int) -> StageProgram:
         self.n_built += 1
-        return StageProgram(self.graph, self.group, key, slot)
+        return StageProgram(self.graph, self.group, key, slot, self.receives, self.sends)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -349,4 +391,6 @@ class Stage(Closing):
     def close(self) -> None:
         """Free programs and memory."""
         self.clear()
+        if self.sends is not None:
+            self.sends.close()
         self.group.close()

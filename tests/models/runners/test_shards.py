@@ -10,7 +10,7 @@ from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.gemma3 import Gemma3
 from ggml_cffi.models.architectures.llama import Llama
 from ggml_cffi.models.architectures.qwen3 import Qwen3
-from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec, even_stages, pipeline
+from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec, even_stages, link, pipeline
 from tests.support import need, relative_error, run_python
 from tests.support.llama_float64 import HEAD, Reference, random_model
 
@@ -173,6 +173,25 @@ def test_batches_in_flight_through_two_stages_of_two_ranks(on_the_cpu, tmp_path,
         batches = [batch(ids[i : i + N_PROMPT], i, N_PROMPT) for i in range(0, len(ids), N_PROMPT)]
         got = [logits.copy() for logits in model.run_all(batches)]
         assert relative_error(np.concatenate(got), want) < 2e-3
+
+
+@pytest.mark.parametrize("stages", [[(0,), (1,), (2,)], [(0,), (1, 2)]], ids=["linked", "shards"])
+@pytest.mark.parametrize("n_batch", [16, 7])
+def test_peers_hand_results_over_in_their_own_memory(on_the_cpu, monkeypatch, tmp_path, rng, stages, n_batch):
+    monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    ids = rng.integers(0, 50, 9 * n_batch)
+    want = Reference(path).forward(ids)
+    with opened(path, ["CPU"] * 3, stages=even_stages(3, stages), n_batch=n_batch) as model:
+        assert [stage.sends is not None for stage in model.stages] == [len(each) == 1 for each in stages[1:]] + [False]
+        for _ in range(2):
+            starts = range(0, len(ids) - n_batch, n_batch)
+            results = model.run_all(batch(ids[i : i + n_batch], i, n_batch) for i in starts)
+            got = [logits.copy() for logits in results]
+            got += [run(model, ids[i : i + 1], i) for i in range(starts.stop, len(ids))]
+            assert relative_error(np.concatenate(got), want) < 2e-3
 
 
 CODE = """
