@@ -49,6 +49,7 @@ def load(
     reserve: int | str | None = None,
     deterministic: bool = False,
     kv_slots: int | None = None,
+    repack: bool | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -97,6 +98,11 @@ def load(
     kv_slots
         Tokens for which the KV cache has room, of all sequences together; default ``n_ctx``. More of them keep several
         long sequences in the cache at once.
+    repack
+        True to arrange weights of the CPU for its fastest kernels, if their type is Q4_0 or IQ4_NL and the processor
+        has them. Loading then reads and copies these weights, which otherwise are pages of the file that the system
+        reads when they are needed, shares among processes, and can drop. Default: if there are no GPUs, and all weights
+        take at most half of the free memory.
 
     Raises
     ------
@@ -120,7 +126,7 @@ def load(
     try:
         architecture = architecture_of(file)
         context = context_of(architecture, n_ctx)
-        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept)
+        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept, repack)
         backends = open_backends(chosen, n_threads)
         planner = Planner(architecture, backends, options, balance, chosen, split, workload)
         found = place_or_raise(planner)
@@ -180,6 +186,7 @@ def open_runners(
                 op_offload=part.op_offload,
                 compute_bytes=[plan.compute_bytes for plan in part.devices],
                 shared_cpu=len(parts) > 1,
+                repack=options.repacks(own, architecture.weight_bytes),
             )
 
 

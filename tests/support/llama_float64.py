@@ -138,6 +138,7 @@ def random_model(
     n_layers=3,
     n_heads=4,
     n_kv=2,
+    n_vocab=50,
     more=None,
     **changes,
 ):
@@ -148,7 +149,7 @@ def random_model(
     """
     from tests.support import gguf_writer
 
-    n_embd, n_ff, n_vocab = 64, 96, 50
+    n_embd, n_ff = 64, 96
     meta = {
         "general.architecture": name,
         f"{name}.block_count": n_layers,

@@ -246,6 +246,11 @@ class Architecture(ABC):
             raise FormatError(f"{self.file.path}: the model has no tensor {name!r}")
         return info
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the file."""
+        return sum(self.tensor_info(name).nbytes for name in self.shapes)
+
     @abstractmethod
     def read(self, meta: Metadata) -> None:
         """Read the sizes from the metadata into attributes."""

@@ -75,6 +75,7 @@ def measure(
         options.kv_dtype,
         stages,
         whole_attention=whole_attention,
+        repack=options.repacks(backends, architecture.weight_bytes),
         context=DryRunContext(),
     )
     hypothetical = any(is_hypothetical(b) for b in backends if not b.device.is_cpu)

@@ -105,6 +105,7 @@ def plan(
     reserve: int | str | None = None,
     measure_speed: bool = False,
     kv_slots: int | None = None,
+    repack: bool | None = None,
 ) -> ModelPlan:
     """Return the placement that :func:`~ggml_cffi.models.load` would choose for a model, with its bytes.
 
@@ -120,7 +121,7 @@ def plan(
         As for :func:`~ggml_cffi.models.load`. Or the devices of another machine, with their free memory: ``"24G"``
         (GiB), or a name and a size. ``["24G", "24G", "CPU:64G"]`` is two GPUs and a CPU. No GPU is opened for them.
         Without the CPU, the plan is for this machine's memory.
-    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve, kv_slots
+    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve, kv_slots, repack
         As for :func:`~ggml_cffi.models.load`. Hypothetical devices cannot be timed for ``split="auto"`` and
         ``balance="speed"``.
     measure_speed
@@ -149,7 +150,7 @@ def plan(
     with GGUFFile(header_path(path), header_only=True) as file:
         architecture = architecture_of(file)
         n_slots = check_kv_slots(kv_slots, context_of(architecture, n_ctx))
-        options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept)
+        options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept, repack)
         backends = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
         try:
             planner = Planner(architecture, backends, options, balance, chosen, split, workload)

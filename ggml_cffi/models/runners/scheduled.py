@@ -124,6 +124,8 @@ class ScheduledRunner(Runner):
         run. GPUs allocate them now, so that loading fails if there is too little memory.
     shared_cpu
         True if other runners use the same backend of the CPU. :meth:`abort` would stop their runs too.
+    repack
+        True to repack weights of the CPU, as for :class:`~ggml_cffi.models.runners.weights.Weights`.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class ScheduledRunner(Runner):
         op_offload: bool = True,
         compute_bytes: Sequence[int] | None = None,
         shared_cpu: bool = False,
+        repack: bool = False,
     ) -> None:
         self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
         stages = stages_of([0] * architecture.n_layers if layer_devices is None else layer_devices)
@@ -146,7 +149,7 @@ class ScheduledRunner(Runner):
         self._closed = False
         self._computing, self.abort_lock = False, RLock()
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
-        self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress)
+        self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
             self.best_prefill_batch = KV_STEP
