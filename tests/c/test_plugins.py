@@ -10,7 +10,13 @@ import ggml_cffi as ggml
 from ggml_cffi.c import library
 from ggml_cffi.c.places import files_of_plugins, version_of_file
 from tests.support import run_python
-from tests.support.libraries import compile_crash, compile_stub, compile_with_missing_dependency, copy_libraries
+from tests.support.libraries import (
+    compile_crash,
+    compile_stub,
+    compile_with_missing_dependency,
+    copy_libraries,
+    use_stub_loader,
+)
 
 _LIST = """
 import json
@@ -39,8 +45,10 @@ def listing(folder, *, before="", **env):
 
 
 @pytest.fixture
-def core(tmp_path):
-    return copy_libraries(tmp_path / "core", plugins=())
+def core(tmp_path, monkeypatch):
+    folder = copy_libraries(tmp_path / "core", plugins=())
+    use_stub_loader(folder, monkeypatch)
+    return folder
 
 
 def test_a_plugin_of_any_name_is_loaded_when_devices_are_listed(core):
@@ -140,6 +148,18 @@ def test_a_gpu_that_two_plugins_reach_is_used_once(core):
     assert list(found["devices"]) == ["CUDA0", "HIP0", "SYCL0", "CPU"]
     assert found["all"] == ["CUDA0", "HIP0", "SYCL0", "OPENCL0", "CPU"]
     assert found["gpus"] == ["CUDA0", "HIP0", "SYCL0"]
+
+
+def test_the_vulkan_plugin_is_loaded_only_with_a_vulkan_loader(core):
+    """The plug-in of a wheel is not linked to the loader: ggml would take it, and find no device."""
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan")
+    found, _ = listing(core)
+    assert found["gpus"] == ["Vulkan0"]
+    (core / "libvulkan.so.1").write_text("no library")
+    found, messages = listing(core)
+    assert found["devices"] == {"CPU": "CPU"}
+    assert "libvulkan.so.1" in found["plugins"]["vulkan"]
+    assert messages == ""
 
 
 @pytest.mark.parametrize("address", ["0000:01:00.0", None])
