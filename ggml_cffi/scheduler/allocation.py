@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.context import Context
+from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.locks import Locks
 from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
@@ -184,8 +185,10 @@ class SchedulerAllocation(SchedulerInspection):
                 self.reset()
             else:
                 self._release()
-            if known is not None and self._is_valid(known, graph):
-                self._alloc_again(graph, known)
+            owners = prepare.graph_owners(graph)  # kept: other threads could close what the leaves are in
+            self.placements.remove_closed()
+            if known is not None and known.is_valid(self.placements, self.buffer_sizes()):
+                self._alloc_again(graph, owners, known)
             else:
                 self.reset()
                 self._alloc_first(graph)
@@ -212,15 +215,9 @@ class SchedulerAllocation(SchedulerInspection):
             self.placements.pinned = {}
         self._hold(prepared, cpu)
 
-    def _is_valid(self, known: Preparation, graph: Graph) -> bool:
-        """Return whether ``graph`` can be allocated without checks. Errors as :meth:`alloc`."""
-        prepare.graph_owners(graph)  # before the leaves are looked at: raises if their context is closed
-        self.placements.remove_closed()
-        return known.is_valid(self.placements, self.buffer_sizes())
-
-    def _alloc_again(self, graph: Graph, known: Preparation) -> None:
+    def _alloc_again(self, graph: Graph, owners: list[Owner], known: Preparation) -> None:
         graph.check_free()
-        prepared = HeldGraph(graph, prepare.graph_owners(graph), known.saved)
+        prepared = HeldGraph(graph, owners, known.saved)
         self.placements.required = known.required
         try:
             prepared.add_operands(known.added)

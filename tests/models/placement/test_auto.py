@@ -7,7 +7,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.core.handle import live
-from ggml_cffi.models.placement import auto, backend_choice, calibration
+from ggml_cffi.models.placement import auto, backend_choice, calibration, reasons
 from tests.support.splits import PROMPT, gpu_memory
 
 
@@ -115,6 +115,7 @@ def two_backends(two_gpus, monkeypatch):
         return [[second]] if chosen in ([0], [first.pci_id]) else []
 
     monkeypatch.setattr(backend_choice, "other_backends", fake)
+    monkeypatch.setattr(reasons, "same_cards", lambda: {second: first})
     return first, second
 
 
@@ -150,6 +151,7 @@ def test_the_model_is_on_the_chosen_backend_alone(two_backends, path, costs):
     before = live()
     with models.load(path, [0], "auto", n_batch=16) as model:
         assert model.plan.reasons == models.plan(path, [0], "auto", n_batch=16).reasons
+        assert model.plan.reasons[1] == f"{second.name} is the card of {two_backends[0].name}, by OTHER."
         assert [share.device for share in model.placement] == [second.name, "CPU"]
         assert live()["Backend"] == before["Backend"] + 2
         model.forward(PROMPT)
