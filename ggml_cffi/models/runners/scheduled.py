@@ -33,10 +33,10 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 
 _FEWEST_GRAPHS = 8  # graphs to keep, however large they are
 _METADATA = 256 << 20  # bytes of all kept graphs: more of them are closed
-_TENSOR_METADATA = 1800  # bytes of a kept graph for each of its tensors, in C and in Python
+_TENSOR_METADATA = 1000  # bytes of a kept graph for each of its tensors, in C and in Python
 _SMALL_RESULT = 16 << 20  # largest bytes of a result for which the runner keeps memory
 _QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
-_CPU_STEP = 16  # the batches of a prompt on the CPU have a multiple of this many tokens, except the last
+_CPU_STEP = 16  # the batches of a prompt on the CPU have a multiple of this many tokens, a bucket, except the last
 
 
 class _ResultMemory:
