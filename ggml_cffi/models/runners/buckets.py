@@ -26,11 +26,11 @@ def bucket(n: int) -> int:
 
 
 def cpu_bucket(n: int) -> int:
-    """Return the number of tokens of the graph for ``n`` tokens on a processor: larger by at most an eighth.
+    """Return the number of tokens of the graph for ``n`` tokens on a processor: larger by at most a sixteenth.
 
     Each row takes time there, also a few of them.
     """
-    step = max(1 << n.bit_length() >> 4, 1)
+    step = max(1 << n.bit_length() >> 5, 1)
     return -(-n // step) * step
 
 
