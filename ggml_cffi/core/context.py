@@ -312,8 +312,13 @@ class Context(Handle):
             self._constants.pop(t.ptr, None)
         return made
 
-    def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Allocate one tensor at ``address`` (``char *`` or ``void *``) in ``buffer``, which this context then owns.
+    def put(self, tensor: Tensor, buffer: Buffer, address: Any, *, owner: Context | None = None) -> None:
+        """Allocate one tensor at ``address`` (``char *`` or ``void *``) in ``buffer``.
+
+        Parameters
+        ----------
+        owner
+            Context that owns the buffer. Default this one, which takes ownership.
 
         C: ``ggml_backend_tensor_alloc``.
         """
@@ -329,7 +334,10 @@ class Context(Handle):
             if start % alignment:
                 raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
             c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
-        self.adopt(buffer)
+        if owner is None:
+            self.adopt(buffer)
+        else:
+            self.use(owner)
         if tensor.ptr in self.row_limits:
             try:
                 tensor.check_row_numbers(tensor.numpy().reshape(-1).view(np.uint8))

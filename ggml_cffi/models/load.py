@@ -15,6 +15,7 @@ from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.hub import local_path
 from ggml_cffi.models.model import Model
+from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
 from ggml_cffi.models.placement.options import (
     Balance,
@@ -26,7 +27,7 @@ from ggml_cffi.models.placement.options import (
     parse_reserve,
 )
 from ggml_cffi.models.placement.placement import Placement
-from ggml_cffi.models.placement.plan import place_or_raise, report
+from ggml_cffi.models.placement.plan import check_fits, report
 from ggml_cffi.models.placement.planner import Planner
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
@@ -65,8 +66,9 @@ def load(
         ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
         several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
         distributed over the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute
-        each token together. ``"auto"``: the fastest of these. The first load times the model for some ten seconds;
-        :attr:`Model.plan` has the reason for the choice.
+        each token together. ``"auto"``: the fastest of these, and of the backends that show the GPUs, such as CUDA and
+        Vulkan, unless ``devices`` has names of a backend's devices. The first load times the model for some ten
+        seconds; :attr:`Model.plan` has the reason for the choice.
     n_ctx
         Largest number of tokens of prompt and answer; default the context of the model's training, at most 4096.
     n_batch
@@ -127,9 +129,15 @@ def load(
         architecture = architecture_of(file)
         context = context_of(architecture, n_ctx)
         options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept, repack)
-        backends = open_backends(chosen, n_threads)
-        planner = Planner(architecture, backends, options, balance, chosen, split, workload)
-        found = place_or_raise(planner)
+        planner, found = place_on_devices(
+            lambda opened: Planner(architecture, opened, options, balance, chosen, split, workload),
+            open_backends(chosen, n_threads),
+            chosen,
+            n_threads,
+            compare=split == "auto",
+        )
+        backends = [*planner.backends]
+        check_fits(planner, found)
         if deterministic:
             _make_deterministic(backends, found)
         for runner in open_runners(architecture, backends, options, found, progress):

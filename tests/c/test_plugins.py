@@ -250,6 +250,30 @@ def test_a_text_that_fits_no_device_or_several_raises_with_the_names(core):
         assert found[text].startswith(f"ValueError: there is no device '{text}'; this machine has CUDA0 (NVIDIA H200)")
 
 
+_OTHERS = """
+import json
+import ggml_cffi as ggml
+from ggml_cffi.core.device import other_backends
+given = [None, [0], [1, "CPU"], ["0000:0b:00.0", "0a:00.0"], ["CUDA0"], ["vulkan0"], [0, "CUDA1"], ["CPU"], []]
+found = [[[d.name for d in own] for own in other_backends(chosen)] for chosen in given]
+print(json.dumps([*found, other_backends([ggml.device(0)])]))
+"""
+
+
+def test_gpus_are_the_devices_of_other_backends_too_unless_a_backend_was_named(core):
+    both = {"DEVICES": 2, "ADDRESS": "0000:0a:00.0", "SECOND_ADDRESS": "0000:0b:00.0"}
+    compile_stub(core / "libggml-cuda.so", **both)
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", **both)
+    compile_stub(core / "libggml-opencl.so", ADDRESS="0000:0b:00.0")  # it shows one of the cards
+    found = json.loads(run_python(_OTHERS, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="").stdout)
+    every, first, second, swapped, *named = found
+    assert every == [["Vulkan0", "Vulkan1"]]
+    assert first == [["Vulkan0"]]
+    assert second == [["Vulkan1", "CPU"], ["OPENCL0", "CPU"]]
+    assert swapped == [["Vulkan1", "Vulkan0"]]
+    assert named == [[]] * 6
+
+
 def test_devices_of_several_backends_cannot_share_layers(core):
     compile_stub(core / "libggml-cuda.so")
     compile_stub(core / "libggml-vulkan.so", NAME="Vulkan")

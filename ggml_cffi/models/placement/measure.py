@@ -18,11 +18,12 @@ from ggml_cffi.models.placement.options import LoadOptions
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.workspace import workspace_bytes
 from ggml_cffi.models.runners.base import kv_slots_for
+from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.link import N_SLOTS, is_linked, link_bytes
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import logits_graph
-from ggml_cffi.models.runners.stage import Key, StageGraph
+from ggml_cffi.models.runners.stage import StageGraph
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph

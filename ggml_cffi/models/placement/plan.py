@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ggml_cffi.core import text
-from ggml_cffi.core.backend import open_backends
+from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.device import DevicesLike, device_list
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.enums import Type
@@ -15,6 +16,7 @@ from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.hub import header_path
+from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import open_hypothetical, parse_devices
 from ggml_cffi.models.placement.options import (
     Balance,
@@ -151,26 +153,30 @@ def plan(
         architecture = architecture_of(file)
         n_slots = check_kv_slots(kv_slots, context_of(architecture, n_ctx))
         options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept, repack)
-        backends = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
+
+        def planner_of(opened: Sequence[Backend]) -> Planner:
+            return Planner(architecture, opened, options, balance, chosen, split, workload)
+
+        opened = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
+        compare = split == "auto" and not hypothetical
+        planner, found = place_on_devices(planner_of, opened, chosen, compare=compare)
         try:
-            planner = Planner(architecture, backends, options, balance, chosen, split, workload)
-            return report(planner, planner.place(), measure_speed=measure_speed)
+            return report(planner, found, measure_speed=measure_speed)
         finally:
-            for backend in backends:
+            for backend in planner.backends:
                 backend.close()
 
 
-def place_or_raise(planner: Planner) -> Placement:
-    """Return the placement of a planner.
+def check_fits(planner: Planner, found: Placement) -> None:
+    """Raise an error if a planner's placement does not fit.
 
     Raises
     ------
     OutOfMemoryError
-        If it does not fit. The message has the missing bytes, and options that fit.
+        The message has the missing bytes, and options that fit.
     """
-    found = planner.place()
     if found.fits:
-        return found
+        return
     lacking = "; ".join(
         f"{d.device} lacks {text.size(d.missing)} of {text.size(d.needed)}"
         + (f" beside a reserve of {text.size(d.reserve)}" if d.reserve else "")

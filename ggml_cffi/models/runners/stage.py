@@ -16,6 +16,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
 from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
 from ggml_cffi.models.runners.link import Link
 from ggml_cffi.models.runners.weights import StageSpec, Weights
@@ -25,30 +26,6 @@ from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.trace import ParallelTrace
 
 _PROGRAMS = 64  # largest number of kept programs
-_EXACT = 8  # largest number of tokens for which GPUs have kernels of their own
-_BUCKET = 16  # smallest difference between larger numbers of tokens
-
-#: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output.
-Key = tuple[int, int, int]
-
-
-def bucket(n: int) -> int:
-    """Return the number of tokens of the graph for ``n`` tokens: larger by at most a quarter, or 15 tokens."""
-    if n <= _EXACT:
-        return n
-    step = max(1 << n.bit_length() >> 3, _BUCKET)
-    return -(-n // step) * step
-
-
-def fill(target: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-    """Write the values of a batch into an input for at least as many tokens; repeat the last token in the others.
-
-    A repeated token writes the same keys and values to the same KV slot again.
-    """
-    n = len(values)
-    target[:n] = values
-    if n < len(target):
-        target[n:] = values[-1]
 
 
 class StageGraph:
@@ -213,7 +190,7 @@ class StageProgram(Closing):
         arrays, n_kv = self.program.input_arrays, batch.mask.shape[1]
         if n_kv != self._length.n_kv:
             self._length.set(n_kv)
-            arrays[-len(self._masks) :] = [_shortened(mask, n_kv) for mask in self._masks]
+            arrays[-len(self._masks) :] = [shortened(mask, n_kv) for mask in self._masks]
             self.program.shorten_last_input(arrays[-1].nbytes)
         if n_kv not in self._lengths:  # flash attention may need more scratch memory than before
             self._lengths.add(n_kv)
@@ -229,11 +206,6 @@ class StageProgram(Closing):
     def close(self) -> None:
         """Free the program."""
         self.program.close()
-
-
-def _shortened(mask: npt.NDArray[Any], n_kv: int) -> npt.NDArray[Any]:
-    """Return the beginning of a mask's memory as a mask of ``n_kv`` KV slots."""
-    return mask.reshape(-1)[: len(mask) * n_kv].reshape(len(mask), n_kv)
 
 
 class Stage(Closing):
@@ -285,11 +257,7 @@ class Stage(Closing):
         if not self.graph.is_resizable:
             return n, n_kv, n_out
         n_rows = min(bucket(n), self._n_batch)
-        if n_out == n:
-            n_out = n_rows
-        elif n_out > 1 and n > _EXACT:  # not all rows: an architecture would take them in the order of the tokens
-            n_out = min(bucket(max(n_out, _EXACT + 1)), n_rows - 1)
-        return n_rows, self._n_slots, n_out
+        return n_rows, self._n_slots, output_bucket(n, n_out, n_rows)
 
     def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
         """Return the program for a batch, after writing all inputs that do not depend on the previous stage.
