@@ -65,7 +65,7 @@ class Service:
 
 
 def check_length(loaded: Loaded, text: str) -> str:
-    """Return a text whose tokens may fit into the context. It takes minutes to find the tokens of millions of spaces.
+    """Return a text whose tokens may fit into the context. It takes seconds to find the tokens of millions of letters.
 
     Raises
     ------
