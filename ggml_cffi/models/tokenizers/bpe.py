@@ -101,7 +101,7 @@ def _merge_common(texts: list[str], ranks: Mapping[str, float], joint: str) -> l
 
     rank, pair = first(word)
     while pair and word.count(pair) > len(word) * _COMMON:
-        left, right = pair
+        left, right = pair[0], pair[1]
         merged = names[ord(left)] + names[ord(right)]
         if merged not in characters:
             characters[merged] = chr(len(names))
