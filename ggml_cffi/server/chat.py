@@ -73,7 +73,7 @@ def _prepare(service: Service, loaded: Loaded, body: ChatBody) -> ChatTask:
         service,
         loaded,
         body.messages,
-        sampling_params(body, grammar=grammar_of(body.response_format), logprobs=logprobs),
+        sampling_params(loaded, body, grammar=grammar_of(body.response_format), logprobs=logprobs),
         choice=tool_choice_of(body),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n,

@@ -71,7 +71,7 @@ def _prepare(service: Service, loaded: Loaded, body: CompletionBody) -> _Task:
     for name in ("suffix", "best_of"):
         if getattr(body, name) not in (None, body.n or 1):
             raise ApiError(400, f"{name} is not supported: leave it out", param=name)
-    stop, params = stop_strings(body.stop), sampling_params(body, logprobs=body.logprobs)
+    stop, params = stop_strings(body.stop), sampling_params(loaded, body, logprobs=body.logprobs)
     prompts = [service.check_prompt(loaded, ids) for ids in prompt_ids(loaded, body.prompt)]
     if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"a request may have 1 to {MAX_CHOICES} answers together", param="prompt")

@@ -8,6 +8,8 @@ from pydantic import BaseModel, Field
 
 #: Largest number of answers to one prompt.
 MAX_CHOICES = 64
+#: Largest number of tokens of ``logit_bias``.
+MAX_BIASES = 1024
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -48,7 +50,7 @@ class SamplingBody(Body):
     """Over prompt and answer; default 1."""
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=MAX_BIASES)] | None = None
     seed: int | None = None
     ignore_eos: bool = False
     """True to continue after an end token."""

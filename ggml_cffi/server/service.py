@@ -85,15 +85,21 @@ def new_id(prefix: str) -> str:
 
 
 def sampling_params(
-    body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
+    loaded: Loaded, body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
 ) -> SamplingParams:
     """Return the parameters of a request, with OpenAI's defaults.
 
     Raises
     ------
+    ApiError
+        If ``logit_bias`` has an id beyond the vocabulary.
     TypeError, ValueError
         If one is out of range.
     """
+    n_vocab = loaded.engine.facts.n_vocab
+    wrong = next((token for token in body.logit_bias or () if not 0 <= token < n_vocab), None)
+    if wrong is not None:
+        raise ApiError(400, f"token ids of logit_bias must be 0 to {n_vocab - 1}, not {wrong}", param="logit_bias")
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=40 if body.top_k is None else body.top_k,

@@ -67,7 +67,9 @@ def test_a_client_that_leaves_frees_its_slot(server, stream, after):
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": []}', "a request may have 1 to 64 answers"),
         (b'{"prompt": [1, 9999]}', "token ids must be 0 to 259, not 9999"),
-        (b'{"prompt": "a", "logit_bias": {"9999": 1}}', "token id 9999"),
+        (b'{"prompt": "a", "logit_bias": {"9999": 1}}', "token ids of logit_bias must be 0 to 259, not 9999"),
+        (b'{"prompt": "a", "logit_bias": {"-1": 1}}', "token ids of logit_bias must be 0 to 259, not -1"),
+        (b'{"prompt": "a", "logit_bias": {%s}}' % b",".join(b'"%d": 1' % i for i in range(1025)), "at most 1024 items"),
         (b'{"prompt": "a", "best_of": 3}', "best_of is not supported"),
         (b'{"\\ud800": "\\ud800"}', "body"),
     ],
@@ -80,6 +82,7 @@ def test_garbage_is_refused_in_the_form_of_openai_s_api(server, data, message):
         assert message in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
+        assert error["param"] == "logit_bias" or b"logit_bias" not in data
 
 
 @pytest.mark.parametrize(

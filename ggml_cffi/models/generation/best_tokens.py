@@ -32,8 +32,8 @@ def best_tokens(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]
 def _candidates(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.intp]:
     """Return ids in ascending order that include the best ``k``: few ones if ``k`` is small.
 
-    The ``k``-th largest of the maxima of disjoint sets is at most the ``k``-th largest logit. Only sets whose maximum is
-    as large have such logits, so one pass over all logits is enough.
+    The ``k``-th largest of the maxima of disjoint sets is at most the ``k``-th largest logit. Only sets whose maximum
+    is as large have such logits, so one pass over all logits is enough.
     """
     n_sets = logits.size // _SET_SIZE
     sets = logits[: n_sets * _SET_SIZE].reshape(_SET_SIZE, n_sets)
