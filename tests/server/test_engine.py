@@ -155,7 +155,7 @@ def test_answers_go_on_between_the_runs_of_a_long_list_of_texts(tiny):
         answer = Mail(engine, job([1], None))
         assert isinstance(answer.events.get(timeout=300), Token)
         watch_embeds(engine, lambda _: counts.append(engine.n_generated))
-        assert isinstance(Mail(engine, EmbedJob([[7] * 100] * 100)).rest()[1], Vectors)
+        assert isinstance(Mail(engine, EmbedJob([[7] * 100] * 300)).rest()[1], Vectors)
         answer.cancel()
         answer.rest()
     assert len(counts) > 10
