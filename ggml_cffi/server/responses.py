@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -220,7 +219,7 @@ async def _events(service: Service, body: ResponsesBody) -> AsyncGenerator[Data,
 
 async def _unnumbered(service: Service, body: ResponsesBody) -> AsyncGenerator[dict[str, Any], None]:
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         answer, output = ChatAnswer(service, loaded, task), _Output()
         head = _head(loaded.name, body)
         begun = False

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from ggml_cffi.models import Grammar, SamplingParams, TokenLogprob
 from ggml_cffi.models.generation import check_stop
@@ -14,10 +18,14 @@ from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.metrics import Metrics
-from ggml_cffi.server.schemas import SamplingBody
+from ggml_cffi.server.schemas import Body, SamplingBody
+
+T = TypeVar("T")
 
 #: Largest number of stop strings: each is looked for after every token.
 _MAX_STOPS = 64
+#: Characters of a request from which on its texts are long: finding their tokens takes a tenth of a second or more.
+_LONG_TEXT = 50_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,25 @@ class Service:
     metrics: Metrics
     max_prompt: int | None = None
     """Largest number of tokens of a prompt; None for the context of the model."""
+    _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
+
+    async def in_thread(self, body: Body, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that finds the tokens of a request in a thread.
+
+        Requests with long texts do so one after the other, also if their clients leave meanwhile: there are only a few
+        threads, and the other requests need one too.
+        """
+        if count_characters(body) < _LONG_TEXT:
+            return await asyncio.to_thread(function, *args)
+        await self._long_texts.acquire()
+        working = asyncio.ensure_future(asyncio.to_thread(function, *args))
+
+        def end(done: asyncio.Future[T]) -> None:
+            self._long_texts.release()
+            _ = done.cancelled() or done.exception()  # no warning about one that nobody awaits
+
+        working.add_done_callback(end)
+        return await asyncio.shield(working)
 
     def check_prompt(self, loaded: Loaded, ids: list[int]) -> list[int]:
         """Return the token ids of a prompt.
@@ -62,6 +89,19 @@ class Service:
                 yield piece
         finally:
             await stream.aclose()
+
+
+def count_characters(value: Any) -> int:
+    """Return the number of characters of the texts in a body or a JSON value. Lists of numbers are skipped."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, BaseModel):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return sum(map(count_characters, value.values()))
+    if isinstance(value, list) and not (value and isinstance(value[0], int)):
+        return sum(map(count_characters, value))
+    return 0
 
 
 def check_length(loaded: Loaded, text: str) -> str:

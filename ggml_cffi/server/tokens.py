@@ -22,7 +22,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         async with service.catalog.use(body.model) as loaded:
-            ids = await asyncio.to_thread(_tokenize, loaded, body)
+            ids = await service.in_thread(body, _tokenize, loaded, body)
             return {"tokens": ids, "count": len(ids), "max_model_len": loaded.engine.facts.n_ctx}
 
     @routes.post("/detokenize")

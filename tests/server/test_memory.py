@@ -2,13 +2,13 @@
 
 import asyncio
 import gc
-import json
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
 from ggml_cffi.server import Catalog, ModelSpec, create_app
+from tests.support.asgi import call
 
 N = 16
 TEXT = {"prompt": "abc", "max_tokens": 3, "ignore_eos": True}
@@ -34,34 +34,6 @@ REQUESTS = [
     ("/tokenize", {"prompt": "abc"}, None),
     ("/nothing", {}, None),
 ]
-
-
-async def call(app, path, body, leaves_after):
-    """Send a request to an application of ASGI. The client leaves after some messages."""
-    data, sent, left = json.dumps(body).encode(), False, asyncio.Event()
-    n = 0
-
-    async def receive():
-        nonlocal sent
-        if not sent:
-            sent = True
-            return {"type": "http.request", "body": data}
-        await left.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(_message):
-        nonlocal n
-        n += 1
-        if n == leaves_after:
-            left.set()
-
-    if leaves_after == 0:
-        asyncio.get_running_loop().call_later(0.01, left.set)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path}
-    scope |= {"query_string": b"", "headers": headers, "root_path": "", "scheme": "http", "state": {}}
-    await app(scope, receive, send)
-    left.set()
 
 
 def count():
