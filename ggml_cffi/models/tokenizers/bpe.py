@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -29,8 +30,8 @@ def merge(symbols: Sequence[str], ranks: Mapping[str, float], joint: str = "") -
 
     Notes
     -----
-    ``O(n log n)`` for ``n`` symbols: the places of each rank are in a heap. A place whose symbols have changed stays in
-    its heap, and is skipped when it comes up.
+    ``O(n log n)`` for ``n`` symbols: pairs are in a heap. A pair whose symbols have changed stays in the heap, and is
+    skipped when it comes up.
     """
     texts = list(symbols)
     if len(texts) >= _LONG_WORD:
@@ -38,41 +39,28 @@ def merge(symbols: Sequence[str], ranks: Mapping[str, float], joint: str = "") -
     n = len(texts)
     after = list(range(1, n + 1))
     before = list(range(-1, n - 1))
-    places: dict[float, list[int]] = {}  # left symbols of the pairs of each rank
-    for i, (left_text, right_text) in enumerate(pairwise(texts)):
-        rank = ranks.get(left_text + joint + right_text)
-        if rank is not None:
-            places.setdefault(rank, []).append(i)
-    lowest = list(places)
-    heapify(lowest)
-
-    def note(left: int, right: int) -> None:
-        rank = ranks.get(texts[left] + joint + texts[right])
-        if rank is not None:
-            if rank not in places:
-                places[rank] = []
-                heappush(lowest, rank)
-            heappush(places[rank], left)
-
-    while lowest:
-        rank = lowest[0]
-        if not places[rank]:
-            heappop(lowest)
-            del places[rank]
-            continue
-        left = heappop(places[rank])
+    neighbours = [left + joint + right for left, right in pairwise(texts)]
+    pairs = [(rank, i, text) for i, text in enumerate(neighbours) if (rank := ranks.get(text)) is not None]
+    heapify(pairs)
+    while pairs:
+        _, left, text = heappop(pairs)
         right = after[left]
         # An empty text marks a symbol that was merged into another one.
-        if not texts[left] or right == n or ranks.get(texts[left] + joint + texts[right]) != rank:
+        if not texts[left] or right == n or texts[left] + joint + texts[right] != text:
             continue
         texts[left] += texts[right]
         texts[right] = ""
         following = after[left] = after[right]
         if following < n:
             before[following] = left
-            note(left, following)
-        if before[left] >= 0:
-            note(before[left], left)
+            text = texts[left] + joint + texts[following]
+            if (rank := ranks.get(text)) is not None:
+                heappush(pairs, (rank, left, text))
+        preceding = before[left]
+        if preceding >= 0:
+            text = texts[preceding] + joint + texts[left]
+            if (rank := ranks.get(text)) is not None:
+                heappush(pairs, (rank, preceding, text))
     return [text for text in texts if text]
 
 
@@ -88,6 +76,8 @@ def _merge_common(texts: list[str], ranks: Mapping[str, float], joint: str) -> l
         return texts
     characters = {name: chr(i) for i, name in enumerate(names)}
     word = "".join([characters[text] for text in texts])
+    if max(Counter(map(add, word, word[1:])).values()) <= len(word) * _COMMON:
+        return texts
 
     def rank_of(left: str, right: str) -> float:
         return ranks.get(names[ord(left)] + joint + names[ord(right)], inf)
