@@ -93,15 +93,18 @@ class Service:
 
 def count_characters(value: Any) -> int:
     """Return the number of characters of the texts in a body or a JSON value. Lists of numbers are skipped."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, BaseModel):
-        value = vars(value)
-    if isinstance(value, Mapping):
-        return sum(map(count_characters, value.values()))
-    if isinstance(value, list) and not (value and isinstance(value[0], int)):
-        return sum(map(count_characters, value))
-    return 0
+    n, rest = 0, [value]
+    while rest:  # no recursion: a body may be nested as deep as the interpreter allows
+        found = rest.pop()
+        if isinstance(found, str):
+            n += len(found)
+        elif isinstance(found, BaseModel):
+            rest += vars(found).values()
+        elif isinstance(found, Mapping):
+            rest += found.values()
+        elif isinstance(found, list) and not (found and isinstance(found[0], int)):
+            rest += found
+    return n
 
 
 def check_length(loaded: Loaded, text: str) -> str:

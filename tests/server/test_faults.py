@@ -142,6 +142,28 @@ def test_a_body_of_many_wrong_values_has_few_errors(body, wrong):
     assert raised.value.error_count() < 10
 
 
+@pytest.mark.parametrize("depth", [300, 600, 800, 900])
+@pytest.mark.parametrize(
+    ("start", "first", "last", "end"),
+    [
+        (b'{"messages": [{"role": "user", "content": ', b"[", b"]", b"}]}"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tool_choice": "required", "tools": '
+            b'[{"type": "function", "function": {"name": "f", "parameters": {"a": ',
+            b'{"properties":',
+            b"}",
+            b"}}}]}",
+        ),
+    ],
+)
+def test_a_body_that_is_nested_too_deeply_is_refused(server, depth, start, first, last, end):
+    data = start + first * depth + b"{}" + last * depth + end
+    headers = {"Content-Type": "application/json"}
+    response = server.post("/v1/chat/completions", content=data, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_unknown_addresses_and_methods_have_an_error_object(server):
     for response, status in ((server.get("/v1/nothing"), 404), (server.get("/v1/completions"), 405)):
         assert response.status_code == status

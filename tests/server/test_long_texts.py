@@ -59,7 +59,21 @@ def test_many_long_texts_leave_threads_to_short_ones(tiny, leaves_after):
 
 @pytest.mark.parametrize(
     ("value", "n"),
-    [("abc", 3), (["abc", "d"], 4), ([1, 2], 0), ([[1], [2]], 0), (None, 0), ({"a": [{"b": "cd"}], "n": 1.5}, 2)],
+    [
+        ("abc", 3),
+        (["abc", "d"], 4),
+        ([1, 2], 0),
+        ([[1], [2]], 0),
+        (None, 0),
+        ({"a": [{"b": "cd"}], "n": 1.5}, 2),
+    ],
 )
 def test_the_characters_of_a_body_are_counted(value, n):
     assert count_characters(value) == n
+
+
+def test_the_characters_of_a_deep_body_are_counted():
+    body = "ab"
+    for _ in range(5000):
+        body = [body]
+    assert count_characters(body) == 2
