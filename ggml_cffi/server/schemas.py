@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 def _check_biases(biases: Any) -> Any:
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         values = {"most": MAX_BIASES, "n": len(biases)}
-        raise PydanticCustomError("too_long", "There may be {most} tokens, not {n}", values)
+        raise PydanticCustomError("too_long", "At most {most} tokens are allowed, not {n}", values)
     return biases
 
 

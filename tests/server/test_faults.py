@@ -81,7 +81,7 @@ def test_a_client_that_leaves_frees_its_slot(server, stream, after):
         (b'{"prompt": "a", "logit_bias": {"-1": 1}}', "token ids of logit_bias must be 0 to 259, not -1"),
         (
             b'{"prompt": "a", "logit_bias": {%s}}' % b",".join(b'"%d": 1' % i for i in range(1025)),
-            "There may be 1024 tokens, not 1025",
+            "At most 1024 tokens are allowed, not 1025",
         ),
         (b'{"prompt": "a", "best_of": 3}', "best_of is not supported"),
         (b'{"\\ud800": "\\ud800"}', "body"),
