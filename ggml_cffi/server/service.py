@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 #: Largest number of stop strings: each is looked for after every token.
 _MAX_STOPS = 64
-#: Characters of a request from which on its texts are long: finding their tokens takes a tenth of a second or more.
+#: Characters of a request, or token ids, from which on its texts are long: to find their tokens takes a tenth of a
+#: second or more.
 _LONG_TEXT = 50_000
 
 
@@ -39,12 +40,12 @@ class Service:
     _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
 
     async def in_thread(self, body: Body, function: Callable[..., T], *args: Any) -> T:
-        """Call a function that finds the tokens of a request in a thread.
+        """Call a function that finds the tokens of a request, or their text, in a thread.
 
         Requests with long texts do so one after the other, also if their clients leave meanwhile: there are only a few
         threads, and the other requests need one too.
         """
-        if count_characters(body) < _LONG_TEXT:
+        if text_length(body) < _LONG_TEXT:
             return await asyncio.to_thread(function, *args)
         await self._long_texts.acquire()
         working = asyncio.ensure_future(asyncio.to_thread(function, *args))
@@ -91,8 +92,8 @@ class Service:
             await stream.aclose()
 
 
-def count_characters(value: Any) -> int:
-    """Return the number of characters of the texts in a body or a JSON value. Lists of numbers are skipped."""
+def text_length(value: Any) -> int:
+    """Return the number of characters of the texts, and of token ids, in a body or a JSON value."""
     n, rest = 0, [value]
     while rest:  # no recursion: a body may be nested as deep as the interpreter allows
         found = rest.pop()
@@ -102,8 +103,10 @@ def count_characters(value: Any) -> int:
             rest += vars(found).values()
         elif isinstance(found, Mapping):
             rest += found.values()
-        elif isinstance(found, list) and not (found and isinstance(found[0], int)):
-            rest += found
+        elif isinstance(found, list):
+            others = [item for item in found if not isinstance(item, int)]
+            n += len(found) - len(others)
+            rest += others
     return n
 
 

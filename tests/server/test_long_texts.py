@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from ggml_cffi.server import Catalog, ModelSpec, create_app
-from ggml_cffi.server.service import count_characters
+from ggml_cffi.server.service import text_length
 from tests.support import PATIENCE
 from tests.support.asgi import call
 
@@ -59,21 +59,14 @@ def test_many_long_texts_leave_threads_to_short_ones(tiny, leaves_after):
 
 @pytest.mark.parametrize(
     ("value", "n"),
-    [
-        ("abc", 3),
-        (["abc", "d"], 4),
-        ([1, 2], 0),
-        ([[1], [2]], 0),
-        (None, 0),
-        ({"a": [{"b": "cd"}], "n": 1.5}, 2),
-    ],
+    [("abc", 3), (["abc", 1, "d"], 5), ([[1], [2]], 2), (None, 0), ({"a": [{"b": "cd"}], "n": 1.5}, 2)],
 )
-def test_the_characters_of_a_body_are_counted(value, n):
-    assert count_characters(value) == n
+def test_the_characters_and_token_ids_of_a_body_are_counted(value, n):
+    assert text_length(value) == n
 
 
 def test_the_characters_of_a_deep_body_are_counted():
     body = "ab"
     for _ in range(5000):
         body = [body]
-    assert count_characters(body) == 2
+    assert text_length(body) == 2
