@@ -2,10 +2,13 @@
 
     python -m benchmarks.serve [--model FILE] [--clients 64] [--seconds 300] [--parallel 16] [--peer PYTHON]
                                [--peer-url URL] [--devices CPU] [--split layer] [--isolate] [--threads 2]
+                               [--deterministic] [--compare N]
 
 Each client sends one request after the other: a prompt of 20 to 500 tokens, and an answer of 16 to 64 tokens, greedy.
-The table has the time to first token, the tokens per second, the memory of the server at a quarter of the time and at
-the end, and the answers that were lost, or that differ from the same prompt's answer alone.
+The table has the time to first token and the tokens per second. Above it are the memory of the server in the course of
+the run, the answers that were lost, and those that differ from the same prompt's answer alone. For these it has the
+largest gap: how much more likely the first other token was alone, as a difference of log probabilities. Rounding gives
+small gaps. A mixed-up answer would have a large one.
 
 ``--peer`` names a Python with llama-cpp-python: the same prompts then go through llama.cpp's C API in one process, with
 as many sequences in a batch, without HTTP. ``--peer-url`` is the address of another server, such as llama.cpp's, which
@@ -35,7 +38,7 @@ import numpy as np
 
 PROMPT_TOKENS, ANSWER_TOKENS = (20, 500), (16, 64)
 N_PROMPTS = 512
-N_ALONE = 24
+N_SAMPLES = 10
 TEXT = Path(__file__).parent.parent / "tests" / "data" / "prose.txt"
 
 
@@ -56,8 +59,8 @@ class Result:
     tokens: int = 0
     """Generated tokens."""
     prompt_tokens: int = 0
-    answers: dict[int, set[str]] = field(default_factory=dict)
-    """Different answers to each prompt."""
+    answers: dict[int, set[tuple[str, ...]]] = field(default_factory=dict)
+    """Different answers to each prompt, as texts of tokens."""
     lost: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -94,8 +97,20 @@ def workload(model: str) -> list[Work]:
 # ---------------------------------------------------------------------- clients
 
 
-async def ask(url: str, work: Work) -> tuple[float, int, str]:
-    """Send one request. Return the seconds to its first token, the number of tokens and the text.
+@dataclass
+class Answer:
+    """The answer to one request."""
+
+    first: float = 0.0
+    """Seconds to the first token."""
+    n: int = 0
+    tokens: list[str] = field(default_factory=list)
+    top: list[dict[str, float]] = field(default_factory=list)
+    """Log probabilities of the most likely tokens at each place."""
+
+
+async def ask(url: str, work: Work, n_top: int = 0) -> Answer:
+    """Send one request.
 
     The client is a socket: a library's would take as much processor time as the server.
     """
@@ -105,6 +120,7 @@ async def ask(url: str, work: Work) -> tuple[float, int, str]:
         "max_tokens": work.n,
         "temperature": 0,
         "ignore_eos": True,
+        "logprobs": n_top,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -113,7 +129,7 @@ async def ask(url: str, work: Work) -> tuple[float, int, str]:
     try:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
-        start, first, n, text = time.perf_counter(), 0.0, 0, ""
+        start, answer = time.perf_counter(), Answer()
         status = await reader.readline()
         if b" 200 " not in status:
             raise ValueError((status + await reader.read()).decode())
@@ -127,47 +143,58 @@ async def ask(url: str, work: Work) -> tuple[float, int, str]:
             event = json.loads(line[6:])
             if "error" in event:
                 raise ValueError(event["error"]["message"])
-            first = first or time.perf_counter() - start
-            text += "".join(choice["text"] for choice in event["choices"])
-            n = (event.get("usage") or {}).get("completion_tokens", n)
+            answer.first = answer.first or time.perf_counter() - start
+            for choice in event["choices"]:
+                logprobs = choice.get("logprobs") or {}
+                answer.tokens += logprobs.get("tokens", [])
+                answer.top += logprobs.get("top_logprobs", [])
+            answer.n = (event.get("usage") or {}).get("completion_tokens", answer.n)
         if not ended:
             raise ValueError("the stream ended early")
-        return first, n, text
+        return answer
     finally:
         writer.close()
 
 
-async def load(url: str, works: list[Work], clients: int, seconds: float) -> Result:
+async def load(result: Result, url: str, works: list[Work], clients: int, seconds: float) -> None:
     """Send requests from many clients until the time is over, and wait for the answers."""
-    result, waiting = Result(), iter(range(10**9))
+    waiting = iter(range(10**9))
     start = time.perf_counter()
 
     async def client() -> None:
         while time.perf_counter() - start < seconds:
             i = next(waiting) % len(works)
             try:
-                first, n, text = await ask(url, works[i])
+                answer = await ask(url, works[i])
             except (ValueError, OSError) as error:
                 result.lost.append(str(error))
                 continue
-            result.first.append(first)
-            result.tokens += n
+            result.first.append(answer.first)
+            result.tokens += answer.n
             result.prompt_tokens += len(works[i].ids)
-            result.answers.setdefault(i, set()).add(text)
+            result.answers.setdefault(i, set()).add(tuple(answer.tokens))
 
     await asyncio.gather(*(client() for _ in range(clients)))
     result.seconds = time.perf_counter() - start
-    return result
 
 
-async def count_different(url: str, works: list[Work], result: Result) -> tuple[int, int]:
-    """Return how many answers differ from those of the same prompts alone, and how many were compared."""
-    compared = sorted(result.answers)[:N_ALONE]
-    different = 0
+async def compare(url: str, works: list[Work], result: Result, n: int) -> str:
+    """Ask for up to ``n`` of the prompts alone, and report the answers that differ."""
+    compared = sorted(result.answers)[:n]
+    gaps = []
     for i in compared:
-        _, _, text = await ask(url, works[i])
-        different += result.answers[i] != {text}
-    return different, len(compared)
+        alone = await ask(url, works[i], n_top=5)
+        gaps += [gap(alone, tokens) for tokens in result.answers[i] if tokens != tuple(alone.tokens)]
+    report = f"answers that differ from those alone: {len(gaps)}, of {len(compared)} prompts"
+    return report + (f"; gaps: median {statistics.median(gaps):.3f}, largest {max(gaps):.3f}" if gaps else "")
+
+
+def gap(alone: Answer, tokens: tuple[str, ...]) -> float:
+    """Return how much less likely the first other token was, infinity if it was not among the most likely ones."""
+    for own, other, top in zip(alone.tokens, tokens, alone.top, strict=False):
+        if own != other:
+            return max(top.values()) - top.get(other, -float("inf"))
+    return float("inf")
 
 
 # ---------------------------------------------------------------------- the server
@@ -180,12 +207,14 @@ def memory_of(pid: int) -> tuple[int, int, int]:
     return found["VmRSS"] >> 10, found["Threads"], len(os.listdir(f"/proc/{pid}/fd"))
 
 
-async def watch(pid: int, seconds: float) -> list[tuple[int, int, int]]:
-    """Return the memory of a process at a quarter of the time and shortly before the end."""
-    await asyncio.sleep(seconds / 4)
-    found = [memory_of(pid)]
-    await asyncio.sleep(seconds * 0.7)
-    return [*found, memory_of(pid)]
+async def watch(pid: int, result: Result, seconds: float) -> None:
+    """Print the memory of a process several times."""
+    for _ in range(N_SAMPLES):
+        await asyncio.sleep(seconds * 0.99 / N_SAMPLES)
+        resident, threads, files = memory_of(pid)
+        print(
+            f"{len(result.first):6} answers: {resident} MiB resident, {threads} threads, {files} open files", flush=True
+        )
 
 
 def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
@@ -197,6 +226,8 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
     command += ["--devices", args.devices] if args.devices else []
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--isolate"] if args.isolate else []
+    command += ["--deterministic"] if args.deterministic else []
+    result = Result()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stderr is not None
@@ -204,20 +235,17 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
             url = next(match[0] for match in found if match)
             threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
 
-            async def run() -> tuple[Result, list[tuple[int, int, int]], tuple[int, int]]:
+            async def run() -> None:
                 await asyncio.gather(*(ask(url, work) for work in works[-2:]))  # warm
-                result, memory = await asyncio.gather(
-                    load(url, works, args.clients, args.seconds), watch(process.pid, args.seconds)
+                await asyncio.gather(
+                    load(result, url, works, args.clients, args.seconds), watch(process.pid, result, args.seconds)
                 )
-                return result, memory, await count_different(url, works, result)
+                print(await compare(url, works, result, args.compare))
 
-            result, memory, (different, compared) = asyncio.run(run())
+            asyncio.run(run())
         finally:
             process.send_signal(signal.SIGINT)
-    for when, (resident, threads, files) in zip(("at a quarter", "at the end"), memory, strict=True):
-        print(f"server {when}: {resident} MiB resident, {threads} threads, {files} open files")
-    print(f"lost answers: {len(result.lost)} {sorted(set(result.lost))[:3]}")
-    print(f"answers that differ from those alone: {different} of {compared}; exit code {process.returncode}")
+    print(f"lost answers: {len(result.lost)} {sorted(set(result.lost))[:3]}; exit code {process.returncode}")
     return result
 
 
@@ -328,6 +356,8 @@ def main() -> None:
     parser.add_argument("--split", default="layer")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--isolate", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="one answer at a time on each device")
+    parser.add_argument("--compare", type=int, default=N_PROMPTS, help="prompts to compare with their answers alone")
     parser.add_argument("--peer", help="a Python that has llama_cpp")
     parser.add_argument("--peer-url", help="address of another server")
     args = parser.parse_args()
@@ -338,7 +368,8 @@ def main() -> None:
     if args.peer:
         rows.append(measure_peer(args, works).row("llama.cpp, C API"))
     if args.peer_url:
-        found = asyncio.run(load(args.peer_url, works, args.clients, args.seconds))
+        found = Result()
+        asyncio.run(load(found, args.peer_url, works, args.clients, args.seconds))
         rows.append(found.row(args.peer_url))
         print(f"lost answers of {args.peer_url}: {len(found.lost)}")
     print(table(rows, right=range(1, len(rows[0]))))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Seconds that streams have to end after Ctrl-C.
 _GRACE = 5
+#: Open files that the server may have; each connection is one.
+_OPEN_FILES = 65536
 
 
 def register(commands: Any) -> None:
@@ -59,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     port = as_integer("--port", args.port, 0, 65535)
     keys = args.api_key or [key for key in [os.environ.get("GGML_CFFI_API_KEY")] if key]
     _warn(args.host, keys)
+    _allow_connections()
     catalog = server.Catalog(
         model_specs(args),
         memory=args.memory,
@@ -88,6 +91,17 @@ def _run(args: argparse.Namespace) -> int:
     with catalog, suppress(KeyboardInterrupt):
         Server(config).run()
     return 0
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files, which is often 1024: connections beyond it would wait, and fill the log."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limit, and a container may forbid it
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def model_specs(args: argparse.Namespace) -> dict[str, ModelSpec]:

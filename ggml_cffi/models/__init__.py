@@ -10,17 +10,10 @@ batches and keeps the KV cache, ``convert`` writes GGUF files.
 ...         print(text, end="", flush=True)
 """
 
+from typing import TYPE_CHECKING
+
+from ggml_cffi.core.lazy_names import lazy_names
 from ggml_cffi.models.architectures.registry import ARCHITECTURES
-from ggml_cffi.models.chat_parser import (
-    ChatMessage,
-    ChatParser,
-    ContentDelta,
-    ReasoningDelta,
-    ToolCall,
-    ToolCallDelta,
-    ToolCallEnd,
-    ToolCallStart,
-)
 from ggml_cffi.models.convert.convert import convert
 from ggml_cffi.models.fetch import fetch
 from ggml_cffi.models.generation.async_stream import AsyncStream
@@ -38,8 +31,29 @@ from ggml_cffi.models.placement.options import SplitMode
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.plan import ModelPlan, plan
 from ggml_cffi.models.placement.speed import SpeedEstimate
-from ggml_cffi.models.sentence_encoder import SentenceEncoder
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ggml_cffi.models.chat_parser import (
+        ChatMessage,
+        ChatParser,
+        ContentDelta,
+        ReasoningDelta,
+        ToolCall,
+        ToolCallDelta,
+        ToolCallEnd,
+        ToolCallStart,
+    )
+    from ggml_cffi.models.sentence_encoder import SentenceEncoder
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ggml_cffi.models.chat_parser": """ChatMessage ChatParser ContentDelta ReasoningDelta ToolCall ToolCallDelta
+            ToolCallEnd ToolCallStart""",
+        "ggml_cffi.models.sentence_encoder": "SentenceEncoder",
+    },
+)
 
 __all__ = [
     "ARCHITECTURES",

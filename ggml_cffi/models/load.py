@@ -13,7 +13,6 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
-from ggml_cffi.models.hub import local_path
 from ggml_cffi.models.model import Model
 from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
@@ -122,6 +121,8 @@ def load(
     chosen = None if devices is None else device_list(devices)
     refuse_hypothetical(chosen)
     workload, dtype, kept = Workload(n_sequences, expected_tokens), as_type(kv_dtype), parse_reserve(reserve)
+    from ggml_cffi.models.hub import local_path  # slow to import
+
     file = GGUFFile(local_path(path))
     backends: list[Backend] = []
     runners: list[Runner] = []

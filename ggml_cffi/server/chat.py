@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -73,7 +72,7 @@ def _prepare(service: Service, loaded: Loaded, body: ChatBody) -> ChatTask:
         service,
         loaded,
         body.messages,
-        sampling_params(body, grammar=grammar_of(body.response_format), logprobs=logprobs),
+        sampling_params(loaded, body, grammar=grammar_of(body.response_format), logprobs=logprobs),
         choice=tool_choice_of(body),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n,
@@ -85,7 +84,7 @@ def _prepare(service: Service, loaded: Loaded, body: ChatBody) -> ChatTask:
 async def _complete(service: Service, body: ChatBody) -> dict[str, Any]:
     """Return the whole answer."""
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         answers = [ChatAnswer(service, loaded, task, i) for i in range(len(task.jobs))]
         logprobs: list[list[TokenLogprob]] = [[] for _ in answers]
         async with aclosing(merged([answer.deltas() for answer in answers])) as deltas:
@@ -107,7 +106,7 @@ async def _complete(service: Service, body: ChatBody) -> dict[str, Any]:
 async def _chunks(service: Service, body: ChatBody) -> AsyncGenerator[Data, None]:
     """Yield the chunks of a stream."""
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         answers = [ChatAnswer(service, loaded, task, i) for i in range(len(task.jobs))]
         head = _head(loaded.name, "chat.completion.chunk") | ({"usage": None} if body.include_usage else {})
         begun: set[int] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -71,7 +70,7 @@ def _prepare(service: Service, loaded: Loaded, body: CompletionBody) -> _Task:
     for name in ("suffix", "best_of"):
         if getattr(body, name) not in (None, body.n or 1):
             raise ApiError(400, f"{name} is not supported: leave it out", param=name)
-    stop, params = stop_strings(body.stop), sampling_params(body, logprobs=body.logprobs)
+    stop, params = stop_strings(body.stop), sampling_params(loaded, body, logprobs=body.logprobs)
     prompts = [service.check_prompt(loaded, ids) for ids in prompt_ids(loaded, body.prompt)]
     if not prompts or len(prompts) * (body.n or 1) > MAX_CHOICES:
         raise ApiError(400, f"a request may have 1 to {MAX_CHOICES} answers together", param="prompt")
@@ -83,7 +82,7 @@ def _prepare(service: Service, loaded: Loaded, body: CompletionBody) -> _Task:
 async def _complete(service: Service, body: CompletionBody) -> dict[str, Any]:
     """Return the whole answers."""
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         found: list[list[Piece]] = [[Piece(text)] for text in task.echoes]
         async with aclosing(_pieces(service, loaded, task)) as pieces:
             async for i, piece in pieces:
@@ -99,7 +98,7 @@ async def _complete(service: Service, body: CompletionBody) -> dict[str, Any]:
 async def _chunks(service: Service, body: CompletionBody) -> AsyncGenerator[Data, None]:
     """Yield the chunks of a stream."""
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         head = _head(loaded.name) | ({"usage": None} if body.include_usage else {})
         begun: set[int] = set()
         offsets = [len(echo) for echo in task.echoes]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from typing import Any
 
@@ -46,7 +45,7 @@ async def _embeddings(service: Service, body: EmbeddingBody) -> dict[str, Any]:
         if body.dimensions not in (None, facts.n_embd):
             message = f"the vectors of {loaded.name!r} have {facts.n_embd} dimensions: leave dimensions out"
             raise ApiError(400, message, param="dimensions")
-        ids = await asyncio.to_thread(prompt_ids, loaded, body.input)
+        ids = await service.in_thread(body, prompt_ids, loaded, body.input)
         vectors = await embed(loaded, EmbedJob(_check_texts(service, loaded, ids), body.pooling))
         _count(service, loaded, ids)
         data = [
@@ -63,7 +62,7 @@ async def _rerank(service: Service, body: RerankBody) -> dict[str, Any]:
             message = f"the model {loaded.name!r} generates text: reranking needs a model for embeddings"
             raise ApiError(400, message, param="model")
         texts = [_text_of(i, document) for i, document in enumerate(body.documents)]
-        ids = await asyncio.to_thread(prompt_ids, loaded, [body.query, *texts])
+        ids = await service.in_thread(body, prompt_ids, loaded, [body.query, *texts])
         query, *documents = await embed(loaded, EmbedJob(_check_texts(service, loaded, ids)))
         _count(service, loaded, ids)
         scores = np.asarray(documents) @ query

@@ -29,7 +29,7 @@ class EmbedJob:
     """Texts to embed."""
 
     texts: list[list[int]]
-    """Token ids of each text."""
+    """Token ids of each text, at least one text."""
     pooling: str | None = None
     normalize: bool = True
 
@@ -105,7 +105,7 @@ class Engine(Closing, ABC):
         StoppingError
             If the engine stops.
         ValueError
-            If the prompt does not fit, or the parameters do not suit the model.
+            If the prompt does not fit, there is no text, or the parameters do not suit the model.
         """
 
     @property

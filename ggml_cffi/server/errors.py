@@ -63,6 +63,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, message, code="out_of_memory")
     if isinstance(error, ValueError | TypeError):
         return ApiError(400, message)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "the body of the request is nested too deeply")
     if isinstance(error, GgmlError):
         return ApiError(500, message)
     return ApiError(500, "internal error: the log of the server has the details")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from ggml_cffi.models import Model
     from ggml_cffi.models.generation import Batcher
 
-#: Tokens of texts that are embedded in one call, which nothing interrupts: several runs of most devices.
+#: Tokens of texts that an encoder embeds in one call, which nothing interrupts: several runs of most devices.
 _EMBED_TOKENS = 8192
+#: Seconds between two looks for the end of a step.
+_POLL_SECONDS = 0.001
 
 
 class LocalEngine(Engine):
@@ -51,7 +54,7 @@ class LocalEngine(Engine):
         self._stopped = False
         each = 1 if model.deterministic else -(-parallel // len(model.batchers))
         self._replicas = [_Replica(batcher, each) for batcher in model.batchers] if self.facts.generates else []
-        self._embeds = _EmbedQueue(model)
+        self._embeds = _EmbedQueue(model, self._replicas)
 
     @property
     def n_generated(self) -> int:
@@ -147,6 +150,7 @@ class _Replica:
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # guards the two collections
         self._stopped = False
+        self._timings = Timings()
         self.thread = threading.Thread(target=self._serve, name="ggml_cffi server", daemon=True)
         self.thread.start()
 
@@ -154,6 +158,17 @@ class _Replica:
     def load(self) -> int:
         """Number of answers that wait or are in generation."""
         return len(self.waiting) + len(self.active)
+
+    def wait_for_step(self) -> None:
+        """Wait until a step has been computed, or there is none to compute."""
+        before = self._run_seconds
+        while self.load and not self._stopped and self._run_seconds == before:
+            time.sleep(_POLL_SECONDS)
+
+    @property
+    def _run_seconds(self) -> float:
+        """Seconds of all steps so far, which each step changes."""
+        return self._timings.prompt_seconds + self._timings.decode_seconds
 
     def add(self, running: _Running) -> None:
         """Append an answer to those that wait."""
@@ -188,7 +203,7 @@ class _Replica:
     def _serve(self) -> None:
         while self._wait():
             try:
-                with closing(generate_many(self.batcher, self, self._parallel, Timings())) as tokens:
+                with closing(generate_many(self.batcher, self, self._parallel, self._timings)) as tokens:
                     for number, token in tokens:
                         self._deliver(number, token)
             except Exception as error:
@@ -241,48 +256,74 @@ class _Replica:
             running.end(Failed(error))
 
 
-class _EmbedQueue:
-    """The texts that several clients want to embed, and the thread that embeds all of them together."""
+@dataclass(eq=False)
+class _Embedding:
+    """Texts that a client wants to embed."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._jobs: list[tuple[EmbedJob, Deliver]] = []
-        self._changed = threading.Condition()
+    job: EmbedJob
+    deliver: Deliver
+    n_taken: int = 0
+    """Number of texts of the calls so far."""
+    vectors: list[npt.NDArray[np.float32]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str | None, bool]:
+        """The options, which jobs of one call share."""
+        return self.job.pooling, self.job.normalize
+
+
+class _EmbedQueue:
+    """The texts that several clients want to embed, and the thread that embeds them, some of each client at once.
+
+    Between two calls each replica computes a step: threads that wait for a lock get it in no order, and a long list of
+    texts would hold up the answers in generation.
+    """
+
+    def __init__(self, model: Model, replicas: Sequence[_Replica]) -> None:
+        self._model, self._replicas = model, replicas
+        self._n_tokens = sum(replica.batcher.runner.n_batch for replica in replicas) or _EMBED_TOKENS
+        self._jobs: list[_Embedding] = []
+        self._changed = threading.Condition()  # guards the jobs
         self._stopped = False
         self.thread = threading.Thread(target=self._serve, name="ggml_cffi embeddings", daemon=True)
         self.thread.start()
 
     @property
     def n_waiting(self) -> int:
-        """Number of jobs that wait."""
-        return len(self._jobs)
+        """Number of jobs that have not begun."""
+        with self._changed:
+            return sum(not job.n_taken for job in self._jobs)
 
     def add(self, job: EmbedJob, deliver: Deliver) -> Callable[[], None]:
         """Append a job, and return a function that takes it out again."""
-        entry = job, deliver
+        if not job.texts:
+            raise ValueError("there are no texts to embed")
+        entry = _Embedding(job, deliver)
         with self._changed:
             if self._stopped:
                 raise StoppingError("the server is stopping")
             self._jobs.append(entry)
             self._changed.notify()
-        return lambda: self._cancel(entry)
+        return lambda: self._end(entry, Ended("cancelled"))
 
-    def _cancel(self, entry: tuple[EmbedJob, Deliver]) -> None:
+    def _end(self, entry: _Embedding, event: Event) -> None:
+        """Take a job out, and deliver its last event, once."""
         with self._changed:
-            kept = [other for other in self._jobs if other is not entry]
-            found = len(kept) < len(self._jobs)
-            self._jobs = kept
-        if found:
-            entry[1](Ended("cancelled"))
+            if entry not in self._jobs:
+                return
+            self._jobs.remove(entry)
+        entry.deliver(event)
 
     def stop(self) -> None:
-        """End the jobs that wait, and then the thread."""
+        """End all jobs, and then the thread."""
         with self._changed:
             self._stopped = True
-            found, self._jobs = self._jobs, []
+            found = [*self._jobs]
             self._changed.notify()
-        for _, deliver in found:
-            deliver(Failed(StoppingError("the server is stopping")))
+        for entry in found:
+            self._end(entry, Failed(StoppingError("the server is stopping")))
+
+    # ------------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
         while True:
@@ -290,49 +331,41 @@ class _EmbedQueue:
                 self._changed.wait_for(lambda: self._jobs or self._stopped)
                 if self._stopped:
                     return
-                taken, self._jobs = self._jobs, []
-            for key, group in _grouped(taken).items():
-                self._embed(group, *key)
+                taken = self._take()
+            self._embed(taken)
+            for replica in self._replicas:
+                replica.wait_for_step()
 
-    def _embed(self, group: list[tuple[EmbedJob, Deliver]], pooling: str | None, normalize: bool) -> None:
-        """Embed the texts of all jobs in as few runs as possible, and deliver to each job its vectors."""
-        texts: list[list[int]] = [ids for job, _ in group for ids in job.texts]
-        events: list[Event]
+    def _take(self) -> list[tuple[_Embedding, list[int]]]:
+        """Return texts for the next call, one of each job in turn. The caller holds the lock."""
+        first = self._jobs[0]
+        waiting = deque(entry for entry in self._jobs if entry.key == first.key)
+        taken: list[tuple[_Embedding, list[int]]] = []
+        n_tokens = 0
+        while waiting and n_tokens < self._n_tokens:
+            entry = waiting.popleft()
+            taken.append((entry, entry.job.texts[entry.n_taken]))
+            entry.n_taken += 1
+            n_tokens += len(taken[-1][1])
+            if entry.n_taken < len(entry.job.texts):
+                waiting.append(entry)
+        done = {entry for entry, _ in taken}
+        self._jobs.sort(key=lambda entry: entry in done)  # the others come first in the next call
+        return taken
+
+    def _embed(self, taken: list[tuple[_Embedding, list[int]]]) -> None:
+        """Embed texts, and deliver the vectors of the jobs that are complete."""
+        pooling, normalize = taken[0][0].key
         try:
-            parts = []
-            for part in _parts(texts):
-                if self._stopped:  # a long list of texts does not hold up the end of the server
-                    raise StoppingError("the server is stopping")
-                parts.append(self._model.embed(part, pooling=pooling, normalize=normalize))
-            vectors = np.concatenate(parts)
-            ends = list(itertools.accumulate(len(job.texts) for job, _ in group))
-            events = [Vectors(vectors[end - len(job.texts) : end]) for (job, _), end in zip(group, ends, strict=True)]
+            vectors = self._model.embed([ids for _, ids in taken], pooling=pooling, normalize=normalize)
         except Exception as error:
-            events = [Failed(error)] * len(group)
-        for (_, deliver), event in zip(group, events, strict=True):
-            deliver(event)
-
-
-def _parts(texts: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield texts in order, in lists of about ``_EMBED_TOKENS`` tokens."""
-    part: list[list[int]] = []
-    n_tokens = 0
-    for ids in texts:
-        part.append(ids)
-        n_tokens += len(ids)
-        if n_tokens >= _EMBED_TOKENS:
-            yield part
-            part, n_tokens = [], 0
-    if part:
-        yield part
-
-
-def _grouped(jobs: list[tuple[EmbedJob, Deliver]]) -> dict[tuple[str | None, bool], list[tuple[EmbedJob, Deliver]]]:
-    """Return the jobs that may share a call, by its options."""
-    groups: dict[tuple[str | None, bool], list[tuple[EmbedJob, Deliver]]] = {}
-    for job, deliver in jobs:
-        groups.setdefault((job.pooling, job.normalize), []).append((job, deliver))
-    return groups
+            for entry, _ in taken:
+                self._end(entry, Failed(error))
+            return
+        for (entry, _), vector in zip(taken, vectors, strict=True):
+            entry.vectors.append(vector)
+            if len(entry.vectors) == len(entry.job.texts):
+                self._end(entry, Vectors(np.stack(entry.vectors)))
 
 
 def facts_of(model: Model) -> Facts:

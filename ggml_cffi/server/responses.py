@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -112,12 +111,12 @@ def _prepare(service: Service, loaded: Loaded, body: ResponsesBody) -> ChatTask:
     if any("logprobs" in name for name in body.include or []):
         raise ApiError(400, "log probabilities are not supported here: use /v1/chat/completions", param="include")
     effort = body.reasoning.effort if body.reasoning else None
-    params = sampling_params(SamplingBody(temperature=body.temperature, top_p=body.top_p), grammar=grammar_of(body))
+    sampling = SamplingBody(temperature=body.temperature, top_p=body.top_p)
     return prepare(
         service,
         loaded,
         messages_of(body),
-        params,
+        sampling_params(loaded, sampling, grammar=grammar_of(body)),
         choice=tool_choice_of(body),
         max_tokens=body.max_output_tokens,
         template_kwargs={} if effort is None else {"reasoning_effort": effort},
@@ -220,7 +219,7 @@ async def _events(service: Service, body: ResponsesBody) -> AsyncGenerator[Data,
 
 async def _unnumbered(service: Service, body: ResponsesBody) -> AsyncGenerator[dict[str, Any], None]:
     async with service.catalog.use(body.model) as loaded:
-        task = await asyncio.to_thread(_prepare, service, loaded, body)
+        task = await service.in_thread(body, _prepare, service, loaded, body)
         answer, output = ChatAnswer(service, loaded, task), _Output()
         head = _head(loaded.name, body)
         begun = False

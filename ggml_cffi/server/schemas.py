@@ -1,19 +1,46 @@
-"""The bodies of requests. Unknown fields are refused, so that no parameter is ignored in silence."""
+"""The bodies of requests. Unknown fields are refused, so that no parameter is ignored in silence.
+
+A body has a few errors at most, also if it has a million wrong values: to collect and describe all of them would take
+minutes, in which the server answers nobody.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+T = TypeVar("T")
+#: A list, whose check ends at the first error.
+List = Annotated[list[T], Field(fail_fast=True)]
 
 #: Largest number of answers to one prompt.
 MAX_CHOICES = 64
+#: Largest number of tokens of ``logit_bias``.
+MAX_BIASES = 1024
 
 Count = Annotated[int, Field(ge=1)]
 
 
+def _check_biases(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        values = {"most": MAX_BIASES, "n": len(biases)}
+        raise PydanticCustomError("too_long", "At most {most} tokens are allowed, not {n}", values)
+    return biases
+
+
 class Body(BaseModel, extra="forbid"):
     """Fields of every request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, data: Any) -> Any:
+        """Leave out all unknown fields but the first, which is the error to report."""
+        if not isinstance(data, dict):
+            return data
+        unknown = next((name for name in data if name not in cls.model_fields), None)
+        return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
 
     model: str | None = None
     """Name of the model; may be missing if there is one only."""
@@ -48,13 +75,13 @@ class SamplingBody(Body):
     """Over prompt and answer; default 1."""
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_check_biases)] | None = None
     seed: int | None = None
     ignore_eos: bool = False
     """True to continue after an end token."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @property
@@ -112,13 +139,13 @@ class ResponseFormat(BaseModel):
 class ChatBody(SamplingBody):
     """The body of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[List[dict[str, Any]], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: List[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -127,7 +154,7 @@ class ChatBody(SamplingBody):
     """Further arguments of the chat template, such as ``{"enable_thinking": false}``."""
 
 
-Prompts = str | list[str] | list[int] | list[list[int]]
+Prompts = str | List[str] | List[int] | List[List[int]]
 
 
 class CompletionBody(SamplingBody):
@@ -156,7 +183,7 @@ class RerankBody(Body):
     """The body of ``/v1/rerank``."""
 
     query: str
-    documents: Annotated[list[str | dict[str, Any]], Field(min_length=1)]
+    documents: Annotated[List[str | dict[str, Any]], Field(min_length=1)]
     top_n: Count | None = None
     return_documents: bool = True
 
@@ -165,8 +192,8 @@ class TokenizeBody(Body):
     """The body of ``/tokenize``: a prompt or messages."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    messages: List[dict[str, Any]] | None = None
+    tools: List[Tool] | None = None
     special: bool = True
     """True if a text such as ``<|im_end|>`` in the prompt means the token of that name."""
 
@@ -174,7 +201,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of ``/detokenize``."""
 
-    tokens: list[int]
+    tokens: List[int]
 
 
 class ResponsesText(BaseModel):
@@ -194,19 +221,19 @@ class ResponsesReasoning(BaseModel):
 class ResponsesBody(Body):
     """The body of ``/v1/responses``."""
 
-    input: str | list[dict[str, Any]]
+    input: str | List[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: List[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: ResponsesText | None = None
     reasoning: ResponsesReasoning | None = None
     previous_response_id: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    include: list[str] | None = None
+    include: List[str] | None = None
     background: bool | None = None
     stream_options: dict[str, Any] | None = None

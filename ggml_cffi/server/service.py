@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from ggml_cffi.models import Grammar, SamplingParams, TokenLogprob
 from ggml_cffi.models.generation import check_stop
@@ -14,10 +18,15 @@ from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.metrics import Metrics
-from ggml_cffi.server.schemas import SamplingBody
+from ggml_cffi.server.schemas import Body, SamplingBody
+
+T = TypeVar("T")
 
 #: Largest number of stop strings: each is looked for after every token.
 _MAX_STOPS = 64
+#: Characters of a request, or token ids, from which on its texts are long: to find their tokens takes a tenth of a
+#: second or more.
+_LONG_TEXT = 50_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,25 @@ class Service:
     metrics: Metrics
     max_prompt: int | None = None
     """Largest number of tokens of a prompt; None for the context of the model."""
+    _long_texts: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
+
+    async def in_thread(self, body: Body, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that finds the tokens of a request, or their text, in a thread.
+
+        Requests with long texts do so one after the other, also if their clients leave meanwhile: there are only a few
+        threads, and the other requests need one too.
+        """
+        if text_length(body) < _LONG_TEXT:
+            return await asyncio.to_thread(function, *args)
+        await self._long_texts.acquire()
+        working = asyncio.ensure_future(asyncio.to_thread(function, *args))
+
+        def end(done: asyncio.Future[T]) -> None:
+            self._long_texts.release()
+            _ = done.cancelled() or done.exception()  # no warning about one that nobody awaits
+
+        working.add_done_callback(end)
+        return await asyncio.shield(working)
 
     def check_prompt(self, loaded: Loaded, ids: list[int]) -> list[int]:
         """Return the token ids of a prompt.
@@ -64,8 +92,26 @@ class Service:
             await stream.aclose()
 
 
+def text_length(value: Any) -> int:
+    """Return the number of characters of the texts, and of token ids, in a body or a JSON value."""
+    n, rest = 0, [value]
+    while rest:  # no recursion: a body may be nested as deep as the interpreter allows
+        found = rest.pop()
+        if isinstance(found, str):
+            n += len(found)
+        elif isinstance(found, BaseModel):
+            rest += vars(found).values()
+        elif isinstance(found, Mapping):
+            rest += found.values()
+        elif isinstance(found, list):
+            others = [item for item in found if not isinstance(item, int)]
+            n += len(found) - len(others)
+            rest += others
+    return n
+
+
 def check_length(loaded: Loaded, text: str) -> str:
-    """Return a text whose tokens may fit into the context. It takes minutes to find the tokens of millions of spaces.
+    """Return a text whose tokens may fit into the context. It takes seconds to find the tokens of millions of letters.
 
     Raises
     ------
@@ -85,15 +131,21 @@ def new_id(prefix: str) -> str:
 
 
 def sampling_params(
-    body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
+    loaded: Loaded, body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
 ) -> SamplingParams:
     """Return the parameters of a request, with OpenAI's defaults.
 
     Raises
     ------
+    ApiError
+        If ``logit_bias`` has an id beyond the vocabulary.
     TypeError, ValueError
         If one is out of range.
     """
+    n_vocab = loaded.engine.facts.n_vocab
+    wrong = next((token for token in body.logit_bias or () if not 0 <= token < n_vocab), None)
+    if wrong is not None:
+        raise ApiError(400, f"token ids of logit_bias must be 0 to {n_vocab - 1}, not {wrong}", param="logit_bias")
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=40 if body.top_k is None else body.top_k,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -22,14 +21,13 @@ def router(service: Service) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         async with service.catalog.use(body.model) as loaded:
-            ids = await asyncio.to_thread(_tokenize, loaded, body)
+            ids = await service.in_thread(body, _tokenize, loaded, body)
             return {"tokens": ids, "count": len(ids), "max_model_len": loaded.engine.facts.n_ctx}
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         async with service.catalog.use(body.model) as loaded:
-            ids = check_ids(loaded, body.tokens)
-            return {"prompt": await asyncio.to_thread(loaded.text.detokenize, ids)}
+            return {"prompt": await service.in_thread(body, _detokenize, loaded, body)}
 
     return routes
 
@@ -41,3 +39,7 @@ def _tokenize(loaded: Loaded, body: TokenizeBody) -> list[int]:
         return loaded.text.tokenize(body.prompt, special=body.special)
     tools = [tool_dict(tool) for tool in body.tools or []]
     return loaded.text.tokenize(body.messages or [], tools=tools or None)
+
+
+def _detokenize(loaded: Loaded, body: DetokenizeBody) -> str:
+    return loaded.text.detokenize(check_ids(loaded, body.tokens))

@@ -1,5 +1,10 @@
 """The command ``ggml-cffi serve``: names of models, warnings, wrong arguments."""
 
+import resource
+import socket
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
 import pytest
 
 pytest.importorskip("fastapi", reason="needs pip install '.[serve]'")
@@ -47,3 +52,17 @@ def test_wrong_arguments_are_one_line(tmp_path):
     assert "parallel must be at least 1" in run("serve", model, "--parallel", "0", code=2).stderr
     assert "--port must be 0 to 65535" in run("serve", model, "--port", "65536", code=2).stderr
     assert "an API key is empty" in run("serve", model, "--api-key", "", code=2).stderr
+
+
+def test_connections_are_not_limited_by_the_usual_number_of_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        with served(byte_level_model(tmp_path / "a.gguf"), "--devices", "CPU") as server, ExitStack() as stack:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            place = urlsplit(server.url)
+            for _ in range(100):
+                stack.enter_context(socket.create_connection((place.hostname, place.port)))
+            assert server.get("/health").status_code == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,5 +1,6 @@
 """The engine: events of many jobs, cancelling, the end, and errors that stay with their own job."""
 
+import itertools
 import os
 import queue
 import signal
@@ -123,20 +124,82 @@ def test_texts_of_several_jobs_are_embedded(engine, tiny):
 def test_a_long_list_of_texts_does_not_hold_up_the_end(tiny):
     texts, calls = [[i % 256] * (1 + i % 400) for i in range(200)], []
     with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=1, max_waiting=1) as engine:
-        embed = engine.model.embed
         _, event = Mail(engine, EmbedJob(texts)).rest()
-        assert np.abs(event.values - embed(texts)).max() < 1e-3
+        assert np.abs(event.values - engine.model.embed(texts)).max() < 1e-3
 
-        def stops(texts, **options):
+        def stop(texts):
             calls.append(len(texts))
             engine.stop()
-            return embed(texts, **options)
 
-        engine.model.embed = stops
+        watch_embeds(engine, stop)
         _, event = Mail(engine, EmbedJob(texts)).rest()
         assert isinstance(event, Failed)
         assert isinstance(event.error, StoppingError)
         assert sum(calls) < len(texts)
+
+
+def watch_embeds(engine, seen):
+    """Let ``seen(texts)`` be called before each call of ``embed`` of the engine's model."""
+    embed = engine.model.embed
+
+    def watched(texts, **options):
+        seen(texts)
+        return embed(texts, **options)
+
+    engine.model.embed = watched
+
+
+def test_answers_go_on_between_the_runs_of_a_long_list_of_texts(tiny):
+    counts = []
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 4096}, parallel=1, max_waiting=2) as engine:
+        answer = Mail(engine, job([1], None))
+        assert isinstance(answer.events.get(timeout=300), Token)
+        watch_embeds(engine, lambda _: counts.append(engine.n_generated))
+        assert isinstance(Mail(engine, EmbedJob([[7] * 100] * 300)).rest()[1], Vectors)
+        answer.cancel()
+        answer.rest()
+    assert len(counts) > 10
+    assert all(after > before for before, after in itertools.pairwise(counts))
+
+
+def test_a_short_list_of_texts_does_not_wait_for_a_long_one(tiny):
+    calls, mails = [], []
+
+    def add(texts):
+        calls.append(texts)
+        if len(calls) == 1:
+            mails.append(Mail(engine, EmbedJob([[9], [8]])))
+            mails.append(Mail(engine, EmbedJob([[6]], pooling="cls")))
+
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=1, max_waiting=3) as engine:
+        watch_embeds(engine, add)
+        texts = [[i % 256] * 100 for i in range(60)]
+        long = Mail(engine, EmbedJob(texts)).rest()[1]
+        assert [9] in calls[1]
+        assert [8] in calls[1]
+        assert [6] in calls[2]
+        found = [mail.rest()[1] for mail in mails]
+    with models.load(tiny, ["CPU"], n_ctx=512) as model:
+        wants = [model.embed(texts), model.embed([[9], [8]]), model.embed([[6]], pooling="cls")]
+    for event, want in zip([long, *found], wants, strict=True):
+        assert np.abs(event.values - want).max() < 1e-3
+
+
+def test_a_client_that_leaves_ends_its_long_list_of_texts(tiny):
+    calls = []
+
+    def leave(texts):
+        calls.append(len(texts))
+        mail.cancel()
+
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=1, max_waiting=1) as engine:
+        watch_embeds(engine, leave)
+        mail = Mail(engine, EmbedJob([[1] * 100] * 100))
+        assert mail.rest()[1] == Ended("cancelled")
+        assert isinstance(Mail(engine, EmbedJob([[1]])).rest()[1], Vectors)
+        assert sum(calls) < 20
+        with pytest.raises(ValueError, match="there are no texts"):
+            engine.submit(EmbedJob([]), print)
 
 
 def test_log_probabilities_and_the_reason_of_an_end_token(engine, tiny):

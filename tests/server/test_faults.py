@@ -11,7 +11,17 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from ggml_cffi.server.schemas import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    RerankBody,
+    ResponsesBody,
+    TokenizeBody,
+)
 from tests.server.conftest import CONTEXT
 from tests.support.http_server import served, until
 
@@ -67,7 +77,12 @@ def test_a_client_that_leaves_frees_its_slot(server, stream, after):
         (b'{"prompt": ""}', "the prompt is empty"),
         (b'{"prompt": []}', "a request may have 1 to 64 answers"),
         (b'{"prompt": [1, 9999]}', "token ids must be 0 to 259, not 9999"),
-        (b'{"prompt": "a", "logit_bias": {"9999": 1}}', "token id 9999"),
+        (b'{"prompt": "a", "logit_bias": {"9999": 1}}', "token ids of logit_bias must be 0 to 259, not 9999"),
+        (b'{"prompt": "a", "logit_bias": {"-1": 1}}', "token ids of logit_bias must be 0 to 259, not -1"),
+        (
+            b'{"prompt": "a", "logit_bias": {%s}}' % b",".join(b'"%d": 1' % i for i in range(1025)),
+            "At most 1024 tokens are allowed, not 1025",
+        ),
         (b'{"prompt": "a", "best_of": 3}', "best_of is not supported"),
         (b'{"\\ud800": "\\ud800"}', "body"),
     ],
@@ -80,6 +95,7 @@ def test_garbage_is_refused_in_the_form_of_openai_s_api(server, data, message):
         assert message in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
+        assert error["param"] == "logit_bias" or b"logit_bias" not in data
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,51 @@ def test_a_wrong_chat_is_refused(server, change, message):
     response = server.post("/v1/chat/completions", {**body, **change})
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (CompletionBody, {"prompt": [1] * 999 + ["a"] * 999}),
+        (CompletionBody, {"prompt": [None] * 999}),
+        (CompletionBody, {"prompt": [["a"] * 999] * 999}),
+        (CompletionBody, {"prompt": "a", "stop": [1] * 999}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {f"a{i}": "a" for i in range(9999)}}),
+        (CompletionBody, {"prompt": "a"} | {f"field{i}": 1 for i in range(999)}),
+        (ChatBody, {"messages": [1] * 999, "tools": [{}] * 999}),
+        (EmbeddingBody, {"input": [{}] * 999}),
+        (RerankBody, {"query": "a", "documents": [1] * 999}),
+        (ResponsesBody, {"input": [1] * 999, "tools": [1] * 999, "include": [1] * 999}),
+        (TokenizeBody, {"messages": [1] * 999}),
+        (DetokenizeBody, {"tokens": ["a"] * 999}),
+    ],
+)
+def test_a_body_of_many_wrong_values_has_few_errors(body, wrong):
+    with pytest.raises(ValidationError) as raised:
+        body.model_validate(wrong)
+    assert raised.value.error_count() < 10
+
+
+@pytest.mark.parametrize("depth", [300, 600, 800, 900])
+@pytest.mark.parametrize(
+    ("start", "first", "last", "end"),
+    [
+        (b'{"messages": [{"role": "user", "content": ', b"[", b"]", b"}]}"),
+        (
+            b'{"messages": [{"role": "user", "content": "a"}], "tool_choice": "required", "tools": '
+            b'[{"type": "function", "function": {"name": "f", "parameters": {"a": ',
+            b'{"properties":',
+            b"}",
+            b"}}}]}",
+        ),
+    ],
+)
+def test_a_body_that_is_nested_too_deeply_is_refused(server, depth, start, first, last, end):
+    data = start + first * depth + b"{}" + last * depth + end
+    headers = {"Content-Type": "application/json"}
+    response = server.post("/v1/chat/completions", content=data, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_unknown_addresses_and_methods_have_an_error_object(server):

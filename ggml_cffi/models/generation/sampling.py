@@ -18,6 +18,10 @@ from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 
 #: Number of most likely tokens that nearly always has those that ``top_p`` and ``min_p`` leave.
 _FEW = 256
+#: The same, if the probabilities are nearly equal.
+_MANY = 4096
+
+_NO_TOKENS = np.empty(0, np.intp)
 
 #: A function of the token ids so far (int32) and of the logits (float32), which it changes in place.
 LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], None]
@@ -269,38 +273,48 @@ class Sampler:
         params = self.params
         if params.temperature == 0:
             return int(logits.argmax())
-        largest = logits.max()
-        if not np.isfinite(largest):  # a broken model: there are no probabilities to draw from
-            return int(logits.argmax())
         tokens = self._candidates(logits)
+        if not tokens.size:  # a broken model: there are no probabilities to draw from
+            return int(logits.argmax())
+        values = logits[tokens].astype(np.float64)
         with np.errstate(over="ignore"):  # by a temperature near 0
-            weights = np.exp((logits[tokens].astype(np.float64) - largest) / params.temperature)
+            weights = np.exp((values - values.max()) / params.temperature)
         distribution = np.cumsum(weights)
         distribution /= distribution[-1]
         return int(tokens[np.searchsorted(distribution, self._random.random(), side="right")])
 
     def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
-        """Return the tokens that ``top_k``, ``top_p`` and ``min_p`` leave.
+        """Return the tokens that ``top_k``, ``top_p`` and ``min_p`` leave; none if the highest logit is not finite.
 
         As few tokens as possible are sorted: a sort of a large vocabulary takes longer than a model on a GPU.
         """
         params = self.params
         n = logits.size
         if not params.top_k and params.top_p == 1 and params.min_p == 0:
-            return np.flatnonzero(logits > -np.inf)
-        for k in (min(params.top_k, n),) if params.top_k else (min(_FEW, n), n):
+            return np.flatnonzero(logits > -np.inf) if np.isfinite(logits.max()) else _NO_TOKENS
+        for k in (min(params.top_k, n),) if params.top_k else (min(_FEW, n), min(_MANY, n), n):
             best = best_tokens(logits, k)
-            ranked = logits[best].astype(np.float64)
-            weights = np.exp(ranked - ranked[0])
+            if not (best.size and np.isfinite(logits[best[0]])):
+                return _NO_TOKENS
             keep = best.size
-            if params.top_p < 1:
-                total = weights.sum() if params.top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
-                keep = int(np.searchsorted(np.cumsum(weights), params.top_p * total)) + 1
-            if params.min_p > 0:
-                keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
+            if params.top_p < 1 or params.min_p > 0:
+                keep = self._count_kept(logits, best)
             if keep < best.size or best.size < k:
                 break
         return best[:keep]
+
+    def _count_kept(self, logits: npt.NDArray[np.float32], best: npt.NDArray[np.intp]) -> int:
+        """Return how many of the best tokens ``top_p`` and ``min_p`` leave."""
+        params = self.params
+        ranked = logits[best].astype(np.float64)
+        keep = best.size
+        if params.top_p < 1:
+            weights = np.exp(ranked - ranked[0])
+            total = weights.sum() if params.top_k else np.exp(logits - logits[best[0]]).sum(dtype=np.float64)
+            keep = int(np.searchsorted(np.cumsum(weights), params.top_p * total)) + 1
+        if params.min_p > 0:
+            keep = min(keep, int(np.count_nonzero(ranked >= ranked[0] + np.log(params.min_p))))
+        return keep
 
     def _adjust(self, logits: npt.NDArray[np.float32], previous: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return ``logits``, or a copy that processors, biases and the grammar have changed."""

@@ -15,7 +15,6 @@ from ggml_cffi.enums import Type
 from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
-from ggml_cffi.models.hub import header_path
 from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import open_hypothetical, parse_devices
 from ggml_cffi.models.placement.options import (
@@ -146,6 +145,8 @@ def plan(
     >>> print(models.plan("model.gguf", n_ctx=8192))  # doctest: +SKIP
     """
     check_options(split, n_batch)
+    from ggml_cffi.models.hub import header_path  # slow to import
+
     chosen = None if devices is None else device_list(devices)
     workload, kept = Workload(n_sequences, expected_tokens), parse_reserve(reserve)
     hypothetical = parse_devices(chosen)

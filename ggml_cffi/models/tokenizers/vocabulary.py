@@ -228,6 +228,7 @@ class Vocabulary:
             parts += [before.rstrip(_WHITESPACE) if token in self._strip_left else before, token]
             at = found + len(text)
             if token in self._strip_right:
-                at += len(part) - at - len(part[at:].lstrip(_WHITESPACE))
+                while at < len(part) and part[at] in _WHITESPACE:
+                    at += 1
         parts.append(part[at:])
         return [new for new in parts if new != ""]

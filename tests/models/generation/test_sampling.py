@@ -72,6 +72,18 @@ def test_logits_that_are_not_finite_give_some_token():
     assert Sampler(temperature=1.0)(np.full(4, np.nan, np.float32)) in range(4)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 1.0}, {"top_k": 0, "min_p": 0.1}])
+def test_a_single_logit_that_is_not_finite_is_chosen_from_a_large_vocabulary(rng, value, options):
+    logits = rng.standard_normal(5001).astype(np.float32)
+    for token in (0, 2345, 5000):
+        broken = logits.copy()
+        broken[token] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert {Sampler(temperature=1.0, **options)(broken) for _ in range(5)} == {token}
+
+
 def test_extreme_parameters_give_tokens_without_a_warning():
     logits = np.array([0.0, 3.0, 2.0, -1.0], np.float32)
     with warnings.catch_warnings():
@@ -215,10 +227,21 @@ def test_best_tokens_are_the_first_of_all_in_order(rng, size):
     few[-1] = 1
     assert best_tokens(few, 10).tolist() == [size - 1]
     assert best_tokens(np.full(size, np.nan, np.float32), 10).size == min(size, 10)
+    few[0] = np.nan
+    assert best_tokens(few, 10).tolist() == [0, size - 1][:size]
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_p": 0.4}, {"min_p": 0.001}, {"top_p": 0.9999}, {"top_k": 700}, {"top_k": 700, "top_p": 0.1}, {}]
+    "options",
+    [
+        {"top_p": 0.4},
+        {"min_p": 0.001},
+        {"min_p": 0.01},
+        {"top_p": 0.9999},
+        {"top_k": 700},
+        {"top_k": 700, "top_p": 0.1},
+        {},
+    ],
 )
 def test_a_large_vocabulary_is_limited_as_a_sort_of_all_limits_it(rng, options):
     logits = (2 * rng.standard_normal(20_000)).astype(np.float32)
