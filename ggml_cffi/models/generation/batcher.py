@@ -43,7 +43,7 @@ class Batcher(Closing):
 
     def __init__(self, runner: Runner, n_ctx: int, *, one_by_one: bool = False, alignment: int = 0) -> None:
         self.runner, self.n_ctx = runner, n_ctx
-        self.cache = KVCache(runner, alignment)
+        self.cache = KVCache(runner, n_ctx, alignment)
         """The KV cache. Only the thread that holds :attr:`lock` may use it."""
         self.active: list[TokenSequence] = []
         """Sequences in generation, in the order in which they began."""
@@ -184,6 +184,7 @@ class Batcher(Closing):
         first = len(ids) - n_out
         with self.exclusive() as cache:
             cache_id = self.allocate(len(ids))
+            cache.place(cache_id, len(ids))
             ranges = self._batches.ranges(0, len(ids))
             batches = (self._batches.chunk(cache_id, ids, start, end, first) for start, end in ranges)
             try:
@@ -301,6 +302,21 @@ class Batcher(Closing):
 
     def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""
+        if not self.runner.attends_to_ranges or len(parts) == 1:
+            return self._run_together(parts)
+        # The tokens of one part would attend to the slots of all. First those that need one token each.
+        first = [part for part in parts if part[1] == 1]
+        found = [self._run_together(first).copy()] if first else []
+        found += [self._run_together([part]).copy() for part in parts if part[1] > 1]
+        return np.concatenate(found)
+
+    def _run_together(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
+        """Compute the parts in one batch, or several batches in flight for a single part."""
+        for sequence, n in parts:
+            if sequence.n_cached:
+                self.cache.clear_next(sequence.cache_id, n)
+            else:
+                self.cache.place(sequence.cache_id, sequence.n_pending)
         try:
             if all(n == 1 for _, n in parts):
                 return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))

@@ -1,7 +1,7 @@
-"""The number of KV slots that a graph reads, changed in place.
+"""The KV slots that a graph reads, changed in place.
 
 A graph of 32 layers takes tens of milliseconds to build. It is built once for all KV slots; before a run, the views of
-the caches and the masks are shortened to the slots in use. No tensor that a run computes depends on that number.
+the caches, the masks and the scores are changed to the slots in use. No other tensor depends on them.
 """
 
 from __future__ import annotations
@@ -9,26 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ggml_cffi import c
 from ggml_cffi.core.dtypes import row_size
 from ggml_cffi.core.tensor import Tensor
+from ggml_cffi.models.architectures.base import KVView
 
 
 class KVLength:
-    """The tensors of one graph whose size is the number of KV slots.
+    """The tensors of one graph that depend on the KV slots that attention reads.
 
     Parameters
     ----------
     views
-        Views of the caches, each with the number of the axis of the slots, in ggml's order.
-    masks
-        Attention masks ``(n, n_kv)``.
+        Views of the caches, which have memory.
+    rows
+        Contiguous tensors ``(..., n_kv)``: masks and scores.
     n_kv
-        The number with which the graph was built: the largest one.
+        The number of KV slots with which the graph was built.
+    ranges
+        True if attention has an axis of ranges of KV slots.
     """
 
-    def __init__(self, views: Sequence[tuple[Tensor, int]], masks: Sequence[Tensor], n_kv: int) -> None:
-        self._views: list[tuple[Any, int]] = [(view.ptr, axis) for view, axis in views]
-        self._masks = [(mask.ptr, mask.dtype, mask.shape[0]) for mask in masks]
+    def __init__(self, views: Sequence[KVView], rows: Sequence[Tensor], n_kv: int, *, ranges: bool = False) -> None:
+        self._sizes = [(view.tensor.ptr, view.axis) for view in views]
+        self._places = [(view.tensor.ptr, view.slot_bytes, _address(view.tensor.ptr.view_src)) for view in views]
+        self._rows: list[tuple[Any, Any]] = [(t.ptr, t.dtype) for t in rows]
+        self._ranges = ranges
+        self._place = (0, 0)
         self.n_kv = n_kv
         """The number of KV slots that the next run reads."""
 
@@ -36,10 +43,27 @@ class KVLength:
         """Change the number, while no run is in progress."""
         if n_kv == self.n_kv:
             return
-        for p, axis in self._views:
+        for p, axis in self._sizes:
             p.ne[axis] = n_kv
-        for p, dtype, n in self._masks:
-            size = row_size(dtype, n_kv)
+        for p, dtype in self._rows:
             p.ne[0] = n_kv
-            p.nb[1], p.nb[2], p.nb[3] = size, n * size, n * size
+            size = row_size(dtype, n_kv)
+            for axis in (1, 2, 3):
+                p.nb[axis] = size
+                size *= p.ne[axis]
         self.n_kv = n_kv
+
+    def move(self, start: int, stride: int) -> None:
+        """Change the first KV slot, and the number of slots from one range to the next."""
+        if (start, stride) == self._place:
+            return
+        for p, slot_bytes, base in self._places:
+            p.view_offs = start * slot_bytes
+            p.data = c.ffi.cast("void *", base + start * slot_bytes)
+            if self._ranges:
+                p.nb[3] = stride * slot_bytes
+        self._place = start, stride
+
+
+def _address(p: Any) -> int:
+    return int(c.ffi.cast("uintptr_t", p.data))

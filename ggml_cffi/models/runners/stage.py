@@ -14,9 +14,10 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.lru import LRU
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
+from ggml_cffi.models.architectures.base import Architecture, Inputs, KVView, LayerCache
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.kv_length import KVLength
+from ggml_cffi.models.runners.sizes import Buckets, fill
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
@@ -24,30 +25,10 @@ from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.trace import ParallelTrace
 
 _PROGRAMS = 64  # largest number of kept programs
-_EXACT = 8  # largest number of tokens for which GPUs have kernels of their own
-_BUCKET = 16  # smallest difference between larger numbers of tokens
+_BUCKETS = Buckets(16, 4)  # larger by at most a quarter, or 15 tokens
 
 #: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output.
 Key = tuple[int, int, int]
-
-
-def bucket(n: int) -> int:
-    """Return the number of tokens of the graph for ``n`` tokens: larger by at most a quarter, or 15 tokens."""
-    if n <= _EXACT:
-        return n
-    step = max(1 << n.bit_length() >> 3, _BUCKET)
-    return -(-n // step) * step
-
-
-def fill(target: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
-    """Write the values of a batch into an input for at least as many tokens; repeat the last token in the others.
-
-    A repeated token writes the same keys and values to the same KV slot again.
-    """
-    n = len(values)
-    target[:n] = values
-    if n < len(target):
-        target[n:] = values[-1]
 
 
 class StageGraph:
@@ -116,9 +97,7 @@ class StageGraph:
             found.append(batch.mask if batch.window_mask is None else batch.window_mask)
         return found
 
-    def trace(
-        self, rank: Rank, *inputs: Tensor, kv_views: list[tuple[Tensor, int]] | None = None
-    ) -> Tensor | AllGather:
+    def trace(self, rank: Rank, *inputs: Tensor, kv_views: list[KVView] | None = None) -> Tensor | AllGather:
         """Build the graph of one device: to logits ``(n_out, n_vocab)``, or the next stage's input ``(n, n_embd)``.
 
         ``kv_views`` receives the views that :class:`KVLength` needs.
@@ -162,7 +141,7 @@ class StageProgram(Closing):
     def __init__(self, graph: StageGraph, group: Group, key: Key, slot: int) -> None:
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        views: list[tuple[Tensor, int]] = []
+        views: list[KVView] = []
         trace = partial(graph.trace, kv_views=views)
         self.graph = graph
         self.program = ParallelProgram(group, ranks, trace, graph.input_types(*key), slot, ahead=not graph.is_first)
@@ -242,11 +221,7 @@ class Stage(Closing):
         n, n_kv, n_out = len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
         if not self.graph.is_resizable:
             return n, n_kv, n_out
-        n_rows = min(bucket(n), self._n_batch)
-        if n_out == n:
-            n_out = n_rows
-        elif n_out > 1 and n > _EXACT:  # not all rows: an architecture would take them in the order of the tokens
-            n_out = min(bucket(max(n_out, _EXACT + 1)), n_rows - 1)
+        n_rows, n_out = _BUCKETS.sizes(n, n_out, self._n_batch)
         return n_rows, self._n_slots, n_out
 
     def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
