@@ -12,7 +12,8 @@ from ggml_cffi.models.generation.kv_slots import FREE, KVRanges, KVSlots
 
 #: Attention reads a multiple of this many KV slots.
 STEP = 32
-_ROOM = 256  # slots beyond its prompt that a new sequence gets, if there are as many
+_ROOM = 128  # slots beyond its prompt that a new sequence gets, if there are as many
+_MANY = 4  # lanes from which a kept sequence rather leaves its lane than that another one begins within a lane
 
 
 class NeighborSlots(KVSlots):
@@ -61,11 +62,11 @@ class NeighborSlots(KVSlots):
         kept_or_free = free | np.isin(self.sequence, [*kept]) if kept else free
         free_run, open_run = _run_lengths(free), _run_lengths(kept_or_free)
         parts = [self._lane >> k for k in range(self._lane.bit_length()) if self._lane >> k >= STEP]
-        several = [self._lane] if 2 * self._lane <= len(self) else []
+        many = parts[:1] if _MANY * self._lane <= len(self) else []
         for fits, distances, good in (
             (True, parts[:1], (free_run >= n) & (open_run >= self._lane)),
+            (False, many, open_run >= self._lane),
             (True, parts[1:], (free_run >= n) & (open_run >= n + _ROOM)),
-            (False, several, open_run >= self._lane),  # rather than a place between other sequences
             (True, parts, free_run >= n),
             (False, parts, open_run >= n),
         ):
