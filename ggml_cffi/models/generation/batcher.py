@@ -302,35 +302,35 @@ class Batcher(Closing):
 
     def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""
-        if not self.runner.attends_to_ranges or len(parts) == 1:
-            return self._run_together(parts)
-        # The tokens of one part would attend to the slots of all. First those that need one token each.
-        first = [part for part in parts if part[1] == 1]
-        found = [self._run_together(first).copy()] if first else []
-        found += [self._run_together([part]).copy() for part in parts if part[1] > 1]
-        return np.concatenate(found)
+        try:
+            if not self.runner.attends_to_ranges or len(parts) == 1:
+                return self._run_together(parts)
+            # In one batch, the tokens of a prompt would attend to the slots of all sequences.
+            single = [part for part in parts if part[1] == 1]
+            found = [self._run_together(single).copy()] if single else []
+            found += [self._run_together([part]).copy() for part in parts if part[1] > 1]
+            return np.concatenate(found)
+        except BaseException:  # after a failure the contents of the new slots are unknown
+            for sequence, _ in parts:
+                self.cache.slots.release(sequence.cache_id, sequence.n_cached)
+            raise
 
     def _run_together(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
-        """Compute the parts in one batch, or several batches in flight for a single part."""
+        """Compute the parts in one batch, or a single part in several."""
         for sequence, n in parts:
             if sequence.n_cached:
                 self.cache.clear_next(sequence.cache_id, n)
             else:
                 self.cache.place(sequence.cache_id, sequence.n_pending)
-        try:
-            if all(n == 1 for _, n in parts):
-                return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
-            if len(parts) == 1:
-                ((sequence, n),) = parts
-                ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
-                if len(ranges) > 1:
-                    with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
-                        return deque(results, maxlen=1).pop()
-            return self.runner.run(self._batches.join(parts))
-        except BaseException:  # after a failure the contents of the new slots are unknown
-            for sequence, _ in parts:
-                self.cache.slots.release(sequence.cache_id, sequence.n_cached)
-            raise
+        if all(n == 1 for _, n in parts):
+            return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
+        if len(parts) == 1:
+            ((sequence, n),) = parts
+            ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
+            if len(ranges) > 1:
+                with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
+                    return deque(results, maxlen=1).pop()
+        return self.runner.run(self._batches.join(parts))
 
     def _chunks(self, sequence: TokenSequence, ranges: list[tuple[int, int]]) -> Iterator[Batch]:
         """Yield the batches of the ranges, until the sequence is cancelled; then raise AbortedError."""

@@ -31,7 +31,7 @@ def test_each_token_attends_to_its_range(device_name, rng, transposed, n_heads, 
     result_ids = np.array([2, 0, 3], np.int32)
     query_ids, n_ranges, n = np.array([1, 0, 0, 2], np.int32), 4, 3
     starts = START + STRIDE * result_ids.astype(np.int64)
-    slots = starts + [7, 30, 47]  # of the new tokens
+    slots = starts + np.array([7, 30, 47])  # of the new tokens
     mask = np.full((n_ranges, N_KV), -np.inf, np.float32)
     mask[1] = 0
     for place, start, slot in zip(result_ids, starts, slots, strict=True):

@@ -209,3 +209,32 @@ def test_a_kept_sequence_gives_way_to_the_tokens_of_its_neighbor(path, rng):
         assert [ids[:100] for ids in model.cached] == [first]
         slots = batcher_of(model).cache.slots
         assert np.flatnonzero(slots.sequence >= 0).tolist() == [*range(159)]
+
+
+def test_after_a_failed_prompt_the_tokens_of_other_sequences_are_computed_again(path, rng, monkeypatch):
+    """The step computes the next token of the first sequence, and then fails at the prompt of the second one."""
+    prompts = random_prompts(rng, [10, 20])
+    with models.load(path, ["CPU"], n_ctx=128, kv_slots=4 * 128) as model:
+        want = [generate_alone(model, ids, 5) for ids in prompts]
+        model.clear_cache()
+        batcher = batcher_of(model)
+        one, two = (batcher.add(ids, Sampler()) for ids in prompts)
+        got = [batcher.next(one)]
+        run = batcher.runner.run
+
+        def fail(batch):
+            if len(batch.tokens) > 1:
+                raise ValueError("no")
+            return run(batch)
+
+        monkeypatch.setattr(batcher.runner, "run", fail)
+        one.ask()
+        two.ask()
+        with pytest.raises(ValueError, match="no"):
+            batcher.step(one)
+        monkeypatch.undo()
+        assert len(batcher.cache.slots.slots_of(one.cache_id)) == one.n_cached == 10
+        got += [batcher.next(one) for _ in range(4)]
+        assert [got, [batcher.next(two) for _ in range(5)]] == want
+        batcher.finish(one)
+        batcher.finish(two)
