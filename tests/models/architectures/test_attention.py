@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.models.architectures.attention import attend, store, store_transposed
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
+from ggml_cffi.models.runners.inputs import DeviceInputs
 from ggml_cffi.models.runners.kv_length import KVLength
 from tests.support import relative_error
 
-N_SLOTS, START, STRIDE, N_KV, BUILT = 256, 5, 60, 48, 32
+N_SLOTS, START, STRIDE, N_KV, BUILT = 512, 32, 96, 48, 32  # Vulkan needs views at multiples of 64 bytes
 
 
 def expected(q, k, v, mask, cap):
@@ -38,28 +40,31 @@ def test_each_token_attends_to_its_range(device_name, rng, transposed, n_heads, 
         mask[place, : slot - start + 1] = 0
     q, new_k, new_v = (rng.standard_normal((n, heads, size)) for heads in (n_heads, n_kv_heads, n_kv_heads))
     old_k, old_v = (rng.standard_normal((N_SLOTS, n_kv_heads * size)) for _ in "kv")
-    with ggml.Context() as context, ggml.Scheduler([device_name, "CPU"]) as scheduler:
-        cache = LayerCache(
-            context.constant(old_k, dtype), context.constant(old_v.T if transposed else old_v, dtype), transposed
-        )
-        integers = context.constant(np.zeros(1, np.int32), "i32")
-        memory = context.constant(mask[:, None, None], "f16")
-        small = context.constant(np.zeros((n_ranges, 1, 1, BUILT)), "f16")
-        small.ptr.data = memory.ptr.data  # the mask has memory for more slots than those for which the graph is built
+    others = [] if device_name == "CPU" else ["CPU"]
+    with (
+        ggml.Context() as context,
+        ggml.Backend(device_name) as backend,
+        ggml.Scheduler([backend, *others]) as scheduler,
+    ):
+        shapes = {"kv_slots": (n,), "query_ids": (n_ranges,), "result_ids": (n,), "mask": (n_ranges, 1, 1, N_KV)}
+        given = DeviceInputs(context, backend, shapes, BUILT)
+        given.set({"kv_slots": slots, "query_ids": query_ids, "result_ids": result_ids, "mask": mask})
+        t = given.tensors
+        none = t["result_ids"]  # for the inputs that attention does not read
         inputs = Inputs(
-            integers,
-            integers,
-            context.constant(slots, "i64"),
-            small,
-            integers,
-            query_ids=context.constant(query_ids, "i32"),
-            result_ids=context.constant(result_ids, "i32"),
+            none, none, t["kv_slots"], t["mask"], none, query_ids=t["query_ids"], result_ids=t["result_ids"]
         )
+        cached = [old_k, old_v.T if transposed else old_v]
+        stored = [context.new_tensor(as_type(dtype), values.shape) for values in cached]
+        context.alloc(backend.buffer_type, stored)
+        for tensor, values in zip(stored, cached, strict=True):
+            tensor.set(values)
+        cache = LayerCache(*stored, transposed)
         rows = [context.constant(x.reshape(n, -1)) for x in (new_k, new_v)]
-        k = store(cache.k, rows[0], size, inputs, small)
-        v = (store_transposed if transposed else store)(cache.v, rows[1], size, inputs, small)
-        out = attend(context.constant(q), k, v, cache, inputs, small, scale=1 / np.sqrt(size), cap=cap)
-        length = KVLength(inputs.kv_views, [small, *inputs.kv_rows], BUILT, ranges=True)
+        k = store(cache.k, rows[0], size, inputs, inputs.mask)
+        v = (store_transposed if transposed else store)(cache.v, rows[1], size, inputs, inputs.mask)
+        out = attend(context.constant(q), k, v, cache, inputs, inputs.mask, scale=1 / np.sqrt(size), cap=cap)
+        length = KVLength(inputs.kv_views, [inputs.mask, *inputs.kv_rows], BUILT, ranges=True)
         length.set(N_KV)
         with ggml.Graph(out) as graph:
             scheduler.alloc(graph)
