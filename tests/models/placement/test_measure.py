@@ -27,7 +27,7 @@ def check(path, devices, counted, **options):
         if in_stages:
             model.forward([1] * plan.n_batch, last=True)
         else:
-            runner.allocated((plan.n_batch, runner.n_slots, 1))
+            runner.allocated((plan.n_batch, runner.n_slots, 1, 0))
             assert model.scheduler.buffer_sizes() == {
                 backend: placed.compute_bytes
                 for backend, placed in zip(model.scheduler.backends, model.placement, strict=True)
