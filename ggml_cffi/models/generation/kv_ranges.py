@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi.models.generation.kv_slots import FREE, KVRanges, KVSlots
+from ggml_cffi.models.runners.base import RANGE_STEP
 
-#: Attention reads a multiple of this many KV slots.
-STEP = 32
 _ROOM = 128  # slots beyond its prompt that a new sequence gets, if there are as many
 _MANY = 4  # lanes from which a kept sequence rather leaves its lane than that another one begins within a lane
 
@@ -33,7 +32,7 @@ class NeighborSlots(KVSlots):
 
     def __init__(self, n_slots: int, n_ctx: int) -> None:
         super().__init__(n_slots)
-        self._lane = n_slots // max(n_slots // n_ctx, 1)
+        self._lane = max(n_slots // max(n_slots // n_ctx, 1), RANGE_STEP)
         self._spans: dict[int, tuple[int, int]] = {}  # the first slot, and the last plus one
         self._next: dict[int, int] = {}  # the slot after that of the last token
 
@@ -61,7 +60,7 @@ class NeighborSlots(KVSlots):
         free = self.sequence == FREE
         kept_or_free = free | np.isin(self.sequence, [*kept]) if kept else free
         free_run, open_run = _run_lengths(free), _run_lengths(kept_or_free)
-        parts = [self._lane >> k for k in range(self._lane.bit_length()) if self._lane >> k >= STEP]
+        parts = [self._lane >> k for k in range(self._lane.bit_length()) if self._lane >> k >= RANGE_STEP]
         many = parts[:1] if _MANY * self._lane <= len(self) else []
         for fits, distances, good in (
             (True, parts[:1], (free_run >= n) & (open_run >= self._lane)),
@@ -130,7 +129,7 @@ class NeighborSlots(KVSlots):
         return self._one_range(min(low for low, _ in spans), max(high for _, high in spans))
 
     def _one_range(self, low: int, high: int) -> KVRanges:
-        n_kv = min(-(-(high - low) // STEP) * STEP, len(self))
+        n_kv = min(-(-(high - low) // RANGE_STEP) * RANGE_STEP, len(self))
         return KVRanges(min(low, len(self) - n_kv), n_kv)
 
     def ranges_of(self, sequences: Sequence[int]) -> KVRanges:
@@ -140,7 +139,7 @@ class NeighborSlots(KVSlots):
             return best
         spans = [self._spans[sequence] for sequence in sequences]
         least, distance = len(sequences) * best.n_kv, self._lane
-        while distance >= STEP:
+        while distance >= RANGE_STEP:
             found = self._ranges(spans, distance)
             if found is not None:
                 if found.n > 2 * len(spans):
@@ -159,7 +158,7 @@ class NeighborSlots(KVSlots):
             for i in order:
                 places[i] = following = min(spans[i][0] // distance, following - 1)
             n_kv = max(high - place * distance for (_, high), place in zip(spans, places, strict=True))
-            n_kv = -(-n_kv // STEP) * STEP
+            n_kv = -(-n_kv // RANGE_STEP) * RANGE_STEP
             first, last = places[order[-1]], places[order[0]]
             if first < 0:
                 return None
@@ -168,7 +167,7 @@ class NeighborSlots(KVSlots):
                 found = KVRanges(
                     first * distance, n_kv, step * distance, tuple((place - first) // step for place in places)
                 )
-                return found if found.n * STEP <= len(self) else None
+                return found if found.n * RANGE_STEP <= len(self) else None
             end = (len(self) - n_kv) // distance + 1
         return None
 

@@ -23,6 +23,9 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 #: Attention reads a multiple of this many KV slots, so that one graph serves many tokens.
 KV_STEP = 256
 
+#: A range of KV slots has a multiple of this many slots, and the cache has at least as many slots for each range.
+RANGE_STEP = 32
+
 _SMALLEST_IN_FLIGHT = 256  # tokens of a batch, if several batches are to be in flight
 
 Logits = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import AbortedError
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.runners.base import KV_STEP, Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.base import KV_STEP, RANGE_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.inputs import GraphInputs
 from ggml_cffi.models.runners.kv_length import KVLength
 from ggml_cffi.models.runners.sizes import Buckets
@@ -34,9 +34,7 @@ _GRAPHS = 4  # largest number of kept graphs
 _CPU_GRAPHS = 64  # the same for a runner whose graphs serve batches of several sizes
 _CPU_BUCKETS = Buckets(4, 16)  # a repeated token takes as long as another: at most 3 of 128
 _CPU_BATCH = 128  # tokens of a batch of one sequence on the CPU
-_BUILT_KV = 32  # KV slots with which a graph for ranges is built: all ranges together fit into the cache
 _SMALL_RESULT = 16 << 20  # largest bytes of a result for which a graph keeps memory
-
 
 #: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output, ranges of KV slots.
 Key = tuple[int, int, int, int]
@@ -122,7 +120,8 @@ def logits_graph(
 ) -> tuple[GraphInputs, Tensor]:
     """Build the graph for ``n`` tokens, ``n_kv`` KV slots and ``n_out`` outputs. Return its inputs and the logits.
 
-    With ranges of KV slots, the graph is built for fewer slots than ``n_kv``: change the number before it is allocated.
+    With ranges of KV slots, the graph is built for :data:`RANGE_STEP` slots, since ggml refuses views that have more
+    elements in all than the cache: change the number to ``n_kv`` before it is allocated.
     """
     architecture = weights.architecture
     inputs = GraphInputs(
@@ -135,7 +134,7 @@ def logits_graph(
         n_out,
         window=architecture.window > 0,
         n_ranges=n_ranges,
-        built_n_kv=_BUILT_KV if n_ranges else n_kv,
+        built_n_kv=RANGE_STEP if n_ranges else n_kv,
     )
     tensors = weights.tensors
     hidden = architecture.hidden(tensors, [cache for (cache,) in weights.caches], inputs.inputs)
@@ -291,7 +290,7 @@ class ScheduledRunner(Runner):
             length = None
             if self.attends_to_ranges:
                 rows = inputs.masks + inputs.inputs.kv_rows
-                built = _BUILT_KV if n_ranges else n_kv
+                built = RANGE_STEP if n_ranges else n_kv
                 length = KVLength(inputs.inputs.kv_views, rows, built, ranges=n_ranges > 0)
             return _BatchGraph(self._scheduler, context, inputs, result, length, n_kv)
         except BaseException:
