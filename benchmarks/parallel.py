@@ -5,9 +5,10 @@
 The models have random weights; they are made in ``--folder`` and kept there. Each line has tokens/s of prompts of 512
 tokens one after another, of a prompt of 4096 and of 128 tokens decoded one by one, all of one sequence at a time (with
 ``data`` of one sequence on each GPU at the same time, added up), then the memory of the GPUs: planned, and taken by the
-device's own count. ``auto`` gets the expected tokens of each case, and reports its choice. ``--peer`` names an
-interpreter with llama-cpp-python built for the backend of the devices, Vulkan or CUDA. Software devices take ``--shapes
-tiny --prompts 64``.
+device's own count. ``auto`` gets the expected tokens of each case, and reports its choice. Where `nvidia-smi` is, lines
+have the median clock and utilization of each GPU during decode, and a mark for a clock below half of its largest value.
+``--peer`` names an interpreter with llama-cpp-python built for the backend of the devices, Vulkan or CUDA. Software
+devices take ``--shapes tiny --prompts 64``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ggml_cffi as ggml
 from benchmarks import save, shapes
+from benchmarks.clocks import Clocks
 from ggml_cffi import models
 
 _LEAST = 1.0  # seconds
@@ -54,7 +57,8 @@ def ours(path: Path, devices: Sequence[str], split: str, args: argparse.Namespac
     found: dict[str, Any] = {}
     for case, expect in zip(cases, expected, strict=True):
         part = measured(path, devices, split, [case], expect, args)
-        found |= {case: part[case], f"{case} by": part["split"], "planned": part["planned"], "taken": part["taken"]}
+        keys = (case, f"{case} clocks", "planned", "taken")
+        found |= {key: part[key] for key in keys} | {f"{case} by": part["split"]}
     return found
 
 
@@ -83,18 +87,18 @@ def measured(
             model.clear_cache()  # attention would read the KV slots of kept sequences
             together(lambda: list(model.generate_tokens([1], args.decode, stop_at_end=False, reuse=False)))
 
+        def read(n: int, times: int) -> None:
+            together(lambda: [model.forward([1] * n, last=True) for _ in range(times)])
+
         for case in cases:
-            if case == "decode":
-                found[case] = texts * args.decode / best(decode, args.rounds)
-                continue
-            n = int(case.split()[1])
-            # One after another, as long as the longest prompt together.
-            times = max(args.prompts) // n
-            seconds = best(
-                lambda n=n, times=times: together(lambda: [model.forward([1] * n, last=True) for _ in range(times)]),  # type: ignore[misc]
-                args.rounds,
-            )
-            found[case] = texts * times * n / seconds
+            with Clocks(ggml.device(d).pci_id for d in used) as clocks:
+                if case == "decode":
+                    found[case] = texts * args.decode / best(decode, args.rounds)
+                else:
+                    n = int(case.split()[1])
+                    times = max(args.prompts) // n  # one after another, as long as the longest prompt together
+                    found[case] = texts * times * n / best(partial(read, n, times), args.rounds)
+            found[f"{case} clocks"] = str(clocks)
         taken = {d: before[d] - ggml.device(d).memory().free for d in used}
     shares = {share.device: share.total for share in plan.devices}
     found["planned"] = [shares.get(d, 0) for d in used]
@@ -139,7 +143,9 @@ def line(who: str, split: str, found: dict[str, Any], one: dict[str, Any] | None
     for key in [key for key in found if isinstance(found[key], float) and key != "load_s"]:
         by = f" by {found[f'{key} by']}" if f"{key} by" in found else ""
         ratio = f" ({found[key] / one[key]:4.2f}x)" if one and key in one else ""
-        text += f"  {key} {found[key]:8.1f}{ratio}{by}"
+        clocks = found.get(f"{key} clocks", "")
+        shown = key == "decode" or "LOW" in clocks  # prompts keep GPUs busy
+        text += f"  {key} {found[key]:8.1f}{ratio}{by}{f' [{clocks}]' if clocks and shown else ''}"
     if "taken" in found:
         text += "  GiB " + ", ".join(
             f"{a / 2**30:.2f}/{b / 2**30:.2f}" for a, b in zip(found["planned"], found["taken"], strict=True)

@@ -27,11 +27,14 @@ fi
 command -v c++ >/dev/null || install g++
 "$python" -c 'import venv, ensurepip' 2>/dev/null || install python3-venv
 
-# Every driver manifest other than that of the software device belongs to a GPU.
-has_driver() { find /usr/share/vulkan/icd.d /etc/vulkan/icd.d -name '*.json' "$@" 2>/dev/null | grep -q .; }
-has_gpu() { compgen -G '/dev/dri/renderD*' >/dev/null || compgen -G '/dev/nvidia[0-9]*' >/dev/null; }
+# Tests make up the root folder in which drivers, loaders and devices are looked for.
+root=${SYSTEM_ROOT:-}
+exists() { compgen -G "$root$1" >/dev/null; }
+# Every driver manifest other than that of the software device belongs to a GPU. One of the folders may be missing.
+has_driver() { [ -n "$(find "$root"/usr/share/vulkan/icd.d "$root"/etc/vulkan/icd.d -name '*.json' "$@" 2>/dev/null)" ]; }
+has_gpu() { exists '/dev/dri/renderD*' || exists '/dev/nvidia[0-9]*'; }
 # Programs such as Chromium keep a loader of their own in a folder of /usr/lib, which nothing else finds.
-loader() { ldconfig -p 2>/dev/null | grep -q 'libvulkan\.so\.1' || compgen -G '/usr/lib/*-linux-*/libvulkan.so.1' >/dev/null; }
+loader() { ldconfig -p 2>/dev/null | grep 'libvulkan\.so\.1' >/dev/null || exists '/usr/lib/*-linux-*/libvulkan.so.1'; }
 
 [ "$(uname -s)" = Linux ] || exit 0
 loader || { is_root_debian && install libvulkan1; } || say "no Vulkan loader (libvulkan1): ggml will use the CPU only"

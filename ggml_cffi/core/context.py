@@ -312,8 +312,13 @@ class Context(Handle):
             self._constants.pop(t.ptr, None)
         return made
 
-    def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
-        """Allocate one tensor at ``address`` (``char *`` or ``void *``) in ``buffer``, which this context then owns.
+    def put(self, tensor: Tensor, buffer: Buffer, address: Any, *, owner: Context | None = None) -> None:
+        """Allocate one tensor at ``address`` (``char *`` or ``void *``) in ``buffer``.
+
+        Parameters
+        ----------
+        owner
+            Context that owns the buffer. Default this one, which takes ownership.
 
         C: ``ggml_backend_tensor_alloc``.
         """
@@ -329,7 +334,10 @@ class Context(Handle):
             if start % alignment:
                 raise ValueError(f"{tensor!r} would start at {start:#x}, not at a multiple of {alignment} bytes")
             c.ggml_backend_tensor_alloc(buffer.ptr, tensor.ptr, c.ffi.cast("void *", start))
-        self.adopt(buffer)
+        if owner is None:
+            self.adopt(buffer)
+        else:
+            self.use(owner)
         if tensor.ptr in self.row_limits:
             try:
                 tensor.check_row_numbers(tensor.numpy().reshape(-1).view(np.uint8))
@@ -348,12 +356,13 @@ class Context(Handle):
     def _forget(self, buffer: Buffer) -> None:
         if buffer not in self._buffers:  # another thread closes the context
             return
-        self._buffers.remove(buffer)
         pointer = buffer.ptr
         for t in self.tensors():
             # A scheduler takes tensors without memory for inputs. Released tensors are recorded here, to be refused.
             if t.ptr.buffer == pointer:
                 self._released.add(t.ptr)
+        # Now, so that a thread that reads a tensor either finds the buffer, and keeps it, or finds the tensor released.
+        self._buffers.remove(buffer)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -395,10 +404,11 @@ class Context(Handle):
             for buffer in tuple(getattr(self, "_buffers", ())):
                 buffer._on_close = None
                 buffer.close()
-            if not self.closed:
+            was_open = not self.closed
+            super().close()  # before the buffers are forgotten: a thread that finds none must find the context closed
+            if was_open:
                 self._buffers.clear()
                 self.uses.clear()
-            super().close()
 
     def __repr__(self) -> str:
         return f"<Context {'closed' if self.closed else f'{self.n_tensors} tensors'}>"

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ggml_cffi import c
 from ggml_cffi.c import library
-from ggml_cffi.core.device_choice import default_gpus, find, other_views, pci_address
+from ggml_cffi.core.device_choice import default_gpus, find, other_views, pci_address, views_by_backend
 from ggml_cffi.core.locks import DeviceLock, Lock, RemoteLock
 from ggml_cffi.enums import BackendDevType
 from ggml_cffi.errors import GgmlError
@@ -270,6 +270,25 @@ def gpus() -> list[Device]:
     memory is the host's. The CPU and its helpers (``ACCEL``, such as BLAS) are not: a helper takes part if it is named.
     """
     return default_gpus(devices())
+
+
+def other_backends(chosen: Sequence[DeviceLike] | None) -> list[list[Device]]:
+    """Return the same GPUs as devices of each other backend that shows all of them, such as Vulkan's beside CUDA's.
+
+    Parameters
+    ----------
+    chosen
+        Devices as a caller gives them, the CPU last or not at all; None for :func:`gpus`. A position, a PCI id and a
+        part of the hardware's name mean a card. A name of ggml's and a :class:`Device` mean a backend too, so that
+        there are no others.
+    """
+    every, views = _listed()
+    names = {d.name.lower() for d in every if not d.is_cpu}
+    if chosen is not None and any(not isinstance(d, str | int) or str(d).lower() in names for d in chosen):
+        return []
+    found = gpus() if chosen is None else [device(which) for which in chosen]
+    cpu = [d for d in found[-1:] if d.is_cpu]
+    return [own + cpu for own in views_by_backend(found[: len(found) - len(cpu)], views)]
 
 
 def add_remote(pointer: Any, name: str, description: str, lock: RemoteLock) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from ggml_cffi.enums import BackendDevType
@@ -79,6 +79,22 @@ def other_views(found: Sequence[D]) -> dict[D, D]:
         if address and best.setdefault(address, d).backend_name != d.backend_name:
             views[d] = best[address]
     return views
+
+
+def views_by_backend(cards: Sequence[D], views: Mapping[D, D]) -> list[list[D]]:
+    """Return some cards as the devices of each other backend that shows all of them.
+
+    Parameters
+    ----------
+    cards
+        Devices of the best backend of each card.
+    views
+        The result of :func:`other_views`.
+    """
+    found: dict[str, dict[D, D]] = {}
+    for view, card in views.items():
+        found.setdefault(view.backend_name, {}).setdefault(card, view)
+    return [[own[d] for d in cards] for own in found.values() if cards and all(d in own for d in cards)]
 
 
 def default_gpus(found: Sequence[D]) -> list[D]:

@@ -41,7 +41,7 @@ class DryRunContext(Context):
             self.put(tensor, self._places[kind, usage], 0)
         return [self._places[kind, usage]]
 
-    def put(self, tensor: Tensor, buffer: Buffer, address: Any) -> None:
+    def put(self, tensor: Tensor, buffer: Buffer, address: Any, *, owner: Context | None = None) -> None:
         """Assign ``tensor`` to ``buffer``, with a placeholder for its address."""
         self._check_allocatable(tensor)
         tensor.ptr.buffer, tensor.ptr.data = buffer.ptr, _NOWHERE

@@ -128,9 +128,10 @@ class Handle(Closing):
     @property
     def owner(self) -> Owner:
         """The owner, which keeps the C object alive while it is referenced."""
-        if self._owner is None or self._cell[0] is None:
+        owner = self._owner  # once: another thread may close the handle
+        if owner is None or self._cell[0] is None:
             raise self._closed_error()
-        return self._owner
+        return owner
 
     @property
     def closed(self) -> bool:

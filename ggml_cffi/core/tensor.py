@@ -15,6 +15,7 @@ from ggml_cffi import c
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.buffer import HostMemory, read_only
 from ggml_cffi.core.operators import TensorOperators
+from ggml_cffi.core.repack import is_repacked
 from ggml_cffi.core.tensor_metadata import Head, TensorMetadata
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Op, TensorFlag
@@ -77,7 +78,7 @@ class Tensor(TensorMetadata, TensorOperators):
             If the number of bytes does not fit, or as :meth:`set`.
         """
         view = c.ffi.from_buffer(data)
-        keep = self.check_writable()
+        keep = self.check_writable(whole=len(view) == self.nbytes)
         root = self.memory_root()
         if not self.is_contiguous:
             raise ValueError(f"{self!r} is not contiguous: write to the tensor that it is a view of")
@@ -254,14 +255,19 @@ class Tensor(TensorMetadata, TensorOperators):
         if self.size:
             self._check_allocated()
             self._check_output()
+            if is_repacked(self.memory_root().buffer):
+                raise ValueError(f"{self!r} is repacked for matrix products: nothing else can read it")
         return keep
 
-    def check_writable(self) -> list[Any]:
-        """Return objects that keep the memory alive while it is written. Errors as :meth:`set`."""
+    def check_writable(self, *, whole: bool = False) -> list[Any]:
+        """Return objects that keep the memory alive while it is written, as a whole or not; errors as :meth:`set`."""
         keep = self.memory_owners()
         self._check_allocated()
-        if self.memory_root().buffer in read_only:
+        root = self.memory_root()
+        if root.buffer in read_only:
             raise ValueError(f"{self!r} is in memory that is read-only")
+        if self.size and is_repacked(root.buffer) and not (whole and root == self.ptr and root.extra):
+            raise ValueError(f"{self!r} is repacked for matrix products: only set and set_bytes write it, as a whole")
         return keep
 
     def _check_allocated(self) -> None:

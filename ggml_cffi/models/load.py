@@ -15,6 +15,7 @@ from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.hub import local_path
 from ggml_cffi.models.model import Model
+from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import refuse_hypothetical
 from ggml_cffi.models.placement.options import (
     Balance,
@@ -26,7 +27,7 @@ from ggml_cffi.models.placement.options import (
     parse_reserve,
 )
 from ggml_cffi.models.placement.placement import Placement
-from ggml_cffi.models.placement.plan import place_or_raise, report
+from ggml_cffi.models.placement.plan import check_fits, report
 from ggml_cffi.models.placement.planner import Planner
 from ggml_cffi.models.runners.base import Runner
 from ggml_cffi.models.runners.pipeline import PipelineRunner
@@ -49,6 +50,7 @@ def load(
     reserve: int | str | None = None,
     deterministic: bool = False,
     kv_slots: int | None = None,
+    repack: bool | None = None,
 ) -> Model:
     """Load a model from a GGUF file onto devices.
 
@@ -64,8 +66,9 @@ def load(
         ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
         several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
         distributed over the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute
-        each token together. ``"auto"``: the fastest of these. The first load times the model for some ten seconds;
-        :attr:`Model.plan` has the reason for the choice.
+        each token together. ``"auto"``: the fastest of these, and of the backends that show the GPUs, such as CUDA and
+        Vulkan, unless ``devices`` has names of a backend's devices. The first load times the model for some ten
+        seconds; :attr:`Model.plan` has the reason for the choice.
     n_ctx
         Largest number of tokens of prompt and answer; default the context of the model's training, at most 4096.
     n_batch
@@ -97,6 +100,11 @@ def load(
     kv_slots
         Tokens for which the KV cache has room, of all sequences together; default ``n_ctx``. More of them keep several
         long sequences in the cache at once.
+    repack
+        True to arrange weights of the CPU for its fastest kernels, if their type is Q4_0 or IQ4_NL and the processor
+        has them. Loading then reads and copies these weights, which otherwise are pages of the file that the system
+        reads when they are needed, shares among processes, and can drop. Default: if there are no GPUs, and all weights
+        take at most half of the free memory.
 
     Raises
     ------
@@ -120,10 +128,16 @@ def load(
     try:
         architecture = architecture_of(file)
         context = context_of(architecture, n_ctx)
-        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept)
-        backends = open_backends(chosen, n_threads)
-        planner = Planner(architecture, backends, options, balance, chosen, split, workload)
-        found = place_or_raise(planner)
+        options = LoadOptions(check_kv_slots(kv_slots, context), n_batch, dtype, kept, repack)
+        planner, found = place_on_devices(
+            lambda opened: Planner(architecture, opened, options, balance, chosen, split, workload),
+            open_backends(chosen, n_threads),
+            chosen,
+            n_threads,
+            compare=split == "auto",
+        )
+        backends = [*planner.backends]
+        check_fits(planner, found)
         if deterministic:
             _make_deterministic(backends, found)
         for runner in open_runners(architecture, backends, options, found, progress):
@@ -180,6 +194,7 @@ def open_runners(
                 op_offload=part.op_offload,
                 compute_bytes=[plan.compute_bytes for plan in part.devices],
                 shared_cpu=len(parts) > 1,
+                repack=options.repacks(own, architecture.weight_bytes),
             )
 
 

@@ -65,10 +65,17 @@ def limit_row_numbers(op: str, rows: Tensor, n: int, items: str = "rows") -> Non
     # The limit holds for all values of the input behind a view. The context that holds the input stores the limit: in a
     # context that lives longer, another tensor could later have the same address.
     owner = next(ctx for ctx in rows.context.reachable() if ctx.holds(root))
-    owner.row_limits[root] = min(n, owner.row_limits.get(root, n))
+    known = owner.row_limits.get(root)
+    if known is not None and known <= n:
+        return  # the values were checked with that limit, and each layer of a model refers to the same input
+    owner.row_limits[root] = n
     if rows.is_allocated and owner.readable:
         whole = Tensor(rows.context, root, 4)
-        whole.check_row_numbers(np.ascontiguousarray(whole.numpy()).reshape(-1).view(np.uint8))
+        try:
+            whole.check_row_numbers(np.ascontiguousarray(whole.numpy()).reshape(-1).view(np.uint8))
+        except ValueError:
+            del owner.row_limits[root]  # the next use of these values is checked again
+            raise
 
 
 def get_rows(a: Tensor, rows: Tensor, *, ctx: Context | None = None) -> Tensor:

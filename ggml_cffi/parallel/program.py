@@ -43,6 +43,10 @@ class ParallelProgram(ParallelTrace):
     ahead
         True to record the beginning of the program ahead on the only device of a group. Several devices record each
         step ahead if their executor supports it.
+    source
+        Memory of the only device with the first input, which another program writes there.
+    target
+        Memory that the only result goes to, on this device or a peer.
     """
 
     def __init__(
@@ -54,24 +58,31 @@ class ParallelProgram(ParallelTrace):
         slot: int = 0,
         *,
         ahead: bool = False,
+        source: Buffer | None = None,
+        target: Buffer | None = None,
     ) -> None:
         self.executor = group.executor
         self._owners: list[Owner] = []
         self._is_new = True
         ahead = self.executor.records_ahead and (ahead or len(ranks) > 1)
-        super().__init__(group.backends, ranks, function, inputs, ahead=ahead)
+        receives, sends = source is not None, target is not None
+        super().__init__(group.backends, ranks, function, inputs, ahead=ahead, receives=receives, sends=sends)
         try:
-            self._alloc(group, slot)
+            self._alloc(group, slot, source, target)
         except BaseException:
             self.close()
             raise
 
-    def _alloc(self, group: Group, slot: int) -> None:
+    def _alloc(self, group: Group, slot: int, source: Buffer | None, target: Buffer | None) -> None:
         """Allocate all tensors."""
         layout = self._layout
         shared = group.host_block(self.host_bytes, slot)
         for graphs, backend in zip(self.step_graphs, self.backends, strict=True):
             _check_graphs(graphs, backend)  # now: a backend refuses operands in the memory of a peer
+        for memory, t in ((source, self.inputs[0][0]), (target, self._outputs[0][0][1])):
+            if memory is not None:
+                _put(t.ptr, memory, 0)
+                self._owners.append(memory.owner)
         arenas = [group.arena(r, size) for r, size in enumerate(self.arena_bytes)]
         for r, (rank, graphs, backend) in enumerate(zip(self.ranks, self.step_graphs, self.backends, strict=True)):
             host = shared.buffers[backend.device]
@@ -81,18 +92,19 @@ class ParallelProgram(ParallelTrace):
                     place = self._slot_place(k, j)
                     _put(t.ptr, arenas[j] if self.sums_on_devices else host, place)
             at = self._result_offsets[r]
-            for _, target in self._outputs[r]:
-                _put(target.ptr, host, at)
-                at += aligned(target.nbytes)
+            for _, result in () if self._sends else self._outputs[r]:
+                _put(result.ptr, host, at)
+                at += aligned(result.nbytes)
             self._alloc_rank(graphs, backend, host, arenas[r], r)
         memory = shared.memory
         self.input_arrays = [
             np.ndarray(t.shape, dtypes.numpy_dtype(t.dtype), memory, offset)
-            for t, offset in zip(self.inputs[0], layout.offsets, strict=True)
+            for t, offset in zip(self.inputs[0][self._n_received :], layout.offsets, strict=True)
         ]
-        """For each input the array that a run reads. Callers must check values that they write there."""
+        """For each input from the host the array that a run reads. Callers must check values that they write there."""
         self.output_arrays = self._views(memory)
-        """For each result its parts, valid until the group runs a program with the same slot again."""
+        """For each result its parts, valid until the group runs a program with the same slot again. A result that goes
+        to other memory has no elements here."""
         self._joined = [
             None if axis is None else _adjoining(parts, axis)
             for parts, axis in zip(self.output_arrays, self._axes, strict=True)
@@ -120,7 +132,7 @@ class ParallelProgram(ParallelTrace):
             source, target, _ = self._copies[r]
             _put(source.ptr, host, 0)
             _put(target.ptr, arena, 0)
-        for t, offset in zip(self.inputs[r], layout.offsets, strict=True):
+        for t, offset in zip(self.inputs[r][self._n_received :], layout.offsets, strict=True):
             if t.size:
                 _put(t.ptr, arena, offset)
         for p, offset in zip(graphs.lifetimes(), self._offsets[r], strict=True):
@@ -137,6 +149,8 @@ class ParallelProgram(ParallelTrace):
 
     def _views(self, memory: Any) -> list[list[npt.NDArray[Any]]]:
         """Return for each result its parts in host memory."""
+        if self._sends:
+            return [[np.empty(0, np.float32)]]
         found: list[list[npt.NDArray[Any]]] = [[] for _ in self._axes]
         for r, (outputs, at) in enumerate(zip(self._outputs, self._result_offsets, strict=True)):
             numbers = [i for i, axis in enumerate(self._axes) if r == 0 or axis is not None]
@@ -164,7 +178,7 @@ class ParallelProgram(ParallelTrace):
         )
 
     def _polled_output(self) -> PolledResults | None:
-        if len(self.ranks) > 1 or len(self.output_arrays) > 1 or self._mirror is not None:
+        if len(self.ranks) > 1 or len(self.output_arrays) > 1 or self._mirror is not None or self._sends:
             return None
         if not can_poll(self.backends[0].device):
             return None

@@ -55,18 +55,22 @@ class Rank:
     def __index__(self) -> int:
         return self.index
 
-    def all_reduce(self, partial: Tensor) -> Tensor:
+    def all_reduce(self, partial: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the sum of all devices' tensors, the same on every device.
 
         Parameters
         ----------
         partial
             This device's part, contiguous F32. The other devices' parts have the same shape.
+        residual
+            Tensor that is added once, F32 of the same shape, with equal values on every device. The first device adds
+            it to its part, because GPUs add the result of a matrix-vector product without a step of its own.
 
         Raises
         ------
         ValueError
-            If the part is not contiguous F32 with elements, or belongs to another rank.
+            If the part is not contiguous F32 with elements, or belongs to another rank, or the residual has another
+            shape.
 
         Notes
         -----
@@ -76,9 +80,15 @@ class Rank:
             raise TypeError(f"all_reduce takes a tensor, not {type(partial).__name__}")
         if partial.dtype is not Type.F32 or not partial.is_contiguous or not partial.size:
             raise ValueError(f"all_reduce takes contiguous F32 with elements (use cont or cast), not {partial!r}")
+        if residual is not None and not isinstance(residual, Tensor):
+            raise TypeError(f"all_reduce takes a tensor as residual, not {type(residual).__name__}")
+        if residual is not None and (residual.dtype is not Type.F32 or residual.shape != partial.shape):
+            raise ValueError(f"all_reduce takes a residual of F32 and the shape of the part, not {residual!r}")
         if self.n == 1:
-            return partial
+            return partial if residual is None else ops.add(residual, partial)
         half = self._half_above is not None and partial.nbytes > self._half_above
+        if residual is not None and not half and self.index == 0:
+            partial = ops.add(residual, partial)
         keeps = half or (partial.nbytes > DIRECT and not self.reads_peers)
         slots = [self.context.new_tensor(Type.F16 if half else Type.F32, partial.shape) for _ in range(self.n)]
         for r, slot in enumerate(slots):
@@ -92,7 +102,8 @@ class Rank:
         for part in parts[1:]:
             # ops.add refuses F16 and F32, because the CPU cannot add them. GPUs can.
             total = self.context.build(c.ggml_add, partial.ndim, total.ptr, part.ptr) if half else ops.add(total, part)
-        return total
+        # A partial sum of F16 has no room for the residual's digits.
+        return ops.add(residual, total) if half and residual is not None else total
 
     def all_gather(self, part: Tensor, axis: int = -1) -> AllGather:
         """Return a result of the function: the parts of all devices, joined along ``axis``.

@@ -40,6 +40,10 @@ class ParallelTrace(Closing):
         Shape and type of each array.
     ahead
         True to make steps that can be recorded ahead; see :mod:`ggml_cffi.parallel.executors.record_ahead`.
+    receives
+        True if another program writes the first input into memory of the device.
+    sends
+        True if the results go into memory of another device.
     """
 
     def __init__(
@@ -50,8 +54,11 @@ class ParallelTrace(Closing):
         inputs: Signature,
         *,
         ahead: bool = False,
+        receives: bool = False,
+        sends: bool = False,
     ) -> None:
         self.backends = tuple(backends)
+        self._n_received, self._sends = int(receives), sends
         self.sums_on_devices = len(ranks) > 1 and are_peers([b.device for b in backends])
         """True if partial sums are in the devices' own memory, where their peers read them."""
         self.ranks = list(ranks)
@@ -61,7 +68,7 @@ class ParallelTrace(Closing):
         self.step_graphs: list[StepGraphs] = []
         """Graphs of each device."""
         try:
-            self._layout = InputLayout(inputs)
+            self._layout = InputLayout(inputs[self._n_received :])
             self.inputs = [
                 [rank.context.new_tensor(dtype, shape, name=f"input {i}") for i, (shape, dtype) in enumerate(inputs)]
                 for rank in self.ranks
@@ -135,7 +142,7 @@ class ParallelTrace(Closing):
         self._result_offsets: list[int] = []  # of each rank's results
         for outputs in self._outputs:
             self._result_offsets.append(at)
-            at += sum(aligned(target.nbytes) for _, target in outputs)
+            at += 0 if self._sends else sum(aligned(target.nbytes) for _, target in outputs)
         self.host_bytes = max(at, 1)
         """Bytes of host memory that all devices share."""
         self.arena_bytes: list[int] = []
@@ -172,7 +179,7 @@ class ParallelTrace(Closing):
 
 
 class InputLayout:
-    """Offsets of the inputs, the same in host memory and on each device."""
+    """Offsets of the inputs that come from host memory, the same there and on each device."""
 
     def __init__(self, inputs: Signature) -> None:
         self.offsets: list[int] = []

@@ -35,7 +35,7 @@ class Graph(Handle):
     C: ``ggml_new_graph_custom``, ``ggml_build_forward_expand``.
     """
 
-    __slots__ = ("_nodes", "_order", "contexts", "gradients", "members", "outputs")
+    __slots__ = ("_nodes", "_order", "_pointers", "contexts", "gradients", "members", "outputs")
 
     def __init__(self, *outputs: Tensor) -> None:
         if not outputs:
@@ -63,6 +63,7 @@ class Graph(Handle):
                 c.ggml_build_forward_expand(pointer, step)
         self._order = c.ggml_graph_nodes(pointer)
         self._nodes: list[Any] = c.ffi.unpack(self._order, c.ggml_graph_n_nodes(pointer))
+        self._pointers = c.ffi.new("struct ggml_tensor *[]", self._nodes)
         self.members: set[Any] = {*self._nodes, *_operands(self._nodes)}
         """C pointers of all nodes and leaves."""
         try:
@@ -130,9 +131,10 @@ class Graph(Handle):
 
     def reorder(self, nodes: Sequence[Any]) -> None:
         """Change the order of computation to ``nodes``, the same C pointers, each after its operands."""
-        self._nodes = list(nodes)
-        for i, p in enumerate(self._nodes):
-            self._order[i] = p
+        if nodes is not self._nodes:
+            self._nodes = list(nodes)
+            self._pointers = c.ffi.new("struct ggml_tensor *[]", self._nodes)
+        c.ffi.memmove(self._order, self._pointers, c.ffi.sizeof(self._pointers))
 
     def calls(self) -> list[Any]:
         """Return the nodes written in Python, as :class:`ggml_cffi.ops.custom.Call`."""

@@ -30,6 +30,10 @@ _unread: list[tuple[Any, Any]] = []
 _CTRL_C_DELAY = 0.05
 
 
+#: For each tensor its memory, and the contents of its fields ``buffer`` and ``src`` to ``data``.
+SavedFields = list[tuple[Any, bytes, bytes]]
+
+
 class HeldGraph:
     """A graph while a scheduler works with it.
 
@@ -41,20 +45,20 @@ class HeldGraph:
         The graph, all of whose inputs have memory.
     owners
         Owners of the C objects that the graph uses. They are kept, since other threads may close their handles.
+    saved
+        The fields that an earlier object saved, if the tensors have the same memory as then.
     """
 
-    __slots__ = ("_calls", "_cpu", "_is_new", "_owners", "_saved", "_seconds", "added", "graph")
+    __slots__ = ("_calls", "_cpu", "_is_new", "_owners", "_seconds", "added", "graph", "saved")
 
-    def __init__(self, graph: Graph, owners: list[Owner]) -> None:
+    def __init__(self, graph: Graph, owners: list[Owner], saved: SavedFields | None = None) -> None:
         self.graph = graph
         """The graph itself."""
         self.added: dict[Any, Any] = {}
         """Operands that were added to nodes (C pointers), and that no node reads."""
         self._owners = owners
-        self._saved: list[tuple[Any, bytes, bytes]] = []
-        for p in graph.members:
-            raw = c.ffi.buffer(p, c.ffi.sizeof(_TENSOR))
-            self._saved.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
+        self.saved = _save(graph) if saved is None else saved
+        """The fields before ggml overwrote them."""
         self._calls: list[Any] = []
         self._cpu: Backend | None = None
         self._is_new = True
@@ -89,7 +93,7 @@ class HeldGraph:
         keep_added
             Keep the operands of :attr:`added`.
         """
-        for raw, buffer, rest in self._saved:
+        for raw, buffer, rest in self.saved:
             raw[_BUFFER : _BUFFER + 8] = buffer
             raw[_SRC:_DATA_END] = rest
         self.graph.reorder(self.graph.node_pointers())
@@ -101,7 +105,7 @@ class HeldGraph:
     def sources(self) -> Iterator[tuple[Any, list[Any]]]:
         """Yield every node with its own operands, not the copies that ggml put in their place; None if omitted."""
         pointers = c.ffi.typeof("struct ggml_tensor *[]")
-        by_tensor = dict(zip(self.graph.members, self._saved, strict=True))
+        by_tensor = dict(zip(self.graph.members, self.saved, strict=True))
         for p in self.graph.node_pointers():
             _, _, rest = by_tensor[p]
             operands = c.ffi.from_buffer(pointers, rest[: c.GGML_MAX_SRC * 8])
@@ -157,6 +161,14 @@ class HeldGraph:
                     raise error
         if status:
             _check_status(status)
+
+
+def _save(graph: Graph) -> SavedFields:
+    size, found = c.ffi.sizeof(_TENSOR), []
+    for p in graph.members:
+        raw = c.ffi.buffer(p, size)
+        found.append((raw, raw[_BUFFER : _BUFFER + 8], raw[_SRC:_DATA_END]))
+    return found
 
 
 def _devices_of(scheduler: Any) -> list[Device]:

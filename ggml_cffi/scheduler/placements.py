@@ -13,14 +13,19 @@ from ggml_cffi.scheduler.checks import find_cpu_only
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.spread import find_spread
 
+#: Placements that a graph itself requires: nodes for the CPU, operands on several devices, pinned nodes.
+Required = tuple[dict[Any, str], dict[Any, Backend], dict[Any, Backend]]
+
 
 class Placements:
     """The backends of the tensors for which ggml must not choose one."""
 
-    __slots__ = ("_by_hand", "_spread", "cpu_only", "pinned")
+    __slots__ = ("_by_hand", "_spread", "cpu_only", "n_changes", "pinned")
 
     def __init__(self) -> None:
         self._by_hand: dict[Any, tuple[Tensor, Backend]] = {}
+        self.n_changes = 0
+        """Number of times that the caller changed placements."""
         self.cpu_only: dict[Any, str] = {}
         """Nodes of the graph in preparation that only the CPU can compute, by C pointer, each with the reason."""
         self._spread: dict[Any, Backend] = {}
@@ -30,9 +35,11 @@ class Placements:
     def set(self, tensor: Tensor, backend: Backend) -> None:
         """Place ``tensor`` on ``backend`` until it is placed elsewhere or removed."""
         self._by_hand[tensor.ptr] = (tensor, backend)
+        self.n_changes += 1
 
     def remove(self, tensor: Tensor | None = None) -> None:
         """Remove the placement of ``tensor``, or all placements."""
+        self.n_changes += 1
         if tensor is None:
             self._by_hand.clear()
         else:
@@ -60,6 +67,15 @@ class Placements:
         """Find the nodes of ``graph`` that must be on one backend, whatever ggml would choose."""
         self.cpu_only = find_cpu_only(graph, backends) if len(backends) > 1 else {}
         self._spread = find_spread(graph, backends)
+
+    @property
+    def required(self) -> Required:
+        """Placements that :meth:`require` and the order of the nodes gave the graph in preparation."""
+        return self.cpu_only, self._spread, self.pinned
+
+    @required.setter
+    def required(self, found: Required) -> None:
+        self.cpu_only, self._spread, self.pinned = found
 
     def apply(self, scheduler: Any, graph: Graph, cpu: Backend) -> None:
         """Reset the C scheduler, and set the placements of the tensors of ``graph`` in it.

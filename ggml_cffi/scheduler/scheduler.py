@@ -13,33 +13,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend, open_backend
-from ggml_cffi.core.context import Context
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.locks import Locks, free_when_unlocked
-from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.scheduler import prepare
-from ggml_cffi.scheduler.checks import check_in_place, check_ops
+from ggml_cffi.scheduler.allocation import MAX_SIZE, SchedulerAllocation
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.held_graph import HeldGraph
-from ggml_cffi.scheduler.inspection import SchedulerInspection
 from ggml_cffi.scheduler.observe import Observer
-from ggml_cffi.scheduler.placements import Placements, check_placement
-from ggml_cffi.scheduler.splits import Split
+from ggml_cffi.scheduler.placements import Placements
+from ggml_cffi.scheduler.preparation import Preparation
 
 if TYPE_CHECKING:
     from ggml_cffi.viz import Profile, Report
-
-_MAX_SIZE = 2**22  # ggml reserves 20 KB of address space for each
 
 #: Owners of schedulers that were never closed and were still computing: not freed, since devices write to them.
 _abandoned: list[Owner] = []
@@ -48,7 +43,7 @@ _abandoned: list[Owner] = []
 Transfer = tuple[Any, Any, int, int]
 
 
-class Scheduler(SchedulerInspection):
+class Scheduler(SchedulerAllocation):
     """A scheduler that computes graphs over several backends.
 
     Parameters
@@ -74,21 +69,7 @@ class Scheduler(SchedulerInspection):
     C: ``ggml_backend_sched_new``.
     """
 
-    __slots__ = (
-        "_capacity",
-        "_held",
-        "_locks",
-        "_opened",
-        "_pending",
-        "_primed",
-        "_reserved",
-        "backends",
-        "lock",
-        "op_offload",
-        "overlap",
-        "parallel",
-        "placements",
-    )
+    __slots__ = ("_opened", "backends", "lock", "op_offload")
 
     def __init__(
         self,
@@ -101,8 +82,8 @@ class Scheduler(SchedulerInspection):
     ) -> None:
         if isinstance(backends, str | Backend | Device):
             raise TypeError("backends is a sequence: put the one backend in a list")
-        if not isinstance(graph_size, int) or not 1 <= graph_size <= _MAX_SIZE:
-            raise ValueError(f"graph_size must be 1 to {_MAX_SIZE}, not {graph_size}")
+        if not isinstance(graph_size, int) or not 1 <= graph_size <= MAX_SIZE:
+            raise ValueError(f"graph_size must be 1 to {MAX_SIZE}, not {graph_size}")
         self.parallel, self.op_offload, self.overlap = parallel, op_offload, overlap
         self._opened: list[Backend] = []
         try:
@@ -120,6 +101,8 @@ class Scheduler(SchedulerInspection):
         self.placements = Placements()
         """The placements of tensors; see :meth:`place`."""
         self._held: HeldGraph | None = None
+        self._unfinished: list[HeldGraph] = []  # released while devices compute them
+        self._known: WeakKeyDictionary[Graph, Preparation] = WeakKeyDictionary()
         self._pending = False
         self._reserved = False
 
@@ -153,200 +136,6 @@ class Scheduler(SchedulerInspection):
         if self._locks.remote:
             free = partial(free_when_unlocked, self._locks.remote, free, keep)
         super().__init__(pointer, free, self.backends, fork_safe=False)
-
-    # ------------------------------------------------------------------ placement
-
-    def place(self, tensor: Tensor, backend: Backend | str) -> None:
-        """Compute ``tensor``, or store it if it is an input, on ``backend`` from the next :meth:`alloc` on.
-
-        The placement stays until it is changed or :meth:`unplace` is called.
-
-        Raises
-        ------
-        ValueError
-            If the backend is not one of this scheduler's, or the tensor has memory on another device.
-
-        C: ``ggml_backend_sched_set_tensor_backend``.
-        """
-        chosen = self.find_backend(backend)
-        if self._held is None:
-            check_placement(tensor, chosen)
-        with self.lock:
-            self.placements.set(tensor, chosen)
-
-    def unplace(self, tensor: Tensor | None = None) -> None:
-        """Remove the placement of ``tensor``, or all placements."""
-        with self.lock:
-            self.placements.remove(tensor)
-
-    # ------------------------------------------------------------------ allocation
-
-    def reserve(self, graph: Graph) -> dict[Backend, int]:
-        """Make room for ``graph``, usually the largest to come, so that later graphs fit without reallocation.
-
-        The graph itself does not change. A previously held graph is released.
-
-        Returns
-        -------
-        dict
-            Bytes of the compute buffer on each backend.
-
-        Raises
-        ------
-        OutOfMemoryError
-            If a device does not have enough. The scheduler stays usable.
-        UnsupportedOpError
-            If no backend can compute a node.
-
-        C: ``ggml_backend_sched_reserve``.
-        """
-        with self.lock:
-            self.reset()
-            prepared = self._prepare(graph)
-            try:
-                self._reserve(graph)
-            finally:
-                prepared.restore()
-            return self.buffer_sizes()
-
-    def reserve_size(self, graph: Graph) -> dict[Backend, int]:
-        """Return the bytes that :meth:`reserve` would take on each backend. A held graph is released.
-
-        Inputs without memory are allocated, as in :meth:`alloc`.
-
-        C: ``ggml_backend_sched_reserve_size``.
-        """
-        with self.lock:
-            self.reset()
-            prepared = self._prepare(graph)
-            sizes = c.ffi.new("size_t[]", len(self.backends))
-            try:
-                self.placements.apply(self.ptr, graph, self.backends[-1])
-                with self.exclusive():
-                    c.ggml_backend_sched_reserve_size(self.ptr, graph.ptr, sizes)
-            finally:
-                prepared.restore()
-                c.ggml_backend_sched_reset(self.ptr)
-            # ggml frees buffers that it finds too small, so no buffer has a size until the next reserve.
-            self._reserved = self._primed = False
-            return dict(zip(self.backends, sizes, strict=True))
-
-    def split_graph(self, graph: Graph) -> list[Split]:
-        """Return the splits that ``graph`` would have, without memory for its results. A held graph is released.
-
-        C: ``ggml_backend_sched_split_graph``.
-        """
-        with self.lock:
-            self.reset()
-            prepared = self._prepare(graph)
-            try:
-                self.placements.apply(self.ptr, graph, self.backends[-1])
-                c.ggml_backend_sched_split_graph(self.ptr, graph.ptr)
-                return self.splits_of(graph)
-            finally:
-                prepared.restore()
-                c.ggml_backend_sched_reset(self.ptr)
-
-    def alloc(self, graph: Graph) -> None:
-        """Assign every node of ``graph`` to a backend, and allocate its tensors. A previously held graph is released.
-
-        Inputs (leaves without memory) get memory of their own, zeroed, on the backend that they were placed on, else
-        on the preferred backend. Set them after this call, once or before each run.
-
-        Raises
-        ------
-        OutOfMemoryError
-            If a device does not have enough. The scheduler stays usable.
-        UnsupportedOpError
-            If no backend can compute a node.
-        ClosedError
-            If a context of the graph is closed.
-        ValueError
-            If another scheduler holds a graph with some of the same tensors.
-
-        C: ``ggml_backend_sched_reserve``, ``ggml_backend_sched_alloc_graph``.
-        """
-        with self.lock:
-            self.reset()
-            prepared = self._prepare(graph)
-            try:
-                if self.overlap and len(self.backends) > 2 and not self.placements.concern(graph):
-                    prepare.order_for_overlap(self.ptr, prepared, self.backends, self.placements)
-                # ggml's alloc_graph crashes if memory runs out; its reserve reports it.
-                self._reserve(graph)
-                prepared.restore(keep_added=True)
-                self.placements.apply(self.ptr, graph, self.backends[-1])
-                with self.exclusive():
-                    done = c.ggml_backend_sched_alloc_graph(self.ptr, graph.ptr)
-                if not done:
-                    raise OutOfMemoryError("the scheduler could not allocate the graph")
-                for p in graph.node_pointers():
-                    if p.view_src and p.op not in VIEWS:
-                        check_in_place(p, graph, self.backend_at(p))
-            except BaseException:
-                prepared.restore()
-                c.ggml_backend_sched_reset(self.ptr)
-                raise
-            finally:
-                self.placements.pinned = {}
-            prepared.hold(self.backends[-1] if prepare.uses_cpu(self.ptr, graph, self.backends) else None)
-            self._held = prepared
-
-    def _prepare(self, graph: Graph) -> HeldGraph:
-        """Check ``graph``, make room for it, give its inputs memory, and save the fields that ggml overwrites."""
-        owners = prepare.graph_owners(graph)
-        graph.check_free()
-        self.placements.remove_closed()
-        if graph.n_tensors > _MAX_SIZE:
-            raise ValueError(f"{graph!r} is larger than a scheduler can hold ({_MAX_SIZE} tensors)")
-        if graph.n_tensors > self._capacity:
-            self._capacity = min(2 * graph.n_tensors, _MAX_SIZE)
-            self._open_sched()
-        self._alloc_inputs(graph)
-        owners += prepare.graph_owners(graph)  # with the buffers of the inputs
-        prepare.keep_second_operands(graph)
-        self.placements.require(graph, self.backends)
-        check_ops(graph, self.backends, self.placements.by_pointer(), self.placements.cpu_only)
-        return HeldGraph(graph, owners)
-
-    def _alloc_inputs(self, graph: Graph) -> None:
-        groups: dict[tuple[Context, Backend], list[Tensor]] = {}
-        for t in graph.unallocated_leaves():
-            backend = self.placements.get(t.ptr) or self.backends[0]
-            groups.setdefault((t.context, backend), []).append(t)
-        for (ctx, backend), tensors in groups.items():
-            ctx.alloc(backend.buffer_type, tensors)
-
-    def _reserve(self, graph: Graph) -> None:
-        if not self._primed and any(not p.view_src and c.ggml_is_empty(p) for p in graph.node_pointers()):
-            with self.exclusive():
-                prepare.prime(self.ptr, self.backends)
-            self._primed = True
-        self.placements.apply(self.ptr, graph, self.backends[-1])
-        with self.exclusive():
-            enough = c.ggml_backend_sched_reserve(self.ptr, graph.ptr)
-        if not enough:
-            free = ", ".join(f"{b.name} {b.device.memory().free:,}" for b in self.backends)
-            raise OutOfMemoryError(f"no room for the intermediate results of {graph!r}; bytes free: {free}")
-        self._reserved = True
-
-    def reset(self) -> None:
-        """Release the held graph. Its inputs keep their memory and values; its other results can no longer be read.
-
-        C: ``ggml_backend_sched_reset``.
-        """
-        with self.lock:
-            held, self._held = self._held, None
-            if held is not None:
-                self._locks.acquire()  # even if a server is lost: the graph must be released
-                try:
-                    c.ggml_backend_sched_synchronize(self.ptr)
-                    self._pending = False
-                finally:
-                    self._locks.release()
-                held.restore()
-                c.ggml_backend_sched_reset(self.ptr)
-            del held
 
     # ------------------------------------------------------------------ computation
 
@@ -434,7 +223,7 @@ class Scheduler(SchedulerInspection):
         with self.lock, self.exclusive():
             c.ggml_backend_sched_synchronize(self.ptr)
             self._locks.wait()
-            self._pending = False
+            self._finished()
 
     def wait_for_servers(self) -> None:
         """Wait within a run for the remote devices: ggml's own wait does not cover them."""
@@ -453,10 +242,6 @@ class Scheduler(SchedulerInspection):
         for ctx in held.contexts:
             ctx.ptr  # noqa: B018 - raises when closed
         return held
-
-    def exclusive(self) -> AbstractContextManager[Any]:
-        """Return the lock of all backends: a backend takes work from one thread at a time."""
-        return self._locks.plain
 
     def report(self) -> Report:
         """Return splits, copies and memory of the held graph; ``str()`` of it is a table. See :mod:`ggml_cffi.viz`."""

@@ -10,7 +10,13 @@ import ggml_cffi as ggml
 from ggml_cffi.c import library
 from ggml_cffi.c.places import files_of_plugins, version_of_file
 from tests.support import run_python
-from tests.support.libraries import compile_crash, compile_stub, compile_with_missing_dependency, copy_libraries
+from tests.support.libraries import (
+    compile_crash,
+    compile_stub,
+    compile_with_missing_dependency,
+    copy_libraries,
+    use_stub_loader,
+)
 
 _LIST = """
 import json
@@ -39,8 +45,10 @@ def listing(folder, *, before="", **env):
 
 
 @pytest.fixture
-def core(tmp_path):
-    return copy_libraries(tmp_path / "core", plugins=())
+def core(tmp_path, monkeypatch):
+    folder = copy_libraries(tmp_path / "core", plugins=())
+    use_stub_loader(folder, monkeypatch)
+    return folder
 
 
 def test_a_plugin_of_any_name_is_loaded_when_devices_are_listed(core):
@@ -142,6 +150,18 @@ def test_a_gpu_that_two_plugins_reach_is_used_once(core):
     assert found["gpus"] == ["CUDA0", "HIP0", "SYCL0"]
 
 
+def test_the_vulkan_plugin_is_loaded_only_with_a_vulkan_loader(core):
+    """The plug-in of a wheel is not linked to the loader: ggml would take it, and find no device."""
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan")
+    found, _ = listing(core)
+    assert found["gpus"] == ["Vulkan0"]
+    (core / "libvulkan.so.1").write_text("no library")
+    found, messages = listing(core)
+    assert found["devices"] == {"CPU": "CPU"}
+    assert "libvulkan.so.1" in found["plugins"]["vulkan"]
+    assert messages == ""
+
+
 @pytest.mark.parametrize("address", ["0000:01:00.0", None])
 def test_logical_devices_of_one_backend_are_two_devices(core, address):
     macros = {"DEVICES": 2} | ({"ADDRESS": address} if address else {})
@@ -228,6 +248,30 @@ def test_a_text_that_fits_no_device_or_several_raises_with_the_names(core):
         assert all(message.startswith(f"'{text}' {several}") for message in found[f"{text} in use"])
     for text in ("0b:00.0", "4090", "3"):
         assert found[text].startswith(f"ValueError: there is no device '{text}'; this machine has CUDA0 (NVIDIA H200)")
+
+
+_OTHERS = """
+import json
+import ggml_cffi as ggml
+from ggml_cffi.core.device import other_backends
+given = [None, [0], [1, "CPU"], ["0000:0b:00.0", "0a:00.0"], ["CUDA0"], ["vulkan0"], [0, "CUDA1"], ["CPU"], []]
+found = [[[d.name for d in own] for own in other_backends(chosen)] for chosen in given]
+print(json.dumps([*found, other_backends([ggml.device(0)])]))
+"""
+
+
+def test_gpus_are_the_devices_of_other_backends_too_unless_a_backend_was_named(core):
+    both = {"DEVICES": 2, "ADDRESS": "0000:0a:00.0", "SECOND_ADDRESS": "0000:0b:00.0"}
+    compile_stub(core / "libggml-cuda.so", **both)
+    compile_stub(core / "libggml-vulkan.so", NAME="Vulkan", **both)
+    compile_stub(core / "libggml-opencl.so", ADDRESS="0000:0b:00.0")  # it shows one of the cards
+    found = json.loads(run_python(_OTHERS, GGML_CFFI_LIBRARY_PATH=str(core), GGML_BACKEND_PATH="").stdout)
+    every, first, second, swapped, *named = found
+    assert every == [["Vulkan0", "Vulkan1"]]
+    assert first == [["Vulkan0"]]
+    assert second == [["Vulkan1", "CPU"], ["OPENCL0", "CPU"]]
+    assert swapped == [["Vulkan1", "Vulkan0"]]
+    assert named == [[]] * 6
 
 
 def test_devices_of_several_backends_cannot_share_layers(core):

@@ -357,6 +357,26 @@ def test_closing_while_another_thread_reads_is_safe(close):
             assert not reader.is_alive()
 
 
+def test_a_read_while_its_buffer_closes_keeps_the_memory(monkeypatch):
+    kept = []
+    with ggml.Context() as ctx:
+        x = made(ctx, "f32", (8,))
+        buffer = ctx.buffers[0]
+        owner = buffer.owner
+        tensors = ggml.Context.tensors
+
+        def read_first(self):
+            kept.append(x.check_readable())  # as another thread, which has the processor now
+            return tensors(self)
+
+        monkeypatch.setattr(ggml.Context, "tensors", read_first)
+        buffer.close()
+        assert len(kept) == 1
+        assert owner in kept[0]
+        with pytest.raises(ValueError, match="has no memory"):
+            x.numpy()
+
+
 def test_closing_a_model_while_it_computes_is_safe(tmp_path, rng):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
     for _ in range(5):

@@ -91,8 +91,9 @@ def test_row_numbers_are_checked_when_they_are_set(devices):
         table, rows = ctx.new_tensor("f32", (10, 4)), ctx.new_tensor("i32", (2,))
         ctx.alloc("CPU", [rows])
         rows.set([0, 10])
-        with pytest.raises(ValueError, match="a tensor with 10 rows, but got values from 0 to 10"):
-            ggml.get_rows(table, rows)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="a tensor with 10 rows, but got values from 0 to 10"):
+                ggml.get_rows(table, rows)
         rows.set([0, 9])
         got = ggml.get_rows(table, rows)
         for wrong in ([0, 10], [-1, 0]):
@@ -103,6 +104,21 @@ def test_row_numbers_are_checked_when_they_are_set(devices):
         with pytest.raises(ValueError, match="read-only"):
             rows.numpy(copy=False)[0] = 10
         assert got.shape == (2, 4)
+
+
+def test_row_numbers_are_read_once_for_each_limit(monkeypatch):
+    """A model refers to the same input in each layer, and a read waits for the device."""
+    reads, real = [], ggml.Tensor.numpy
+    with ggml.Context() as ctx:
+        large, small = ctx.new_tensor("f32", (10, 4)), ctx.new_tensor("f32", (5, 4))
+        rows = ctx.new_tensor("i32", (2,))
+        ctx.alloc("CPU", [rows])
+        monkeypatch.setattr(ggml.Tensor, "numpy", lambda self: (reads.append(self), real(self))[1])
+        for table in (large, large, small, large, small):
+            ggml.get_rows(table, rows)
+        assert len(reads) == 2
+        with pytest.raises(ValueError, match="a tensor with 5 rows"):
+            rows.set([0, 5])
 
 
 def test_views_of_inputs_can_be_row_numbers(devices, rng):

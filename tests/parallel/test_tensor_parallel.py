@@ -17,10 +17,11 @@ from tests.support.ranks import DIM, FF, LAYERS, Blocks, Ranks
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("threads", [False, True])
-def test_ranks_agree_with_one_device(n, threads, rng):
+@pytest.mark.parametrize("residual", [False, True])
+def test_ranks_agree_with_one_device(n, threads, residual, rng):
     blocks = Blocks(rng)
     with Ranks(n, threads=threads) as group:
-        f = blocks.network(group)
+        f = blocks.network(group, residual=residual)
         for rows in (1, 7, 300):  # 300 rows are too many for a sum that is computed directly in shared memory
             x = rng.standard_normal((rows, DIM)).astype(np.float32)
             for got, want in zip(f(x), blocks.expected(x), strict=True):
@@ -44,10 +45,11 @@ def test_a_closed_program_raises(rng):
 
 
 @pytest.mark.parametrize("threads", [False, True])
-def test_gpus_agree_with_one_device(devices, threads, rng):
+@pytest.mark.parametrize("residual", [False, True])
+def test_gpus_agree_with_one_device(devices, threads, residual, rng):
     blocks = Blocks(rng)
     with parallel.TensorParallel(devices, threads=threads, n_threads=1 if devices == ("CPU",) else None) as group:
-        f = blocks.network(group)
+        f = blocks.network(group, residual=residual)
         for rows in (1, 12):
             x = rng.standard_normal((rows, DIM)).astype(np.float32)
             for _ in range(2):
@@ -77,7 +79,7 @@ def test_three_gpus_and_halves():
         blocks = Blocks(rng)
         for half_above, most, least in ((None, 2e-3, 0), (1000, 3e-3, 0)):
             with parallel.TensorParallel(["Vulkan0", "Vulkan1", "Vulkan2"], half_above=half_above) as group:
-                f = blocks.network(group)
+                f = blocks.network(group, residual=True)
                 x = rng.standard_normal((12, 64)).astype(np.float32)
                 got, want = f(x)[0], blocks.expected(x)[0]
                 assert relative_error(got, want) < most, relative_error(got, want)
@@ -152,7 +154,10 @@ def test_functions_that_cannot_be_compiled():
         cases = [
             (lambda rank, x: rank.all_reduce(ops.cast(x, "f16")), ValueError, "all_reduce takes contiguous F32"),
             (lambda rank, x: rank.all_reduce(ops.transpose(x)), ValueError, "all_reduce takes contiguous F32"),
+            (lambda rank, x: rank.all_reduce(x, ops.cast(x, "f16")), ValueError, "a residual of F32 and the shape of"),
+            (lambda rank, x: rank.all_reduce(x, ops.transpose(x)), ValueError, "a residual of F32 and the shape of"),
             (lambda rank, x: rank.all_reduce(3), TypeError, "all_reduce takes a tensor, not int"),
+            (lambda rank, x: rank.all_reduce(x, 3), TypeError, "takes a tensor as residual, not int"),
             (lambda rank, x: rank.all_gather(3), TypeError, "all_gather takes a tensor, not int"),
             (lambda rank, x: rank.all_gather(x, 2), ValueError, "has no axis 2"),
             (lambda rank, x: 3, TypeError, "the function returned 3: return tensors"),

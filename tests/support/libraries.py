@@ -1,7 +1,8 @@
-"""Copies of the loaded libraries, and plug-ins that tests compile: working ones, and broken ones of each kind."""
+"""Copies of the loaded libraries, and libraries that tests compile: plug-ins, also broken ones, and a Vulkan loader."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -47,13 +48,29 @@ def compile_stub(file: Path, *, dependency: Path | None = None, **macros: object
 
 def compile_crash(file: Path, message: str = "") -> Path:
     """Compile a plug-in that writes a message to standard error and ends the process when it is loaded."""
-    compiler = shutil.which("cc")
-    if not compiler:
-        pytest.skip("needs a C compiler to make a plug-in")
     source = (
         "#include <stdlib.h>\n#include <unistd.h>\n"
         f'void *ggml_backend_init(void) {{ if (write(2, "{message}", {len(message)}) < 0) exit(1); abort(); }}\n'
     )
+    return compile_source(file, source)
+
+
+def use_stub_loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new processes find a Vulkan loader in a folder, which they prefer to that of the machine.
+
+    Without a loader, the package loads no Vulkan plug-in, stubs included.
+    """
+    source = "int vkEnumerateInstanceVersion(unsigned *version) { *version = 1 << 22 | 3 << 12; return 0; }\n"
+    compile_source(folder / "libvulkan.so.1", source)
+    others = os.environ.get("LD_LIBRARY_PATH")
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{folder}:{others}" if others else str(folder))
+
+
+def compile_source(file: Path, source: str) -> Path:
+    """Compile a library from the text of a C program."""
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler to make a library")
     command = [compiler, "-shared", "-fPIC", "-x", "c", "-o", file, "-"]
     subprocess.run(command, input=source, text=True, check=True)
     return file

@@ -138,17 +138,18 @@ def random_model(
     n_layers=3,
     n_heads=4,
     n_kv=2,
+    n_vocab=50,
     more=None,
     **changes,
 ):
     """Write a small model with random weights and grouped-query attention.
 
-    ``more`` adds tensors, ``changes`` changes the metadata. A key that begins with a dot gets the name of the
-    architecture as a prefix.
+    ``more`` adds or replaces tensors, F32 or a pair of type and values. ``changes`` changes the metadata. A key that
+    begins with a dot gets the name of the architecture as a prefix.
     """
     from tests.support import gguf_writer
 
-    n_embd, n_ff, n_vocab = 64, 96, 50
+    n_embd, n_ff = 64, 96
     meta = {
         "general.architecture": name,
         f"{name}.block_count": n_layers,
@@ -188,5 +189,6 @@ def random_model(
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(HEAD) for part in ("attn_q", "attn_k")}
         if name == "gemma3":
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
-    tensors |= {name: (ggml.F32, np.asarray(value)) for name, value in (more or {}).items()}
+    for key, value in (more or {}).items():
+        tensors[key] = value if isinstance(value, tuple) else (ggml.F32, np.asarray(value))
     return gguf_writer.write(path, meta, tensors)

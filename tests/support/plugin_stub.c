@@ -1,6 +1,6 @@
 // A plug-in of ggml with devices that compute nothing, for tests of the loader. The structs are the start of ggml's
-// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, DESCRIPTION, TYPE, ADDRESS (one for all
-// devices), DEVICES (at most 2), API, SCORE, FAILS, NEEDS.
+// own, in the order of ggml-backend-impl.h. Macros set the behaviour: NAME, DESCRIPTION, TYPE, ADDRESS, SECOND_ADDRESS
+// (by default that of the first device), DEVICES (at most 2), API, SCORE, FAILS, NEEDS.
 #include <stddef.h>
 
 #ifndef TYPE
@@ -11,6 +11,9 @@
 #endif
 #ifndef ADDRESS
 #define ADDRESS NULL
+#endif
+#ifndef SECOND_ADDRESS
+#define SECOND_ADDRESS ADDRESS
 #endif
 #ifndef DEVICES
 #define DEVICES 1
@@ -61,14 +64,17 @@ static void device_memory(struct device *d, size_t *free, size_t *total) {
     *total = 2 << 20;
 }
 
+static struct device all[2];
+
 static void device_props(struct device *d, struct props *props) {
-    *props = (struct props){d->context, DESCRIPTION, 1 << 20, 2 << 20, TYPE, ADDRESS, {0}};
+    const char *address = d == all ? ADDRESS : SECOND_ADDRESS;
+    *props = (struct props){d->context, DESCRIPTION, 1 << 20, 2 << 20, TYPE, address, {0}};
 }
 
 static struct reg registry;
 #define DEVICE(name) \
     {device_name, device_description, device_memory, device_type, device_props, refuse, {0}, &registry, name}
-static struct device all[] = {DEVICE(NAME "0"), DEVICE(NAME "1")};
+static struct device all[2] = {DEVICE(NAME "0"), DEVICE(NAME "1")};
 
 static const char *reg_name(struct reg *r) { return NAME; }
 static size_t device_count(struct reg *r) { return DEVICES; }

@@ -29,14 +29,15 @@ class Blocks:
             self.values[f"{i}.up"] = (rng.standard_normal((FF, DIM)) / 8).astype(np.float32)
             self.values[f"{i}.down"] = (rng.standard_normal((DIM, FF)) / 10).astype(np.float32)
 
-    def network(self, group):
+    def network(self, group, *, residual=False):
+        """Return the compiled blocks. With ``residual``, the sums of the devices add the residuals."""
         w = group.weights(self.values, {"*.up": ROWS, "*.down": COLUMNS})
 
         def run(rank, x):
             for i in range(LAYERS):
                 h = ops.mul(ops.rms_norm(x, 1e-5), w[f"{i}.norm"][rank])
                 h = ops.linear(ops.relu(ops.linear(h, w[f"{i}.up"][rank])), w[f"{i}.down"][rank])
-                x = ops.add(x, rank.all_reduce(h))
+                x = rank.all_reduce(h, x) if residual else ops.add(x, rank.all_reduce(h))
             return x, rank.all_gather(ops.linear(x, w["0.up"][rank]))
 
         return group.compile(run)

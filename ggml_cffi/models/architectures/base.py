@@ -59,7 +59,7 @@ class Inputs:
     """Mask of the layers with a sliding window; None if the architecture has no :attr:`~Architecture.window`."""
     layers: Sequence[Inputs] = ()
     """Inputs of each layer, on the device of the layer, if devices have inputs of their own."""
-    sums: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    sums: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
     """All-reduce of ``attention`` and ``feed_forward``, if several devices compute each layer."""
     kv_views: list[KVView] = field(default_factory=list)
     """Views of the caches, which the architecture adds. A runner may change them, together with :attr:`kv_rows` and the
@@ -83,9 +83,11 @@ class Inputs:
         """Return the inputs for a layer: positions, rows and masks."""
         return self.layers[layer] if self.layers else self
 
-    def all_reduced(self, part: str, contribution: Tensor) -> Tensor:
-        """Return the sum over all devices of the contributions of one part of a layer."""
-        return self.sums[part](contribution) if part in self.sums else contribution
+    def all_reduced(self, part: str, contribution: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the sum over all devices of the contributions of one part of a layer, and of ``residual`` once."""
+        if part in self.sums:
+            return self.sums[part](contribution, residual)
+        return contribution if residual is None else ops.add(residual, contribution)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Metadata:
         return value
 
 
+def joined_name(layer: int, names: Iterable[str], kind: str) -> str:
+    """Return the name of the tensor with the rows of several tensors ``blk.{layer}.{name}.{kind}``."""
+    return f"blk.{layer}.{'+'.join(names)}.{kind}"
+
+
 @dataclass(frozen=True)
 class TensorParallelSpec:
     """Division of a model's layers among several devices."""
@@ -190,6 +197,9 @@ class Architecture(ABC):
     sequence: it has no cache, and its mask is ``(n, n)``."""
     pooling: str
     """Way to get the embedding of a text from those of its tokens: ``mean``, ``cls`` (the first) or ``last``."""
+    joined: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Weights of a layer, such as ``attn_q`` and ``attn_k``, that multiply the same tokens. Where their types are
+    equal, one tensor holds the rows of all of them, and one product replaces several; see :func:`joined_name`."""
     max_sequence_length: int = 0
     """Largest number of tokens of a text in training, for embeddings; 0 if the context is the only limit."""
 
@@ -262,6 +272,11 @@ class Architecture(ABC):
         if info is None:
             raise FormatError(f"{self.file.path}: the model has no tensor {name!r}")
         return info
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in the file."""
+        return sum(self.tensor_info(name).nbytes for name in self.shapes)
 
     @abstractmethod
     def read(self, meta: Metadata) -> None:

@@ -23,7 +23,14 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
 from ggml_cffi.models.architectures.attention import attend, store, store_transposed
-from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache, Metadata, TensorParallelSpec
+from ggml_cffi.models.architectures.base import (
+    Architecture,
+    Inputs,
+    LayerCache,
+    Metadata,
+    TensorParallelSpec,
+    joined_name,
+)
 from ggml_cffi.ops import RopeMode
 from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
 
@@ -100,6 +107,7 @@ class Decoder(Architecture):
     post_norms: ClassVar[bool] = False
     """True if the contribution of each part is normalized before it is added to the tokens."""
 
+    joined = (("attn_q", "attn_k", "attn_v"),)
     harmless_keys = Architecture.harmless_keys | {
         "rope.scaling.yarn_ext_factor",  # read if the scaling is YaRN
         "rope.scaling.yarn_beta_fast",
@@ -179,9 +187,9 @@ class Decoder(Architecture):
             if i == self.n_layers - 1 and inputs.output_ids.shape != inputs.positions.shape:
                 # After the last attention, only the tokens with an output matter.
                 part, x = ops.get_rows(part, inputs.output_ids), ops.get_rows(x, inputs.output_ids)
-            x = self.add(f"blk.{i}.post_attention_norm", x, inputs.all_reduced("attention", part), weights)
+            x = self.add("attention", part, x, f"blk.{i}.post_attention_norm", weights, inputs)
             part = self.feed_forward(i, self.norm(f"blk.{i}.ffn_norm", x, weights), weights)
-            x = self.add(f"blk.{i}.post_ffw_norm", x, inputs.all_reduced("feed_forward", part), weights)
+            x = self.add("feed_forward", part, x, f"blk.{i}.post_ffw_norm", weights, inputs)
             x.name = f"layer {i}"
         return x
 
@@ -224,9 +232,19 @@ class Decoder(Architecture):
         """Divide ``x`` by the root mean square of its last axis, and multiply it by the weight of that name."""
         return ops.mul(ops.rms_norm(x, self.eps), weights[f"{name}.weight"])
 
-    def add(self, post_norm: str, x: Tensor, part: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    def add(
+        self,
+        part: str,
+        contribution: Tensor,
+        x: Tensor,
+        post_norm: str,
+        weights: Mapping[str, Tensor],
+        inputs: Inputs,
+    ) -> Tensor:
         """Add the contribution of a part of a layer to the tokens ``x``, normalized first in some architectures."""
-        return ops.add(x, self.norm(post_norm, part, weights) if self.post_norms else part)
+        if self.post_norms:
+            return ops.add(x, self.norm(post_norm, inputs.all_reduced(part, contribution), weights))
+        return inputs.all_reduced(part, contribution, x)
 
     def is_local(self, i: int) -> bool:
         """Return True if layer ``i`` attends to the last :attr:`window` tokens only."""
@@ -263,11 +281,11 @@ class Decoder(Architecture):
         mask = inputs.window_mask if self.is_local(i) else inputs.mask
         if mask is None:
             raise ValueError(f"layer {i} has a sliding window of {self.window} tokens: set inputs.window_mask")
-        q = self._heads(i, "attn_q", h, weights, inputs)
-        k = self._heads(i, "attn_k", h, weights, inputs)
+        q, k, v = self._products(i, self.joined[0], h, weights)
+        q = self._rotated(i, "attn_q", q, weights, inputs)
+        k = self._rotated(i, "attn_k", k, weights, inputs)
         # The Vulkan backend fuses rotation, view and write to the cache into one step, but not with a reshape.
         k = store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
-        v = self._project(i, "attn_v", h, weights)
         v = (store_transposed if cache.v_transposed else store)(cache.v, v, self.v_size, inputs, mask)
         out = attend(q, k, v, cache, inputs, mask, scale=self.scale, cap=self.attention_cap)
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], out)
@@ -296,12 +314,33 @@ class Decoder(Architecture):
         """Apply the gated linear unit of the feed-forward part."""
         return ops.swiglu_split(gate, up)
 
-    def _project(self, i: int, name: str, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        return ops.linear(h, weights[f"blk.{i}.{name}.weight"], weights.get(f"blk.{i}.{name}.bias"))
+    def _products(self, i: int, names: tuple[str, ...], h: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """Multiply ``h`` by each of some weights of layer ``i``, at once by the first ones if they are joined.
 
-    def _heads(self, i: int, name: str, h: Tensor, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
-        """Compute the rotated queries or keys, ``(n, heads, head_size)``."""
-        x = ops.reshape(self._project(i, name, h, weights), (h.shape[0], -1, self.head_size))
+        Returns
+        -------
+        list of Tensor
+            For each name ``(n, rows)``, F32. The rows of a tensor may have gaps between them.
+        """
+        n_joined = next((k for k in range(len(names), 1, -1) if joined_name(i, names[:k], "weight") in weights), 1)
+        whole = self._product(joined_name(i, names[:n_joined], "{}"), h, weights)
+        found, offset = [], 0
+        for name in names[:n_joined]:
+            size = weights[f"blk.{i}.{name}.weight"].shape[0]
+            strides = (whole.nb[1], whole.nb[0])
+            found.append(
+                whole if n_joined == 1 else ops.view(whole, (h.shape[0], size), strides=strides, offset=offset)
+            )
+            offset += size * whole.nb[0]
+        return found + [self._product(f"blk.{i}.{name}.{{}}", h, weights) for name in names[n_joined:]]
+
+    def _product(self, name: str, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return ops.linear(h, weights[name.format("weight")], weights.get(name.format("bias")))
+
+    def _rotated(self, i: int, name: str, x: Tensor, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """Return the rotated queries or keys ``(n, heads, head_size)`` of ``x``, ``(n, heads * head_size)``."""
+        shape = (x.shape[0], x.shape[1] // self.head_size, self.head_size)
+        x = ops.view(x, shape, strides=(x.nb[1], self.head_size * x.nb[0], x.nb[0]))
         if self.head_norms:
             x = self.norm(f"blk.{i}.{name}_norm", x, weights)
         return self.layer_rope(i)(x, inputs.positions, weights.get("rope_freqs.weight"))

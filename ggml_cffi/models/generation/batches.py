@@ -89,7 +89,7 @@ class BatchBuilder:
         ids = [sequence.cache_id for sequence in sequences]
         rows = [slots.allocate_one(sequence.cache_id, sequence.n_cached) for sequence in sequences]
         positions = np.array([sequence.n_cached for sequence in sequences], np.int32)
-        ranges = slots.ranges_of(ids)
+        ranges = slots.ranges_of(ids, self._runner.n_batch)
         mask, window_mask = self._last_masks(ids, positions, ranges)
         query_ids = result_ids = None
         if ranges.places:

@@ -132,7 +132,7 @@ class NeighborSlots(KVSlots):
         n_kv = min(-(-(high - low) // RANGE_STEP) * RANGE_STEP, len(self))
         return KVRanges(min(low, len(self) - n_kv), n_kv)
 
-    def ranges_of(self, sequences: Sequence[int]) -> KVRanges:
+    def ranges_of(self, sequences: Sequence[int], most: int) -> KVRanges:
         """Return a range for each of some sequences, or one for all of them if attention then reads fewer slots."""
         best = self.range_of(sequences)
         if len(sequences) == 1:
@@ -142,7 +142,7 @@ class NeighborSlots(KVSlots):
         while distance >= RANGE_STEP:
             found = self._ranges(spans, distance)
             if found is not None:
-                if found.n > 2 * len(spans):
+                if found.n > min(2 * len(spans), most):
                     break
                 if found.n * found.n_kv < least:
                     best, least = found, found.n * found.n_kv

@@ -110,8 +110,11 @@ class KVSlots:
         """Return the range of slots to which the tokens of some sequences attend: all slots in use."""
         return KVRanges(0, n_kv_for(self.end, len(self)))
 
-    def ranges_of(self, sequences: Sequence[int]) -> KVRanges:
-        """Return the ranges of slots to which the last tokens of some sequences attend: one range for all of them."""
+    def ranges_of(self, sequences: Sequence[int], most: int) -> KVRanges:
+        """Return the ranges of slots to which the last tokens of some sequences attend: one range for all of them.
+
+        ``most`` is the largest number of ranges.
+        """
         return self.range_of(sequences)
 
     def last_token_mask(self, sequence: int, n_kv: int, start: int = 0) -> npt.NDArray[np.float16]:

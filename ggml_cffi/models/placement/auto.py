@@ -1,4 +1,4 @@
-"""Choice of the best split for a model, its devices and its workload, by timing the model or many of its layers.
+"""Choice of the best split and backend for a model and its workload, by timing the model or many of its layers.
 
 The file of :mod:`~ggml_cffi.models.placement.calibration` stores the times.
 """
@@ -50,37 +50,49 @@ class Costs:
         return n_layers * self.layer + self.ends
 
 
-def choose_split(
+@dataclass(frozen=True)
+class Candidate:
+    """A placement among which the fastest is chosen."""
+
+    name: str
+    """Name of the split, such as ``"pipeline"``, with that of the backend if several are compared."""
+    placement: Placement
+    """The placement, which fits."""
+    backends: Sequence[Backend]
+    """The devices, the CPU last."""
+
+
+def choose_fastest(
     architecture: Architecture,
-    backends: Sequence[Backend],
     options: LoadOptions,
     workload: Workload,
-    candidates: Mapping[str, Placement],
-) -> Placement:
-    """Return the placement that is best for the expected tokens, with the reason.
+    candidates: Sequence[Candidate],
+) -> Candidate:
+    """Return the candidate that is best for the expected tokens, with the reason in its placement.
 
     Without expected tokens, three rates are computed for each candidate: prefill of one batch, prefill of eight
     batches, and decode of ``n_sequences`` sequences at once. Each rate is divided by the best rate of all candidates.
-    The candidate whose smallest fraction is the largest is chosen.
-
-    Parameters
-    ----------
-    candidates
-        Placements that fit, by name of the split, the simplest first.
+    The candidate whose smallest fraction is the largest is chosen, the first one of equals.
     """
     if len(candidates) == 1:
-        ((name, only),) = candidates.items()
-        return replace(only, reason=f"Of the splits, {name} is the only one that is possible.")
-    timer = Timer(architecture, backends, options)
-    rates = {name: _rates(architecture, found, timer, options, workload) for name, found in candidates.items()}
-    best = {case: max(rate[case] for rate in rates.values()) for case in next(iter(rates.values()))}
-    worst = {name: min(rate[case] / best[case] for case in best) for name, rate in rates.items()}
-    chosen = max(candidates, key=lambda name: round(worst[name], 2))
+        (only,) = candidates
+        reason = f"Of the splits, {only.name} is the only one that is possible."
+        return replace(only, placement=replace(only.placement, reason=reason))
+    rates = []
+    for each in candidates:
+        timer = Timer(architecture, each.backends, options)
+        rates.append(_rates(architecture, each.placement, timer, options, workload))
+    best = {case: max(rate[case] for rate in rates) for case in rates[0]}
+    worst = [round(min(rate[case] / best[case] for case in best), 2) for rate in rates]
+    number = worst.index(max(worst))
+    chosen = candidates[number]
     cases = "; ".join(
-        f"{name} {', '.join(f'{case} {rate:,.0f}' for case, rate in found.items())}" for name, found in rates.items()
+        f"{each.name} {', '.join(f'{case} {rate:,.0f}' for case, rate in found.items())}"
+        for each, found in zip(candidates, rates, strict=True)
     )
-    reason = f"Of the splits, {chosen} has {worst[chosen]:.0%} of the best speed or more in each case. "
-    return replace(candidates[chosen], reason=f"{reason}Tokens/s, timed: {cases}.")
+    several = "backends and splits" if len({id(each.backends) for each in candidates}) > 1 else "splits"
+    reason = f"Of the {several}, {chosen.name} has {worst[number]:.0%} of the best speed or more in each case. "
+    return replace(chosen, placement=replace(chosen.placement, reason=f"{reason}Tokens/s, timed: {cases}."))
 
 
 def _rates(
@@ -116,7 +128,7 @@ class Timer:
     """
 
     def __init__(self, architecture: Architecture, backends: Sequence[Backend], options: LoadOptions) -> None:
-        self._architecture, self._backends, self._options = architecture, backends, options
+        self._architecture, self.backends, self._options = architecture, backends, options
         self._software = any("llvmpipe" in b.device.description for b in backends)
 
     def costs(self, split: str, n: int, n_batch: int, *, whole_attention: bool = False) -> Costs:
@@ -132,7 +144,7 @@ class Timer:
         # Larger batches take the same time per token, and longer prompts the same time per batch.
         batch = min(n, n_batch, largest)
         timed = min(-(-n * batch // min(n, n_batch)), _PROMPT * batch)
-        used = self._backends[:1] if split == "one" else self._backends[:-1]
+        used = self.backends[:1] if split == "one" else self.backends[:-1]
         stages, n_layers = len(used) if split == "pipeline" else 1, self._architecture.n_layers
         more = min(n_layers, max(self._most_layers(), stages * _MORE))
 
@@ -172,7 +184,7 @@ class Timer:
             stages: tuple[StageSpec, ...] = (StageSpec(range(n_layers), tuple(range(len(used)))),)
         else:
             stages = stages_of([i * len(used) // n_layers for i in range(n_layers)])
-        backends = [*used, self._backends[-1]]
+        backends = [*used, self.backends[-1]]
         dtype = self._options.kv_dtype
         with PipelineRunner(
             shallow, backends, n, n_batch, dtype, stages=stages, whole_attention=whole_attention

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
@@ -17,10 +18,12 @@ from ggml_cffi.models.placement.options import LoadOptions
 from ggml_cffi.models.placement.placement import DevicePlan
 from ggml_cffi.models.placement.workspace import workspace_bytes
 from ggml_cffi.models.runners.base import kv_slots_for
+from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
+from ggml_cffi.models.runners.link import N_SLOTS, is_linked, link_bytes
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import logits_graph
-from ggml_cffi.models.runners.stage import Key, StageGraph
+from ggml_cffi.models.runners.stage import StageGraph
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph
@@ -73,6 +76,7 @@ def measure(
         options.kv_dtype,
         stages,
         whole_attention=whole_attention,
+        repack=options.repacks(backends, architecture.weight_bytes),
         context=DryRunContext(),
     )
     hypothetical = any(is_hypothetical(b) for b in backends if not b.device.is_cpu)
@@ -108,12 +112,18 @@ def measure(
 
 def _measure_stages(weights: Weights, key: Key) -> None:
     """Count the intermediate tensors of a pipeline runner."""
-    for stage in weights.stages:
+    used = [[weights.backends[i] for i in stage.devices] for stage in weights.stages]
+    links = [is_linked(before, after) for before, after in pairwise(used)]  # after each stage but the last
+    for k, stage in enumerate(weights.stages):
         own = [weights.placement[i] for i in stage.devices]
-        with StageGraph.of(weights, stage).measure([weights.backends[i] for i in stage.devices], key) as traced:
+        receives, sends = k > 0 and links[k - 1], k < len(links) and links[k]
+        graph = StageGraph.of(weights, stage)
+        with graph.measure(used[k], key, receives=receives, sends=sends) as traced:
             devices = [weights.backends[i].device for i in stage.devices]
             for placement, size, graphs in zip(own, traced.arena_bytes, traced.step_graphs, strict=True):
                 placement.compute_bytes = size
+                if receives:
+                    placement.compute_bytes += N_SLOTS * link_bytes(key[0], weights.architecture.n_embd)
                 if len(devices) == 1 and not shares_host_memory(devices[0]):
                     placement.compute_bytes += 2 * whole_pages(traced.host_bytes)  # for batches in flight
                 if not placement.is_cpu:

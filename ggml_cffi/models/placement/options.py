@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ggml_cffi.core import text
+from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.numbers import as_integer
 from ggml_cffi.enums import Type
 
@@ -23,13 +24,16 @@ SPLITS: tuple[str, ...] = get_args(SplitMode)
 #: agreed within 0.3 % with the memory that GPUs reported as used (docs/tested.md). The rest is for other programs,
 #: such as a desktop, whose use of memory changes while a model is loaded.
 RESERVE = 512 << 20
+#: Part of the free memory that the weights may take of a processor that repacks some of them. The system cannot drop
+#: these, while it drops mapped weights when memory is short.
+REPACKED = 1 / 2
 #: Part of the free memory that is the reserve of a GPU with less than 8 GiB free.
 SMALL_RESERVE = 1 / 16
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Sizes of a model's context, batches and cache, and the memory that stays free."""
+    """Sizes of a model's context, batches and cache, the memory that stays free, and the layout of weights."""
 
     n_ctx: int
     """Tokens for which the KV cache has room: those of one context, or more."""
@@ -37,6 +41,14 @@ class LoadOptions:
     kv_dtype: Type
     reserve: int | None = None
     """Bytes of each GPU's free memory that stay free; None for the default."""
+    repack: bool | None = None
+    """True to repack weights of the CPU, False to map them; None to repack them if there are no GPUs, and memory."""
+
+    def repacks(self, backends: Sequence[Backend], weight_bytes: int) -> bool:
+        """Return whether a runner of some backends repacks weights of the CPU, of all weights of a model."""
+        if self.repack is not None:
+            return self.repack
+        return len(backends) == 1 and weight_bytes <= REPACKED * backends[0].device.memory().free
 
     def reserve_of(self, free: int, *, is_cpu: bool) -> int:
         """Return the bytes that stay free on a device with ``free`` bytes; 0 on the CPU.

@@ -14,6 +14,7 @@ from math import inf, isfinite
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import DeviceLike
 from ggml_cffi.core.dtypes import row_size
+from ggml_cffi.core.unified import are_peers
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement import calibration
@@ -185,7 +186,9 @@ def place_shards(architecture: Architecture, backends: Sequence[Backend], option
     own = [backends[i] for i in members]
     check_devices([backend.device for backend in own])
     stages = (StageSpec(range(architecture.n_layers), tuple(range(len(own)))),)
-    for whole_attention in (True, False):
+    # With whole attention there are half as many sums, which pays where the sums go through memory of the host.
+    ways = (False,) if are_peers([backend.device for backend in own]) else (True, False)
+    for whole_attention in ways:
         plans, _ = measure(architecture, own, options, stages, whole_attention=whole_attention, pipeline=True)
         if all(plan.fits for plan in plans):
             break

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ggml_cffi.core import text
-from ggml_cffi.core.backend import open_backends
+from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.device import DevicesLike, device_list
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.enums import Type
@@ -15,6 +16,7 @@ from ggml_cffi.errors import OutOfMemoryError
 from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures.registry import architecture_of, context_of
 from ggml_cffi.models.hub import header_path
+from ggml_cffi.models.placement.backend_choice import place_on_devices
 from ggml_cffi.models.placement.hypothetical import open_hypothetical, parse_devices
 from ggml_cffi.models.placement.options import (
     Balance,
@@ -105,6 +107,7 @@ def plan(
     reserve: int | str | None = None,
     measure_speed: bool = False,
     kv_slots: int | None = None,
+    repack: bool | None = None,
 ) -> ModelPlan:
     """Return the placement that :func:`~ggml_cffi.models.load` would choose for a model, with its bytes.
 
@@ -120,7 +123,7 @@ def plan(
         As for :func:`~ggml_cffi.models.load`. Or the devices of another machine, with their free memory: ``"24G"``
         (GiB), or a name and a size. ``["24G", "24G", "CPU:64G"]`` is two GPUs and a CPU. No GPU is opened for them.
         Without the CPU, the plan is for this machine's memory.
-    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve, kv_slots
+    split, n_ctx, n_batch, kv_dtype, balance, n_sequences, expected_tokens, reserve, kv_slots, repack
         As for :func:`~ggml_cffi.models.load`. Hypothetical devices cannot be timed for ``split="auto"`` and
         ``balance="speed"``.
     measure_speed
@@ -149,27 +152,31 @@ def plan(
     with GGUFFile(header_path(path), header_only=True) as file:
         architecture = architecture_of(file)
         n_slots = check_kv_slots(kv_slots, context_of(architecture, n_ctx))
-        options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept)
-        backends = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
+        options = LoadOptions(n_slots, n_batch, as_type(kv_dtype), kept, repack)
+
+        def planner_of(opened: Sequence[Backend]) -> Planner:
+            return Planner(architecture, opened, options, balance, chosen, split, workload)
+
+        opened = open_hypothetical(hypothetical) if hypothetical else open_backends(chosen)
+        compare = split == "auto" and not hypothetical
+        planner, found = place_on_devices(planner_of, opened, chosen, compare=compare)
         try:
-            planner = Planner(architecture, backends, options, balance, chosen, split, workload)
-            return report(planner, planner.place(), measure_speed=measure_speed)
+            return report(planner, found, measure_speed=measure_speed)
         finally:
-            for backend in backends:
+            for backend in planner.backends:
                 backend.close()
 
 
-def place_or_raise(planner: Planner) -> Placement:
-    """Return the placement of a planner.
+def check_fits(planner: Planner, found: Placement) -> None:
+    """Raise an error if a planner's placement does not fit.
 
     Raises
     ------
     OutOfMemoryError
-        If it does not fit. The message has the missing bytes, and options that fit.
+        The message has the missing bytes, and options that fit.
     """
-    found = planner.place()
     if found.fits:
-        return found
+        return
     lacking = "; ".join(
         f"{d.device} lacks {text.size(d.missing)} of {text.size(d.needed)}"
         + (f" beside a reserve of {text.size(d.reserve)}" if d.reserve else "")

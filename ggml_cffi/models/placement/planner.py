@@ -9,7 +9,7 @@ from dataclasses import replace
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import DeviceLike
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.placement.auto import choose_split
+from ggml_cffi.models.placement.auto import Candidate, choose_fastest
 from ggml_cffi.models.placement.hypothetical import is_hypothetical
 from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode, Workload
 from ggml_cffi.models.placement.place import place_layers, place_on_one, place_replicas, place_shards, proportions_of
@@ -91,10 +91,11 @@ class Planner:
         if self.split == "data":
             return place_replicas(*given)
         if self.split == "auto":
-            return choose_split(*given, self.workload, self._candidates())
+            candidates = [Candidate(name, found, self.backends) for name, found in self.candidates().items()]
+            return choose_fastest(self.architecture, self.options, self.workload, candidates).placement
         return replace(place_layers(*given, self.proportions, strict=self.given), split=self.split)
 
-    def _candidates(self) -> dict[str, Placement]:
+    def candidates(self) -> dict[str, Placement]:
         """Return the splits that fit, the simplest first. If none fits, return the split by layers, also on the CPU."""
         given = self.architecture, self.backends, self.options
         layer = place_layers(*given, self.proportions, strict=self.given)

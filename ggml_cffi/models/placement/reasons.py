@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ggml_cffi.core import text
+from ggml_cffi.core.device import same_cards
 from ggml_cffi.models.placement.hypothetical import is_hypothetical
 from ggml_cffi.models.placement.place import layer_bytes, layer_cache_bytes
 from ggml_cffi.models.placement.placement import DevicePlan, Placement
@@ -16,6 +17,9 @@ def reasons(planner: Planner, placement: Placement) -> Iterator[str]:
     """Yield a sentence for each decision."""
     if placement.reason:
         yield placement.reason
+        for device, card in same_cards().items():
+            if any(backend.device == device for backend in planner.backends):
+                yield f"{device.name} is the card of {card.name}, by {device.backend_name}."
     if any(map(is_hypothetical, planner.backends[:-1])):
         yield "The plan assumes that its hypothetical GPUs support every type and read host memory."
     if placement.split in ("data", "tensor"):

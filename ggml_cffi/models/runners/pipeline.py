@@ -5,7 +5,8 @@ tensor parallelism alone, stages of one device each are pipeline parallelism alo
 combine the two.
 
 Each device computes graphs of its own, which read inputs from host memory and write results to host memory. A token is
-one submission for a stage of one device, and nothing is copied from device to device.
+one submission for a stage of one device, and nothing is copied from device to device. Where devices write the memory of
+their peers, the results of a stage go to the device of the next stage instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.link import Link, is_linked, link_bytes
 from ggml_cffi.models.runners.stage import Stage, StageGraph, StageProgram
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
@@ -139,12 +141,8 @@ class PipelineRunner(Runner):
                     "the device of the first or the last stage cannot compute with the embeddings or the output head "
                     "in their type: use split='layer'"
                 )
-            for spec in stages:
-                group = Group([backends[i] for i in spec.devices], half_above=half_above, threads=threads)
-                self.stages.append(Stage(StageGraph.of(self.weights, spec), group))
-                sizes = self.stages[-1].reserve(n_batch, self.n_slots)
-                for i, size in zip(spec.devices, sizes, strict=True):
-                    self.placement[i].compute_bytes = size
+            for spec, after in zip_longest(stages, stages[1:]):
+                self._add_stage(spec, after, half_above=half_above, threads=threads)
             # With one stage of several devices, the host works between the steps of a batch: no time for the next.
             alone = len(stages) == 1 and len(stages[0].devices) == 1
             on_gpu = not backends[stages[0].devices[0]].device.is_cpu
@@ -156,6 +154,21 @@ class PipelineRunner(Runner):
         except BaseException:
             self.close()
             raise
+
+    def _add_stage(
+        self, spec: StageSpec, after: StageSpec | None, *, half_above: int | None, threads: bool | None
+    ) -> None:
+        """Make a stage, with memory for the largest batch, and a link to the stage after it."""
+        backends, n_embd = self.weights.backends, self.architecture.n_embd
+        own, following = ([] if s is None else [backends[i] for i in s.devices] for s in (spec, after))
+        receives = self.stages[-1].sends if self.stages else None
+        graph = StageGraph.of(self.weights, spec)
+        group = Group(own, half_above=half_above, threads=threads)
+        sends = Link(following[0], link_bytes(self.n_batch, n_embd)) if is_linked(own, following) else None
+        self.stages.append(Stage(graph, group, receives, sends))
+        sizes = self.stages[-1].reserve(self.n_batch, self.n_slots)
+        for i, size in zip(spec.devices, sizes, strict=True):
+            self.placement[i].compute_bytes = size
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -230,10 +243,11 @@ class PipelineRunner(Runner):
         x: Future[Hidden] | None = None
         before: _StageQueue | None = None
         for queue in self._queues:
-            written, x = queue.start(batch, slot, x, copied=queue is self._queues[-1])
+            written, result = queue.start(batch, slot, x, copied=queue is self._queues[-1])
             if before is not None:
-                before.read[slot] = written
-            before = queue
+                before.read[slot] = x if before.stage.sends else written
+                before.computed_after[slot] = result if before.stage.sends else None
+            before, x = queue, result
         assert before is not None
         assert x is not None
         before.read[slot] = x
@@ -277,12 +291,14 @@ class _StageQueue:
     def __init__(self, stage: Stage) -> None:
         from concurrent.futures import ThreadPoolExecutor  # slow to import
 
-        self._stage = stage
+        self.stage = stage
         self._writer, self._runner = (
             ThreadPoolExecutor(1, thread_name_prefix=f"ggml_cffi {name}") for name in ("inputs", "stage")
         )
         self.read: list[Future[Any] | None] = [None, None]
-        """For each slot a future that is done once the last result there has been read."""
+        """For each slot of host memory a future that is done once nothing uses its inputs and its result any more."""
+        self.computed_after: list[Future[Any] | None] = [None, None]
+        """For each slot of the link to the next stage a future that is done once that stage has computed from it."""
 
     def start(
         self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
@@ -296,18 +312,18 @@ class _StageQueue:
             the slot, unless ``copied`` is True.
         """
         written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
-        return written, self._runner.submit(_compute, written, copied=copied)
+        return written, self._runner.submit(_compute, written, self.computed_after[slot], copied=copied)
 
     def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> StageProgram:
         if read is not None:
             read.exception()  # its exception is raised to the caller of its batch
-        program = self._stage.prepare(batch, slot)
+        program = self.stage.prepare(batch, slot)
         program.write_start(batch, None if x is None else x.result())
         return program
 
     def clear(self) -> None:
         """Clear the results. No batch may be in flight."""
-        self.read = [None, None]
+        self.read, self.computed_after = [None, None], [None, None]
 
     def close(self) -> None:
         """End the threads."""
@@ -315,7 +331,9 @@ class _StageQueue:
         self._runner.shutdown()
 
 
-def _compute(written: Future[StageProgram], *, copied: bool) -> Hidden:
+def _compute(written: Future[StageProgram], link_is_free: Future[Any] | None, *, copied: bool) -> Hidden:
     program = written.result().program
+    if link_is_free is not None:
+        link_is_free.exception()
     program.compute()
     return program.result().copy() if copied else program.result()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from math import prod
 from threading import RLock
 from typing import Any
 
@@ -22,106 +23,126 @@ from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import AbortedError
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.runners.base import KV_STEP, RANGE_STEP, Batch, Logits, Runner, kv_slots_for
-from ggml_cffi.models.runners.inputs import GraphInputs
+from ggml_cffi.models.runners.base import RANGE_STEP, Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.buckets import Key, bucket, cpu_bucket, output_bucket
+from ggml_cffi.models.runners.inputs import GraphInputs, InputMemory, input_memory
 from ggml_cffi.models.runners.kv_length import KVLength
-from ggml_cffi.models.runners.sizes import Buckets
 from ggml_cffi.models.runners.weights import Weights, stages_of
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 
-_GRAPHS = 4  # largest number of kept graphs
-_CPU_GRAPHS = 64  # the same for a runner whose graphs serve batches of several sizes
-_CPU_BUCKETS = Buckets(4, 16)  # a repeated token takes as long as another: at most 3 of 128
-_CPU_BATCH = 128  # tokens of a batch of one sequence on the CPU
-_SMALL_RESULT = 16 << 20  # largest bytes of a result for which a graph keeps memory
+_FEWEST_GRAPHS = 8  # graphs to keep, however large they are
+_METADATA = 256 << 20  # bytes of all kept graphs: more of them are closed
+_TENSOR_METADATA = 1000  # bytes of a kept graph for each of its tensors, in C and in Python
+_SMALL_RESULT = 16 << 20  # largest bytes of a result for which the runner keeps memory
+_QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
+_CPU_BATCH = 128  # tokens of a batch of one sequence on the CPU, except the last one
 
-#: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output, ranges of KV slots.
-Key = tuple[int, int, int, int]
+
+class _ResultMemory:
+    """Host memory for results: two blocks for each backend, one of which is read while the other one is written."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[Backend, int], npt.NDArray[np.float32]] = {}
+
+    def take(self, backend: Backend, slot: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Return an array of a shape in block ``slot``: in pinned memory if a GPU writes to it."""
+        size, block = prod(shape), self._blocks.get((backend, slot))
+        if block is None or block.size < size:
+            on_cpu = backend.device.is_cpu
+            block = np.empty(size, np.float32) if on_cpu else pinned((size,), device=backend.device)
+            self._blocks[backend, slot] = block
+        return block[:size].reshape(shape)
+
+
+class _BatchContext(Context):
+    """A context whose inputs have no values yet: the runner writes them before each run."""
+
+    __slots__ = ()
+    readable = False
 
 
 class _BatchGraph(Closing):
-    """The graph for batches of one size, which is replayed for each of them.
-
-    Parameters
-    ----------
-    length
-        The tensors to change if batches with fewer KV slots, and other ones, use the graph too.
-    n_kv
-        Largest number of KV slots.
-    """
+    """The graph for batches of up to some number of tokens, which is replayed for each of them."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        context: Context,
+        graph: Graph,
         inputs: GraphInputs,
-        result: Tensor,
-        length: KVLength | None,
-        n_kv: int,
+        length: KVLength,
+        memory: _ResultMemory,
     ) -> None:
-        self.scheduler, self.context, self.inputs, self.result = scheduler, context, inputs, result
-        self._length, self._n_kv = length, n_kv
-        self.graph = Graph(result)
-        self._out: npt.NDArray[np.float32] | None = None
+        self.scheduler, self.graph, self.inputs = scheduler, graph, inputs
+        self._length, self._memory = length, memory
+        (self._result,) = graph.outputs
         self._backend: Backend | None = None
-        self._get: tuple[Any, ...] = ()
+        self._transfers: dict[int, tuple[npt.NDArray[np.float32], tuple[Any, ...]]] = {}
 
-    def alloc(self) -> None:
-        """Allocate the graph, and memory for a small result: pinned if a GPU writes to it."""
-        if self._length is not None:
-            self._length.set(self._n_kv)
-            self._length.move(0, 0)
-        self.scheduler.alloc(self.graph)
-        if self._backend is not None:
-            return
-        backend, result = self.scheduler.backend_of(self.result), self.result
-        if result.nbytes <= _SMALL_RESULT:
-            on_cpu = backend.device.is_cpu
-            self._backend = backend
-            self._out = np.empty(result.shape, np.float32) if on_cpu else pinned(result.shape, device=backend.device)
-            self._get = (result.ptr, c.ffi.from_buffer(self._out), 0, result.nbytes)
+    def move(self, start: int, stride: int) -> None:
+        """Change the KV slots that the next run reads, after :meth:`alloc`; not on a device that replays a graph."""
+        self._length.move(start, stride)
 
-    def write(self, batch: Batch) -> None:
-        """Write the inputs, after :meth:`alloc`."""
-        if self._length is not None:
-            self._length.set(batch.mask.shape[1])
-            self._length.move(batch.kv_start, batch.kv_stride)
-        values = vars(batch)
-        self.inputs.set(values if batch.window_mask is not None else values | {"window_mask": batch.mask})
+    def alloc(self, n_kv: int, *, wait: bool) -> None:
+        """Allocate the graph for a number of KV slots, unless it is allocated.
 
-    def compute(self) -> npt.NDArray[np.float32]:
-        """Compute, and return the result, which the next run overwrites."""
-        if self._out is None or self._backend is None:
+        A change of the number needs another allocation: ggml's scheduler gives each an identity, and CUDA's backend
+        replays what it captured as long as the identity is the same.
+        """
+        if self._backend is None:  # now for all KV slots, so that later no device needs more memory
+            self.scheduler.alloc(self.graph, wait=wait)
+            self._backend = self.scheduler.backend_of(self._result)
+        if self.scheduler.graph is not self.graph or n_kv != self._length.n_kv:
+            self._length.move(0, 0)  # as it was when the scheduler saved the places, which it now restores
+            self._length.set(n_kv)
+            self.scheduler.alloc(self.graph, wait=wait)
+
+    def start(self, slot: int) -> npt.NDArray[np.float32]:
+        """Start a run with the inputs that were written to ``slot``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Memory that has the result once the scheduler is synchronized, until the next run with that slot.
+        """
+        assert self._backend is not None
+        self.inputs.send(slot)
+        if self._result.nbytes > _SMALL_RESULT:
             self.scheduler.compute(self.graph)
-            result: npt.NDArray[np.float32] = self.result.numpy()
+            result: npt.NDArray[np.float32] = self._result.numpy()
             return result
-        # Tensor.numpy and Tensor.get_async without their checks, which cannot fail for an allocated graph.
-        if self._backend.device.is_cpu:
-            self.scheduler.compute(self.graph)
-            c.ggml_backend_tensor_get(*self._get)
-            return self._out
+        if slot not in self._transfers:
+            out = self._memory.take(self._backend, slot, self._result.shape)
+            self._transfers[slot] = out, (self._result.ptr, c.ffi.from_buffer(out), 0, out.nbytes)
+        out, transfer = self._transfers[slot]
         self.scheduler.compute_async(self.graph)
+        # Tensor.get_async without its checks, which cannot fail for an allocated graph.
         with self._backend.lock:
-            c.ggml_backend_tensor_get_async(self._backend.ptr, *self._get)
-        self.scheduler.synchronize()
-        return self._out
+            c.ggml_backend_tensor_get_async(self._backend.ptr, *transfer)
+        return out
 
     def close(self) -> None:
         """Free the graph."""
         if self.scheduler.graph is self.graph:
             self.scheduler.reset()
         self.graph.close()
-        self.context.close()
+        self._result.context.close()
 
 
 def logits_graph(
-    context: Context, weights: Weights, n: int, n_kv: int, n_out: int, n_ranges: int = 0
+    context: Context,
+    weights: Weights,
+    n: int,
+    n_kv: int,
+    n_out: int,
+    memory: Mapping[int, InputMemory] | None = None,
+    n_ranges: int = 0,
 ) -> tuple[GraphInputs, Tensor]:
     """Build the graph for ``n`` tokens, ``n_kv`` KV slots and ``n_out`` outputs. Return its inputs and the logits.
 
-    With ranges of KV slots, the graph is built for :data:`RANGE_STEP` slots, since ggml refuses views that have more
-    elements in all than the cache: change the number to ``n_kv`` before it is allocated.
+    ``memory`` is that of the inputs; see :class:`~ggml_cffi.models.runners.inputs.GraphInputs`. With ranges of KV
+    slots, the graph is built for :data:`RANGE_STEP`, since ggml refuses views that have more elements in all than the
+    cache: change the number to ``n_kv`` before it is allocated.
     """
     architecture = weights.architecture
     inputs = GraphInputs(
@@ -133,8 +154,9 @@ def logits_graph(
         n_kv,
         n_out,
         window=architecture.window > 0,
+        memory=memory,
         n_ranges=n_ranges,
-        built_n_kv=RANGE_STEP if n_ranges else n_kv,
+        built_n_kv=RANGE_STEP if n_ranges else None,
     )
     tensors = weights.tensors
     hidden = architecture.hidden(tensors, [cache for (cache,) in weights.caches], inputs.inputs)
@@ -169,6 +191,8 @@ class ScheduledRunner(Runner):
         run. GPUs allocate them now, so that loading fails if there is too little memory.
     shared_cpu
         True if other runners use the same backend of the CPU. :meth:`abort` would stop their runs too.
+    repack
+        True to repack weights of the CPU, as for :class:`~ggml_cffi.models.runners.weights.Weights`.
     """
 
     def __init__(
@@ -184,21 +208,27 @@ class ScheduledRunner(Runner):
         op_offload: bool = True,
         compute_bytes: Sequence[int] | None = None,
         shared_cpu: bool = False,
+        repack: bool = False,
     ) -> None:
         self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
         stages = stages_of([0] * architecture.n_layers if layer_devices is None else layer_devices)
-        devices = [backends[device].device for stage in stages for device in stage.devices]
-        self.attends_to_ranges = all(device.is_cpu and not device.is_remote for device in devices)
-        self._graphs: LRU[Key, _BatchGraph] = LRU(_CPU_GRAPHS if self.attends_to_ranges else _GRAPHS)
         self.n_built = 0
         """Number of graphs built so far."""
+        self._graphs: LRU[tuple[int, int, int], _BatchGraph] = LRU(_FEWEST_GRAPHS)
+        self._inputs: dict[int, InputMemory] = {}
+        self._results = _ResultMemory()
         self._closed = False
         self._computing, self.abort_lock = False, RLock()
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
-        self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress)
+        self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
+        self._bucket = cpu_bucket if any(backends[i].device.is_cpu for i in self.weights.layer_devices) else bucket
+        layer_devices_used = [backends[i].device for i in self.weights.layer_devices]
+        self.attends_to_ranges = all(device.is_cpu and not device.is_remote for device in layer_devices_used)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
             self.best_prefill_batch = _CPU_BATCH
+        elif not any(backend.device.is_remote for backend in backends):
+            self.n_queued_batches = _QUEUED
         try:
             self._scheduler = Scheduler(backends, op_offload=op_offload)
         except BaseException:
@@ -227,31 +257,55 @@ class ScheduledRunner(Runner):
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         return self.scheduler.assignment()
 
+    def batch_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
+        if self.best_prefill_batch is None:
+            return super().batch_ranges(start, end)
+        size = min(self.n_batch, self.best_prefill_batch)
+        return [*pairwise([*range(start, end, size), end])]
+
     def run(self, batch: Batch) -> Logits:
         self.architecture.check_decoder()
         with self.scheduler.lock:  # embeddings are computed with the same scheduler
-            return self._compute(batch)
+            logits = self._start(batch, self._write(batch, 0), 0)
+            self._scheduler.synchronize()
+            return logits
 
-    def _compute(self, batch: Batch) -> Logits:
-        graph = self.allocated(self._key_of(batch))
-        graph.write(batch)
+    def run_all(self, batches: Iterable[Batch]) -> Generator[Logits, None, None]:
+        if self.n_queued_batches == 1:
+            yield from map(self.run, batches)
+            return
+        self.architecture.check_decoder()
+        started: Logits | None = None
+        try:
+            for i, batch in enumerate(batches):  # a batch is built and written while devices compute the one before
+                with self.scheduler.lock:
+                    graph = self._write(batch, i % 2, wait=False)
+                    self._scheduler.synchronize()
+                    done, started = started, None
+                    started = self._start(batch, graph, i % 2)
+                if done is not None:
+                    yield done
+            self.scheduler.synchronize()
+            if started is not None:
+                yield started
+        finally:
+            if not self._closed:
+                self._scheduler.synchronize()
+
+    def _write(self, batch: Batch, slot: int, *, wait: bool = True) -> _BatchGraph:
+        """Return the graph for a batch, allocated, with the inputs in host memory."""
+        n_ranges = 0 if batch.query_ids is None else len(batch.query_ids)
+        graph = self.allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)), n_ranges, wait=wait)
+        if self.attends_to_ranges:
+            graph.move(batch.kv_start, batch.kv_stride)
+        values = vars(batch)
+        graph.inputs.write(values if batch.window_mask is not None else values | {"window_mask": batch.mask}, slot)
+        return graph
+
+    def _start(self, batch: Batch, graph: _BatchGraph, slot: int) -> Logits:
+        """Start the run of a batch. The result is there after the scheduler has synchronized."""
         with self._abortable():
-            return graph.compute()[: len(batch.output_ids)]
-
-    def _key_of(self, batch: Batch) -> Key:
-        """Return the sizes of the graph that computes a batch."""
-        n, n_kv, n_out = len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
-        if not self.attends_to_ranges:
-            return n, n_kv, n_out, 0
-        n_rows, n_out = _CPU_BUCKETS.sizes(n, n_out, self.n_batch)
-        n_kv = min(max(1 << (n_kv - 1).bit_length(), KV_STEP), self.n_slots)
-        return n_rows, n_kv, n_out, 0 if batch.query_ids is None else len(batch.query_ids)
-
-    def batch_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
-        step = min(self.best_prefill_batch or self.n_batch, self.n_batch)
-        if not self.attends_to_ranges:
-            return super().batch_ranges(start, end)
-        return [*pairwise([*range(start, end, step), end])]  # whole batches share a graph, without repeated tokens
+            return graph.start(slot)[: len(batch.output_ids)]
 
     @contextmanager
     def _abortable(self) -> Iterator[None]:
@@ -274,33 +328,58 @@ class ScheduledRunner(Runner):
         if self._computing and self._cpu is not None:
             self._cpu.abort()
 
-    def allocated(self, key: Key) -> _BatchGraph:
-        """Return the graph for these sizes, allocated. The last few are kept."""
-        found = self._graphs.get(key, lambda: self._build(key))
-        if self._scheduler.graph is not found.graph:
-            found.alloc()
-        return found
+    def allocated(self, key: Key, n_ranges: int = 0, *, wait: bool = True) -> _BatchGraph:
+        """Return the graph for at least these numbers of tokens, KV slots and outputs, allocated for the KV slots.
 
-    def _build(self, key: Key) -> _BatchGraph:
-        _, n_kv, _, n_ranges = key
-        context = Context()
+        Graphs are kept, the last used ones if there are very many.
+
+        Parameters
+        ----------
+        n_ranges
+            Number of ranges of KV slots, 0 if all tokens attend to one.
+        wait
+            False to allocate the graph while devices compute another one.
+        """
+        n, n_kv, n_out = key
+        n_rows = min(self._bucket(n), self.n_batch)
+        sizes = n_rows, output_bucket(n, n_out, n_rows), n_ranges
+        graph = self._graphs.get(sizes, lambda: self._build(*sizes))
+        graph.alloc(n_kv, wait=wait)
+        return graph
+
+    def _build(self, n: int, n_out: int, n_ranges: int) -> _BatchGraph:
+        weights = self.weights
+        if not self._inputs:
+            self._inputs = input_memory(
+                weights.backends,
+                weights.layer_devices,
+                weights.embedding_devices[0],
+                self.n_batch,
+                self.n_slots,
+                window=self.architecture.window > 0,
+            )
         self.n_built += 1
+        context, n_kv = _BatchContext(), self.n_slots
+        graph: Graph | None = None
         try:
-            inputs, result = logits_graph(context, self.weights, *key)
-            length = None
-            if self.attends_to_ranges:
-                rows = inputs.masks + inputs.inputs.kv_rows
-                built = RANGE_STEP if n_ranges else n_kv
-                length = KVLength(inputs.inputs.kv_views, rows, built, ranges=n_ranges > 0)
-            return _BatchGraph(self._scheduler, context, inputs, result, length, n_kv)
+            inputs, result = logits_graph(context, weights, n, n_kv, n_out, self._inputs, n_ranges)
+            graph = Graph(result)
+            rows = [*inputs.masks, *inputs.kv_rows]
+            length = KVLength(inputs.kv_views, rows, RANGE_STEP if n_ranges else n_kv, ranges=n_ranges > 0)
+            length.set(n_kv)
+            built = _BatchGraph(self._scheduler, graph, inputs, length, self._results)
         except BaseException:
-            context.close()
+            for part in (graph, context):
+                if part is not None:
+                    part.close()
             raise
+        self._graphs.size = max(_METADATA // (_TENSOR_METADATA * graph.n_tensors), _FEWEST_GRAPHS)
+        return built
 
     def _reserve(self) -> None:
-        """Allocate memory for the largest batch now."""
-        with self._build((self.n_batch, self.n_slots, 1, 0)) as largest:
-            sizes = self._scheduler.reserve(largest.graph)
+        """Allocate memory for the largest batch now, and keep its graph, which long prompts use."""
+        self.allocated((self.n_batch, self.n_slots, 1))
+        sizes = self._scheduler.buffer_sizes()
         for backend, placement in zip(self.weights.backends, self.placement, strict=True):
             placement.compute_bytes = sizes[backend]
 
@@ -309,4 +388,6 @@ class ScheduledRunner(Runner):
         self._closed = True
         self._graphs.clear()
         self._scheduler.close()
+        for memory in self._inputs.values():
+            memory.close()
         self.weights.close()

@@ -16,8 +16,9 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture, Inputs, KVView, LayerCache
 from ggml_cffi.models.runners.base import Batch
+from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
-from ggml_cffi.models.runners.sizes import Buckets, fill
+from ggml_cffi.models.runners.link import Link
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
@@ -25,10 +26,6 @@ from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.parallel.trace import ParallelTrace
 
 _PROGRAMS = 64  # largest number of kept programs
-_BUCKETS = Buckets(16, 4)  # larger by at most a quarter, or 15 tokens
-
-#: Sizes on which a graph depends: tokens, KV slots that attention reads, tokens with an output.
-Key = tuple[int, int, int]
 
 
 class StageGraph:
@@ -117,10 +114,25 @@ class StageGraph:
         logits.name = "logits"
         return rank.all_gather(logits)
 
-    def measure(self, backends: Sequence[Backend], key: Key) -> ParallelTrace:
-        """Return the graph without memory, with the number of bytes that it needs."""
+    def measure(
+        self, backends: Sequence[Backend], key: Key, *, receives: bool = False, sends: bool = False
+    ) -> ParallelTrace:
+        """Return the graph without memory, with the number of bytes that it needs.
+
+        Parameters
+        ----------
+        receives, sends
+            True if the stage has a :class:`~ggml_cffi.models.runners.link.Link` from the previous, to the next stage.
+        """
         n = len(backends)
-        return ParallelTrace(backends, [Rank(r, n) for r in range(n)], self.trace, self.input_types(*key))
+        return ParallelTrace(
+            backends,
+            [Rank(r, n) for r in range(n)],
+            self.trace,
+            self.input_types(*key),
+            receives=receives,
+            sends=sends,
+        )
 
 
 class StageProgram(Closing):
@@ -135,20 +147,40 @@ class StageProgram(Closing):
     key
         Sizes of the graph.
     slot
-        Number of the block of host memory for inputs and results.
+        Number of the block of host memory for inputs and results, and of the slot of the links.
+    receives, sends
+        Links from the previous stage and to the next one, if there are any.
     """
 
-    def __init__(self, graph: StageGraph, group: Group, key: Key, slot: int) -> None:
+    def __init__(
+        self,
+        graph: StageGraph,
+        group: Group,
+        key: Key,
+        slot: int,
+        receives: Link | None = None,
+        sends: Link | None = None,
+    ) -> None:
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
         views: list[KVView] = []
         trace = partial(graph.trace, kv_views=views)
         self.graph = graph
-        self.program = ParallelProgram(group, ranks, trace, graph.input_types(*key), slot, ahead=not graph.is_first)
+        self.program = ParallelProgram(
+            group,
+            ranks,
+            trace,
+            graph.input_types(*key),
+            slot,
+            ahead=not graph.is_first,
+            source=None if receives is None else receives.buffers[slot],
+            target=None if sends is None else sends.buffers[slot],
+        )
         """The program."""
         masks = [mask for own in self.program.inputs for mask in own[-graph.n_masks :]]
         self._length = KVLength(views, masks, key[1])
         self._masks = self.program.input_arrays[-graph.n_masks :]  # for all KV slots
+        self._n_start = int(receives is None)  # arrays of the first input
         self._lengths: set[int] = set()  # with which the program ran, or is about to run
 
     def write(self, batch: Batch) -> None:
@@ -156,26 +188,22 @@ class StageProgram(Closing):
         arrays, n_kv = self.program.input_arrays, batch.mask.shape[1]
         if n_kv != self._length.n_kv:
             self._length.set(n_kv)
-            arrays[-len(self._masks) :] = [_shortened(mask, n_kv) for mask in self._masks]
+            arrays[-len(self._masks) :] = [shortened(mask, n_kv) for mask in self._masks]
             self.program.shorten_last_input(arrays[-1].nbytes)
         if n_kv not in self._lengths:  # flash attention may need more scratch memory than before
             self._lengths.add(n_kv)
             self.program.renew()
-        for target, values in zip(arrays[1:], self.graph.input_values(batch), strict=True):
+        for target, values in zip(arrays[self._n_start :], self.graph.input_values(batch), strict=True):
             fill(target, values)
 
     def write_start(self, batch: Batch, x: npt.NDArray[np.float32] | None) -> None:
-        """Write the first input: tokens, or ``x``, the result of the previous stage."""
-        fill(self.program.input_arrays[0], batch.tokens if x is None else x[: len(batch.tokens)])
+        """Write the first input: tokens, or ``x``, the result of the previous stage. With a link, it is there."""
+        if self._n_start:
+            fill(self.program.input_arrays[0], batch.tokens if x is None else x[: len(batch.tokens)])
 
     def close(self) -> None:
         """Free the program."""
         self.program.close()
-
-
-def _shortened(mask: npt.NDArray[Any], n_kv: int) -> npt.NDArray[Any]:
-    """Return the beginning of a mask's memory as a mask of ``n_kv`` KV slots."""
-    return mask.reshape(-1)[: len(mask) * n_kv].reshape(len(mask), n_kv)
 
 
 class Stage(Closing):
@@ -187,10 +215,14 @@ class Stage(Closing):
         The graph of the layers.
     group
         The devices; closed with this object.
+    receives, sends
+        Links from the previous stage and to the next one, if there are any. The second is closed with this object.
     """
 
-    def __init__(self, graph: StageGraph, group: Group) -> None:
-        self.graph, self.group = graph, group
+    def __init__(
+        self, graph: StageGraph, group: Group, receives: Link | None = None, sends: Link | None = None
+    ) -> None:
+        self.graph, self.group, self.receives, self.sends = graph, group, receives, sends
         self.n_built = 0
         """Number of programs built so far."""
         self._n_batch = self._n_slots = 0
@@ -211,18 +243,19 @@ class Stage(Closing):
             If a device has too little memory.
         """
         self._n_batch, self._n_slots = n_batch, n_slots
-        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0).close()
+        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0, self.receives, self.sends).close()
         if self.group.mirrors:
             self.group.host_block(1, 1)  # as large as the other: batches in flight use both
-        return self.group.device_bytes()
+        received = sum(buffer.size for buffer in self.receives.buffers) if self.receives else 0
+        return [size + received for size in self.group.device_bytes()]
 
     def key_of(self, batch: Batch) -> Key:
         """Return the sizes of the graph that computes a batch."""
         n, n_kv, n_out = len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
         if not self.graph.is_resizable:
             return n, n_kv, n_out
-        n_rows, n_out = _BUCKETS.sizes(n, n_out, self._n_batch)
-        return n_rows, self._n_slots, n_out
+        n_rows = min(bucket(n), self._n_batch)
+        return n_rows, self._n_slots, output_bucket(n, n_out, n_rows)
 
     def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
         """Return the program for a batch, after writing all inputs that do not depend on the previous stage.
@@ -302,7 +335,7 @@ class Stage(Closing):
 
     def _new_program(self, key: Key, slot: int) -> StageProgram:
         self.n_built += 1
-        return StageProgram(self.graph, self.group, key, slot)
+        return StageProgram(self.graph, self.group, key, slot, self.receives, self.sends)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -324,4 +357,6 @@ class Stage(Closing):
     def close(self) -> None:
         """Free programs and memory."""
         self.clear()
+        if self.sends is not None:
+            self.sends.close()
         self.group.close()

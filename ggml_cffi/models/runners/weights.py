@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product, takewhile
 
 import numpy as np
 
 from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.cuda import has_cuda_kernels
 from ggml_cffi.core.device import Device
@@ -18,16 +18,20 @@ from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.progress import Progress
+from ggml_cffi.core.repack import repacked_memory
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
-from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec
+from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 from ggml_cffi.scheduler import cuda_rules
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
+
+#: Types of weights whose repacked products are faster both with one token and with many (docs/tested.md).
+_REPACKED = frozenset({Type.Q4_0, Type.IQ4_NL})
 
 #: Weights that every layer reads: each device with layers has a copy.
 _OF_ALL_LAYERS = frozenset({"rope_freqs.weight"})
@@ -120,6 +124,8 @@ class Weights(Closing):
         Called while weights are loaded.
     whole_attention
         True if each device of a stage computes all heads, and only the feed-forward part is sharded.
+    repack
+        True to repack weights of the CPU for which that makes products faster. Others are mapped pages of the file.
     context
         Context of the tensors. With a :class:`~ggml_cffi.core.dry_run.DryRunContext` nothing is loaded.
 
@@ -141,6 +147,7 @@ class Weights(Closing):
         progress: Progress | None = None,
         *,
         whole_attention: bool = False,
+        repack: bool = False,
         context: Context | None = None,
     ) -> None:
         check_cache_dtype(kv_dtype, architecture.kv_sizes)
@@ -156,11 +163,16 @@ class Weights(Closing):
         """Contents of each device."""
         self.context = Context() if context is None else context
         self._dry = isinstance(self.context, DryRunContext)
-        self._whole_attention = whole_attention
+        self._whole_attention, self._repack = whole_attention, repack
+        self._repackable: dict[tuple[Type, tuple[int, ...]], bool] = {}
         self._specs: dict[int, TensorParallelSpec] = {}
         self._sources: list[_Source] = []
+        self._joined: dict[Tensor, list[Tensor]] = {}  # with their parts
+        self._mapped: set[Tensor] = set()
+        self._repacked: set[Tensor] = set()
         try:
             self._place_weights()
+            self._join_weights()
             self._place_caches(n_slots, kv_dtype)
             self._alloc()
             if not self._dry:
@@ -253,8 +265,56 @@ class Weights(Closing):
     def _is_mapped(self, source: _Source) -> bool:
         """Return whether a tensor is in mapped pages of the file."""
         info = source.info
-        on_cpu = len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu
-        return on_cpu and info.offset % 32 == 0 and _device_type(info) is info.dtype
+        aligned = info.offset % 32 == 0 and _device_type(info) is info.dtype
+        return aligned and self._is_on_cpu(source) and not self._is_repacked(source)
+
+    def _is_on_cpu(self, source: _Source) -> bool:
+        return len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu
+
+    def _is_repacked(self, source: _Source) -> bool:
+        """Return whether a tensor is a weight of products only, and faster if it is repacked."""
+        info, (tensor, *_) = source.info, source.tensors
+        if not self._repack or info.dtype not in _REPACKED or not self._is_on_cpu(source):
+            return False
+        if layer_of(tensor.name) is None and (tensor.name != "output.weight" or info.name != tensor.name):
+            return False
+        key = info.dtype, info.shape
+        if key not in self._repackable:
+            self._repackable[key] = _can_repack(*key)
+        return self._repackable[key]
+
+    def _join_weights(self) -> None:
+        """Make one tensor of weights that multiply the same tokens; see :attr:`Architecture.joined`."""
+        for source in self._sources:
+            if self._is_mapped(source):
+                self._mapped.update(source.tensors)
+            elif self._is_repacked(source):
+                self._repacked.update(source.tensors)
+        for own, backend in zip(self.by_device, self.backends, strict=True):
+            for layer, names in product(range(self.architecture.n_layers), self.architecture.joined):
+                self._join(own, layer, names, backend.buffer_type.alignment)
+
+    def _join(self, own: dict[str, Tensor], layer: int, names: Sequence[str], alignment: int) -> None:
+        """Join the first weights that have one type and one kind of memory, if there are several, and their biases."""
+        weights, biases = (
+            [t for name in names if (t := own.get(f"blk.{layer}.{name}.{kind}")) is not None]
+            for kind in ("weight", "bias")
+        )
+        kinds = [(t.dtype, t in self._repacked, t in self._mapped) for t in weights]
+        weights = weights[: len(list(takewhile(lambda kind: kind == kinds[0] and not kind[2], kinds)))]
+        if len(weights) < 2 or len(biases) not in (0, len(names)) or any(t in self._mapped for t in biases):
+            return
+        joined = {"weight": weights, "bias": biases[: len(weights)]}
+        if any(t.nbytes % alignment for parts in joined.values() for t in parts):
+            return  # each part begins where a tensor may begin
+        for kind, parts in joined.items():
+            if parts:
+                shape = (sum(t.shape[0] for t in parts), *parts[0].shape[1:])
+                name = joined_name(layer, names[: len(parts)], kind)
+                own[name] = whole = self.context.new_tensor(parts[0].dtype, shape, name=name)
+                self._joined[whole] = parts
+                if parts[0] in self._repacked:
+                    self._repacked.add(whole)
 
     def _place_caches(self, n_slots: int, dtype: Type) -> None:
         """Make the tensors of all caches."""
@@ -298,17 +358,24 @@ class Weights(Closing):
         """Allocate all tensors that are not mapped from the file."""
         for device, backend in enumerate(self.backends):
             caches = [t for cache in self._caches_on(device) for t in (cache.k, cache.v)]
-            streamed = [
-                tensor
-                for source in self._sources
-                if self._dry or not self._is_mapped(source)
-                for number, tensor in zip(source.devices, source.tensors, strict=True)
-                if number == device and tensor.size
-            ]
+            own = dict.fromkeys(self.by_device[device].values())
+            parts = {t for whole in own if whole in self._joined for t in self._joined[whole]}
+            streamed = [t for t in own if t.size and t not in parts and (self._dry or t not in self._mapped)]
             if caches:
                 self.context.alloc(backend.buffer_type, caches)
-            if streamed:
-                self.context.alloc(backend.buffer_type, streamed, usage=Usage.WEIGHTS)
+            self._alloc_weights(backend.buffer_type, [t for t in streamed if t not in self._repacked])
+            self._alloc_weights(repacked_memory(), [t for t in streamed if t in self._repacked])
+
+    def _alloc_weights(self, memory: BufferType | None, tensors: Sequence[Tensor]) -> None:
+        """Allocate weights, and the parts of joined ones in the memory of these."""
+        if not tensors or memory is None:
+            return
+        buffers = {buffer.ptr: buffer for buffer in self.context.alloc(memory, tensors, usage=Usage.WEIGHTS)}
+        for whole in tensors:
+            address = c.ffi.cast("char *", whole.ptr.data)
+            for part in self._joined.get(whole, ()):
+                self.context.put(part, buffers[whole.ptr.buffer], address)
+                address += part.nbytes
 
     def _caches_on(self, device: int) -> Iterator[LayerCache]:
         for stage in self.stages:
@@ -327,7 +394,7 @@ class Weights(Closing):
         # In the order of the file, so that a disk can read ahead.
         for source in sorted(self._sources, key=lambda source: (source.info.part, source.info.offset)):
             info = source.info
-            if not self._is_mapped(source):
+            if source.tensors[0] not in self._mapped:
                 dtype, raw = _device_type(info), file.raw(info.name)
                 if dtype is not info.dtype:
                     raw = np.ascontiguousarray(file.array(info.name), np.float32).view(np.uint8)
@@ -373,6 +440,18 @@ def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
         x = context.new_tensor(Type.F32, (1, weight.shape[-1]))
         product = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
+
+
+def _can_repack(dtype: Type, shape: tuple[int, ...]) -> bool:
+    """Return whether the processor has products of repacked weights of this type and shape."""
+    memory = repacked_memory()
+    if memory is None or len(shape) != 2:
+        return False
+    with Context() as context, Buffer.empty(memory) as buffer:
+        weight = context.new_tensor(dtype, shape)
+        product = ops.mul_mat(weight, context.new_tensor(Type.F32, (1, shape[1])))
+        weight.ptr.buffer = buffer.ptr
+        return bool(c.ggml_backend_dev_supports_op(memory.device.ptr, product.ptr))
 
 
 def _can_attend(backend: Backend, architecture: Architecture, dtype: Type) -> bool:

@@ -62,14 +62,14 @@ def test_each_sequence_has_a_range_at_equal_distances():
     slots = NeighborSlots(4 * 128, 128)
     for sequence, n in ((1, 3), (2, 40), (3, 5)):
         slots.allocate(sequence, 0, n)
-    assert slots.ranges_of([1]) == KVRanges(0, 32)
-    assert slots.ranges_of([3, 1, 2]) == KVRanges(0, 64, 128, (2, 0, 1))
-    assert slots.ranges_of([3, 1]) == KVRanges(0, 32, 256, (1, 0))
+    assert slots.ranges_of([1], 99) == KVRanges(0, 32)
+    assert slots.ranges_of([3, 1, 2], 99) == KVRanges(0, 64, 128, (2, 0, 1))
+    assert slots.ranges_of([3, 1], 99) == KVRanges(0, 32, 256, (1, 0))
     slots.release(2)
     slots.allocate(4, 0, 1)
     slots.allocate(5, 0, 100)
-    assert slots.ranges_of([3, 5]) == KVRanges(256, 128, 128, (0, 1))
-    found = slots.ranges_of([1, 5])
+    assert slots.ranges_of([3, 5], 99) == KVRanges(256, 128, 128, (0, 1))
+    found = slots.ranges_of([1, 5], 99)
     assert (found.n, found.places) == (2, (0, 1))
 
 
@@ -78,7 +78,7 @@ def test_one_range_serves_all_sequences_where_that_is_less():
     for sequence, start in ((1, 0), (2, 10), (3, 20), (4, 30)):
         slots.begin(sequence, start)
         slots.allocate(sequence, 0, 8)
-    assert slots.ranges_of([1, 2, 3, 4]) == KVRanges(0, 64)
+    assert slots.ranges_of([1, 2, 3, 4], 99) == KVRanges(0, 64)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -99,7 +99,7 @@ def test_ranges_have_all_slots_of_their_sequences(seed):
             slots.allocate_one(other, lengths[other])
             lengths[other] += 1
         ids = [*lengths]
-        found = slots.ranges_of(ids)
+        found = slots.ranges_of(ids, 99)
         assert len(set(found.places)) == len(found.places)
         assert found.start + max(found.n - 1, 0) * found.stride + found.n_kv <= len(slots)
         for sequence_id, place in zip(ids, found.places or [0] * len(ids), strict=True):
@@ -182,7 +182,7 @@ def test_sequences_that_come_and_go_build_no_graph_after_a_warm_up(path, rng):
             for _ in generate_many(batcher, enumerate(requests), 4, Timings()):
                 pass
 
-        for size in [*range(1, 9), *range(12, 129, 4)]:
+        for size in [*range(1, 32), *range(32, 64, 2), *range(64, 129, 4)]:
             generate([size], 2)
         for holes in range(3):
             for n in range(2, 5):

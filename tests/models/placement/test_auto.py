@@ -4,18 +4,23 @@ import json
 
 import pytest
 
+import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.placement import auto, calibration
+from ggml_cffi.core.handle import live
+from ggml_cffi.models.placement import auto, backend_choice, calibration, reasons
 from tests.support.splits import PROMPT, gpu_memory
 
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Return the seconds of a layer by split, for a token, a batch, and one batch of many. Tests change them."""
+    """Return the seconds of a layer by split, for a token, a batch, and one batch of many. Tests change them.
+
+    Times of one backend have its name and the split as their key.
+    """
     found = {"one": (1e-3, 0.1, 0.1), "pipeline": (1.1e-3, 0.1, 0.06), "tensor": (2e-3, 0.2, 0.2)}
 
     def fake(self, split, n, n_batch, *, whole_attention=False):
-        token, batch, long = found[split]
+        token, batch, long = found.get((self.backends[0].device.backend_name, split), found[split])
         return auto.Costs(token if n < 8 else batch if n <= n_batch else long * n / n_batch, 1e-5)
 
     monkeypatch.setattr(auto.Timer, "costs", fake)
@@ -97,3 +102,83 @@ def test_layers_are_timed_once(two_gpus, path, tmp_path, monkeypatch):
     assert all(" tokens by " in name and all(x >= 0 for x in value) for name, value in kept.items())
     monkeypatch.setattr(auto, "PipelineRunner", None)  # nothing is computed again
     assert models.plan(path, two_gpus, "auto", n_batch=16).reasons[0] == plan.reasons[0]
+
+
+@pytest.fixture
+def two_backends(two_gpus, monkeypatch):
+    """Patch the second GPU to be the first one as a device of another backend."""
+    first, second = map(ggml.device, two_gpus)
+    real = ggml.Device.backend_name.fget
+    monkeypatch.setattr(ggml.Device, "backend_name", property(lambda d: "OTHER" if d == second else real(d)))
+
+    def fake(chosen):
+        return [[second]] if chosen in ([0], [first.pci_id]) else []
+
+    monkeypatch.setattr(backend_choice, "other_backends", fake)
+    monkeypatch.setattr(reasons, "same_cards", lambda: {second: first})
+    return first, second
+
+
+def test_auto_takes_the_backend_that_is_best_for_the_expected_tokens(two_backends, path, costs):
+    first, second = two_backends
+    costs["OTHER", "one"] = 2e-3, 0.05, 0.05  # slower answers, faster prompts
+
+    def chosen(devices, **options):
+        found = models.plan(path, devices, "auto", n_batch=16, **options)
+        assert found.fits
+        (used,) = [share.device for share in found.devices if share.layers]
+        return used, found.reasons[0]
+
+    used, why = chosen([0], expected_tokens=(0, 64))
+    assert used == first.name
+    assert why.startswith(f"Of the backends and splits, {first.backend_name} one has 100% of the best speed or more")
+    used, why = chosen([0], expected_tokens=(64, 1))
+    assert used == second.name
+    assert why.startswith("Of the backends and splits, OTHER one has 100% of the best speed or more in each case. ")
+    seconds = 4 * 0.1 * 3 + 1e-3 * 3, 4 * 0.05 * 3 + 2e-3 * 3  # of three layers
+    rates = [f"{name} one 64 + 1 {65 / s:,.0f}" for name, s in zip((first.backend_name, "OTHER"), seconds, strict=True)]
+    assert why.endswith(f"Tokens/s, timed: {'; '.join(rates)}.")
+    assert chosen([0])[0] == first.name  # each has half of the best speed in one case: the default is kept
+    for named in (first.name, second.name, first):
+        used, why = chosen([named], expected_tokens=(64, 1))
+        assert used == getattr(named, "name", named)
+        assert why == "Of the splits, layer is the only one that is possible."
+
+
+def test_the_model_is_on_the_chosen_backend_alone(two_backends, path, costs):
+    _, second = two_backends
+    costs["OTHER", "one"] = 0.5e-3, 0.05, 0.05
+    before = live()
+    with models.load(path, [0], "auto", n_batch=16) as model:
+        assert model.plan.reasons == models.plan(path, [0], "auto", n_batch=16).reasons
+        assert model.plan.reasons[1] == f"{second.name} is the card of {two_backends[0].name}, by OTHER."
+        assert [share.device for share in model.placement] == [second.name, "CPU"]
+        assert live()["Backend"] == before["Backend"] + 2
+        model.forward(PROMPT)
+        assert {backend.name for _, backend in model.assignment()} == {second.name}
+    assert live()["Backend"] == before["Backend"]
+    with models.load(path, [0], "layer", n_batch=16) as model:  # the default, without a comparison
+        assert model.placement[0].device != second.name
+
+
+def test_a_backend_that_has_no_room_or_does_not_work_is_not_chosen(two_backends, path, costs, monkeypatch):
+    first, second = two_backends
+    costs["OTHER", "one"] = 0.5e-3, 0.05, 0.05
+    real = ggml.Device.memory
+    monkeypatch.setattr(ggml.Device, "memory", lambda d: ggml.Memory(1 << 18, 1 << 18) if d == second else real(d))
+    found = models.plan(path, [0], "auto", n_batch=16)
+    assert found.devices[0].device == first.name
+    monkeypatch.setattr(ggml.Device, "memory", lambda d: ggml.Memory(1 << 18, 1 << 18) if d == first else real(d))
+    assert models.plan(path, [0], "auto", n_batch=16).devices[0].device == second.name
+    monkeypatch.setattr(ggml.Device, "memory", real)
+
+    def refuse(*args):
+        raise ggml.GgmlError("the driver refused")
+
+    monkeypatch.setattr(backend_choice, "open_backends", refuse)
+    assert models.plan(path, [0], "auto", n_batch=16).devices[0].device == first.name
+
+
+def test_hypothetical_devices_have_no_backend_to_compare(path):
+    with pytest.raises(ValueError, match="hypothetical ones cannot be timed"):
+        models.plan(path, ["24G"], "auto")

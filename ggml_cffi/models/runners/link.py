@@ -1,0 +1,64 @@
+"""Link: memory of a stage's device into which the device of the previous stage writes its results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ggml_cffi.core.backend import Backend
+from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.handle import Closing
+from ggml_cffi.core.unified import are_peers
+from ggml_cffi.enums import Type
+
+N_SLOTS = 2
+"""Slots of a link: the next stage reads one while the previous stage writes the other."""
+
+
+class Link(Closing):
+    """Memory for the results of one stage, on the device of the next stage.
+
+    Parameters
+    ----------
+    backend
+        Backend of the next stage.
+    nbytes
+        Bytes of a result, as from :func:`link_bytes`.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has too little memory.
+    """
+
+    def __init__(self, backend: Backend, nbytes: int) -> None:
+        self.buffers: list[Buffer] = []
+        """The memory of each slot."""
+        try:
+            for _ in range(N_SLOTS):
+                self.buffers.append(Buffer(backend.buffer_type, nbytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free the memory. Programs that use it keep it."""
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers.clear()
+
+
+def link_bytes(n_batch: int, n_embd: int) -> int:
+    """Return the bytes of the largest result that a stage hands over: F32 ``(n_batch, n_embd)``."""
+    return n_batch * n_embd * type_size(Type.F32)
+
+
+def is_linked(before: Sequence[Backend], after: Sequence[Backend]) -> bool:
+    """Return whether the device of a stage writes its results where the next stage reads them.
+
+    Parameters
+    ----------
+    before, after
+        Backends of the two stages. Stages of several devices exchange results through memory of the host.
+    """
+    return len(before) == len(after) == 1 and are_peers([b.device for b in (*before, *after)])
