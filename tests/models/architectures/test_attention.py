@@ -7,7 +7,7 @@ import ggml_cffi as ggml
 from ggml_cffi.core.dtypes import as_type
 from ggml_cffi.models.architectures.attention import attend, store, store_transposed
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
-from ggml_cffi.models.runners.inputs import DeviceInputs
+from ggml_cffi.models.runners.inputs import DeviceInputs, InputMemory
 from ggml_cffi.models.runners.kv_length import KVLength
 from tests.support import relative_error
 
@@ -47,8 +47,9 @@ def test_each_token_attends_to_its_range(device_name, rng, transposed, n_heads, 
         ggml.Scheduler([backend, *others]) as scheduler,
     ):
         shapes = {"kv_slots": (n,), "query_ids": (n_ranges,), "result_ids": (n,), "mask": (n_ranges, 1, 1, N_KV)}
-        given = DeviceInputs(context, backend, shapes, BUILT)
-        given.set({"kv_slots": slots, "query_ids": query_ids, "result_ids": result_ids, "mask": mask})
+        given = DeviceInputs(context, shapes, InputMemory(backend, shapes, context), BUILT)
+        given.write({"kv_slots": slots, "query_ids": query_ids, "result_ids": result_ids, "mask": mask}, 0)
+        given.send(0)
         t = given.tensors
         none = t["result_ids"]  # for the inputs that attention does not read
         inputs = Inputs(
