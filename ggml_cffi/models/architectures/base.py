@@ -29,6 +29,18 @@ _NO_WEIGHTS = INTEGERS | INTERNAL | {Type.F64}
 
 
 @dataclass(frozen=True)
+class KVView:
+    """A view of a cache's KV slots in a graph. A runner may change its place and its number of slots."""
+
+    tensor: Tensor
+    """The view. Its last axis in ggml's order is that of ranges, if there are any."""
+    axis: int
+    """Axis of the KV slots, in ggml's order."""
+    slot_bytes: int
+    """Bytes from one KV slot to the next."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Input tensors of one step over ``n`` tokens."""
 
@@ -39,7 +51,8 @@ class Inputs:
     kv_slots: Tensor
     """KV slots that receive the tokens' keys and values, I64 ``(n,)``."""
     mask: Tensor
-    """Attention mask, F16 ``(n, n_kv)``: 0 where a token attends to a KV slot, ``-inf`` elsewhere."""
+    """Attention mask, F16 ``(n, n_kv)``: 0 where a token attends to a KV slot, ``-inf`` elsewhere. With ranges of KV
+    slots it is ``(n_ranges, 1, 1, n_kv)``."""
     output_ids: Tensor
     """Tokens with an output, in order, I32 ``(n_out,)``. If every token has one, the graph does not use this input."""
     window_mask: Tensor | None = None
@@ -48,9 +61,23 @@ class Inputs:
     """Inputs of each layer, on the device of the layer, if devices have inputs of their own."""
     sums: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
     """All-reduce of ``attention`` and ``feed_forward``, if several devices compute each layer."""
-    kv_views: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Views of the caches for flash attention, which the architecture adds, each with the axis of the KV slots in
-    ggml's order. A runner may shorten them, together with the masks, after the graph was built."""
+    kv_views: list[KVView] = field(default_factory=list)
+    """Views of the caches, which the architecture adds. A runner may change them, together with :attr:`kv_rows` and the
+    masks, after the graph was built."""
+    kv_rows: list[Tensor] = field(default_factory=list)
+    """Contiguous intermediates ``(..., n_kv)``, which the architecture adds. Flash attention has none."""
+    wide_masks: dict[Tensor, Tensor] = field(default_factory=dict)
+    """Masks as the softmax of a processor reads them fastest, by mask, which the architecture adds."""
+    query_ids: Tensor | None = None
+    """For each of several ranges of KV slots the token that attends to it, by its place in the batch, I32
+    ``(n_ranges,)``. None if all tokens attend to one range."""
+    result_ids: Tensor | None = None
+    """For each token its range, I32 ``(n,)``; None with :attr:`query_ids`."""
+
+    @property
+    def n_ranges(self) -> int:
+        """Number of ranges of KV slots, 0 if all tokens attend to one."""
+        return 0 if self.query_ids is None else self.query_ids.shape[0]
 
     def for_layer(self, layer: int) -> Inputs:
         """Return the inputs for a layer: positions, rows and masks."""

@@ -17,12 +17,12 @@ from math import lcm, sqrt
 from typing import ClassVar
 
 from ggml_cffi import ops
-from ggml_cffi.core import dtypes
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
+from ggml_cffi.models.architectures.attention import attend, store, store_transposed
 from ggml_cffi.models.architectures.base import (
     Architecture,
     Inputs,
@@ -32,7 +32,6 @@ from ggml_cffi.models.architectures.base import (
     joined_name,
 )
 from ggml_cffi.ops import RopeMode
-from ggml_cffi.ops.matmul import sum_in_f32
 from ggml_cffi.parallel.shard import COLUMNS, ROWS, ShardSpec, split_evenly
 
 _PROBED_SLOTS = 256  # KV slots of the attention about which devices are asked
@@ -286,19 +285,10 @@ class Decoder(Architecture):
         q = self._rotated(i, "attn_q", q, weights, inputs)
         k = self._rotated(i, "attn_k", k, weights, inputs)
         # The Vulkan backend fuses rotation, view and write to the cache into one step, but not with a reshape.
-        k = _store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
-        q = ops.permute(q, (1, 0, 2))
-        if cache.v_transposed:
-            v = _store_transposed(cache.v, v, self.v_size, inputs.kv_slots, mask)
-            scores = sum_in_f32(ops.mul_mat(k, q))  # scores of some models exceed F16
-            if self.attention_cap:
-                scores = ops.scale(ops.tanh(ops.scale(scores, self.scale / self.attention_cap)), self.attention_cap)
-            p = ops.soft_max_ext(scores, mask, scale=1.0 if self.attention_cap else self.scale)
-            out = ops.cont(ops.permute(ops.mul_mat(v, p), (1, 0, 2)))
-        else:
-            v = _store(cache.v, v, self.v_size, inputs, mask)
-            out = ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
-        return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], ops.reshape(out, (n, -1)))
+        k = store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
+        v = (store_transposed if cache.v_transposed else store)(cache.v, v, self.v_size, inputs, mask)
+        out = attend(q, k, v, cache, inputs, mask, scale=self.scale, cap=self.attention_cap)
+        return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], out)
 
     def feed_forward(self, i: int, h: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """Compute the contribution of the feed-forward part of layer ``i`` to the tokens.
@@ -354,24 +344,3 @@ class Decoder(Architecture):
         if self.head_norms:
             x = self.norm(f"blk.{i}.{name}_norm", x, weights)
         return self.layer_rope(i)(x, inputs.positions, weights.get("rope_freqs.weight"))
-
-
-def _store(cache: Tensor, new: Tensor, head_size: int, inputs: Inputs, mask: Tensor) -> Tensor:
-    """Write ``new`` (n, heads * head_size) into the cache, and return the slots in use as (heads, n_kv, head_size)."""
-    written = ops.set_rows(cache, new, inputs.kv_slots)
-    heads = new.shape[1] // head_size
-    strides = (cache.nb[1], dtypes.row_size(cache.dtype, head_size), dtypes.type_size(cache.dtype))
-    used = ops.view(written, (mask.shape[1], heads, head_size), strides=strides)
-    by_head = ops.permute(used, (1, 0, 2))
-    inputs.kv_views.extend(((used, 2), (by_head, 1)))
-    return by_head
-
-
-def _store_transposed(cache: Tensor, new: Tensor, head_size: int, rows: Tensor, mask: Tensor) -> Tensor:
-    """Write ``new`` into a cache ``(size, n_ctx)``, and return the slots in use as (heads, head_size, n_kv)."""
-    (n, size), (_, n_ctx) = new.shape, cache.shape
-    # set_rows writes whole rows: here each element is a row, and all `size` blocks use the same row numbers.
-    elements = ops.view(new, (size, n, 1), strides=(new.nb[0], new.nb[1], new.nb[0]))
-    written = ops.set_rows(ops.reshape(cache, (size, n_ctx, 1), ctx=new.context), elements, rows)
-    strides = (head_size * cache.nb[1], cache.nb[1], cache.nb[0])
-    return ops.view(written, (size // head_size, head_size, mask.shape[1]), strides=strides)

@@ -43,7 +43,7 @@ class Batcher(Closing):
 
     def __init__(self, runner: Runner, n_ctx: int, *, one_by_one: bool = False, alignment: int = 0) -> None:
         self.runner, self.n_ctx = runner, n_ctx
-        self.cache = KVCache(runner, alignment)
+        self.cache = KVCache(runner, n_ctx, alignment)
         """The KV cache. Only the thread that holds :attr:`lock` may use it."""
         self.active: list[TokenSequence] = []
         """Sequences in generation, in the order in which they began."""
@@ -184,6 +184,7 @@ class Batcher(Closing):
         first = len(ids) - n_out
         with self.exclusive() as cache:
             cache_id = self.allocate(len(ids))
+            cache.place(cache_id, len(ids))
             ranges = self._batches.ranges(0, len(ids))
             batches = (self._batches.chunk(cache_id, ids, start, end, first) for start, end in ranges)
             try:
@@ -302,19 +303,34 @@ class Batcher(Closing):
     def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""
         try:
-            if all(n == 1 for _, n in parts):
-                return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
-            if len(parts) == 1:
-                ((sequence, n),) = parts
-                ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
-                if len(ranges) > 1:
-                    with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
-                        return deque(results, maxlen=1).pop()
-            return self.runner.run(self._batches.join(parts))
+            if not self.runner.attends_to_ranges or len(parts) == 1:
+                return self._run_together(parts)
+            # In one batch, the tokens of a prompt would attend to the slots of all sequences.
+            single = [part for part in parts if part[1] == 1]
+            found = [self._run_together(single).copy()] if single else []
+            found += [self._run_together([part]).copy() for part in parts if part[1] > 1]
+            return np.concatenate(found)
         except BaseException:  # after a failure the contents of the new slots are unknown
             for sequence, _ in parts:
                 self.cache.slots.release(sequence.cache_id, sequence.n_cached)
             raise
+
+    def _run_together(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
+        """Compute the parts in one batch, or a single part in several."""
+        for sequence, n in parts:
+            if sequence.n_cached:
+                self.cache.clear_next(sequence.cache_id, n)
+            else:
+                self.cache.place(sequence.cache_id, sequence.n_pending)
+        if all(n == 1 for _, n in parts):
+            return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
+        if len(parts) == 1:
+            ((sequence, n),) = parts
+            ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
+            if len(ranges) > 1:
+                with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
+                    return deque(results, maxlen=1).pop()
+        return self.runner.run(self._batches.join(parts))
 
     def _chunks(self, sequence: TokenSequence, ranges: list[tuple[int, int]]) -> Iterator[Batch]:
         """Yield the batches of the ranges, until the sequence is cancelled; then raise AbortedError."""

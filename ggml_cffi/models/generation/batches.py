@@ -7,9 +7,12 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.models.generation.kv_slots import KVSlots
+from ggml_cffi.models.generation.kv_slots import KVRanges, KVSlots
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.runners.base import Batch, Runner
+
+Mask = npt.NDArray[np.float16]
+Positions = npt.NDArray[np.int32]
 
 #: Largest number of tokens for which ggml's Vulkan backend compiles a matrix product of its own.
 _FEW_TOKENS = 8
@@ -83,22 +86,48 @@ class BatchBuilder:
     def next_tokens(self, sequences: list[TokenSequence]) -> Batch:
         """Return the batch of one token of each sequence. It must be fast: devices are idle between two runs."""
         slots = self._slots
+        ids = [sequence.cache_id for sequence in sequences]
         rows = [slots.allocate_one(sequence.cache_id, sequence.n_cached) for sequence in sequences]
-        n_kv = self._runner.n_kv(slots.end)
-        masks = [slots.last_token_mask(sequence.cache_id, n_kv) for sequence in sequences]
         positions = np.array([sequence.n_cached for sequence in sequences], np.int32)
-        window, window_mask = self._runner.architecture.window, None
-        if window:
-            cache_ids = np.array([sequence.cache_id for sequence in sequences], np.int32)
-            window_mask = slots.mask(cache_ids, positions, n_kv, window)
+        ranges = slots.ranges_of(ids, self._runner.n_batch)
+        mask, window_mask = self._last_masks(ids, positions, ranges)
+        query_ids = result_ids = None
+        if ranges.places:
+            result_ids, query_ids = np.array(ranges.places, np.int32), np.zeros(ranges.n, np.int32)
+            query_ids[result_ids] = np.arange(len(ids))
         return Batch(
             np.array([sequence.ids[sequence.n_cached] for sequence in sequences], np.int32),
             positions,
             np.array(rows, np.int64),
-            masks[0][None] if len(masks) == 1 else np.stack(masks),
+            mask,
             np.arange(len(sequences), dtype=np.int32),
             window_mask,
+            ranges.start,
+            ranges.stride,
+            query_ids,
+            result_ids,
         )
+
+    def _last_masks(self, ids: list[int], positions: Positions, ranges: KVRanges) -> tuple[Mask, Mask | None]:
+        """Return the masks of the last tokens of some sequences, by cache id, and for layers with a sliding window."""
+        slots, start, n_kv = self._slots, ranges.start, ranges.n_kv
+        window = self._runner.architecture.window
+        if not ranges.places:
+            masks = [slots.last_token_mask(cache_id, n_kv, start) for cache_id in ids]
+            all_ids = np.array(ids, np.int32)
+            return (
+                masks[0][None] if len(masks) == 1 else np.stack(masks),
+                slots.mask(all_ids, positions, n_kv, window, start) if window else None,
+            )
+        # Nothing reads the results of the other ranges, but if all slots were hidden there, they would be NaN.
+        mask = np.zeros((ranges.n, n_kv), np.float16)
+        window_mask = np.zeros_like(mask) if window else None
+        for i, (cache_id, place) in enumerate(zip(ids, ranges.places, strict=True)):
+            start = ranges.start + place * ranges.stride
+            mask[place] = slots.last_token_mask(cache_id, n_kv, start)
+            if window_mask is not None:
+                window_mask[place] = slots.mask(np.array([cache_id]), positions[i : i + 1], n_kv, window, start)[0]
+        return mask, window_mask
 
     def join(self, parts: list[tuple[TokenSequence, int]]) -> Batch:
         """Return the batch of the next tokens of several sequences, with one output for each sequence.
@@ -128,13 +157,14 @@ class BatchBuilder:
         outputs: npt.NDArray[np.int32],
     ) -> Batch:
         """Return a batch with its attention masks."""
-        n_kv = self._runner.n_kv(self._slots.end)
-        window = self._runner.architecture.window
+        ranges = self._slots.range_of(np.unique(cache_ids).tolist())
+        n_kv, window = ranges.n_kv, self._runner.architecture.window
         return Batch(
             np.asarray(tokens, np.int32),
             positions,
             slots,
-            self._slots.mask(cache_ids, positions, n_kv),
+            self._slots.mask(cache_ids, positions, n_kv, 0, ranges.start),
             outputs,
-            self._slots.mask(cache_ids, positions, n_kv, window) if window else None,
+            self._slots.mask(cache_ids, positions, n_kv, window, ranges.start) if window else None,
+            ranges.start,
         )

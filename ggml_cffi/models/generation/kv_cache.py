@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ggml_cffi.models.architectures.base import LayerCache
+from ggml_cffi.models.generation.kv_ranges import NeighborSlots
 from ggml_cffi.models.generation.kv_slots import KVSlots
 from ggml_cffi.models.generation.sequence import TokenSequence
 from ggml_cffi.models.runners.base import Runner
@@ -27,13 +28,15 @@ class KVCache:
     ----------
     runner
         The runner, which holds the tensors.
+    n_ctx
+        Largest number of tokens of one sequence.
     alignment
         If above 0, only the tokens of prompts are kept and reused, up to a multiple of this number.
     """
 
-    def __init__(self, runner: Runner, alignment: int = 0) -> None:
+    def __init__(self, runner: Runner, n_ctx: int, alignment: int = 0) -> None:
         self._runner, self._alignment = runner, alignment
-        self.slots = KVSlots(runner.n_slots)
+        self.slots = NeighborSlots(runner.n_slots, n_ctx) if runner.attends_to_ranges else KVSlots(runner.n_slots)
         """The slots, each with the sequence that holds it."""
         self.kept: OrderedDict[int, list[int]] = OrderedDict()
         """Token ids of finished sequences that are still in the cache, by cache id, the latest last."""
@@ -108,8 +111,7 @@ class KVCache:
         """
         while self.slots.n_free < n:
             if self.kept:
-                cache_id, _ = self.kept.popitem(last=False)
-                self.slots.release(cache_id)
+                self._evict_oldest()
                 continue
             found = candidates()
             if not found:
@@ -117,6 +119,29 @@ class KVCache:
             _, i = max((sequence.paused, i) for i, sequence in enumerate(found))
             self._evict(found[i], by)
         return True
+
+    def place(self, cache_id: int, n: int) -> None:
+        """Choose neighbouring slots for a new sequence of ``n`` tokens; evict kept ones for it if that helps."""
+        slots = self.slots
+        if isinstance(slots, NeighborSlots):
+            start, fits = slots.find_start(n, self.kept)
+            while not fits:
+                self._evict_oldest()
+                start, fits = slots.find_start(n, self.kept)
+            slots.begin(cache_id, start)
+
+    def clear_next(self, cache_id: int, n: int) -> None:
+        """Evict kept sequences from the ``n`` slots after the last one of a sequence, where its next tokens belong."""
+        if isinstance(self.slots, NeighborSlots):
+            for owner in self.slots.owners_of_next(cache_id, n):
+                if owner in self.kept:
+                    del self.kept[owner]
+                    self.slots.release(owner)
+
+    def _evict_oldest(self) -> None:
+        """Free the slots of the sequence that was kept first."""
+        cache_id, _ = self.kept.popitem(last=False)
+        self.slots.release(cache_id)
 
     def _evict(self, sequence: TokenSequence, by: TokenSequence | None) -> None:
         """Free all slots of a sequence in generation. It is computed again when there is room."""

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-_FREE = -1
+from ggml_cffi.models.runners.base import n_kv_for
+
+#: The owner of a free slot.
+FREE = -1
 _VISIBLE, _HIDDEN = np.float16(0), np.float16(-np.inf)
+
+
+@dataclass(frozen=True)
+class KVRanges:
+    """Ranges of KV slots with equal lengths, at equal distances, to which the tokens of a batch attend."""
+
+    start: int
+    """First slot of the first range."""
+    n_kv: int
+    """Number of slots of each range."""
+    stride: int = 0
+    """Number of slots from the start of a range to that of the next."""
+    places: tuple[int, ...] = ()
+    """For each sequence its range; empty if all attend to one."""
+
+    @property
+    def n(self) -> int:
+        """Number of ranges, 0 if all sequences attend to one. Some ranges may belong to no sequence."""
+        return max(self.places) + 1 if self.places else 0
 
 
 class KVSlots:
@@ -22,7 +47,7 @@ class KVSlots:
     """
 
     def __init__(self, n_slots: int) -> None:
-        self.sequence = np.full(n_slots, _FREE, np.int32)
+        self.sequence = np.full(n_slots, FREE, np.int32)
         """For each slot the id of the sequence whose token it holds, -1 for a free one."""
         self.position = np.zeros(n_slots, np.int32)
         """For each slot the position of its token in that sequence."""
@@ -40,33 +65,40 @@ class KVSlots:
 
         At least ``n`` slots must be free.
         """
-        slots = np.flatnonzero(self.sequence == _FREE)[:n]
-        self.sequence[slots] = sequence
-        self.position[slots] = np.arange(start, start + n)
+        slots = np.flatnonzero(self.sequence == FREE)[:n]
+        self._take(sequence, slots, np.arange(start, start + n, dtype=np.int32))
+        return slots.astype(np.int64, copy=False)
+
+    def _take(self, sequence: int, slots: npt.NDArray[np.int64], positions: npt.NDArray[np.int32]) -> None:
+        """Give free slots, at least one, to the tokens at some positions."""
+        self.sequence[slots], self.position[slots] = sequence, positions
         if sequence in self._visible:
             self._visible[sequence][slots] = _VISIBLE
-        self.n_free -= n
-        self.end = max(self.end, int(slots[-1]) + 1)
-        return slots.astype(np.int64, copy=False)
+        self.n_free -= len(slots)
+        self.end = max(self.end, int(slots.max()) + 1)
 
     def allocate_one(self, sequence: int, position: int) -> int:
         """Give the first free slot to one token, and return it. It takes a tenth of the time of :meth:`allocate`."""
         slot = int(self.sequence.argmin())  # the least value marks free slots
+        self._take_one(sequence, slot, position)
+        return slot
+
+    def _take_one(self, sequence: int, slot: int, position: int) -> None:
+        """Give a free slot to the token at a position."""
         self.sequence[slot], self.position[slot] = sequence, position
         if sequence in self._visible:
             self._visible[sequence][slot] = _VISIBLE
         self.n_free -= 1
         if slot >= self.end:
             self.end = slot + 1
-        return slot
 
     def release(self, sequence: int, start: int = 0) -> None:
         """Free the slots of ``sequence`` from position ``start`` on."""
         slots = np.flatnonzero((self.sequence == sequence) & (self.position >= start))
-        self.sequence[slots] = _FREE
+        self.sequence[slots] = FREE
         self._visible.pop(sequence, None)
         self.n_free += len(slots)
-        used = np.flatnonzero(self.sequence != _FREE)
+        used = np.flatnonzero(self.sequence != FREE)
         self.end = int(used[-1]) + 1 if used.size else 0
 
     def slots_of(self, sequence: int) -> npt.NDArray[np.int64]:
@@ -74,20 +106,37 @@ class KVSlots:
         slots = np.flatnonzero(self.sequence == sequence)
         return slots[np.argsort(self.position[slots])]
 
-    def last_token_mask(self, sequence: int, n_kv: int) -> npt.NDArray[np.float16]:
-        """Return the attention mask of a sequence's last token, which attends to the whole sequence.
+    def range_of(self, sequences: Sequence[int]) -> KVRanges:
+        """Return the range of slots to which the tokens of some sequences attend: all slots in use."""
+        return KVRanges(0, n_kv_for(self.end, len(self)))
 
-        The array ``(n_kv,)`` is a view that later calls change. Do not write to it.
+    def ranges_of(self, sequences: Sequence[int], most: int) -> KVRanges:
+        """Return the ranges of slots to which the last tokens of some sequences attend: one range for all of them.
+
+        ``most`` is the largest number of ranges.
+        """
+        return self.range_of(sequences)
+
+    def last_token_mask(self, sequence: int, n_kv: int, start: int = 0) -> npt.NDArray[np.float16]:
+        """Return the attention mask of a sequence's last token over ``n_kv`` slots from ``start`` on.
+
+        The token attends to the whole sequence. The array ``(n_kv,)`` is a view that later calls change. Do not write
+        to it.
         """
         visible = self._visible.get(sequence)
         if visible is None:
             visible = self._visible[sequence] = np.where(self.sequence == sequence, _VISIBLE, _HIDDEN)
-        return visible[:n_kv]
+        return visible[start : start + n_kv]
 
     def mask(
-        self, sequences: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], n_kv: int, window: int = 0
+        self,
+        sequences: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        n_kv: int,
+        window: int = 0,
+        start: int = 0,
     ) -> npt.NDArray[np.float16]:
-        """Return the attention mask of tokens over the first ``n_kv`` slots: 0 is visible, ``-inf`` is hidden.
+        """Return the attention mask of tokens over ``n_kv`` slots from ``start`` on: 0 is visible, ``-inf`` is hidden.
 
         Parameters
         ----------
@@ -101,8 +150,8 @@ class KVSlots:
         numpy.ndarray
             float16 ``(n, n_kv)``.
         """
-        at = self.position[:n_kv]
-        hidden = (self.sequence[:n_kv] != sequences[:, None]) | (at > positions[:, None])
+        at = self.position[start : start + n_kv]
+        hidden = (self.sequence[start : start + n_kv] != sequences[:, None]) | (at > positions[:, None])
         if window:
             hidden |= at <= positions[:, None] - window
         bits: npt.NDArray[np.uint16] = np.multiply(hidden, _HIDDEN.view(np.uint16))  # a third of np.where's time

@@ -21,7 +21,7 @@ from ggml_cffi.models.placement import calibration
 from ggml_cffi.models.placement.options import LoadOptions, Workload
 from ggml_cffi.models.placement.place import layer_bytes, main_dtype
 from ggml_cffi.models.placement.placement import Placement
-from ggml_cffi.models.runners.base import Batch, Runner
+from ggml_cffi.models.runners.base import Batch, Runner, n_kv_for
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
 
@@ -206,7 +206,7 @@ def _run(runner: Runner, n: int) -> None:
 def _batch(runner: Runner, start: int, end: int) -> Batch:
     """Return some of a sequence's tokens as a batch."""
     positions = np.arange(start, end, dtype=np.int32)
-    mask = np.where(np.arange(runner.n_kv(end)) <= positions[:, None], np.float16(0), np.float16(-np.inf))
+    mask = np.where(np.arange(n_kv_for(end, runner.n_slots)) <= positions[:, None], np.float16(0), np.float16(-np.inf))
     last = np.array([end - start - 1], np.int32)
     return Batch(np.zeros(end - start, np.int32), positions, positions.astype(np.int64), mask, last)
 

@@ -23,6 +23,9 @@ from ggml_cffi.scheduler.scheduler import Scheduler
 #: Attention reads a multiple of this many KV slots, so that one graph serves many tokens.
 KV_STEP = 256
 
+#: A range of KV slots has a multiple of this many slots, and the cache has at least as many slots for each range.
+RANGE_STEP = 32
+
 _SMALLEST_IN_FLIGHT = 256  # tokens of a batch, if several batches are to be in flight
 
 Logits = npt.NDArray[np.float32]
@@ -39,11 +42,22 @@ class Batch:
     kv_slots: npt.NDArray[np.int64]
     """KV slots that receive the tokens' keys and values, ``(n,)``."""
     mask: npt.NDArray[np.float16]
-    """Attention mask, ``(n, n_kv)``: 0 where a token attends to a KV slot, ``-inf`` elsewhere."""
+    """Attention mask, ``(n, n_kv)``: 0 where a token attends to a KV slot, ``-inf`` elsewhere. With ranges of KV slots
+    it has a row for each range: ``(n_ranges, n_kv)``."""
     output_ids: npt.NDArray[np.int32]
     """Tokens with an output, by their place in the batch, ``(n_out,)``."""
     window_mask: npt.NDArray[np.float16] | None = None
     """Mask of the layers with a sliding window. Default ``mask``."""
+    kv_start: int = 0
+    """KV slot of the mask's first column. Only a runner that :attr:`~Runner.attends_to_ranges` can have another than
+    0, and the fields below."""
+    kv_stride: int = 0
+    """Number of KV slots from the start of one range to that of the next."""
+    query_ids: npt.NDArray[np.int32] | None = None
+    """For each range of KV slots the token that attends to it, by its place in the batch, ``(n_ranges,)``. None if all
+    tokens attend to the same range. A range may have any token if nothing reads its result."""
+    result_ids: npt.NDArray[np.int32] | None = None
+    """For each token its range, ``(n,)``; None with :attr:`query_ids`."""
 
     def check(self, n_vocab: int, n_slots: int) -> None:
         """Raise ValueError if token ids, KV slots or output ids are out of range: ggml would end the process."""
@@ -74,6 +88,9 @@ class Runner(Closing, ABC):
     """Batch size at which one sequence's prefill is fastest, if that is less than :attr:`n_batch`."""
     n_in_flight: int = 1
     """Number of batches that are computed at the same time, if :meth:`run_all` gets that many."""
+    attends_to_ranges: bool = False
+    """True if batches of one sequence attend to its own KV slots only, and a token of each of several sequences to a
+    range of slots; sequences then have neighbouring slots. On a processor, attention takes as long as it has slots."""
     abort_lock: AbstractContextManager[Any]
     """Lock to hold while a run is noted as begun or ended, and during :meth:`abort`. Reentrant: a signal handler may
     abort at any point."""
@@ -132,10 +149,6 @@ class Runner(Closing, ABC):
     def assignment(self) -> list[tuple[Tensor, Backend]]:
         """Return the nodes that the last run computed, in order, each with its backend. Views are left out."""
 
-    def n_kv(self, end: int) -> int:
-        """Return the number of KV slots that attention reads if all slots in use are before ``end``."""
-        return min(-(-max(end, 1) // KV_STEP) * KV_STEP, self.n_slots)
-
     def batch_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return tokens ``start`` to ``end`` of a sequence as ranges of about equal size, one for each batch."""
         n = end - start
@@ -148,6 +161,11 @@ class Runner(Closing, ABC):
         """Raise ClosedError if the model is closed."""
         if self.closed:
             raise ClosedError("this model is closed")
+
+
+def n_kv_for(end: int, n_slots: int) -> int:
+    """Return the number of KV slots that attention reads if all slots in use are before ``end``."""
+    return min(-(-max(end, 1) // KV_STEP) * KV_STEP, n_slots)
 
 
 def kv_slots_for(n_ctx: int) -> int:

@@ -22,7 +22,7 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
-from ggml_cffi.models.architectures.base import Inputs
+from ggml_cffi.models.architectures.base import Inputs, KVView
 from ggml_cffi.models.runners.buckets import fill, shortened
 
 _TYPES = {
@@ -30,6 +30,8 @@ _TYPES = {
     "positions": Type.I32,
     "kv_slots": Type.I64,
     "output_ids": Type.I32,
+    "query_ids": Type.I32,
+    "result_ids": Type.I32,
     "mask": Type.F16,
     "window_mask": Type.F16,
 }
@@ -93,14 +95,18 @@ class DeviceInputs:
         Shape of each input.
     memory
         Memory of the inputs.
+    built_n_kv
+        Number of KV slots of the masks while the graph is built, if it is less than in ``shapes``.
     """
 
-    def __init__(self, context: Context, shapes: Shapes, memory: InputMemory) -> None:
+    def __init__(self, context: Context, shapes: Shapes, memory: InputMemory, built_n_kv: int | None = None) -> None:
         self._memory, self._shapes = memory, dict(shapes)
         self._written: dict[int, tuple[int, dict[str, npt.NDArray[Any]], list[tuple[Any, ...]]]] = {}
         self.tensors: dict[str, Tensor] = {}
         """The inputs by name."""
         for name, shape in shapes.items():
+            if built_n_kv is not None and name in _MASKS:
+                shape = (*shape[:-1], built_n_kv)
             tensor = context.new_tensor(_TYPES[name], shape, name=name)
             owner = None if memory.context is context else memory.context
             context.put(tensor, memory.buffer, memory.buffer.base + memory.offsets[name], owner=owner)
@@ -159,6 +165,10 @@ class GraphInputs:
     memory
         Memory of the inputs on each device, by the number of its backend; see :func:`input_memory`. Default memory of
         this graph only, which ``context`` owns.
+    n_ranges
+        Number of ranges of KV slots, each for one token; 0 if all tokens attend to the same slots.
+    built_n_kv
+        Number of KV slots of the masks while the graph is built, if it is less than ``n_kv``.
     """
 
     def __init__(
@@ -173,16 +183,20 @@ class GraphInputs:
         *,
         window: bool,
         memory: Mapping[int, InputMemory] | None = None,
+        n_ranges: int = 0,
+        built_n_kv: int | None = None,
     ) -> None:
-        shapes = _shapes(layer_devices, embedding_device, n, n_kv, n_out, window=window)
+        shapes = _shapes(layer_devices, embedding_device, n, n_kv, n_out, window=window, n_ranges=n_ranges)
         if memory is None:
             memory = {i: InputMemory(backends[i], found, context) for i, found in shapes.items()}
-        self._devices = {i: DeviceInputs(context, found, memory[i]) for i, found in shapes.items()}
+        self._devices = {i: DeviceInputs(context, found, memory[i], built_n_kv) for i, found in shapes.items()}
         last = layer_devices[-1]
         ends = self._devices[embedding_device].tensors["tokens"], self._devices[last].tensors["output_ids"]
-        self.kv_views: list[tuple[Tensor, int]] = []
-        """Views of the caches for flash attention, once the graph is built, each with the axis of the KV slots."""
-        own = {i: _inputs(self._devices[i], *ends, self.kv_views) for i in dict.fromkeys(layer_devices)}
+        self.kv_views: list[KVView] = []
+        """Views of the caches, once the graph is built."""
+        self.kv_rows: list[Tensor] = []
+        """Scores of attention without flash attention, and masks made from others, once the graph is built."""
+        own = {i: _inputs(self._devices[i], *ends, self.kv_views, self.kv_rows) for i in dict.fromkeys(layer_devices)}
         self.inputs = replace(own[layer_devices[0]], layers=tuple(own[i] for i in layer_devices))
         """Tensors from which the architecture builds its graph."""
 
@@ -223,7 +237,7 @@ def input_memory(
     found: dict[int, InputMemory] = {}
     try:
         for i, shapes in _shapes(layer_devices, embedding_device, n, n_kv, n, window=window).items():
-            found[i] = InputMemory(backends[i], shapes)
+            found[i] = InputMemory(backends[i], shapes | {"query_ids": (n,), "result_ids": (n,)})
     except BaseException:
         for memory in found.values():
             memory.close()
@@ -232,18 +246,40 @@ def input_memory(
 
 
 def _shapes(
-    layer_devices: Sequence[int], embedding_device: int, n: int, n_kv: int, n_out: int, *, window: bool
+    layer_devices: Sequence[int],
+    embedding_device: int,
+    n: int,
+    n_kv: int,
+    n_out: int,
+    *,
+    window: bool,
+    n_ranges: int = 0,
 ) -> dict[int, dict[str, tuple[int, ...]]]:
     """Return the shapes of the inputs on each device, by number of its backend."""
-    each: dict[str, tuple[int, ...]] = {"positions": (n,), "kv_slots": (n,), "mask": (n, n_kv)}
-    if window:
-        each["window_mask"] = (n, n_kv)
+    each: dict[str, tuple[int, ...]] = {"positions": (n,), "kv_slots": (n,)}
+    if n_ranges:
+        each |= {"query_ids": (n_ranges,), "result_ids": (n,)}
+    mask = (n_ranges, 1, 1, n_kv) if n_ranges else (n, n_kv)
+    each |= {"mask": mask, "window_mask": mask} if window else {"mask": mask}
     shapes: dict[int, dict[str, tuple[int, ...]]] = {i: dict(each) for i in dict.fromkeys(layer_devices)}
     shapes.setdefault(embedding_device, {})["tokens"] = (n,)
     shapes[layer_devices[-1]]["output_ids"] = (n_out,)
     return shapes
 
 
-def _inputs(device: DeviceInputs, tokens: Tensor, output_ids: Tensor, views: list[tuple[Tensor, int]]) -> Inputs:
+def _inputs(
+    device: DeviceInputs, tokens: Tensor, output_ids: Tensor, views: list[KVView], rows: list[Tensor]
+) -> Inputs:
     t = device.tensors
-    return Inputs(tokens, t["positions"], t["kv_slots"], t["mask"], output_ids, t.get("window_mask"), kv_views=views)
+    return Inputs(
+        tokens,
+        t["positions"],
+        t["kv_slots"],
+        t["mask"],
+        output_ids,
+        t.get("window_mask"),
+        kv_views=views,
+        kv_rows=rows,
+        query_ids=t.get("query_ids"),
+        result_ids=t.get("result_ids"),
+    )

@@ -1,8 +1,7 @@
-"""The number of KV slots that a graph reads, changed in place.
+"""The KV slots that a graph reads, changed in place.
 
 A graph of 32 layers takes tens of milliseconds to build. It is built once for all KV slots; before a run, the views of
-the caches and the masks are shortened to the slots in use. With flash attention no tensor that a run computes depends
-on that number. Without it the scores of attention do: such a graph must be allocated again after each change.
+the caches, the masks and the scores are changed to the slots in use. No other tensor depends on them.
 """
 
 from __future__ import annotations
@@ -10,30 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ggml_cffi import c
 from ggml_cffi.core.dtypes import row_size
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.enums import Op
-from ggml_cffi.scheduler.graph import Graph
-
-_ELEMENTWISE = frozenset({Op.SCALE, Op.UNARY, Op.SOFT_MAX})  # nodes between the product and the scores
+from ggml_cffi.models.architectures.base import KVView
 
 
 class KVLength:
-    """The tensors of one graph whose size is the number of KV slots.
+    """The tensors of one graph that depend on the KV slots that attention reads.
 
     Parameters
     ----------
     views
-        Views of the caches, each with the number of the axis of the slots, in ggml's order.
+        Views of the caches, which have memory.
     rows
-        Contiguous tensors with one number for each KV slot in a row: attention masks ``(n, n_kv)`` and scores.
+        Contiguous tensors ``(..., n_kv)``: masks and scores.
     n_kv
-        The number with which the graph was built: the largest one.
+        The number of KV slots with which the graph was built.
+    ranges
+        True if attention has an axis of ranges of KV slots.
     """
 
-    def __init__(self, views: Sequence[tuple[Tensor, int]], rows: Sequence[Tensor], n_kv: int) -> None:
-        self._views: list[tuple[Any, int]] = [(view.ptr, axis) for view, axis in views]
-        self._rows = [(t.ptr, t.dtype, t.ne[1], t.ne[2]) for t in rows]
+    def __init__(self, views: Sequence[KVView], rows: Sequence[Tensor], n_kv: int, *, ranges: bool = False) -> None:
+        self._sizes = [(view.tensor.ptr, view.axis) for view in views]
+        self._places = [(view.tensor.ptr, view.slot_bytes, _address(view.tensor.ptr.view_src)) for view in views]
+        self._rows: list[tuple[Any, Any]] = [(t.ptr, t.dtype) for t in rows]
+        self._ranges = ranges
+        self._place = (0, 0)
         self.n_kv = n_kv
         """The number of KV slots that the next run reads."""
 
@@ -41,49 +43,27 @@ class KVLength:
         """Change the number, while no run is in progress."""
         if n_kv == self.n_kv:
             return
-        for p, axis in self._views:
+        for p, axis in self._sizes:
             p.ne[axis] = n_kv
-        for p, dtype, n, heads in self._rows:
-            size = row_size(dtype, n_kv)
+        for p, dtype in self._rows:
             p.ne[0] = n_kv
-            p.nb[1], p.nb[2], p.nb[3] = size, n * size, heads * n * size
+            size = row_size(dtype, n_kv)
+            for axis in (1, 2, 3):
+                p.nb[axis] = size
+                size *= p.ne[axis]
         self.n_kv = n_kv
 
+    def move(self, start: int, stride: int) -> None:
+        """Change the first KV slot, and the number of slots from one range to the next."""
+        if (start, stride) == self._place:
+            return
+        for p, slot_bytes, base in self._places:
+            p.view_offs = start * slot_bytes
+            p.data = c.ffi.cast("void *", base + start * slot_bytes)
+            if self._ranges:
+                p.nb[3] = stride * slot_bytes
+        self._place = start, stride
 
-def find_scores(graph: Graph, masks: Sequence[Tensor], n_layers: int) -> tuple[list[tuple[Tensor, int]], list[Tensor]]:
-    """Return the tensors of attention without flash attention whose size is the number of KV slots.
 
-    Returns
-    -------
-    views
-        Views of the values in the cache, each with the axis of the slots, as for :class:`KVLength`.
-    scores
-        Scores before and after the softmax.
-
-    Raises
-    ------
-    ValueError
-        If the attention of a layer consists of other nodes: its size cannot be changed.
-    """
-    own = {mask.ptr for mask in masks}
-    views: list[tuple[Tensor, int]] = []
-    scores: list[Any] = []
-    softmax: set[Any] = set()
-    n_flash = 0
-    for p in graph.node_pointers():
-        op = p.op
-        if op == Op.FLASH_ATTN_EXT:
-            n_flash += 1
-        elif op == Op.SOFT_MAX and p.src[1] in own:
-            softmax.add(p)
-            while p.op in _ELEMENTWISE:
-                scores.append(p)
-                p = p.src[0]
-            scores.append(p)
-            if p.op != Op.MUL_MAT:
-                raise ValueError(f"scores come from {graph.wrap(p)!r}, not from a product")
-        elif op == Op.MUL_MAT and p.src[1] in softmax:
-            views.append((graph.wrap(p.src[0]), 0))
-    if not n_flash + len(softmax) == n_flash + len(views) == n_layers:
-        raise ValueError(f"attention was found in {n_flash + len(softmax)} of {n_layers} layers")
-    return views, [graph.wrap(p) for p in scores]
+def _address(p: Any) -> int:
+    return int(c.ffi.cast("uintptr_t", p.data))

@@ -23,10 +23,10 @@ from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import AbortedError
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.runners.base import KV_STEP, Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.base import RANGE_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.buckets import Key, bucket, cpu_bucket, output_bucket
 from ggml_cffi.models.runners.inputs import GraphInputs, InputMemory, input_memory
-from ggml_cffi.models.runners.kv_length import KVLength, find_scores
+from ggml_cffi.models.runners.kv_length import KVLength
 from ggml_cffi.models.runners.weights import Weights, stages_of
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
@@ -36,7 +36,7 @@ _METADATA = 256 << 20  # bytes of all kept graphs: more of them are closed
 _TENSOR_METADATA = 1000  # bytes of a kept graph for each of its tensors, in C and in Python
 _SMALL_RESULT = 16 << 20  # largest bytes of a result for which the runner keeps memory
 _QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
-_CPU_STEP = 16  # the batches of a prompt on the CPU have a multiple of this many tokens, a bucket, except the last
+_CPU_BATCH = 128  # tokens of a batch of one sequence on the CPU, except the last one
 
 
 class _ResultMemory:
@@ -79,6 +79,10 @@ class _BatchGraph(Closing):
         self._backend: Backend | None = None
         self._transfers: dict[int, tuple[npt.NDArray[np.float32], tuple[Any, ...]]] = {}
 
+    def move(self, start: int, stride: int) -> None:
+        """Change the KV slots that the next run reads, after :meth:`alloc`; not on a device that replays a graph."""
+        self._length.move(start, stride)
+
     def alloc(self, n_kv: int, *, wait: bool) -> None:
         """Allocate the graph for a number of KV slots, unless it is allocated.
 
@@ -89,6 +93,7 @@ class _BatchGraph(Closing):
             self.scheduler.alloc(self.graph, wait=wait)
             self._backend = self.scheduler.backend_of(self._result)
         if self.scheduler.graph is not self.graph or n_kv != self._length.n_kv:
+            self._length.move(0, 0)  # as it was when the scheduler saved the places, which it now restores
             self._length.set(n_kv)
             self.scheduler.alloc(self.graph, wait=wait)
 
@@ -131,10 +136,13 @@ def logits_graph(
     n_kv: int,
     n_out: int,
     memory: Mapping[int, InputMemory] | None = None,
+    n_ranges: int = 0,
 ) -> tuple[GraphInputs, Tensor]:
     """Build the graph for ``n`` tokens, ``n_kv`` KV slots and ``n_out`` outputs. Return its inputs and the logits.
 
-    ``memory`` is that of the inputs; see :class:`~ggml_cffi.models.runners.inputs.GraphInputs`.
+    ``memory`` is that of the inputs; see :class:`~ggml_cffi.models.runners.inputs.GraphInputs`. With ranges of KV
+    slots, the graph is built for :data:`RANGE_STEP`, since ggml refuses views that have more elements in all than the
+    cache: change the number to ``n_kv`` before it is allocated.
     """
     architecture = weights.architecture
     inputs = GraphInputs(
@@ -147,6 +155,8 @@ def logits_graph(
         n_out,
         window=architecture.window > 0,
         memory=memory,
+        n_ranges=n_ranges,
+        built_n_kv=RANGE_STEP if n_ranges else None,
     )
     tensors = weights.tensors
     hidden = architecture.hidden(tensors, [cache for (cache,) in weights.caches], inputs.inputs)
@@ -204,7 +214,7 @@ class ScheduledRunner(Runner):
         stages = stages_of([0] * architecture.n_layers if layer_devices is None else layer_devices)
         self.n_built = 0
         """Number of graphs built so far."""
-        self._graphs: LRU[tuple[int, int], _BatchGraph] = LRU(_FEWEST_GRAPHS)
+        self._graphs: LRU[tuple[int, int, int], _BatchGraph] = LRU(_FEWEST_GRAPHS)
         self._inputs: dict[int, InputMemory] = {}
         self._results = _ResultMemory()
         self._closed = False
@@ -212,9 +222,11 @@ class ScheduledRunner(Runner):
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
         self._bucket = cpu_bucket if any(backends[i].device.is_cpu for i in self.weights.layer_devices) else bucket
+        layer_devices_used = [backends[i].device for i in self.weights.layer_devices]
+        self.attends_to_ranges = all(device.is_cpu and not device.is_remote for device in layer_devices_used)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
-            self.best_prefill_batch = KV_STEP
+            self.best_prefill_batch = _CPU_BATCH
         elif not any(backend.device.is_remote for backend in backends):
             self.n_queued_batches = _QUEUED
         try:
@@ -248,9 +260,7 @@ class ScheduledRunner(Runner):
     def batch_ranges(self, start: int, end: int) -> list[tuple[int, int]]:
         if self.best_prefill_batch is None:
             return super().batch_ranges(start, end)
-        largest = min(self.n_batch, self.best_prefill_batch)
-        parts = -(-(end - start) // largest)
-        size = min(-(-(end - start) // (parts * _CPU_STEP)) * _CPU_STEP, largest)
+        size = min(self.n_batch, self.best_prefill_batch)
         return [*pairwise([*range(start, end, size), end])]
 
     def run(self, batch: Batch) -> Logits:
@@ -284,7 +294,10 @@ class ScheduledRunner(Runner):
 
     def _write(self, batch: Batch, slot: int, *, wait: bool = True) -> _BatchGraph:
         """Return the graph for a batch, allocated, with the inputs in host memory."""
-        graph = self.allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)), wait=wait)
+        n_ranges = 0 if batch.query_ids is None else len(batch.query_ids)
+        graph = self.allocated((len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)), n_ranges, wait=wait)
+        if self.attends_to_ranges:
+            graph.move(batch.kv_start, batch.kv_stride)
         values = vars(batch)
         graph.inputs.write(values if batch.window_mask is not None else values | {"window_mask": batch.mask}, slot)
         return graph
@@ -315,24 +328,26 @@ class ScheduledRunner(Runner):
         if self._computing and self._cpu is not None:
             self._cpu.abort()
 
-    def allocated(self, key: Key, *, wait: bool = True) -> _BatchGraph:
+    def allocated(self, key: Key, n_ranges: int = 0, *, wait: bool = True) -> _BatchGraph:
         """Return the graph for at least these numbers of tokens, KV slots and outputs, allocated for the KV slots.
 
         Graphs are kept, the last used ones if there are very many.
 
         Parameters
         ----------
+        n_ranges
+            Number of ranges of KV slots, 0 if all tokens attend to one.
         wait
             False to allocate the graph while devices compute another one.
         """
         n, n_kv, n_out = key
         n_rows = min(self._bucket(n), self.n_batch)
-        sizes = n_rows, output_bucket(n, n_out, n_rows)
+        sizes = n_rows, output_bucket(n, n_out, n_rows), n_ranges
         graph = self._graphs.get(sizes, lambda: self._build(*sizes))
         graph.alloc(n_kv, wait=wait)
         return graph
 
-    def _build(self, n: int, n_out: int) -> _BatchGraph:
+    def _build(self, n: int, n_out: int, n_ranges: int) -> _BatchGraph:
         weights = self.weights
         if not self._inputs:
             self._inputs = input_memory(
@@ -347,10 +362,11 @@ class ScheduledRunner(Runner):
         context, n_kv = _BatchContext(), self.n_slots
         graph: Graph | None = None
         try:
-            inputs, result = logits_graph(context, weights, n, n_kv, n_out, self._inputs)
+            inputs, result = logits_graph(context, weights, n, n_kv, n_out, self._inputs, n_ranges)
             graph = Graph(result)
-            views, scores = find_scores(graph, inputs.masks, self.architecture.n_layers)
-            length = KVLength([*inputs.kv_views, *views], [*inputs.masks, *scores], n_kv)
+            rows = [*inputs.masks, *inputs.kv_rows]
+            length = KVLength(inputs.kv_views, rows, RANGE_STEP if n_ranges else n_kv, ranges=n_ranges > 0)
+            length.set(n_kv)
             built = _BatchGraph(self._scheduler, graph, inputs, length, self._results)
         except BaseException:
             for part in (graph, context):

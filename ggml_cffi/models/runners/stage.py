@@ -14,7 +14,7 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.lru import LRU
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.models.architectures.base import Architecture, Inputs, LayerCache
+from ggml_cffi.models.architectures.base import Architecture, Inputs, KVView, LayerCache
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
@@ -94,9 +94,7 @@ class StageGraph:
             found.append(batch.mask if batch.window_mask is None else batch.window_mask)
         return found
 
-    def trace(
-        self, rank: Rank, *inputs: Tensor, kv_views: list[tuple[Tensor, int]] | None = None
-    ) -> Tensor | AllGather:
+    def trace(self, rank: Rank, *inputs: Tensor, kv_views: list[KVView] | None = None) -> Tensor | AllGather:
         """Build the graph of one device: to logits ``(n_out, n_vocab)``, or the next stage's input ``(n, n_embd)``.
 
         ``kv_views`` receives the views that :class:`KVLength` needs.
@@ -165,7 +163,7 @@ class StageProgram(Closing):
     ) -> None:
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
-        views: list[tuple[Tensor, int]] = []
+        views: list[KVView] = []
         trace = partial(graph.trace, kv_views=views)
         self.graph = graph
         self.program = ParallelProgram(

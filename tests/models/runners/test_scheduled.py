@@ -5,7 +5,6 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models.runners.buckets import bucket, cpu_bucket, output_bucket
-from ggml_cffi.models.runners.kv_length import find_scores
 from ggml_cffi.models.runners.scheduled import ScheduledRunner, logits_graph
 from tests.support import llama_float64, relative_error
 from tests.support.splits import answers
@@ -123,19 +122,14 @@ def test_a_batch_that_fails_ends_after_the_one_before(two_gpus, path, rng, monke
         assert answers(model, [ids]) == want
 
 
-def test_the_number_of_kv_slots_changes_only_where_all_attention_is_known(path):
+def test_a_graph_knows_the_tensors_that_depend_on_the_kv_slots(path):
     with models.load(path, ["CPU"], n_ctx=256) as model, ggml.Context() as context:
         weights = model.batchers[0].runner.weights
-        inputs, result = logits_graph(context, weights, 4, 256, 1)
-        with ggml.Graph(result) as graph:
-            views, scores = find_scores(graph, inputs.masks, 3)
-            assert [axis for _, axis in views] == [0] * 3
-            assert {t.shape[-1] for t in scores} == {256}
-            assert len(scores) == 6
-            with pytest.raises(ValueError, match="attention was found in 3 of 4 layers"):
-                find_scores(graph, inputs.masks, 4)
-            with pytest.raises(ValueError, match="attention was found in 0 of 3 layers"):
-                find_scores(graph, [], 3)
+        for n, n_ranges, n_rows in ((4, 0, 1 + 3 * 2), (1, 0, 2 + 3 * 4), (4, 5, 2 + 3 * 4)):
+            inputs, _ = logits_graph(context, weights, n, 256, 1, n_ranges=n_ranges)
+            assert [view.axis for view in inputs.kv_views] == [2, 1, 0] * 3
+            assert {t.shape[-1] for t in inputs.kv_rows} == {32 if n_ranges else 256}
+            assert len(inputs.kv_rows) == n_rows
 
 
 def test_large_batches_of_the_cpus_layers_go_to_the_gpu(two_gpus, path):
