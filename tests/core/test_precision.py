@@ -14,7 +14,7 @@ def test_the_cpu_keeps_f32_in_every_product():
     assert all(keeps_f32(cpu, rows, matrices) for rows in (1, 9, 4096) for matrices in (1, 7))
 
 
-def test_a_gpu_keeps_f32_in_products_of_few_rows(device_name):
+def test_a_gpu_keeps_f32_in_products_of_few_rows(device_name, vulkan):
     device = ggml.device(device_name)
     assert all(keeps_f32(device, rows, matrices) for rows, matrices in ((1, 1), (1, 7), (8, 1)))
     assert keeps_f32(device, 9, 1) == keeps_f32(device, 8, 2) == device.is_cpu

@@ -44,7 +44,7 @@ def test_work_is_not_recorded_before_its_inputs_are_copied(two_gpus, rng):
                 assert relative_error(program.run([row]), expected(row, w, 1)) < 2e-3
 
 
-def test_several_devices_cannot_exchange_data(two_gpus):
+def test_several_devices_cannot_exchange_data(two_gpus, vulkan):
     with pytest.raises(ValueError, match="use split='layer'"):
         parallel.TensorParallel(two_gpus)
 

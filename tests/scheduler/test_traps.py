@@ -244,7 +244,7 @@ NEED_GPUS = {reserve_then_alloc, flagged_input, placement, second_graph, reset_w
 
 
 @pytest.mark.parametrize(("trap", "outcome", "ours"), TRAPS, ids=[trap.__name__ for trap, *_ in TRAPS])
-def test_the_trap_catches_plain_ggml(trap, outcome, ours):
+def test_the_trap_catches_plain_ggml(vulkan, trap, outcome, ours):
     module, _, name = ours.rpartition(".")
     assert callable(getattr(importlib.import_module(f"tests.{module}"), name))
     if trap in NEED_GPUS:

@@ -15,7 +15,7 @@ from ggml_cffi.core.context import Context
 from ggml_cffi.core.cuda import has_cuda_kernels
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
-from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size
+from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size, type_size
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.progress import Progress
 from ggml_cffi.core.repack import repacked_memory
@@ -307,6 +307,8 @@ class Weights(Closing):
         joined = {"weight": weights, "bias": biases[: len(weights)]}
         if any(t.nbytes % alignment for parts in joined.values() for t in parts):
             return  # each part begins where a tensor may begin
+        if any(t.shape[0] * type_size(Type.F32) % alignment for t in weights):
+            return  # so do the results, of which operations read views
         for kind, parts in joined.items():
             if parts:
                 shape = (sum(t.shape[0] for t in parts), *parts[0].shape[1:])

@@ -28,8 +28,11 @@ def expected(q, k, v, mask, cap):
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "size", "dtype"), [(4, 2, 64, "f16"), (3, 3, 32, "f32")])
 @pytest.mark.parametrize("transposed", [True, False], ids=["two products", "flash attention"])
-def test_each_token_attends_to_its_range(device_name, rng, transposed, n_heads, n_kv_heads, size, dtype, cap):
-    """Three tokens have ranges 2, 0 and 3 of four. The second range belongs to no token."""
+def test_each_token_attends_to_its_range(device_name, vulkan, rng, transposed, n_heads, n_kv_heads, size, dtype, cap):
+    """Three tokens have ranges 2, 0 and 3 of four. The second range belongs to no token.
+
+    Views change in place, after the checks: the layouts are those that a processor and Vulkan's kernels take.
+    """
     result_ids = np.array([2, 0, 3], np.int32)
     query_ids, n_ranges, n = np.array([1, 0, 0, 2], np.int32), 4, 3
     starts = START + STRIDE * result_ids.astype(np.int64)

@@ -41,9 +41,9 @@ def test_a_run_that_has_not_begun_to_compute_is_stopped_too(path, monkeypatch):
         runner, allocated = batcher_of(model).runner, type(batcher_of(model).runner).allocated
         stream = model.generate_tokens([*range(40)], stop_at_end=False)
 
-        def cancel_and_allocate(key, **options):
+        def cancel_and_allocate(*sizes, **options):
             stream.cancel()
-            return allocated(runner, key, **options)
+            return allocated(runner, *sizes, **options)
 
         monkeypatch.setattr(runner, "allocated", cancel_and_allocate)
         assert list(stream) == []

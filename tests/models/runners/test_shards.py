@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import ggml_cffi as ggml
+from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.architectures.gemma3 import Gemma3
 from ggml_cffi.models.architectures.llama import Llama
 from ggml_cffi.models.architectures.qwen3 import Qwen3
 from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec, even_stages, link, pipeline
-from tests.support import need, relative_error, run_python
+from tests.support import llama_float64, need, relative_error, run_python
 from tests.support.llama_float64 import HEAD, Reference, random_model
 
 N_PROMPT, WINDOW = 12, 5
@@ -144,6 +145,23 @@ def test_weights_of_one_type_for_the_same_tokens_are_one_product(
         found, names = products(path, own, kind, stages=shared(own))
         assert found == (n + 1) * len(own)
         assert all(joined in each for each in names)
+
+
+def test_results_at_places_that_gpus_cannot_read_are_products_of_their_own(monkeypatch, two_gpus, tmp_path, rng):
+    monkeypatch.setattr(llama_float64, "HEAD", 8)
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    reference, ids = Reference(path), rng.integers(0, 50, N_PROMPT)
+    for alignment, joined in (
+        (32, True),
+        (64, True),
+        (128, False),
+        (256, False),
+    ):  # keys begin at byte 128, values at 192
+        monkeypatch.setattr(BufferType, "alignment", alignment)
+        with opened(path, two_gpus[:1], stages=shared(two_gpus[:1])) as model:
+            assert ("blk.0.attn_q+attn_k+attn_v.weight" in model.weights.by_device[0]) == joined
+            assert relative_error(run(model, ids, 0, N_PROMPT), reference.forward(ids)) < 1e-2
 
 
 def test_weights_in_mapped_pages_are_products_of_their_own(tmp_path, rng):
