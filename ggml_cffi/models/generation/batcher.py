@@ -307,9 +307,8 @@ class Batcher(Closing):
                 return self._run_together(parts)
             # In one batch, the tokens of a prompt would attend to the slots of all sequences.
             single = [part for part in parts if part[1] == 1]
-            found = [self._run_together(single).copy()] if single else []
-            found += [self._run_together([part]).copy() for part in parts if part[1] > 1]
-            return np.concatenate(found)
+            rows = iter(self._run_together(single).copy() if single else ())
+            return np.stack([next(rows) if n == 1 else self._run_together([(s, n)])[-1].copy() for s, n in parts])
         except BaseException:  # after a failure the contents of the new slots are unknown
             for sequence, _ in parts:
                 self.cache.slots.release(sequence.cache_id, sequence.n_cached)
