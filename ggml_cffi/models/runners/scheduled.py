@@ -222,7 +222,7 @@ class ScheduledRunner(Runner):
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
         self._bucket = cpu_bucket if any(backends[i].device.is_cpu for i in self.weights.layer_devices) else bucket
-        # The CPU alone: ggml copies a view to a GPU, which computes a large batch, only in the layout of the allocation.
+        # A GPU that computes large batches gets copies of the views of the cache, in the layout of the allocation only.
         users = backends if op_offload else [backends[i] for i in self.weights.layer_devices]
         self.attends_to_ranges = all(b.device.is_cpu and not b.device.is_remote for b in users)
         if all(backend.device.is_cpu for backend in backends):

@@ -153,6 +153,18 @@ def test_logits_of_sequences_that_come_and_go_are_those_of_each_alone(
         assert relative_error(np.stack([logits for _, logits in recorder.seen]), want) < tolerance
 
 
+def test_prompts_of_one_token_that_begin_together_get_slots_apart(path, rng):
+    with models.load(path, ["CPU"], n_ctx=128, kv_slots=4 * 128) as model:
+        batcher = batcher_of(model)
+        requests = [Request(ids, Sampler(), 5, frozenset()) for ids in random_prompts(rng, [1, 1, 1])]
+        for _ in generate_many(batcher, enumerate(requests), 3, Timings()):
+            pass
+        slots = batcher.cache.slots
+        assert [slots.slots_of(kept).tolist() for kept in batcher.cache.kept] == [
+            [*range(start, start + 5)] for start in (0, 128, 256)
+        ]
+
+
 def test_a_gpu_computes_large_batches_of_layers_on_the_cpu(tmp_path, rng):
     """From 32 tokens on, ggml copies views of the CPU's cache to the GPU: ranges of KV slots would end the process."""
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
