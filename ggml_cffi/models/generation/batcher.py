@@ -305,10 +305,13 @@ class Batcher(Closing):
         try:
             if not self.runner.attends_to_ranges or len(parts) == 1:
                 return self._run_together(parts)
-            # In one batch, the tokens of a prompt would attend to the slots of all sequences.
-            single = [part for part in parts if part[1] == 1]
+            # In one batch, the tokens of a prompt would attend to the slots of all sequences. A sequence gets slots
+            # apart from those of others if it begins when these have theirs.
+            single = [part for part in parts if _is_next_token(*part)]
             rows = iter(self._run_together(single).copy() if single else ())
-            return np.stack([next(rows) if n == 1 else self._run_together([(s, n)])[-1].copy() for s, n in parts])
+            return np.stack(
+                [next(rows) if _is_next_token(*part) else self._run_together([part])[-1].copy() for part in parts]
+            )
         except BaseException:  # after a failure the contents of the new slots are unknown
             for sequence, _ in parts:
                 self.cache.slots.release(sequence.cache_id, sequence.n_cached)
@@ -348,6 +351,11 @@ class Batcher(Closing):
             self.active.clear()
             self.cache.kept.clear()
             self.runner.close()
+
+
+def _is_next_token(sequence: TokenSequence, n: int) -> bool:
+    """Return whether ``n`` tokens of a sequence are one token after others."""
+    return n == 1 and sequence.n_cached > 0
 
 
 def _must_wait(sequence: TokenSequence) -> bool:

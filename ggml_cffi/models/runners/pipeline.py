@@ -233,10 +233,8 @@ class PipelineRunner(Runner):
                 future, n_out = in_flight.popleft()
                 yield future.result()[:n_out]
         finally:
-            for future, _ in in_flight:  # the caller may free the weights next
-                future.exception()
-            for queue in self._queues:
-                queue.clear()
+            for queue in self._queues:  # the caller may use the KV slots for others next
+                queue.finish()
 
     def _start(self, batch: Batch, slot: int) -> Future[Hidden]:
         """Queue a batch at every stage. A stage computes the batch once the previous stage has."""
@@ -321,8 +319,12 @@ class _StageQueue:
         program.write_start(batch, None if x is None else x.result())
         return program
 
-    def clear(self) -> None:
-        """Clear the results. No batch may be in flight."""
+    def finish(self) -> None:
+        """Wait for all batches in flight at this stage, and clear the results.
+
+        A batch may have failed at a later stage already: then its result is no sign that this stage is done with it.
+        """
+        self._runner.submit(bool).result()  # it waits for the inputs of each batch too
         self.read, self.computed_after = [None, None], [None, None]
 
     def close(self) -> None:

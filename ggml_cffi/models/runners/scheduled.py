@@ -222,8 +222,9 @@ class ScheduledRunner(Runner):
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
         self._bucket = cpu_bucket if any(backends[i].device.is_cpu for i in self.weights.layer_devices) else bucket
-        layer_devices_used = [backends[i].device for i in self.weights.layer_devices]
-        self.attends_to_ranges = all(device.is_cpu and not device.is_remote for device in layer_devices_used)
+        # A GPU that computes large batches gets copies of the views of the cache, in the layout of the allocation only.
+        users = backends if op_offload else [backends[i] for i in self.weights.layer_devices]
+        self.attends_to_ranges = all(b.device.is_cpu and not b.device.is_remote for b in users)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
             self.best_prefill_batch = _CPU_BATCH

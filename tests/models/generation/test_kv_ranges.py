@@ -153,6 +153,34 @@ def test_logits_of_sequences_that_come_and_go_are_those_of_each_alone(
         assert relative_error(np.stack([logits for _, logits in recorder.seen]), want) < tolerance
 
 
+def test_prompts_of_one_token_that_begin_together_get_slots_apart(path, rng):
+    with models.load(path, ["CPU"], n_ctx=128, kv_slots=4 * 128) as model:
+        batcher = batcher_of(model)
+        requests = [Request(ids, Sampler(), 5, frozenset()) for ids in random_prompts(rng, [1, 1, 1])]
+        for _ in generate_many(batcher, enumerate(requests), 3, Timings()):
+            pass
+        slots = batcher.cache.slots
+        assert [slots.slots_of(kept).tolist() for kept in batcher.cache.kept] == [
+            [*range(start, start + 5)] for start in (0, 128, 256)
+        ]
+
+
+def test_a_gpu_computes_large_batches_of_layers_on_the_cpu(tmp_path, rng):
+    """From 32 tokens on, ggml copies views of the CPU's cache to the GPU: ranges of KV slots would end the process."""
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    prompts = random_prompts(rng, [9] * 33)
+    recorders = [Recorder() for _ in prompts]
+    requests = [Request(ids, recorder, 3, frozenset()) for ids, recorder in zip(prompts, recorders, strict=True)]
+    with models.load(path, ["Vulkan0", "CPU"], n_ctx=64, kv_slots=40 * 64, balance=[0, 1]) as model:
+        for _ in generate_many(batcher_of(model), enumerate(requests), len(prompts), Timings()):
+            pass
+    reference = llama_float64.Reference(path)
+    for recorder in recorders:
+        ids, _ = recorder.seen[-1]
+        want = reference.forward(ids)[8:]
+        assert relative_error(np.stack([logits for _, logits in recorder.seen]), want) < 1e-2
+
+
 def test_the_cpu_attends_to_the_slots_of_each_sequence_only(path, rng, monkeypatch):
     batches = []
     with models.load(path, ["CPU"], n_ctx=128, kv_slots=4 * 128) as model:

@@ -1,6 +1,8 @@
 """Stages of several devices, which share every layer: against float64, and combined with pipeline stages."""
 
+import time
 from contextlib import ExitStack, contextmanager
+from threading import Event
 
 import numpy as np
 import pytest
@@ -210,6 +212,31 @@ def test_peers_hand_results_over_in_their_own_memory(on_the_cpu, monkeypatch, tm
             got = [logits.copy() for logits in results]
             got += [run(model, ids[i : i + 1], i) for i in range(starts.stop, len(ids))]
             assert relative_error(np.concatenate(got), want) < 2e-3
+
+
+def test_all_stages_are_done_after_a_failure_at_the_last_one(on_the_cpu, monkeypatch, tmp_path, rng):
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    with opened(path, ["CPU"] * 2, stages=even_stages(3, [(0,), (1,)])) as model:
+        first, last = model.stages
+        prepare, failed, done = first.prepare, Event(), []
+
+        def prepare_late(*args):
+            failed.wait()
+            time.sleep(0.2)
+            done.append(True)
+            return prepare(*args)
+
+        def fail(*args):
+            failed.set()
+            raise ValueError("no")
+
+        monkeypatch.setattr(first, "prepare", prepare_late)
+        monkeypatch.setattr(last, "prepare", fail)
+        with pytest.raises(ValueError, match="no"):
+            list(model.run_all([batch([1, 2, 3], 0)]))
+        assert done == [True]
 
 
 CODE = """
