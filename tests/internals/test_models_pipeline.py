@@ -13,11 +13,14 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.core.op_sets import VIEWS
+from ggml_cffi.models.runners import even_stages, link, pipeline
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.stage import Stage
+from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
-from tests.support import PATIENCE
+from tests.models.runners.test_shards import opened, run
+from tests.support import PATIENCE, llama_float64, relative_error
 from tests.support.splits import PROMPT, answers
 
 
@@ -177,3 +180,20 @@ def test_leaving_early_waits_for_batches_in_flight(two_gpus, path, monkeypatch):
         assert all(future.done() for future in futures)
         assert batcher.cache.slots.n_free == len(batcher.cache.slots)
         assert caught.traceback  # it keeps the frames and their objects alive
+
+
+@pytest.mark.parametrize("exact", [0, 1, 2])
+def test_a_stage_reads_the_rows_that_its_link_has(monkeypatch, tmp_path, rng, exact):
+    """One stage's graphs have as many rows as a batch has tokens, and those of the other stages may have more."""
+    monkeypatch.setattr(pipeline, "check_devices", lambda devices: None)
+    monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    monkeypatch.setattr(Weights, "_is_v_transposed", lambda self, backend, dtype: backend is self.backends[exact])
+    path = tmp_path / "model.gguf"
+    llama_float64.random_model(path, rng)
+    ids = rng.integers(0, 50, 20)
+    want = llama_float64.Reference(path).forward(ids)[[12, 13, 19]]
+    with opened(path, ["CPU"] * 3, stages=even_stages(3, [(0,), (1,), (2,)]), n_batch=32) as model:
+        run(model, rng.integers(0, 50, 32), 0)  # its results stay in the links
+        got = [run(model, ids[:13], 0), run(model, ids[13:14], 13), run(model, ids[14:], 14)]
+    assert relative_error(np.concatenate(got), want) < 1e-2

@@ -24,6 +24,8 @@ class Link(Closing):
         Backend of the next stage.
     nbytes
         Bytes of a result, as from :func:`link_bytes`.
+    is_exact
+        True if the previous stage writes as many rows as a batch has tokens, and no copies of the last one.
 
     Raises
     ------
@@ -31,7 +33,9 @@ class Link(Closing):
         If the device has too little memory.
     """
 
-    def __init__(self, backend: Backend, nbytes: int) -> None:
+    def __init__(self, backend: Backend, nbytes: int, *, is_exact: bool = False) -> None:
+        self.is_exact = is_exact
+        """True if the next stage must not read more rows than a batch has tokens."""
         self.buffers: list[Buffer] = []
         """The memory of each slot."""
         try:

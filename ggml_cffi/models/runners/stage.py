@@ -254,7 +254,8 @@ class Stage(Closing):
         n, n_kv, n_out = len(batch.tokens), batch.mask.shape[1], len(batch.output_ids)
         if not self.graph.is_resizable:
             return n, n_kv, n_out
-        n_rows = min(bucket(n), self._n_batch)
+        is_exact = self.receives is not None and self.receives.is_exact
+        n_rows = n if is_exact else min(bucket(n), self._n_batch)
         return n_rows, self._n_slots, output_bucket(n, n_out, n_rows)
 
     def prepare(self, batch: Batch, slot: int = 0) -> StageProgram:
