@@ -163,11 +163,11 @@ class PipelineRunner(Runner):
         own, following = ([] if s is None else [backends[i] for i in s.devices] for s in (spec, after))
         receives = self.stages[-1].sends if self.stages else None
         graph = StageGraph.of(self.weights, spec)
-        group = Group(own, half_above=half_above, threads=threads)
         sends = None
         if is_linked(own, following):
             is_exact = not graph.is_resizable or (receives is not None and receives.is_exact)
             sends = Link(following[0], link_bytes(self.n_batch, n_embd), is_exact=is_exact)
+        group = Group(own, half_above=half_above, threads=threads)
         self.stages.append(Stage(graph, group, receives, sends))
         sizes = self.stages[-1].reserve(self.n_batch, self.n_slots)
         for i, size in zip(spec.devices, sizes, strict=True):
