@@ -168,7 +168,7 @@ class Weights(Closing):
         self._specs: dict[int, TensorParallelSpec] = {}
         self._sources: list[_Source] = []
         self._joined: dict[Tensor, list[Tensor]] = {}  # with their parts
-        self._mapped: set[Tensor] = set()
+        self._mapped: set[Tensor] = set()  # pages of the file
         self._repacked: set[Tensor] = set()
         try:
             self._place_weights()
@@ -254,29 +254,22 @@ class Weights(Closing):
         dtype = _device_type(info)
         shapes = spec.shapes(dtype, info.shape, len(devices))
         tensors = [self.context.new_tensor(dtype, shape, name=name) for shape in shapes]
-        source = _Source(info, spec, devices, tensors)
-        self._sources.append(source)
-        for device, tensor in zip(devices, source.tensors, strict=True):
+        self._sources.append(_Source(info, spec, devices, tensors))
+        for device, tensor in zip(devices, tensors, strict=True):
             self.by_device[device][name] = tensor
             self.placement[device].weight_bytes += tensor.nbytes
-            if self._is_mapped(source):
-                self.placement[device].mapped_bytes += tensor.nbytes
+        if len(devices) == 1 and self.backends[devices[0]].device.is_cpu:
+            if self._is_repacked(name, info):
+                self._repacked.update(tensors)
+            elif info.offset % 32 == 0 and dtype is info.dtype:
+                self._mapped.update(tensors)
+                self.placement[devices[0]].mapped_bytes += tensors[0].nbytes
 
-    def _is_mapped(self, source: _Source) -> bool:
-        """Return whether a tensor is in mapped pages of the file."""
-        info = source.info
-        aligned = info.offset % 32 == 0 and _device_type(info) is info.dtype
-        return aligned and self._is_on_cpu(source) and not self._is_repacked(source)
-
-    def _is_on_cpu(self, source: _Source) -> bool:
-        return len(source.devices) == 1 and self.backends[source.devices[0]].device.is_cpu
-
-    def _is_repacked(self, source: _Source) -> bool:
-        """Return whether a tensor is a weight of products only, and faster if it is repacked."""
-        info, (tensor, *_) = source.info, source.tensors
-        if not self._repack or info.dtype not in _REPACKED or not self._is_on_cpu(source):
+    def _is_repacked(self, name: str, info: TensorInfo) -> bool:
+        """Return whether a tensor on the CPU is a weight of products only, and faster if it is repacked."""
+        if not self._repack or info.dtype not in _REPACKED:
             return False
-        if layer_of(tensor.name) is None and (tensor.name != "output.weight" or info.name != tensor.name):
+        if layer_of(name) is None and not name == info.name == "output.weight":
             return False
         key = info.dtype, info.shape
         if key not in self._repackable:
@@ -285,11 +278,6 @@ class Weights(Closing):
 
     def _join_weights(self) -> None:
         """Make one tensor of weights that multiply the same tokens; see :attr:`Architecture.joined`."""
-        for source in self._sources:
-            if self._is_mapped(source):
-                self._mapped.update(source.tensors)
-            elif self._is_repacked(source):
-                self._repacked.update(source.tensors)
         for own, backend in zip(self.by_device, self.backends, strict=True):
             for layer, names in product(range(self.architecture.n_layers), self.architecture.joined):
                 self._join(own, layer, names, backend.buffer_type.alignment)
