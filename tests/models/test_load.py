@@ -33,7 +33,7 @@ def test_layers_go_to_the_cpu_where_gpus_are_full(two_gpus, tmp_path, rng, monke
 
 def test_weights_that_a_gpu_cannot_use_stay_on_the_cpu(two_gpus, tmp_path, rng, monkeypatch):
     path = llama_float64.random_model(tmp_path / "m.gguf", rng)
-    for name in ("_can_look_up", "_can_multiply"):
+    for name in ("can_look_up", "can_multiply"):
         monkeypatch.setattr(f"ggml_cffi.models.runners.weights.{name}", lambda backend, _: backend.device.is_cpu)
     with models.load(path, two_gpus) as model:
         model.forward([1, 2, 3] * 4)

@@ -8,11 +8,10 @@ from itertools import groupby, product, takewhile
 
 import numpy as np
 
-from ggml_cffi import c, ops
+from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
-from ggml_cffi.core.cuda import has_cuda_kernels
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size, type_size
@@ -25,8 +24,8 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
+from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, can_repack
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
-from ggml_cffi.scheduler import cuda_rules
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
@@ -215,10 +214,10 @@ class Weights(Closing):
         self.output_devices = last.devices
         """Numbers of the devices that have the output head."""
         cpu = len(self.backends) - 1
-        if not self._can(first, _can_look_up, architecture.tensor_info("token_embd.weight")):
+        if not self._can(first, can_look_up, architecture.tensor_info("token_embd.weight")):
             self.embedding_devices = (cpu,)
         if architecture.causal and not self._can(
-            last, _can_multiply, architecture.tensor_info(architecture.output_tensor)
+            last, can_multiply, architecture.tensor_info(architecture.output_tensor)
         ):
             self.output_devices = (cpu,)
         of_layer = {layer: stage for stage in self.stages for layer in stage.layers}
@@ -273,7 +272,7 @@ class Weights(Closing):
             return False
         key = info.dtype, info.shape
         if key not in self._repackable:
-            self._repackable[key] = _can_repack(*key)
+            self._repackable[key] = can_repack(*key)
         return self._repackable[key]
 
     def _join_weights(self) -> None:
@@ -339,7 +338,7 @@ class Weights(Closing):
         attention for heads of this size. A quantized cache needs flash attention.
         """
         if backend.device not in self._transposes:
-            self._transposes[backend.device] = backend.device.is_cpu or not _can_attend(
+            self._transposes[backend.device] = backend.device.is_cpu or not can_attend(
                 backend, self.architecture, dtype
             )
         return self._transposes[backend.device] and block_size(dtype) == 1
@@ -415,42 +414,6 @@ class Weights(Closing):
 def _device_type(info: TensorInfo) -> Type:
     """Return the type in which devices hold a tensor: that of the file; F32 for norms and biases, which are small."""
     return Type.F32 if len(info.shape) == 1 else info.dtype
-
-
-def _can_look_up(backend: Backend, table: TensorInfo) -> bool:
-    """Return whether a backend can look up rows of a tensor of this type and size."""
-    with Context() as context:
-        rows = ops.get_rows(context.new_tensor(table.dtype, table.shape), context.new_tensor(Type.I32, (1,)))
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, rows.ptr))
-
-
-def _can_multiply(backend: Backend, weight: TensorInfo) -> bool:
-    """Return whether a backend can multiply by a tensor of this type and size."""
-    with Context() as context:
-        x = context.new_tensor(Type.F32, (1, weight.shape[-1]))
-        product = ops.mul_mat(context.new_tensor(weight.dtype, weight.shape), x)
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
-
-
-def _can_repack(dtype: Type, shape: tuple[int, ...]) -> bool:
-    """Return whether the processor has products of repacked weights of this type and shape."""
-    memory = repacked_memory()
-    if memory is None or len(shape) != 2:
-        return False
-    with Context() as context, Buffer.empty(memory) as buffer:
-        weight = context.new_tensor(dtype, shape)
-        product = ops.mul_mat(weight, context.new_tensor(Type.F32, (1, shape[1])))
-        weight.ptr.buffer = buffer.ptr
-        return bool(c.ggml_backend_dev_supports_op(memory.device.ptr, product.ptr))
-
-
-def _can_attend(backend: Backend, architecture: Architecture, dtype: Type) -> bool:
-    """Return whether a backend has flash attention for the heads of a model and a cache of this type."""
-    with Context() as context:
-        node = architecture.flash_attention(context, dtype)
-        if has_cuda_kernels(backend.device) and cuda_rules.fault(node.ptr):
-            return False
-        return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, node.ptr))
 
 
 def check_cache_dtype(dtype: Type, sizes: tuple[int, int]) -> None:

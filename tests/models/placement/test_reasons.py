@@ -98,7 +98,7 @@ def test_the_device_of_tied_embeddings_is_told(tmp_path, rng):
 
 def test_ends_that_a_gpu_cannot_use_are_on_the_cpu_for_that_reason(two_gpus, path, monkeypatch):
     memory(monkeypatch, Vulkan0=1 << 30, Vulkan1=1 << 30)
-    for name in ("_can_look_up", "_can_multiply"):
+    for name in ("can_look_up", "can_multiply"):
         monkeypatch.setattr(f"ggml_cffi.models.runners.weights.{name}", lambda backend, _: backend.device.is_cpu)
     found = reasons(path, two_gpus)
     assert f"The embeddings are on CPU, since {two_gpus[0]} cannot look up F32." in found
