@@ -26,7 +26,7 @@ _identities = count(1 << 62)
 
 
 class CapturedStepMaker(StepMaker):
-    """Maker of steps of one long graph each, with an identity."""
+    """Maker of steps of one graph each, with an identity."""
 
     def __init__(self) -> None:
         self._graphs: list[Any] = []

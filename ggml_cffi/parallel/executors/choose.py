@@ -50,9 +50,7 @@ def choose_step_maker(devices: Sequence[Device], *, ahead: bool) -> StepMaker:
     """
     if all(is_vulkan(device) for device in devices):
         return VulkanStepMaker(shared=len(devices) > 1, ahead=ahead)
-    # The steps of several devices are short: ggml compares their nodes in less time than its message about an identity
-    # takes, which it writes at each launch.
-    if len(devices) == 1 and has_unified_addresses(devices[0]):
+    if all(has_unified_addresses(device) for device in devices):
         return CapturedStepMaker()
     return StepMaker()
 
