@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggml_cffi.models.tokenizers.bpe import merge
@@ -19,6 +19,7 @@ def naive_merge(symbols, ranks, joint):
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
+@settings(deadline=None)
 @given(
     st.text("abc", max_size=30),
     st.dictionaries(st.text("abc", min_size=2, max_size=5), st.integers(-3, 3), max_size=20),
@@ -29,6 +30,7 @@ def test_the_pair_with_the_lowest_rank_is_merged_first(text, wanted, joint):
     assert merge(text, ranks, joint) == naive_merge(text, ranks, joint)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.text("abc", min_size=1, max_size=3), st.integers(100, 200)), min_size=1, max_size=3),
     st.dictionaries(st.text("abc", min_size=2, max_size=8), st.integers(-30, 30), max_size=40),
