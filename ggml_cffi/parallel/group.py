@@ -46,7 +46,7 @@ class Group(Closing):
         """The lock that every run of a compiled function holds."""
         self._backends = tuple(backends)
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
-        self._blocks: list[HostBlock | None] = [None, None]
+        self._blocks: dict[int, HostBlock] = {}  # by slot
         self._executor: Executor | None = None
         self.mirrors = False
         """True if the only device reads no host memory: each program copies inputs and results."""
@@ -92,16 +92,16 @@ class Group(Closing):
         Parameters
         ----------
         slot
-            0 or 1: the caller writes one block for the next run while devices use the other.
+            Number of the block: the caller writes one block for the next run while devices use another.
 
         Raises
         ------
         ValueError
             If one of several devices cannot use host memory.
         """
-        old = self._blocks[slot]
+        old = self._blocks.get(slot)
         if old is None or len(old.memory) < size:
-            size = max(size, *(len(block.memory) for block in self._blocks if block is not None), 1)
+            size = max(size, *(len(block.memory) for block in self._blocks.values()), 1)
             made = HostBlock(size, dict.fromkeys(b.device for b in self._backends))
             unable = [b.name for b in self._backends if b.device not in made.buffers]
             if unable and len(self._backends) == 1:
@@ -137,7 +137,7 @@ class Group(Closing):
 
     def device_bytes(self) -> list[int]:
         """Return the bytes that programs share on each device: its arena, and its copies of host blocks."""
-        mirrored = sum(len(block.memory) for block in self._blocks if block is not None) if self.mirrors else 0
+        mirrored = sum(len(block.memory) for block in self._blocks.values()) if self.mirrors else 0
         return [(0 if arena is None else arena.size) + mirrored for arena in self._arenas]
 
     def close(self) -> None:
@@ -150,7 +150,6 @@ class Group(Closing):
                 if arena is not None:
                     arena.close()
             self._arenas = [None] * len(self._backends)
-            blocks, self._blocks = self._blocks, [None, None]
-            for block in blocks:
-                if block is not None:
-                    block.close()
+            blocks, self._blocks = self._blocks, {}
+            for block in blocks.values():
+                block.close()

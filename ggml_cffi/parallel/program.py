@@ -282,6 +282,18 @@ class ParallelProgram(ParallelTrace):
         if not (self._is_new or self._compiles or self._mirror):
             self.executor.record(self.steps)
 
+    def submit(self) -> None:
+        """Begin to compute on the only device. Call ``executor.finish`` before the results are used.
+
+        The first run, and one that copies inputs to the device, are complete on return. See :meth:`compute` for the
+        errors.
+        """
+        self._check_open()
+        if self._is_new or self._compiles or self._mirror:
+            self.compute()
+        else:
+            _check(self.executor.submit(self.steps))
+
     def submit_and_poll(
         self, meanwhile: Callable[[], object], finish: Callable[[], object] | None = None
     ) -> npt.NDArray[Any]:

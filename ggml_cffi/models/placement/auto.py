@@ -23,7 +23,7 @@ from ggml_cffi.models.placement.place import layer_bytes, main_dtype
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.runners.base import Batch, Runner, n_kv_for
 from ggml_cffi.models.runners.pipeline import PipelineRunner
-from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
+from ggml_cffi.models.runners.weights import StageSpec, interleave, layer_of, stages_of
 
 _FEW, _MORE = 1, 3  # least numbers of layers on a device to time: the difference gives the time of a layer
 _MOST_BYTES = 24 << 30  # of layers that are timed
@@ -183,7 +183,7 @@ class Timer:
         if split == "tensor":
             stages: tuple[StageSpec, ...] = (StageSpec(range(n_layers), tuple(range(len(used)))),)
         else:
-            stages = stages_of([i * len(used) // n_layers for i in range(n_layers)])
+            stages = stages_of(interleave([i * len(used) // n_layers for i in range(n_layers)]))
         backends = [*used, self.backends[-1]]
         dtype = self._options.kv_dtype
         with PipelineRunner(

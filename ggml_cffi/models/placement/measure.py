@@ -114,20 +114,26 @@ def _measure_stages(weights: Weights, key: Key) -> None:
     """Count the intermediate tensors of a pipeline runner."""
     used = [[weights.backends[i] for i in stage.devices] for stage in weights.stages]
     links = [is_linked(before, after) for before, after in pairwise(used)]  # after each stage but the last
+    arenas: Counter[int] = Counter()  # the stages of a device share its largest
+    blocks: Counter[int] = Counter()  # of host memory; later ones are no smaller
     for k, stage in enumerate(weights.stages):
-        own = [weights.placement[i] for i in stage.devices]
         receives, sends = k > 0 and links[k - 1], k < len(links) and links[k]
         graph = StageGraph.of(weights, stage)
         with graph.measure(used[k], key, receives=receives, sends=sends) as traced:
             devices = [weights.backends[i].device for i in stage.devices]
-            for placement, size, graphs in zip(own, traced.arena_bytes, traced.step_graphs, strict=True):
-                placement.compute_bytes = size
+            for i, size, graphs in zip(stage.devices, traced.arena_bytes, traced.step_graphs, strict=True):
+                placement = weights.placement[i]
+                arenas[i] = max(arenas[i], size)
                 if receives:
                     placement.compute_bytes += N_SLOTS * link_bytes(key[0], weights.architecture.n_embd)
                 if len(devices) == 1 and not shares_host_memory(devices[0]):
-                    placement.compute_bytes += 2 * whole_pages(traced.host_bytes)  # for batches in flight
+                    blocks[i] = max(blocks[i], whole_pages(traced.host_bytes))
+                    placement.compute_bytes += 2 * blocks[i]  # for batches in flight
                 if not placement.is_cpu:
-                    placement.workspace_bytes = workspace_bytes(graphs.node_pointers())
+                    workspace = workspace_bytes(graphs.node_pointers())
+                    placement.workspace_bytes = max(placement.workspace_bytes, workspace)
+    for i, size in arenas.items():
+        weights.placement[i].compute_bytes += size
 
 
 def _measure_apart(weights: Weights, key: Key, *, op_offload: bool) -> None:

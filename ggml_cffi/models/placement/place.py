@@ -19,10 +19,10 @@ from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.placement import calibration
 from ggml_cffi.models.placement.measure import measure
-from ggml_cffi.models.placement.options import Balance, LoadOptions
+from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.runners.base import kv_slots_for
-from ggml_cffi.models.runners.weights import StageSpec, layer_of, stages_of
+from ggml_cffi.models.runners.weights import StageSpec, interleave, layer_of, stages_of
 from ggml_cffi.parallel.tensor_parallel import check_devices
 
 _STEPS = 60  # of a binary search: each halves an interval of floats
@@ -86,6 +86,7 @@ def place_layers(
     proportions: Sequence[float] | None = None,
     *,
     strict: bool = False,
+    split: SplitMode = "layer",
 ) -> Placement:
     """Place as many layers on GPUs as fit there together with intermediates, and the rest on the CPU.
 
@@ -95,6 +96,8 @@ def place_layers(
         One for each backend; default free memory.
     strict
         True to keep to ``proportions`` even if they do not fit.
+    split
+        ``"layer"``, or ``"pipeline"``: GPUs that hold all layers then have them at several places.
     """
     sizes = layer_bytes(architecture, layer_cache_bytes(architecture, options.kv_dtype, kv_slots_for(options.n_ctx)))
     available = _available(backends, options)
@@ -106,8 +109,14 @@ def place_layers(
         op_offload = True
         while True:
             layer_devices = split_layers(sizes, proportions, capacity)
-            stages = stages_of(layer_devices)
-            plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
+            orders = [layer_devices]
+            if split == "pipeline" and len(backends) - 1 not in layer_devices:
+                orders.insert(0, interleave(layer_devices))
+            for layer_devices in orders:  # the second is for a scheduler, which has one batch at a time
+                stages = stages_of(layer_devices)
+                plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
+                if pipeline:
+                    break
             over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
             full = [i for i in over if plans[i].layers and not strict]
             if full:
@@ -117,7 +126,7 @@ def place_layers(
                 op_offload = False  # a GPU without layers need not take part
             else:
                 members = tuple(range(len(backends)))
-                return Placement(layer_devices, op_offload, plans, stages if pipeline else (), members=members)
+                return Placement(layer_devices, op_offload, plans, stages if pipeline else (), split, members)
 
     found = fit([inf] * len(backends) if strict else available)
     # The embeddings are beside the CPU's first layers, so that the first GPU may now have room for more layers.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import DeviceLike
@@ -93,7 +92,7 @@ class Planner:
         if self.split == "auto":
             candidates = [Candidate(name, found, self.backends) for name, found in self.candidates().items()]
             return choose_fastest(self.architecture, self.options, self.workload, candidates).placement
-        return replace(place_layers(*given, self.proportions, strict=self.given), split=self.split)
+        return place_layers(*given, self.proportions, strict=self.given, split=self.split)
 
     def candidates(self) -> dict[str, Placement]:
         """Return the splits that fit, the simplest first. If none fits, return the split by layers, also on the CPU."""
@@ -105,7 +104,7 @@ class Planner:
         found = {}
         roomiest = max(gpus, key=lambda i: self.backends[i].device.memory().free)
         found["one"] = place_on_one(*given, roomiest)
-        found["pipeline"] = replace(layer, split="pipeline")
+        found["pipeline"] = place_layers(*given, self.proportions, strict=self.given, split="pipeline")
         if self.workload.n_sequences > 1:
             found["data"] = place_replicas(*given)
         # Devices that cannot be stages cannot share layers either, because they do not read host memory.

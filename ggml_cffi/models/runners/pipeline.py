@@ -2,7 +2,8 @@
 
 A stage of several devices is tensor parallelism: each device has a shard of every layer. One stage of all devices is
 tensor parallelism alone, stages of one device each are pipeline parallelism alone, and stages of several devices
-combine the two.
+combine the two. A device may have several stages, with those of other devices in between: a batch then comes to each
+device sooner, and devices wait less at the beginning and at the end of a prompt.
 
 Each device computes graphs of its own, which read inputs from host memory and write results to host memory. A token is
 one submission for a stage of one device, and nothing is copied from device to device. Where devices write the memory of
@@ -16,10 +17,7 @@ from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from itertools import pairwise, zip_longest
 from threading import RLock
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.op_sets import VIEWS
@@ -28,8 +26,9 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
-from ggml_cffi.models.runners.link import Link, is_linked, link_bytes
-from ggml_cffi.models.runners.stage import Stage, StageGraph, StageProgram
+from ggml_cffi.models.runners.link import N_SLOTS, Link, is_linked, link_bytes
+from ggml_cffi.models.runners.stage import Stage, StageGraph
+from ggml_cffi.models.runners.stage_queue import Hidden, StageQueue, queues_of
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.rank import DIRECT
@@ -41,18 +40,15 @@ if TYPE_CHECKING:
 
 _QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
 
-Hidden = npt.NDArray[np.float32]
-
 
 def can_pipeline(weights: Weights) -> bool:
     """Return whether stages of GPUs can compute a model whose layers each have one device.
 
-    They cannot if the CPU or a remote device takes part, if a device has layers at two places, or for an encoder.
+    They cannot if the CPU or a remote device takes part, or for an encoder.
     """
-    used = [stage.devices[0] for stage in weights.stages]
+    used = {stage.devices[0] for stage in weights.stages}
     return (
         weights.architecture.causal
-        and len(set(used)) == len(used)
         and _ends_fit(weights)
         and not any(weights.backends[i].device.is_cpu or weights.backends[i].device.is_remote for i in used)
     )
@@ -65,7 +61,8 @@ def _ends_fit(weights: Weights) -> bool:
 
 
 def _finish(stages: Iterable[Stage], *, if_free: bool = False) -> None:
-    for stage in stages:
+    """Wait for the devices of some stages."""
+    for stage in {stage.group: stage for stage in stages}.values():
         stage.finish(if_free=if_free)
 
 
@@ -90,7 +87,8 @@ class PipelineRunner(Runner):
         Called with bytes done and bytes in all while weights are loaded.
     stages
         Layers and devices of each stage. Default one stage of all GPUs, which is tensor parallelism. For 2 stages of 2
-        devices pass ``even_stages(architecture.n_layers, [(0, 1), (2, 3)])``.
+        devices pass ``even_stages(architecture.n_layers, [(0, 1), (2, 3)])``, for 2 stages on each of 2 devices
+        ``even_stages(architecture.n_layers, [(0,), (1,), (0,), (1,)])``.
     whole_attention
         True if each device of a stage computes all heads, and only the feed-forward part is sharded: half as many
         all-reduces, more memory.
@@ -131,7 +129,8 @@ class PipelineRunner(Runner):
         self._scheduler: Scheduler | None = None
         self.stages: list[Stage] = []
         """The stages in order."""
-        self._queues: list[_StageQueue] = []
+        self._groups: dict[tuple[int, ...], Group] = {}  # by the numbers of its backends
+        self._queues: list[StageQueue] = []
         self.weights = Weights(
             architecture, backends, self.n_slots, kv_dtype, stages, progress, whole_attention=whole_attention
         )
@@ -142,36 +141,44 @@ class PipelineRunner(Runner):
                     "in their type: use split='layer'"
                 )
             for spec, after in zip_longest(stages, stages[1:]):
-                self._add_stage(spec, after, half_above=half_above, threads=threads)
+                if spec.devices not in self._groups:
+                    own = [backends[i] for i in spec.devices]
+                    self._groups[spec.devices] = Group(own, half_above=half_above, threads=threads)
+                self._add_stage(spec, after)
+            self._count_bytes()
             # With one stage of several devices, the host works between the steps of a batch: no time for the next.
             alone = len(stages) == 1 and len(stages[0].devices) == 1
             on_gpu = not backends[stages[0].devices[0]].device.is_cpu
             if (alone and on_gpu) or (in_flight and len(stages) > 1):
-                self.n_in_flight, self.n_queued_batches = len(stages), _QUEUED
-                self._queues = [_StageQueue(stage) for stage in self.stages]
+                self.n_in_flight, self.n_queued_batches = len(self._groups), _QUEUED
+                self._queues = queues_of(self.stages)
             if self.weights.is_whole and backends[-1].device.is_cpu:
                 self._scheduler = Scheduler(backends)
         except BaseException:
             self.close()
             raise
 
-    def _add_stage(
-        self, spec: StageSpec, after: StageSpec | None, *, half_above: int | None, threads: bool | None
-    ) -> None:
+    def _add_stage(self, spec: StageSpec, after: StageSpec | None) -> None:
         """Make a stage, with memory for the largest batch, and a link to the stage after it."""
-        backends, n_embd = self.weights.backends, self.architecture.n_embd
-        own, following = ([] if s is None else [backends[i] for i in s.devices] for s in (spec, after))
+        n_embd, group = self.architecture.n_embd, self._groups[spec.devices]
+        own, following = group.backends, [self.weights.backends[i] for i in ([] if after is None else after.devices)]
+        number = sum(stage.group is group for stage in self.stages)
         receives = self.stages[-1].sends if self.stages else None
         graph = StageGraph.of(self.weights, spec)
         sends = None
         if is_linked(own, following):
             is_exact = not graph.is_resizable or (receives is not None and receives.is_exact)
-            sends = Link(following[0], link_bytes(self.n_batch, n_embd), is_exact=is_exact)
-        group = Group(own, half_above=half_above, threads=threads)
-        self.stages.append(Stage(graph, group, receives, sends))
-        sizes = self.stages[-1].reserve(self.n_batch, self.n_slots)
-        for i, size in zip(spec.devices, sizes, strict=True):
-            self.placement[i].compute_bytes = size
+            sends = Link(own[0], following[0], link_bytes(self.n_batch, n_embd), is_exact=is_exact)
+        self.stages.append(Stage(graph, group, receives, sends, number))
+        self.stages[-1].reserve(self.n_batch, self.n_slots)
+
+    def _count_bytes(self) -> None:
+        """Note the bytes of intermediate tensors and inputs on each device."""
+        for devices, group in self._groups.items():
+            links = [stage.receives for stage in self.stages if stage.group is group and stage.receives is not None]
+            received = sum(buffer.size for link in links for buffer in link.buffers)
+            for i, size in zip(devices, group.device_bytes(), strict=True):
+                self.placement[i].compute_bytes = size + received
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -193,10 +200,23 @@ class PipelineRunner(Runner):
         if len(self.stages) == 1:
             return self.stages[0].run(batch)
         programs = [stage.program(batch).program for stage in self.stages]  # now: building a graph takes locks
+        if all(stage.sends is not None and stage.sends.has_event for stage in self.stages[:-1]):
+            return self._run_linked(batch)
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and all(program.polled_output is not None for program in programs[:-1]):
             return self._run_polling(batch)
         return self._run_waiting(batch)
+
+    def _run_linked(self, batch: Batch) -> Logits:
+        """Submit all stages at once: each device waits for the one before it without the host."""
+        try:
+            for stage in self.stages:
+                result = stage.submit(batch)
+                if stage.sends is not None:
+                    stage.sends.hand_over()
+        finally:
+            _finish(self.stages)
+        return result()
 
     def _run_waiting(self, batch: Batch) -> Logits:
         """Run each stage when the devices of the previous stage are done."""
@@ -216,7 +236,9 @@ class PipelineRunner(Runner):
                 x = stage.run_and_poll(
                     batch, x, partial(after.prepare_and_record, batch), partial(_finish, (after, stage))
                 )
-            return self.stages[-1].run(batch, x, meanwhile=partial(_finish, self.stages[:-1], if_free=True))
+            last = self.stages[-1]
+            others = [stage for stage in self.stages if stage.group is not last.group]
+            return last.run(batch, x, meanwhile=partial(_finish, others, if_free=True))
         finally:
             _finish(reversed(self.stages))  # the last first: this thread may hold its device, for recorded work
 
@@ -228,7 +250,7 @@ class PipelineRunner(Runner):
         in_flight: deque[tuple[Future[Hidden], int]] = deque()
         try:
             for i, batch in enumerate(batches):
-                in_flight.append((self._start(batch, i % 2), len(batch.output_ids)))
+                in_flight.append((self._start(batch, i), len(batch.output_ids)))
                 if len(in_flight) > len(self.stages):
                     future, n_out = in_flight.popleft()
                     yield future.result()[:n_out]
@@ -239,12 +261,13 @@ class PipelineRunner(Runner):
             for queue in self._queues:  # the caller may use the KV slots for others next
                 queue.finish()
 
-    def _start(self, batch: Batch, slot: int) -> Future[Hidden]:
-        """Queue a batch at every stage. A stage computes the batch once the previous stage has."""
+    def _start(self, batch: Batch, i: int) -> Future[Hidden]:
+        """Queue batch ``i`` at every stage. A stage computes the batch once the previous stage has."""
+        slot = i % N_SLOTS
         x: Future[Hidden] | None = None
-        before: _StageQueue | None = None
+        before: StageQueue | None = None
         for queue in self._queues:
-            written, result = queue.start(batch, slot, x, copied=queue is self._queues[-1])
+            written, result = queue.start(batch, i, x, copied=queue is self._queues[-1])
             if before is not None:
                 before.read[slot] = x if before.stage.sends else written
                 before.computed_after[slot] = result if before.stage.sends else None
@@ -260,8 +283,8 @@ class PipelineRunner(Runner):
         for queue in self._queues:
             queue.close()
         self._queues = []
-        for stage in self.stages:
-            stage.close()
+        for part in (*self.stages, *self._groups.values()):
+            part.close()
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is not None:
             scheduler.close()
@@ -276,69 +299,11 @@ def check_stages(stages: Sequence[StageSpec], n_layers: int, backends: Sequence[
     used = [device for stage in stages for device in stage.devices]
     if not all(0 <= device < len(backends) for device in used):
         raise ValueError(f"stages have devices {used}: they are numbers of {len(backends)} backends, from 0")
-    if len(set(used)) < len(used):
-        raise ValueError(f"stages have devices {used}: each device can be in one stage only")
-    for stage in stages:
-        check_devices([backends[device].device for device in stage.devices])
-
-
-class _StageQueue:
-    """Queue of the batches in flight at one stage.
-
-    One thread writes the inputs of a batch while another waits for the devices, which compute the previous batch. The
-    devices therefore never wait for the first thread.
-    """
-
-    def __init__(self, stage: Stage) -> None:
-        from concurrent.futures import ThreadPoolExecutor  # slow to import
-
-        self.stage = stage
-        self._writer, self._runner = (
-            ThreadPoolExecutor(1, thread_name_prefix=f"ggml_cffi {name}") for name in ("inputs", "stage")
+    groups = {stage.devices for stage in stages}
+    if len(set(used)) < sum(map(len, groups)):
+        raise ValueError(
+            f"stages have devices {sorted(groups)}: those of two stages must be the same, in the same order, or all "
+            "different"
         )
-        self.read: list[Future[Any] | None] = [None, None]
-        """For each slot of host memory a future that is done once nothing uses its inputs and its result any more."""
-        self.computed_after: list[Future[Any] | None] = [None, None]
-        """For each slot of the link to the next stage a future that is done once that stage has computed from it."""
-
-    def start(
-        self, batch: Batch, slot: int, x: Future[Hidden] | None, *, copied: bool
-    ) -> tuple[Future[StageProgram], Future[Hidden]]:
-        """Queue a batch: write its inputs once ``x``, the result of the previous stage, is there, then compute it.
-
-        Returns
-        -------
-        tuple
-            A future that is done when ``x`` has been read, and a future of the result. The result is in the memory of
-            the slot, unless ``copied`` is True.
-        """
-        written = self._writer.submit(self._write, batch, slot, x, self.read[slot])
-        return written, self._runner.submit(_compute, written, self.computed_after[slot], copied=copied)
-
-    def _write(self, batch: Batch, slot: int, x: Future[Hidden] | None, read: Future[Any] | None) -> StageProgram:
-        if read is not None:
-            read.exception()  # its exception is raised to the caller of its batch
-        program = self.stage.prepare(batch, slot)
-        program.write_start(batch, None if x is None else x.result())
-        return program
-
-    def finish(self) -> None:
-        """Wait for all batches in flight at this stage, and clear the results.
-
-        A batch may have failed at a later stage already: then its result is no sign that this stage is done with it.
-        """
-        self._runner.submit(bool).result()  # it waits for the inputs of each batch too
-        self.read, self.computed_after = [None, None], [None, None]
-
-    def close(self) -> None:
-        """End the threads."""
-        self._writer.shutdown()
-        self._runner.shutdown()
-
-
-def _compute(written: Future[StageProgram], link_is_free: Future[Any] | None, *, copied: bool) -> Hidden:
-    program = written.result().program
-    if link_is_free is not None:
-        link_is_free.exception()
-    program.compute()
-    return program.result().copy() if copied else program.result()
+    for group in groups:
+        check_devices([backends[device].device for device in group])

@@ -18,7 +18,7 @@ from ggml_cffi.models.architectures.base import Architecture, Inputs, KVView, La
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
-from ggml_cffi.models.runners.link import Link
+from ggml_cffi.models.runners.link import N_SLOTS, Link
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
@@ -147,9 +147,11 @@ class StageProgram(Closing):
     key
         Sizes of the graph.
     slot
-        Number of the block of host memory for inputs and results, and of the slot of the links.
+        Number of the block of host memory for inputs and results, after ``first_block``, and of the slot of the links.
     receives, sends
         Links from the previous stage and to the next one, if there are any.
+    first_block
+        Number of the first block of host memory of this stage; other stages of the group use others.
     """
 
     def __init__(
@@ -160,6 +162,8 @@ class StageProgram(Closing):
         slot: int,
         receives: Link | None = None,
         sends: Link | None = None,
+        *,
+        first_block: int = 0,
     ) -> None:
         n = len(group.backends)
         ranks = [Rank(r, n, group.half_above) for r in range(n)]
@@ -171,7 +175,7 @@ class StageProgram(Closing):
             ranks,
             trace,
             graph.input_types(*key),
-            slot,
+            first_block + slot,
             ahead=not graph.is_first,
             source=None if receives is None else receives.buffers[slot],
             target=None if sends is None else sends.buffers[slot],
@@ -214,28 +218,26 @@ class Stage(Closing):
     graph
         The graph of the layers.
     group
-        The devices; closed with this object.
+        The devices, which several stages may share. The caller closes it.
     receives, sends
         Links from the previous stage and to the next one, if there are any. The second is closed with this object.
+    number
+        Number of the stage among those that share the group.
     """
 
     def __init__(
-        self, graph: StageGraph, group: Group, receives: Link | None = None, sends: Link | None = None
+        self, graph: StageGraph, group: Group, receives: Link | None = None, sends: Link | None = None, number: int = 0
     ) -> None:
         self.graph, self.group, self.receives, self.sends = graph, group, receives, sends
+        self._first_block = number * N_SLOTS
         self.n_built = 0
         """Number of programs built so far."""
         self._n_batch = self._n_slots = 0
         self._programs: LRU[tuple[Key, int], StageProgram] = LRU(_PROGRAMS)
         self._prepared: tuple[Batch, StageProgram] | None = None  # inputs are written
 
-    def reserve(self, n_batch: int, n_slots: int) -> list[int]:
+    def reserve(self, n_batch: int, n_slots: int) -> None:
         """Allocate memory for the largest batch now, so that loading fails if there is too little.
-
-        Returns
-        -------
-        list
-            Bytes of intermediate tensors and inputs on each device.
 
         Raises
         ------
@@ -243,11 +245,9 @@ class Stage(Closing):
             If a device has too little memory.
         """
         self._n_batch, self._n_slots = n_batch, n_slots
-        StageProgram(self.graph, self.group, (n_batch, n_slots, 1), 0, self.receives, self.sends).close()
+        self._new_program((n_batch, n_slots, 1), 0).close()
         if self.group.mirrors:
-            self.group.host_block(1, 1)  # as large as the other: batches in flight use both
-        received = sum(buffer.size for buffer in self.receives.buffers) if self.receives else 0
-        return [size + received for size in self.group.device_bytes()]
+            self.group.host_block(1, self._first_block + 1)  # as large as the other: batches in flight use both
 
     def key_of(self, batch: Batch) -> Key:
         """Return the sizes of the graph that computes a batch."""
@@ -293,8 +293,20 @@ class Stage(Closing):
         """
         program = self._ready(batch, x)
         program.compute(meanwhile)
-        result: npt.NDArray[np.float32] = program.result()
-        return result[: len(batch.output_ids)] if self.graph.is_last else result
+        return self._result(program, batch)
+
+    def submit(self, batch: Batch) -> Callable[[], npt.NDArray[np.float32]]:
+        """Begin to compute a batch, of tokens or of what is in the link.
+
+        Call :meth:`finish` afterwards, and then what this returns for the result, which is valid until the next run.
+        """
+        program = self._ready(batch, None)
+        program.submit()
+        return partial(self._result, program, batch)
+
+    def _result(self, program: ParallelProgram, batch: Batch) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = program.result()
+        return found[: len(batch.output_ids)] if self.graph.is_last else found
 
     def run_and_poll(
         self,
@@ -336,7 +348,7 @@ class Stage(Closing):
 
     def _new_program(self, key: Key, slot: int) -> StageProgram:
         self.n_built += 1
-        return StageProgram(self.graph, self.group, key, slot, self.receives, self.sends)
+        return StageProgram(self.graph, self.group, key, slot, self.receives, self.sends, first_block=self._first_block)
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
@@ -360,4 +372,3 @@ class Stage(Closing):
         self.clear()
         if self.sends is not None:
             self.sends.close()
-        self.group.close()

@@ -27,6 +27,9 @@ from ggml_cffi.models.architectures.base import Architecture, LayerCache, Tensor
 from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, can_repack
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
+_MOST_TURNS = 4  # each takes a token through all devices: more of them make decoding slower
+_LAYERS_PER_TURN = 4
+
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
 #: Types of weights whose repacked products are faster both with one token and with many (docs/tested.md).
@@ -72,6 +75,28 @@ def stages_of(layer_devices: Sequence[int]) -> tuple[StageSpec, ...]:
         found.append(StageSpec(range(start, start + n), (device,)))
         start += n
     return tuple(found)
+
+
+def interleave(layer_devices: Sequence[int]) -> list[int]:
+    """Return the device of each layer so that each device has layers at several places, in turns with the others.
+
+    Each device keeps its number of layers. There are as many turns as devices, up to 4, as long as each device has at
+    least 4 layers in a turn. With batches in flight, a device waits at the beginning and at the end of a prompt for as
+    long as the others take for the layers of one turn.
+
+    >>> interleave([0] * 8 + [1] * 9)
+    [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    """
+    counts = {device: len(list(layers)) for device, layers in groupby(layer_devices)}
+    if sum(counts.values()) != len(layer_devices):
+        return [*layer_devices]  # they take turns already
+    turns = min(len(counts), _MOST_TURNS, min(counts.values()) // _LAYERS_PER_TURN) or 1
+    return [
+        device
+        for turn in range(turns)
+        for device, n in counts.items()
+        for _ in range(n * turn // turns, n * (turn + 1) // turns)
+    ]
 
 
 def even_stages(n_layers: int, devices: Sequence[Sequence[int]]) -> tuple[StageSpec, ...]:

@@ -1,11 +1,13 @@
 """Pipeline stages: failures, graphs for all lengths. The order of work is in ``tests/internals``."""
 
+import numpy as np
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi.models.runners.weights import interleave
 from ggml_cffi.parallel.program import ParallelProgram
-from tests.support import relative_error
+from tests.support import llama_float64, relative_error
 from tests.support.splits import PROMPT, answers
 
 
@@ -77,3 +79,33 @@ def test_prompts_of_any_length_use_the_graphs_of_a_warm_up(two_gpus, path, rng):
         for a, b, c in zip(got, last, want, strict=True):
             assert relative_error(a, c) < 5e-3
             assert relative_error(b, c[-1]) < 5e-3
+
+
+@pytest.mark.parametrize(("n_layers", "stages"), [(17, [4, 4, 4, 5]), (14, [7, 7])])
+def test_gpus_take_turns_if_each_has_enough_layers(two_gpus, tmp_path, rng, n_layers, stages):
+    path = llama_float64.random_model(tmp_path / "model.gguf", rng, n_layers=n_layers)
+    ids = [int(t) for t in rng.integers(0, 50, 100)]
+    want = llama_float64.Reference(path).forward(np.array(ids))
+    tokens = []
+    for split in ("layer", "pipeline"):
+        options = {"n_ctx": 256, "n_batch": 16, "balance": [1, 1]}
+        with models.load(path, two_gpus, split, **options) as model:
+            runner = model.batchers[0].runner
+            found = [len(stage.graph.layers) for stage in runner.stages]
+            assert found == (stages if split == "pipeline" else [sum(stages[::2]), sum(stages[1::2])])
+            assert relative_error(model.forward(ids), want) < 1e-2
+            tokens.append(answers(model, [ids, ids[:7]], 12))
+            planned = models.plan(path, two_gpus, split, **options)
+            for plan, share in zip(planned.devices, model.placement, strict=True):
+                assert plan.layers == tuple(share.layers)
+                assert plan.compute_bytes == share.compute_bytes
+    assert tokens[0] == tokens[1]
+
+
+def test_devices_take_turns_of_at_least_four_layers():
+    assert interleave([0] * 8 + [1] * 9) == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 5
+    assert interleave([0] * 7 + [1] * 9) == [0] * 7 + [1] * 9
+    assert interleave([2] * 40) == [2] * 40
+    four = interleave([d for d in range(4) for _ in range(20)])
+    assert four == [d for _ in range(4) for d in range(4) for _ in range(5)]
+    assert interleave(four) == four

@@ -214,6 +214,52 @@ def test_peers_hand_results_over_in_their_own_memory(on_the_cpu, monkeypatch, tm
             assert relative_error(np.concatenate(got), want) < 2e-3
 
 
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("n_devices", [2, 3])
+def test_devices_take_turns(on_the_cpu, monkeypatch, tmp_path, rng, linked, n_devices):
+    if linked:
+        monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, n_layers=7)
+    ids = rng.integers(0, 50, 63)
+    want = Reference(path).forward(ids)
+    stages = even_stages(7, [(i,) for i in range(n_devices)] * 2)
+    with opened(path, ["CPU"] * n_devices, stages=stages, n_batch=7) as model:
+        assert model.n_in_flight == n_devices
+        assert len({id(stage.group) for stage in model.stages}) == n_devices
+        for _ in range(2):
+            batches = [batch(ids[i : i + 7], i, 7) for i in range(0, 56, 7)]
+            got = [logits.copy() for logits in model.run_all(batches)]
+            got += [run(model, ids[i : i + 1], i) for i in range(56, 63)]
+            assert relative_error(np.concatenate(got), want) < 2e-3
+
+
+def test_linked_devices_wait_for_one_another_without_the_host(on_the_cpu, monkeypatch, tmp_path, rng):
+    monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)
+    calls = []
+    for name in ("event_record", "event_wait", "event_free", "graph_compute_async", "synchronize"):
+        real = getattr(ggml.c, f"ggml_backend_{name}")
+        call = real if name in ("graph_compute_async", "synchronize") else lambda *args: None
+        note = lambda *args, name=name, call=call: (calls.append((name, args)), call(*args))[1]  # noqa: E731
+        monkeypatch.setattr(ggml.c, f"ggml_backend_{name}", note)
+    monkeypatch.setattr(ggml.c, "ggml_backend_event_new", lambda device: ggml.c.ffi.cast("ggml_backend_event_t", 1))
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    ids = rng.integers(0, 50, 3)
+    want = Reference(path).forward(ids)
+    with opened(path, ["CPU"] * 2, stages=even_stages(3, [(0,), (1,)])) as model:
+        run(model, ids[:1], 0)
+        calls.clear()
+        assert relative_error(np.concatenate([run(model, ids[1:2], 1), run(model, ids[2:], 2)]), want[1:]) < 2e-3
+        first, second = (stage.group.backends[0].ptr for stage in model.stages)
+    names = ["graph_compute_async", "event_record", "event_wait", "graph_compute_async", "synchronize", "synchronize"]
+    assert [name for name, _ in calls] == [*names * 2, "event_free"]
+    assert calls[1][1][1] == calls[0][1][0] == first
+    assert calls[2][1][0] == calls[3][1][0] == second
+
+
 def test_all_stages_are_done_after_a_failure_at_the_last_one(on_the_cpu, monkeypatch, tmp_path, rng):
     monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
     path = tmp_path / "model.gguf"
@@ -281,7 +327,7 @@ def test_impossible_stages_are_refused(tmp_path, rng):
     for devices, stages, message in (
         (["CPU"], even_stages(2, [(0,)]), r"stages have layers \[0, 1\]: each of the 3 layers must be there once"),
         (["CPU"], even_stages(3, [(1,)]), r"stages have devices \[1\]: they are numbers of 1 backends"),
-        (["CPU"] * 2, even_stages(3, [(0,), (0,)]), "each device can be in one stage only"),
+        (["CPU"] * 3, even_stages(3, [(0, 1), (1, 2)]), r"those of two stages must be the same, .*, or all different"),
         (["CPU"] * 2, even_stages(3, [(0, 1)]), "a device is listed twice"),
     ):
         with pytest.raises(ValueError, match=message), opened(path, devices, stages=stages):
