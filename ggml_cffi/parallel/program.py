@@ -102,6 +102,8 @@ class ParallelProgram(ParallelTrace):
             for t, offset in zip(self.inputs[0][self._n_received :], layout.offsets, strict=True)
         ]
         """For each input from the host the array that a run reads. Callers must check values that they write there."""
+        self.input_bytes = np.frombuffer(memory, np.uint8)[: layout.size]
+        """The memory of :attr:`input_arrays`, which are in it in this order, the first at its beginning."""
         self.output_arrays = self._views(memory)
         """For each result its parts, valid until the group runs a program with the same slot again. A result that goes
         to other memory has no elements here."""
@@ -113,7 +115,7 @@ class ParallelProgram(ParallelTrace):
         if group.mirrors:
             results = slice(layout.size + self._sets * self._slot, self.host_bytes)
             self._mirror = Mirror(self.backends[0], shared, layout.size, results)
-        self.steps = [graphs.steps for graphs in self.step_graphs]
+        self.steps = self.executor.arrange([graphs.steps for graphs in self.step_graphs])
         """The steps of each device."""
         self.renew()
         self._compiles = True  # until the first run, in which the drivers compile shaders
@@ -231,8 +233,7 @@ class ParallelProgram(ParallelTrace):
         Parameters
         ----------
         meanwhile
-            Called once: with one device while it computes and this thread holds its lock, with several devices before
-            the first step.
+            Called once: see :meth:`Executor.run <ggml_cffi.parallel.executors.Executor.run>`.
 
         Raises
         ------

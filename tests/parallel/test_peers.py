@@ -9,6 +9,7 @@ from ggml_cffi import HostBlock, device
 from ggml_cffi.c import cuda_peers
 from ggml_cffi.core import transfer, unified
 from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.errors import ClosedError
 from ggml_cffi.parallel import trace
 from ggml_cffi.parallel.executors import Step, Streams, streams, turns
 from tests.support import relative_error
@@ -61,9 +62,25 @@ def test_a_stream_waits_for_all_others_between_steps(monkeypatch):
             ("a1", a),
         ]
         assert executor.steps_computed == [2, 1]
+        submitted = [*calls]
         calls.clear()
         executor.finish()
         assert calls == [("synchronize", a), ("synchronize", b)]
+
+        steps = executor.arrange([[Step(immediate=("a0",)), Step(immediate=("a1",))], [Step(immediate=("b0",))]])
+        calls.clear()
+        assert executor.run(steps, lambda: calls.append("meanwhile")) == 0
+        assert calls == [*submitted, "meanwhile", ("synchronize", a), ("synchronize", b)]
+        assert executor.steps_computed == [4, 2]
+        calls.clear()
+        with pytest.raises(ZeroDivisionError):  # the devices are done before the caller sees it
+            executor.run(steps, lambda: 1 / 0)
+        assert calls == [*submitted, ("synchronize", a), ("synchronize", b)]
+        group.close()
+        calls.clear()
+        with pytest.raises(ClosedError):
+            executor.submit(steps)
+        assert not any(call[0] in ("a0", "b0") for call in calls)
 
 
 def test_only_some_backends_have_unified_addresses(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from time import perf_counter
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ class Step:
     immediate: tuple[Any, ...] = ()
     """Graphs that a backend submits to its device at once."""
 
-    @property
+    @cached_property
     def graphs(self) -> tuple[Any, ...]:
         """All graphs of the step."""
         return self.deferred + self.immediate
@@ -86,8 +87,12 @@ class Executor(Closing, ABC):
         self._processors = [backend for backend in self.backends if backend.device.is_cpu]
         self.steps_computed = [0] * len(self.backends)
         """Number of steps that each device has computed."""
-        self.locks = Locks(b.lock for b in self.backends)
+        self.locks = Locks(b.lock for b in self.backends).plain
         """Locks of the devices, which every call holds."""
+
+    def arrange(self, steps: Steps) -> Steps:
+        """Return the steps of a program in a form that this executor submits in less time, for many runs."""
+        return steps
 
     def run(
         self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
@@ -99,7 +104,8 @@ class Executor(Closing, ABC):
         steps
             ``steps[r][k]`` is step ``k`` of device ``r``. Step ``k`` begins when step ``k - 1`` of all devices is done.
         meanwhile
-            Called once: with one device while it computes, with several devices before the first step.
+            Called once: while devices compute and this thread holds their locks, or before the first step if the host
+            has no time then. It must not wait for locks that another thread may hold.
         sums
             The partial sums at the end of each step except the last, if they can be polled.
         """

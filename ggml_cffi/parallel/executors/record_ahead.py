@@ -94,10 +94,8 @@ class RecordAhead(Turns):
         """Compute a program and wait for it, recording ahead if its sums can be polled. See :meth:`Executor.run`."""
         if sums is None:
             return super().run(steps, meanwhile)
-        if meanwhile is not None:
-            meanwhile()
         with self.locks:
-            status = self._run_polling(steps, sums)
+            status = self._run_polling(steps, sums, meanwhile)
         self._count(steps)
         return status
 
@@ -105,7 +103,7 @@ class RecordAhead(Turns):
         """Compute a program whose sums cannot be polled, without locks and counters."""
         return super().run_steps(steps) if self._fallback is None else self._fallback.run_steps(steps)
 
-    def _run_polling(self, steps: Steps, sums: PolledResults) -> int:
+    def _run_polling(self, steps: Steps, sums: PolledResults, meanwhile: Callable[[], object] | None) -> int:
         each = [*zip_longest(*steps, fillvalue=EMPTY)]
         status = 0
         sums.clear(0)
@@ -120,6 +118,8 @@ class RecordAhead(Turns):
                     for r, own in enumerate(each[k + 1]):
                         status = self._record(r, own) or status
                     sums.wait(k, self._wait_for_events)
+            if meanwhile is not None:  # between earlier steps, devices would wait for the host
+                meanwhile()
         except BaseException:
             # The wait below also computes recorded steps, which would give NaN from sums that are marked as unwritten.
             self._wait_for_events()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from ggml_cffi import c
 from ggml_cffi.core.backend import Backend
-from ggml_cffi.parallel.executors.base import EMPTY, Steps
+from ggml_cffi.parallel.executors.base import EMPTY, Step, Steps
+from ggml_cffi.parallel.executors.polling import PolledResults
 from ggml_cffi.parallel.executors.turns import Turns
+
+#: A function of C with its two arguments.
+Call = tuple[Callable[[Any, Any], int | None], Any, Any]
+
+
+class _ArrangedSteps(tuple[Sequence[Step], ...]):
+    """The steps of each device, with the calls that submit them."""
+
+    calls: Sequence[Call]
 
 
 class Streams(Turns):
@@ -28,12 +38,25 @@ class Streams(Turns):
         self._records = pairs
         self._waits = [(pointer, event) for pointer, own in pairs for _, event in pairs if event is not own]
 
-    def run_steps(self, steps: Steps) -> int:
-        """Compute a program, without locks and counters."""
-        try:
-            return self._submit_all(steps)
-        finally:
-            self._wait()
+    def arrange(self, steps: Steps) -> Steps:
+        """Return the steps of a program with the calls that submit them. The calls are a few hundred for a token."""
+        arranged = _ArrangedSteps(steps)
+        arranged.calls = [*self._calls(steps)]
+        return arranged
+
+    def run(
+        self, steps: Steps, meanwhile: Callable[[], object] | None = None, sums: PolledResults | None = None
+    ) -> int:
+        """Compute a program and wait for it, without polling ``sums``. See :meth:`Executor.run`."""
+        with self.locks:
+            try:
+                status = self._submit_all(steps)
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                self._wait()
+        self._count(steps)
+        return status
 
     def submit(self, steps: Steps) -> int:
         """Begin to compute a program, and return before it is complete.
@@ -47,24 +70,27 @@ class Streams(Turns):
         return status
 
     def _submit_all(self, steps: Steps) -> int:
-        """Submit the steps. C: ``ggml_backend_event_record``, ``ggml_backend_event_wait``."""
+        """Submit the steps."""
+        for backend in self.backends:
+            backend.ptr  # noqa: B018 - raises when closed
+        status = 0
+        for function, a, b in steps.calls if isinstance(steps, _ArrangedSteps) else self._calls(steps):
+            status = function(a, b) or status
+        return status
+
+    def _calls(self, steps: Steps) -> Iterator[Call]:
+        """Yield the calls that submit the steps. C: ``ggml_backend_event_record``, ``ggml_backend_event_wait``."""
         compute, record, wait = (
             c.ggml_backend_graph_compute_async,
             c.ggml_backend_event_record,
             c.ggml_backend_event_wait,
         )
-        pointers = [backend.ptr for backend in self.backends]
-        status = 0
         for k, step in enumerate(zip_longest(*steps, fillvalue=EMPTY)):
             if k:
-                for pointer, event in self._records:
-                    record(event, pointer)
-                for pointer, event in self._waits:
-                    wait(pointer, event)
-            for pointer, own in zip(pointers, step, strict=True):
-                for graph in own.graphs:
-                    status = compute(pointer, graph) or status
-        return status
+                yield from ((record, event, pointer) for pointer, event in self._records)
+                yield from ((wait, pointer, event) for pointer, event in self._waits)
+            for backend, own in zip(self.backends, step, strict=True):
+                yield from ((compute, backend.ptr, graph) for graph in own.graphs)
 
     def close(self) -> None:
         """Free the events."""
