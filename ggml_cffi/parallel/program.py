@@ -102,8 +102,6 @@ class ParallelProgram(ParallelTrace):
             for t, offset in zip(self.inputs[0][self._n_received :], layout.offsets, strict=True)
         ]
         """For each input from the host the array that a run reads. Callers must check values that they write there."""
-        self.input_bytes = np.frombuffer(memory, np.uint8)[: layout.size]
-        """The memory of :attr:`input_arrays`, which are in it in this order, the first at its beginning."""
         self.output_arrays = self._views(memory)
         """For each result its parts, valid until the group runs a program with the same slot again. A result that goes
         to other memory has no elements here."""
