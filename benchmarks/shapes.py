@@ -1,12 +1,17 @@
 """Model files of real shapes with random weights, for measurements of speed. Their answers mean nothing.
 
-python -m benchmarks.shapes 8B OUT.gguf [--type q8_0]
+    python -m benchmarks.shapes 8B OUT.gguf [--type q8_0] [--vocabulary FROM.gguf]
+    python -m benchmarks.shapes vocabulary OUT.gguf --vocabulary FROM.gguf
+
+``--vocabulary`` copies the tokenizer and the chat template of another file, so that the server can serve the model. The
+shape ``vocabulary`` writes these alone: a small file to take to another machine, for ``--vocabulary`` there.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,9 @@ SHAPES = {
     "8B": Shape(32, 4096, 14336, 32, 8, 128),
     "70B": Shape(80, 8192, 28672, 64, 8, 128),
 }
+
+
+_TOKENS = "tokenizer.ggml.tokens"
 
 
 def tensors(s: Shape) -> dict[str, tuple[int, ...]]:
@@ -76,8 +84,33 @@ def metadata(s: Shape) -> dict[str, Any]:
     }
 
 
-def write(path: Path, model: Shape, dtype_name: str) -> None:
-    """Write a GGUF file without a vocabulary, which repeats the bytes of one block of random weights."""
+def vocabulary_of(path: Path) -> dict[str, Any]:
+    """Return the metadata of a file's tokenizer: tokens, merges, special tokens, chat template.
+
+    Raises
+    ------
+    ValueError
+        If the file has no vocabulary.
+    """
+    with ggml.GGUFFile(path) as file:
+        found = {key: value for key, value in file.fields.items() if key.startswith("tokenizer.")}
+    if _TOKENS not in found:
+        raise ValueError(f"{path} has no vocabulary: name another file for --vocabulary")
+    return found
+
+
+def write_vocabulary(path: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Write a GGUF file of a vocabulary alone."""
+    ggml.write_gguf(path, {"general.architecture": "llama", **vocabulary}, {})
+
+
+def write(path: Path, model: Shape, dtype_name: str, vocabulary: Mapping[str, Any] | None = None) -> None:
+    """Write a GGUF file, which repeats the bytes of one block of random weights.
+
+    The model has as many tokens as ``vocabulary``, the result of :func:`vocabulary_of`; without it, the file has none.
+    """
+    if vocabulary is not None:
+        model = replace(model, n_vocab=len(vocabulary[_TOKENS].value))
     dtype = as_type(dtype_name)
     shapes = tensors(model)
     rng = np.random.default_rng(0)
@@ -89,16 +122,23 @@ def write(path: Path, model: Shape, dtype_name: str) -> None:
             made[shape] = np.ones(shape, np.float32)
         else:
             made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
-    ggml.write_gguf(path, metadata(model), {name: made[shape] for name, shape in shapes.items()})
+    ggml.write_gguf(path, metadata(model) | dict(vocabulary or {}), {name: made[shape] for name, shape in shapes.items()})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, "vocabulary"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", default="q8_0")
+    parser.add_argument("--vocabulary", type=Path, metavar="FROM.gguf", help="file with the tokenizer to copy")
     args = parser.parse_args()
-    write(args.out, SHAPES[args.shape], args.type)
+    vocabulary = None if args.vocabulary is None else vocabulary_of(args.vocabulary)
+    if args.shape in SHAPES:
+        write(args.out, SHAPES[args.shape], args.type, vocabulary)
+    elif vocabulary is None:
+        parser.error("the shape 'vocabulary' needs --vocabulary FROM.gguf")
+    else:
+        write_vocabulary(args.out, vocabulary)
     return 0
 
 
