@@ -1,8 +1,8 @@
 """Load of the server: many clients at once, beside llama.cpp on the same machine.
 
-    python -m benchmarks.serve [--model FILE] [--clients 64] [--seconds 300] [--parallel 16] [--peer PYTHON]
-                               [--peer-url URL] [--devices CPU] [--split layer] [--isolate] [--threads 2]
-                               [--deterministic] [--compare N]
+    python -m benchmarks.serve [--model FILE] [--clients 64] [--seconds 300] [--warm 0] [--parallel 16]
+                               [--peer PYTHON] [--peer-url URL] [--devices CPU] [--split layer] [--isolate]
+                               [--threads 2] [--deterministic] [--compare N]
 
 Each client sends one request after the other: a prompt of 20 to 500 tokens, and an answer of 16 to 64 tokens, greedy.
 The table has the time to first token and the tokens per second. Above it are the memory of the server in the course of
@@ -221,31 +221,42 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
     """Start the server, and measure it."""
     n_ctx = PROMPT_TOKENS[1] + ANSWER_TOKENS[1] + 8
     command = [sys.executable, "-m", "ggml_cffi", "serve", f"model={args.model}", "--port", "0", "--preload"]
-    command += ["--ctx", str(n_ctx), "--kv-slots", str(args.parallel * n_ctx), "--parallel", str(args.parallel)]
+    replicas = len(args.devices.split(",")) if args.devices and args.split == "data" else 1
+    slots = -(-args.parallel // replicas) * n_ctx  # each replica has a KV cache of its own
+    command += ["--ctx", str(n_ctx), "--kv-slots", str(slots), "--parallel", str(args.parallel)]
     command += ["--split", args.split, "--max-waiting", str(2 * args.clients)]
     command += ["--devices", args.devices] if args.devices else []
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--isolate"] if args.isolate else []
     command += ["--deterministic"] if args.deterministic else []
-    result = Result()
+    result, lines = Result(), list[str]()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        url = ""
+        while not url:
+            lines.append(process.stderr.readline())
+            if not lines[-1]:
+                raise RuntimeError(f"the server did not start:\n{''.join(lines)}")
+            url = "".join(re.findall(r"http://[\d.]+:\d+", lines[-1]))
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+        reader.start()  # a full pipe would stop the server
+
+        async def run() -> None:
+            await asyncio.gather(*(ask(url, work) for work in works[-2:]))
+            if args.warm:  # until each replica has the graphs of all sizes
+                await load(Result(), url, works, args.clients, args.warm)
+            await asyncio.gather(
+                load(result, url, works, args.clients, args.seconds), watch(process.pid, result, args.seconds)
+            )
+            print(await compare(url, works, result, args.compare))
+
         try:
-            assert process.stderr is not None
-            found = (re.search(r"http://[\d.]+:\d+", line) for line in process.stderr)
-            url = next(match[0] for match in found if match)
-            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
-
-            async def run() -> None:
-                await asyncio.gather(*(ask(url, work) for work in works[-2:]))  # warm
-                await asyncio.gather(
-                    load(result, url, works, args.clients, args.seconds), watch(process.pid, result, args.seconds)
-                )
-                print(await compare(url, works, result, args.compare))
-
             asyncio.run(run())
         finally:
             process.send_signal(signal.SIGINT)
+            reader.join()
     print(f"lost answers: {len(result.lost)} {sorted(set(result.lost))[:3]}; exit code {process.returncode}")
+    print("".join(line for line in lines if not line.startswith("INFO"))[-4000:], end="")
     return result
 
 
@@ -351,6 +362,7 @@ def main() -> None:
     parser.add_argument("--model", help="a GGUF file (default: SmolLM2)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--warm", type=float, default=0.0, help="seconds under load before the measurement")
     parser.add_argument("--parallel", type=int, default=16, help="answers in generation at once")
     parser.add_argument("--devices")
     parser.add_argument("--split", default="layer")

@@ -122,7 +122,8 @@ def write(path: Path, model: Shape, dtype_name: str, vocabulary: Mapping[str, An
             made[shape] = np.ones(shape, np.float32)
         else:
             made[shape] = RawTensor(np.resize(pattern, row_size(dtype, shape[1]) * shape[0]), dtype, shape)
-    ggml.write_gguf(path, metadata(model) | dict(vocabulary or {}), {name: made[shape] for name, shape in shapes.items()})
+    more = {} if vocabulary is None else dict(vocabulary)
+    ggml.write_gguf(path, metadata(model) | more, {name: made[shape] for name, shape in shapes.items()})
 
 
 def main() -> int:
