@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 # Marks that reverse the direction of writing: one in a name would reverse the rest of the line.
@@ -106,9 +107,18 @@ def parse_size(given: int | str) -> int:
 
 def to_json(value: Any, *, indent: int | None = None, ascii_only: bool = True) -> str:
     """Return ``value`` as JSON, which has no NaN and no infinity: they become null."""
+    encode = _json_encoder(indent, ascii_only)
+    try:
+        return encode(value)
+    except (TypeError, ValueError):  # a number that is not finite, or a mapping that is no dict
+        return encode(_finite(value))
+
+
+@cache
+def _json_encoder(indent: int | None, ascii_only: bool) -> Callable[[Any], str]:
     import json  # most programs need none, and the package imports this module
 
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    return json.JSONEncoder(indent=indent, ensure_ascii=ascii_only, allow_nan=False).encode
 
 
 def _finite(value: Any) -> Any:

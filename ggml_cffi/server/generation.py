@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +13,7 @@ from ggml_cffi.models import TokenLogprob
 from ggml_cffi.models.generation import IncrementalDetokenizer
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.engine import EmbedJob, Ended, Event, Failed, Job, Token, Vectors
+from ggml_cffi.server.mailbox import Mailbox
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,6 @@ class Piece:
     text: str
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """The tokens since the last piece, if the job asks for them. Their text may be held back for a later piece."""
-
-
-class Mailbox:
-    """Events that other threads send to one task."""
-
-    def __init__(self) -> None:
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-
-    def put(self, event: Event) -> None:
-        """Append an event, from any thread."""
-        with suppress(RuntimeError):  # the loop is closed: no task waits
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def get(self) -> Event:
-        """Return the next event, and raise the exception of one that failed."""
-        event = await self._events.get()
-        if isinstance(event, Failed):
-            raise event.error
-        return event
 
 
 class Generation:
@@ -78,8 +59,24 @@ class Generation:
         mailbox = Mailbox()
         cancel = await self._submit(mailbox)
         try:
-            async for piece in self._read(mailbox):
-                yield piece
+            end: Event | None = None
+            while end is None:
+                for event in await mailbox.take():
+                    if not isinstance(event, Token):
+                        end = event
+                        break
+                    piece = self._piece(event)
+                    if piece.text or piece.logprobs:
+                        yield piece
+                    if self._detokenizer.stopped:
+                        self.reason = "stop"
+                        return
+            if isinstance(end, Failed):
+                raise end.error
+            if rest := self._detokenizer.finish():
+                yield Piece(rest)
+            if isinstance(end, Ended):
+                self.reason = "stop" if self._detokenizer.stopped else end.reason
         finally:
             cancel()
 
@@ -92,20 +89,10 @@ class Generation:
             submitting.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result()())
             raise
 
-    async def _read(self, mailbox: Mailbox) -> AsyncGenerator[Piece, None]:
-        text = self._detokenizer
-        while isinstance(event := await mailbox.get(), Token):
-            self.n_tokens += 1
-            piece = Piece(text.push(event.id), [] if event.logprob is None else [event.logprob])
-            if piece.text or piece.logprobs:
-                yield piece
-            if text.stopped:
-                self.reason = "stop"
-                return
-        if rest := text.finish():
-            yield Piece(rest)
-        if isinstance(event, Ended):
-            self.reason = "stop" if text.stopped else event.reason
+    def _piece(self, token: Token) -> Piece:
+        """Return the part of the answer that a token completes."""
+        self.n_tokens += 1
+        return Piece(self._detokenizer.push(token.id), [] if token.logprob is None else [token.logprob])
 
 
 async def embed(loaded: Loaded, job: EmbedJob) -> npt.NDArray[np.float32]:
@@ -113,8 +100,10 @@ async def embed(loaded: Loaded, job: EmbedJob) -> npt.NDArray[np.float32]:
     mailbox = Mailbox()
     cancel = loaded.engine.submit(job, mailbox.put)
     try:
-        event = await mailbox.get()
+        (event,) = await mailbox.take()
     finally:
         cancel()
+    if isinstance(event, Failed):
+        raise event.error
     assert isinstance(event, Vectors)
     return event.values

@@ -25,6 +25,7 @@ from ggml_cffi.server.engine import (
 )
 from ggml_cffi.server.errors import QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
+from ggml_cffi.server.mailbox import together
 
 #: A job to begin, or None to cancel the one with this number.
 Command = tuple[int, Job | EmbedJob | None]
@@ -186,8 +187,9 @@ class IsolatedEngine(Engine):
                 crashed = not self.worker.alive
                 self._fail(error)
                 continue
-            for number, event in events:
-                self._deliver(number, event)
+            with together():
+                for number, event in events:
+                    self._deliver(number, event)
 
     def _deliver(self, number: int, event: Event) -> None:
         with self._changed:

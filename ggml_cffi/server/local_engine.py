@@ -22,6 +22,7 @@ from ggml_cffi.models import Timings
 from ggml_cffi.models.generation import Request, Sampler, generate_many
 from ggml_cffi.server.engine import Deliver, EmbedJob, Ended, Engine, Event, Facts, Failed, Job, Token, Vectors
 from ggml_cffi.server.errors import QueueFullError, StoppingError
+from ggml_cffi.server.mailbox import together
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,6 +152,7 @@ class _Replica:
         self._changed = threading.Condition()  # guards the two collections
         self._stopped = False
         self._timings = Timings()
+        self._events: list[tuple[_Running, Event]] = []  # of the current step
         self.thread = threading.Thread(target=self._serve, name="ggml_cffi server", daemon=True)
         self.thread.start()
 
@@ -203,11 +205,12 @@ class _Replica:
     def _serve(self) -> None:
         while self._wait():
             try:
-                with closing(generate_many(self.batcher, self, self._parallel, self._timings)) as tokens:
+                with closing(generate_many(self.batcher, self, self._parallel, self._timings, self._deliver)) as tokens:
                     for number, token in tokens:
-                        self._deliver(number, token)
+                        self._collect(number, token)
             except Exception as error:
                 self._fail(error)
+            self._deliver()
 
     def _wait(self) -> bool:
         """Wait for a job. Return False if there will be none."""
@@ -235,25 +238,35 @@ class _Replica:
         used = sum(len(other.request.ids) + len(other.request.token_ids) for other in self.active.values())
         return used + len(running.request.ids) <= self.batcher.runner.n_slots
 
-    def _deliver(self, number: int, token: int | None) -> None:
+    def _collect(self, number: int, token: int | None) -> None:
+        """Note the event of a token, or of the end of an answer."""
         running = self.active[number]
         request, sampler = running.request, running.request.sampler
         failed = isinstance(sampler, _GuardedSampler) and sampler.error
         if token is not None and not failed:
             self.n_generated += 1
-            running.deliver(Token(token, request.logprobs[-1] if running.logprobs else None))
+            self._events.append((running, Token(token, request.logprobs[-1] if running.logprobs else None)))
         elif token is None:
             with self._changed:
                 del self.active[number]
-            running.end(Failed(failed) if failed else Ended(request.finish_reason or "stop"))
+            self._events.append((running, Failed(failed) if failed else Ended(request.finish_reason or "stop")))
+
+    def _deliver(self) -> None:
+        """Deliver the events of a step together, so that they wake each loop once."""
+        with together():
+            for running, event in self._events:
+                if isinstance(event, Token):
+                    running.deliver(event)
+                else:
+                    running.end(event)
+        self._events.clear()
 
     def _fail(self, error: Exception) -> None:
         """End the answers in generation: their step failed."""
         with self._changed:
             found = [*self.active.values()]
             self.active.clear()
-        for running in found:
-            running.end(Failed(error))
+        self._events += [(running, Failed(error)) for running in found]
 
 
 @dataclass(eq=False)

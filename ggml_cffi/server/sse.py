@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ggml_cffi.core.text import to_json
 from ggml_cffi.server.errors import ApiError, as_api_error
+from ggml_cffi.server.mailbox import Lane
 
 T = TypeVar("T")
 #: One event: its data, perhaps with a name under ``"type"``.
@@ -81,7 +82,7 @@ class EventStream(StreamingResponse):
         self, first: Data, events: AsyncGenerator[Data, None], *, named: bool = False, done: str | None = "[DONE]"
     ) -> None:
         self._events, self._named, self._done = events, named, done
-        self._lines: asyncio.Queue[str | None] = asyncio.Queue()  # None after the last event
+        self._lines = Lane[str]()  # an empty one after the last event
         self._put(first)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._take(), media_type="text/event-stream", headers=headers)
@@ -102,17 +103,20 @@ class EventStream(StreamingResponse):
         except Exception as error:
             self._put({"type": "error", **log_error(error).body()})
         if self._done is not None:
-            self._lines.put_nowait(f"data: {self._done}\n\n")
-        self._lines.put_nowait(None)
+            self._lines.put(f"data: {self._done}\n\n")
+        self._lines.put("")
 
     def _put(self, event: Data) -> None:
         """Write an event as text at once, since its generator may change its parts later."""
         name = f"event: {event['type']}\n" if self._named else ""
-        self._lines.put_nowait(f"{name}data: {to_json(event)}\n\n")
+        self._lines.put(f"{name}data: {to_json(event)}\n\n")
 
     async def _take(self) -> AsyncGenerator[str, None]:
-        while (line := await self._lines.get()) is not None:
-            yield line
+        last = None
+        while last != "":
+            *_, last = lines = await self._lines.take()
+            if text := "".join(lines):
+                yield text
 
 
 async def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import MappingProxyType
 
 import pytest
 
@@ -27,5 +28,6 @@ def test_json_has_no_nan_and_no_infinity():
         "b": None,
         "c": "é",
     }
+    assert to_json(MappingProxyType({"a": (1, float("inf"))})) == '{"a": [1, null]}'
     assert to_json("é") == '"\\u00e9"'
     assert to_json("é", ascii_only=False) == '"é"'

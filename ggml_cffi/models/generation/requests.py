@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,7 +115,11 @@ def generate_one(batcher: Batcher, request: Request, timings: Timings) -> TokenS
 
 
 def generate_many(
-    batcher: Batcher, waiting: Iterator[tuple[int, Request]], max_sequences: int, timings: Timings
+    batcher: Batcher,
+    waiting: Iterator[tuple[int, Request]],
+    max_sequences: int,
+    timings: Timings,
+    before_step: Callable[[], object] | None = None,
 ) -> NumberedTokenStream:
     """Continue several prompts, at most ``max_sequences`` of them in each run. The next begins as soon as one ends.
 
@@ -129,6 +133,8 @@ def generate_many(
         Largest number of sequences in generation.
     timings
         Counter of all requests.
+    before_step
+        Called before each step, when the tokens of the last one have been yielded.
 
     Yields
     ------
@@ -147,6 +153,8 @@ def generate_many(
                 return
             for sequence, _ in active.values():
                 sequence.ask()
+            if before_step is not None:
+                before_step()
             batcher.step(next(iter(active.values()))[0])
             for number, (sequence, request) in list(active.items()):
                 ended = request.cancelled
