@@ -20,6 +20,7 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import AbortedError, ClosedError
 from ggml_cffi.models.generation.batches import BatchBuilder
 from ggml_cffi.models.generation.kv_cache import KVCache
+from ggml_cffi.models.generation.logits_facts import logits_facts
 from ggml_cffi.models.generation.sampling import Sampler
 from ggml_cffi.models.generation.sequence import PAUSE_SECONDS, TokenSequence
 from ggml_cffi.models.generation.timings import Timings
@@ -242,6 +243,7 @@ class Batcher(Closing):
         """Choose the next token of each sequence that is computed to its end, after a run of some seconds."""
         self._sampling_thread = get_ident()
         try:
+            _find_facts(parts, logits)
             for (sequence, n), row in zip(parts, logits, strict=True):
                 sequence.timings.add_run(n, seconds, decoded=sequence.n_cached >= sequence.n_prompt)
                 sequence.n_cached += n
@@ -351,6 +353,16 @@ class Batcher(Closing):
             self.active.clear()
             self.cache.kept.clear()
             self.runner.close()
+
+
+def _find_facts(parts: list[tuple[TokenSequence, int]], logits: Logits) -> None:
+    """Give the samplers of several sequences the facts of their logits."""
+    samplers = [(i, s.sampler) for i, (s, n) in enumerate(parts) if n == s.n_pending]
+    if len(samplers) > 1:
+        best = [i for i, sampler in samplers if sampler.needs_best]
+        log_sums = [i for i, sampler in samplers if sampler.needs_log_sum]
+        for (sequence, _), facts in zip(parts, logits_facts(logits, best, log_sums), strict=True):
+            sequence.sampler.facts = facts
 
 
 def _is_next_token(sequence: TokenSequence, n: int) -> bool:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ggml_cffi.models.architectures.base import LayerCache
 from ggml_cffi.models.generation.kv_ranges import NeighborSlots
 from ggml_cffi.models.generation.kv_slots import KVSlots
@@ -152,7 +150,13 @@ class KVCache:
 def common_length(a: list[int], b: list[int]) -> int:
     """Return the number of tokens that two sequences have in common at their beginnings."""
     n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    x, y = np.asarray(a[:n]), np.asarray(b[:n])
-    return int(np.argmax(x != y))
+    start, end = 0, min(n, 1)
+    while start < end and a[start:end] == b[start:end]:
+        start, end = end, min(n, 2 * end)
+    while end - start > 1:  # they differ before ``end``
+        middle = (start + end) // 2
+        if a[start:middle] == b[start:middle]:
+            start = middle
+        else:
+            end = middle
+    return start

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggml_cffi.models.generation.best_tokens import best_tokens
+from ggml_cffi.models.generation.logits_facts import log_sum_exp
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer
 
 
@@ -28,7 +29,9 @@ class TokenLogprob:
     token need not be among them."""
 
 
-def token_logprob(logits: npt.NDArray[np.float32], token: int, n_top: int, tokenizer: Tokenizer) -> TokenLogprob:
+def token_logprob(
+    logits: npt.NDArray[np.float32], token: int, n_top: int, tokenizer: Tokenizer, log_sum: float | None = None
+) -> TokenLogprob:
     """Return the log probability of a token, and those of the ``n_top`` most likely ones.
 
     Parameters
@@ -41,13 +44,14 @@ def token_logprob(logits: npt.NDArray[np.float32], token: int, n_top: int, token
         Number of most likely tokens.
     tokenizer
         The tokenizer, for texts and bytes.
+    log_sum
+        Logarithm of the sum of the exponentials of the logits, if it is known.
     """
-    largest = logits.max()
-    log_sum = float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+    known = log_sum_exp(logits[None])[0] if log_sum is None else log_sum
 
     def describe(token_id: int, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         data = tokenizer.token_bytes(token_id, special=True)
-        return TokenLogprob(token_id, data.decode("utf-8", "replace"), data, float(logits[token_id]) - log_sum, top)
+        return TokenLogprob(token_id, data.decode("utf-8", "replace"), data, float(logits[token_id]) - known, top)
 
     best = best_tokens(logits, n_top) if n_top else ()
     return describe(token, tuple(describe(int(i)) for i in best))

@@ -13,6 +13,7 @@ from ggml_cffi.core.numbers import as_integer, as_real
 from ggml_cffi.models.generation.best_tokens import best_tokens
 from ggml_cffi.models.generation.grammar import Grammar, as_grammar
 from ggml_cffi.models.generation.grammar_state import GrammarState
+from ggml_cffi.models.generation.logits_facts import LogitsFacts
 from ggml_cffi.models.generation.logprobs import TokenLogprob, token_logprob
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 
@@ -22,6 +23,7 @@ _FEW = 256
 _MANY = 4096
 
 _NO_TOKENS = np.empty(0, np.intp)
+_NO_FACTS = LogitsFacts()
 
 #: A function of the token ids so far (int32) and of the logits (float32), which it changes in place.
 LogitsProcessor: TypeAlias = Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], None]
@@ -189,6 +191,8 @@ class Sampler:
         """The parameters."""
         self.logprobs: list[TokenLogprob] = []
         """The chosen tokens with their log probabilities, if the parameters ask for them."""
+        self.facts = _NO_FACTS
+        """Facts of the next logits, if the caller knows them."""
         if tokenizer is None and params.needs_tokenizer:
             raise ValueError("a grammar and logprobs need the tokenizer of the model: Sampler(tokenizer=...)")
         self._tokenizer = tokenizer
@@ -201,6 +205,10 @@ class Sampler:
         self._n_chosen: dict[int, int] = {}  # occurrences of each token in the answer, if ``_counts``
         changes = params.logits_processors or self._bias or self._grammar or self._repeats or self._counts
         self._only_chooses = not changes and params.logprobs is None
+        self.needs_best = not changes and params.temperature == 0
+        """True if it needs :attr:`LogitsFacts.best`."""
+        self.needs_log_sum = params.logprobs is not None
+        """True if it needs :attr:`LogitsFacts.log_sum`."""
 
     @property
     def complete(self) -> bool:
@@ -254,14 +262,15 @@ class Sampler:
         Exception
             Any exception of a logits processor.
         """
+        facts, self.facts = self.facts, _NO_FACTS
         if self._only_chooses:
-            return self._choose(logits)
+            return self._choose(logits) if facts.best is None else facts.best
         adjusted = self._penalize(self._adjust(logits, previous), previous)
-        token = self._choose(adjusted)
+        token = self._choose(adjusted) if facts.best is None else facts.best
         if not adjusted[token] > -np.inf:  # the highest of all, or the first NaN
             raise ValueError(_no_token(adjusted[token], logits))
         if self.params.logprobs is not None and self._tokenizer is not None:
-            self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer))
+            self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer, facts.log_sum))
         if self._grammar is not None:
             self._grammar.advance(token)
         if self._counts:

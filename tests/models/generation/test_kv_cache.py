@@ -1,5 +1,6 @@
 """The KV cache: reuse of prefixes, eviction, dtypes."""
 
+import itertools
 import threading
 
 import pytest
@@ -15,6 +16,9 @@ def test_common_length_counts_equal_tokens_at_the_beginning():
     assert common_length([1, 2, 3], [1, 2, 4]) == 2
     assert common_length([1, 2], [1, 2, 3]) == 2
     assert common_length([], [1]) == 0
+    for n, length in itertools.product(range(70), (1, 2, 69, 300)):
+        other = [*range(n), -1, *range(n + 1, length)]
+        assert common_length([*range(length)], other) == min(n, length)
     assert common_length([5], [6]) == 0
 
 
