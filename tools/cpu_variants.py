@@ -62,9 +62,11 @@ class Run:
         for file in variant.parent.iterdir():
             if file == variant or not file.name.startswith(PREFIX):
                 (folder / file.name).symlink_to(file.resolve())
-        # -u: the log has each test as soon as it ends.
-        command = ["taskset", "-c", ",".join(map(str, processors)), sys.executable, "-u", "-m", "pytest", "-v"]
-        command += ["-n", str(len(processors)), "--dist", "worksteal", "-m", "not nightly", "-p", "no:cacheprovider"]
+        # -u: the log has each test as soon as it ends. --verbosity=1 has their names; -v would take back only the -q
+        # of pyproject.toml.
+        command = ["taskset", "-c", ",".join(map(str, processors)), sys.executable, "-u", "-m", "pytest"]
+        command += ["--verbosity=1", "-n", str(len(processors)), "--dist", "worksteal"]
+        command += ["-m", "not nightly", "-p", "no:cacheprovider"]
         command += [f"--basetemp={self.temporary.name}/files", f"--junitxml={self.report}", *arguments]
         environment = {**os.environ, "GGML_CFFI_LIBRARY_PATH": str(folder), "GGML_VK_VISIBLE_DEVICES": "99"}
         self.started = time.monotonic()

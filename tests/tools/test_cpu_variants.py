@@ -35,6 +35,7 @@ class Tool:
     def __init__(self, folder):
         self.libraries, self.logs, self.suite = folder / "libraries", folder / "logs", folder / "test_suite.py"
         self.libraries.mkdir()
+        (folder / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as in pyproject.toml
         (self.libraries / "libggml-base.so.0").touch()
         for name, score in (("best", 3), ("good", 2), ("newer", 0)):
             self.add(name, score)
@@ -114,7 +115,7 @@ def test_a_run_that_is_cut_has_printed_what_it_had(tool):
 def test_progress_names_the_tests_that_have_failed(tool):
     tool.suite.write_text(_SUITE + "\ndef test_last():\n    time.sleep(1000)\n")
     process = tool.start("--jobs", "1", "--every", "0.1", "--only", "best")
-    for line in process.stdout:
+    for _, line in zip(range(PATIENCE * 10), process.stdout, strict=False):
         if "failed" in line:
             break
     process.terminate()
