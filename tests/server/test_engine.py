@@ -219,11 +219,13 @@ def test_a_process_that_ends_between_two_calls_ends_its_jobs(tiny, monkeypatch):
 
         def call_after_a_crash(*args):
             calls.append(args)
-            if len(calls) == 3:
+            if len(calls) == 2:
                 pid = engine.worker.pid
                 os.kill(pid, signal.SIGKILL)
                 os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            return call(*args)
+            events = call(*args)
+            # On a busy machine the process may have computed the whole answer before it returns from the first call.
+            return events[:1] if len(calls) == 1 else events
 
         monkeypatch.setattr(engine.worker, "call", call_after_a_crash)
         _, event = Mail(engine, job([1], None)).rest()
