@@ -11,7 +11,7 @@ from tests.support.libraries import copy_libraries
 _CMAKE = """#!/bin/sh
 case $1 in
     --version) ;;
-    --build) mkdir -p "$2/bin"; cp /bin/true "$2/bin/libggml-blas.so"; echo build >>"$COUNT" ;;
+    --build) mkdir -p "$2/bin"; cp /bin/true "$2/bin/libggml-$PLUGIN.so"; echo build >>"$COUNT" ;;
     *) echo "$@" >>"$COUNT" ;;
 esac
 """
@@ -30,6 +30,7 @@ class Builder:
             "PATH": f"{bin_folder}:/usr/bin:/bin",
             "HOME": str(folder),
             "COUNT": str(self.count),
+            "PLUGIN": "blas",
             "GGML_CFFI_CACHE": str(folder / "cache"),
         }
 
@@ -67,6 +68,30 @@ def test_only_the_plugin_is_built_and_comes_beside_the_core(builder):
     assert {name: after[name] for name in before} == before
     name, built, added, tree = (builder.out / "BUILD").read_text().split()
     assert (name, built[:5], added, len(tree)) == ("blas", "blas-", "added", 64)
+
+
+def test_the_plugin_of_cuda_has_cuda_graphs(builder, tmp_path):
+    """ggml leaves them out by default, and tensor parallelism then decodes at half the speed."""
+    nvcc, lib = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "lib64"
+    for folder in (nvcc.parent, lib):
+        folder.mkdir(parents=True)
+    nvcc.write_text(
+        f'#!/bin/sh\ncase $1 in -dryrun) echo "#\\$ TOP={nvcc.parents[1]}" ;; *) echo "tools, release 13.0, V13" ;; esac\n'
+    )
+    nvcc.chmod(0o755)
+    for name in ("cudart.so.13", "cublas.so.13", "cublasLt.so.13", "cuda.so.1"):
+        (lib / f"lib{name}").touch()
+    builder.env |= {"NVCC": str(nvcc), "PLUGIN": "cuda"}
+    builder.run("--version", library.version(), "--cuda-arch", "90-real")
+    configure = builder.calls[0].split()
+    wanted = {
+        "-DGGML_CUDA=ON",
+        "-DGGML_CUDA_GRAPHS=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        "-DCMAKE_CUDA_ARCHITECTURES=90-real",
+    }
+    assert wanted <= set(configure)
+    assert (builder.out / "libggml-cuda.so").exists()
 
 
 def test_the_same_flags_are_built_once_and_others_again(builder):
