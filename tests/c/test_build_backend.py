@@ -75,9 +75,8 @@ def test_the_plugin_of_cuda_has_cuda_graphs(builder, tmp_path):
     nvcc, lib = tmp_path / "cuda" / "bin" / "nvcc", tmp_path / "cuda" / "lib64"
     for folder in (nvcc.parent, lib):
         folder.mkdir(parents=True)
-    nvcc.write_text(
-        f'#!/bin/sh\ncase $1 in -dryrun) echo "#\\$ TOP={nvcc.parents[1]}" ;; *) echo "tools, release 13.0, V13" ;; esac\n'
-    )
+    top = f'echo "#\\$ TOP={nvcc.parents[1]}"'
+    nvcc.write_text(f'#!/bin/sh\ncase $1 in -dryrun) {top} ;; *) echo "tools, release 13.0, V13" ;; esac\n')
     nvcc.chmod(0o755)
     for name in ("cudart.so.13", "cublas.so.13", "cublasLt.so.13", "cuda.so.1"):
         (lib / f"lib{name}").touch()

@@ -20,7 +20,7 @@ from ggml_cffi.models.placement.workspace import workspace_bytes
 from ggml_cffi.models.runners.base import kv_slots_for
 from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
-from ggml_cffi.models.runners.link import N_SLOTS, is_linked, link_bytes
+from ggml_cffi.models.runners.link import is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import logits_graph
 from ggml_cffi.models.runners.stage import StageGraph
@@ -114,6 +114,7 @@ def _measure_stages(weights: Weights, key: Key) -> None:
     """Count the intermediate tensors of a pipeline runner."""
     used = [[weights.backends[i] for i in stage.devices] for stage in weights.stages]
     links = [is_linked(before, after) for before, after in pairwise(used)]  # after each stage but the last
+    n_slots = n_slots_for(len(weights.stages), len({stage.devices for stage in weights.stages}))
     arenas: Counter[int] = Counter()  # the stages of a device share its largest
     blocks: Counter[int] = Counter()  # of host memory; later ones are no smaller
     for k, stage in enumerate(weights.stages):
@@ -125,10 +126,10 @@ def _measure_stages(weights: Weights, key: Key) -> None:
                 placement = weights.placement[i]
                 arenas[i] = max(arenas[i], size)
                 if receives:
-                    placement.compute_bytes += N_SLOTS * link_bytes(key[0], weights.architecture.n_embd)
+                    placement.compute_bytes += n_slots * link_bytes(key[0], weights.architecture.n_embd)
                 if len(devices) == 1 and not shares_host_memory(devices[0]):
                     blocks[i] = max(blocks[i], whole_pages(traced.host_bytes))
-                    placement.compute_bytes += 2 * blocks[i]  # for batches in flight
+                    placement.compute_bytes += n_slots * blocks[i]  # for batches in flight
                 if not placement.is_cpu:
                     workspace = workspace_bytes(graphs.node_pointers())
                     placement.workspace_bytes = max(placement.workspace_bytes, workspace)

@@ -13,8 +13,14 @@ from ggml_cffi.core.locks import Locks
 from ggml_cffi.core.unified import are_peers
 from ggml_cffi.enums import Type
 
-N_SLOTS = 2
-"""Slots of a link: the next stage reads one while the previous stage writes the other."""
+
+def n_slots_for(n_stages: int, n_groups: int) -> int:
+    """Return the number of batches for which each stage has memory for inputs and results: slots.
+
+    A stage reads one while the previous stage writes another. Where the devices, or groups of them, have several stages
+    each, more batches pass one stage before the device computes its next one.
+    """
+    return 4 if n_stages > n_groups else 2
 
 
 class Link(Closing):
@@ -26,6 +32,8 @@ class Link(Closing):
         Backends of the two stages.
     nbytes
         Bytes of a result, as from :func:`link_bytes`.
+    n_slots
+        Number of results for which there is memory.
     is_exact
         True if the previous stage writes as many rows as a batch has tokens, and no copies of the last one.
 
@@ -35,7 +43,7 @@ class Link(Closing):
         If the device has too little memory.
     """
 
-    def __init__(self, before: Backend, after: Backend, nbytes: int, *, is_exact: bool = False) -> None:
+    def __init__(self, before: Backend, after: Backend, nbytes: int, n_slots: int, *, is_exact: bool = False) -> None:
         self._before, self._after = before, after
         self._event = c.ggml_backend_event_new(before.device.ptr)
         self.is_exact = is_exact
@@ -43,7 +51,7 @@ class Link(Closing):
         self.buffers: list[Buffer] = []
         """The memory of each slot."""
         try:
-            for _ in range(N_SLOTS):
+            for _ in range(n_slots):
                 self.buffers.append(Buffer(after.buffer_type, nbytes))
         except BaseException:
             self.close()

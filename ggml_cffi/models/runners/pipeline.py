@@ -26,7 +26,7 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
-from ggml_cffi.models.runners.link import N_SLOTS, Link, is_linked, link_bytes
+from ggml_cffi.models.runners.link import Link, is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.stage import Stage, StageGraph
 from ggml_cffi.models.runners.stage_queue import Hidden, StageQueue, queues_of
 from ggml_cffi.models.runners.weights import StageSpec, Weights
@@ -130,6 +130,7 @@ class PipelineRunner(Runner):
         self.stages: list[Stage] = []
         """The stages in order."""
         self._groups: dict[tuple[int, ...], Group] = {}  # by the numbers of its backends
+        self._n_slots = n_slots_for(len(stages), len({spec.devices for spec in stages}))
         self._queues: list[StageQueue] = []
         self.weights = Weights(
             architecture, backends, self.n_slots, kv_dtype, stages, progress, whole_attention=whole_attention
@@ -140,12 +141,10 @@ class PipelineRunner(Runner):
                     "the device of the first or the last stage cannot compute with the embeddings or the output head "
                     "in their type: use split='layer'"
                 )
+            for devices in dict.fromkeys(spec.devices for spec in stages):
+                self._groups[devices] = Group([backends[i] for i in devices], half_above=half_above, threads=threads)
             for spec, after in zip_longest(stages, stages[1:]):
-                if spec.devices not in self._groups:
-                    own = [backends[i] for i in spec.devices]
-                    self._groups[spec.devices] = Group(own, half_above=half_above, threads=threads)
                 self._add_stage(spec, after)
-            self._count_bytes()
             # With one stage of several devices, the host works between the steps of a batch: no time for the next.
             alone = len(stages) == 1 and len(stages[0].devices) == 1
             on_gpu = not backends[stages[0].devices[0]].device.is_cpu
@@ -168,9 +167,10 @@ class PipelineRunner(Runner):
         sends = None
         if is_linked(own, following):
             is_exact = not graph.is_resizable or (receives is not None and receives.is_exact)
-            sends = Link(own[0], following[0], link_bytes(self.n_batch, n_embd), is_exact=is_exact)
-        self.stages.append(Stage(graph, group, receives, sends, number))
+            sends = Link(own[0], following[0], link_bytes(self.n_batch, n_embd), self._n_slots, is_exact=is_exact)
+        self.stages.append(Stage(graph, group, receives, sends, number=number, n_slots=self._n_slots))
         self.stages[-1].reserve(self.n_batch, self.n_slots)
+        self._count_bytes()
 
     def _count_bytes(self) -> None:
         """Note the bytes of intermediate tensors and inputs on each device."""
@@ -263,7 +263,7 @@ class PipelineRunner(Runner):
 
     def _start(self, batch: Batch, i: int) -> Future[Hidden]:
         """Queue batch ``i`` at every stage. A stage computes the batch once the previous stage has."""
-        slot = i % N_SLOTS
+        slot = i % self._n_slots
         x: Future[Hidden] | None = None
         before: StageQueue | None = None
         for queue in self._queues:

@@ -18,7 +18,7 @@ from ggml_cffi.models.architectures.base import Architecture, Inputs, KVView, La
 from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
-from ggml_cffi.models.runners.link import N_SLOTS, Link
+from ggml_cffi.models.runners.link import Link
 from ggml_cffi.models.runners.weights import StageSpec, Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
@@ -185,6 +185,8 @@ class StageProgram(Closing):
         self._length = KVLength(views, masks, key[1])
         self._masks = self.program.input_arrays[-graph.n_masks :]  # for all KV slots
         self._n_start = int(receives is None)  # arrays of the first input
+        self.seconds = 0.0
+        """The shortest time of a batch in flight; 0 before the first."""
         self._lengths: set[int] = set()  # with which the program ran, or is about to run
 
     def write(self, batch: Batch) -> None:
@@ -223,13 +225,22 @@ class Stage(Closing):
         Links from the previous stage and to the next one, if there are any. The second is closed with this object.
     number
         Number of the stage among those that share the group.
+    n_slots
+        Number of batches for which it has memory for inputs and results.
     """
 
     def __init__(
-        self, graph: StageGraph, group: Group, receives: Link | None = None, sends: Link | None = None, number: int = 0
+        self,
+        graph: StageGraph,
+        group: Group,
+        receives: Link | None = None,
+        sends: Link | None = None,
+        *,
+        number: int = 0,
+        n_slots: int = 2,
     ) -> None:
-        self.graph, self.group, self.receives, self.sends = graph, group, receives, sends
-        self._first_block = number * N_SLOTS
+        self.graph, self.group, self.receives, self.sends, self.n_slots = graph, group, receives, sends, n_slots
+        self._first_block = number * n_slots
         self.n_built = 0
         """Number of programs built so far."""
         self._n_batch = self._n_slots = 0
@@ -247,7 +258,8 @@ class Stage(Closing):
         self._n_batch, self._n_slots = n_batch, n_slots
         self._new_program((n_batch, n_slots, 1), 0).close()
         if self.group.mirrors:
-            self.group.host_block(1, self._first_block + 1)  # as large as the other: batches in flight use both
+            for slot in range(1, self.n_slots):  # as large as the first: batches in flight use all
+                self.group.host_block(1, self._first_block + slot)
 
     def key_of(self, batch: Batch) -> Key:
         """Return the sizes of the graph that computes a batch."""
@@ -264,11 +276,16 @@ class Stage(Closing):
         Parameters
         ----------
         slot
-            Number of the block of host memory for inputs and results. One is written while a program uses the other.
+            Number of the block of host memory for inputs and results. One is written while a program uses another.
         """
+        program = self.write(batch, slot)
+        self._prepared = batch, program
+        return program
+
+    def write(self, batch: Batch, slot: int) -> StageProgram:
+        """Do as :meth:`prepare`, for a caller that runs the program itself."""
         program = self.program(batch, slot)
         program.write(batch)
-        self._prepared = batch, program
         return program
 
     def prepare_and_record(self, batch: Batch) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from queue import PriorityQueue
+from heapq import heappop, heappush
+from math import inf
+from threading import Condition
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi import c
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.models.runners.base import Batch
-from ggml_cffi.models.runners.link import N_SLOTS
 from ggml_cffi.models.runners.stage import Stage, StageProgram
 from ggml_cffi.parallel.group import Group
 
@@ -21,38 +26,121 @@ if TYPE_CHECKING:
 
 Hidden = npt.NDArray[np.float32]
 
+#: Batches that a device has at a time: it begins one when it ends the one before, without the host.
+_SUBMITTED = 2
+
+#: Part of a batch's shortest time in which another one may come. After it, the thread only waits for the device.
+_PATIENCE = 0.7
+
 
 def queues_of(stages: Sequence[Stage]) -> list[StageQueue]:
     """Return a queue for each stage. Stages that share devices share the thread that waits for these."""
     threads: dict[Group, DeviceThread] = {}
     for stage in stages:
         if stage.group not in threads:
-            threads[stage.group] = DeviceThread()
-    return [StageQueue(stage, i, len(threads), threads[stage.group]) for i, stage in enumerate(stages)]
+            threads[stage.group] = DeviceThread(stage.group)
+    in_turn = max(len(threads), stages[0].n_slots)
+    return [StageQueue(stage, i, in_turn, threads[stage.group]) for i, stage in enumerate(stages)]
+
+
+@dataclass(order=True)
+class _Work:
+    """A batch at a stage: its inputs are written."""
+
+    order: tuple[int, ...]
+    """The first in order of what is ready is computed next."""
+    program: StageProgram = field(compare=False)
+    result: Future[Hidden] = field(compare=False)
+    copied: bool = field(compare=False)
+    """True to copy the result out of the memory of the slot."""
+    begun: float = field(default=0.0, compare=False)
+    event: Any = field(default=c.NULL, compare=False)
 
 
 class DeviceThread(Closing):
-    """Thread that waits for the devices of one or several stages, which compute what is ready in a given order."""
+    """Thread that submits what is ready to the devices of one or several stages, and waits for them.
 
-    def __init__(self) -> None:
-        self._thread = _thread("stage")
-        self._ready: PriorityQueue[tuple[tuple[int, ...], Callable[[], object]]] = PriorityQueue()
+    A device with events has two batches at a time.
 
-    def submit(self, order: tuple[int, ...], work: Callable[[], object]) -> None:
-        """Call ``work`` when it is the first in order of what is ready. No other work has the same ``order``."""
-        self._ready.put((order, work))
-        self._thread.submit(self._call_first)
+    Parameters
+    ----------
+    group
+        The devices.
+    """
 
-    def _call_first(self) -> None:
-        self._ready.get_nowait()[1]()
+    def __init__(self, group: Group) -> None:
+        self._executor, self._thread = group.executor, _thread("stage")
+        self._ready: list[_Work] = []  # a heap
+        self._changed = Condition()
+        self._running: deque[_Work] = deque()
+        self._backend = group.backends[0]
+        events = [c.ggml_backend_event_new(self._backend.device.ptr) for _ in range(_SUBMITTED)]
+        self._events = deque(event for event in events if event and len(group.backends) == 1)  # those not in use
+
+    def submit(self, work: _Work) -> None:
+        """Compute ``work`` when it is the first in order of what is ready."""
+        with self._changed:
+            heappush(self._ready, work)
+            self._changed.notify()
+        self._thread.submit(self._next)
+
+    def _next(self) -> None:
+        """Begin the first of what is ready, and end earlier work until there is more to begin."""
+        with self._changed:
+            work = heappop(self._ready)
+        self._begin(work)
+        while self._running and not (self._events and self._comes(self._running[-1])):
+            self._end(self._running.popleft())
+
+    def _comes(self, work: _Work) -> bool:
+        """Return whether other work is ready before the devices are nearly done with ``work``."""
+        seconds = work.begun + _PATIENCE * work.program.seconds - perf_counter()
+        with self._changed:
+            return bool(self._changed.wait_for(lambda: self._ready, max(seconds, 0.0)))
+
+    def _begin(self, work: _Work) -> None:
+        """Submit work. C: ``ggml_backend_event_record``."""
+        work.begun = perf_counter()
+        try:
+            if not self._events:
+                work.program.program.compute()
+            else:
+                work.program.program.submit()
+                with self._executor.locks:
+                    c.ggml_backend_event_record(self._events[0], self._backend.ptr)
+                work.event = self._events.popleft()
+        except BaseException as error:
+            work.result.set_exception(error)
+        else:
+            self._running.append(work)
+
+    def _end(self, work: _Work) -> None:
+        """Wait for the device, and set the result. C: ``ggml_backend_event_synchronize``."""
+        try:
+            if work.event:
+                self._events.append(work.event)
+                with self._executor.locks:
+                    c.ggml_backend_event_synchronize(work.event)
+            now = perf_counter()
+            work.program.seconds = min(work.program.seconds or inf, now - work.begun)
+            for other in self._running:
+                other.begun = now
+            found: Hidden = work.program.program.result()
+        except BaseException as error:
+            work.result.set_exception(error)
+        else:
+            work.result.set_result(found.copy() if work.copied else found)
 
     def finish(self) -> None:
         """Wait for all work that was submitted."""
-        self._thread.submit(bool).result()
+        self._thread.submit(self._executor.finish).result()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, and free the events."""
         self._thread.shutdown()
+        events, self._events = self._events, deque()
+        for event in events:
+            c.ggml_backend_event_free(event)
 
 
 class StageQueue(Closing):
@@ -65,19 +153,18 @@ class StageQueue(Closing):
     ----------
     stage, number
         The stage, and its number.
-    n_devices
-        Number of devices, or of groups of them, that have stages. As many batches pass one stage of a device after one
-        another, then the device's next stage: its other batches then need not wait for the first ones.
+    in_turn
+        Number of batches that pass one stage of a device one after another, before its next stage.
     thread
         The thread that waits for the devices; closed with this object.
     """
 
-    def __init__(self, stage: Stage, number: int, n_devices: int, thread: DeviceThread) -> None:
-        self.stage, self._number, self._n_devices = stage, number, n_devices
+    def __init__(self, stage: Stage, number: int, in_turn: int, thread: DeviceThread) -> None:
+        self.stage, self._number, self._in_turn = stage, number, in_turn
         self._writer, self._thread = _thread("inputs"), thread
-        self.read: list[Future[Any] | None] = [None] * N_SLOTS
+        self.read: list[Future[Any] | None] = [None] * stage.n_slots
         """For each slot of host memory a future that is done once nothing uses its inputs and its result any more."""
-        self.computed_after: list[Future[Any] | None] = [None] * N_SLOTS
+        self.computed_after: list[Future[Any] | None] = [None] * stage.n_slots
         """For each slot of the link to the next stage a future that is done once that stage has computed from it."""
 
     def start(
@@ -94,22 +181,33 @@ class StageQueue(Closing):
         from concurrent.futures import Future  # slow to import
 
         result: Future[Hidden] = Future()
-        slot, order = i % N_SLOTS, (i // self._n_devices, self._number, i)
-        read, link_is_free = self.read[slot], self.computed_after[slot]
+        slot, order = i % self.stage.n_slots, (i // self._in_turn, self._number, i)
+        return self._writer.submit(
+            partial(self._write, batch, slot, x, self.read[slot], self.computed_after[slot]), order, result, copied
+        ), result
 
-        def write() -> StageProgram:
-            try:
-                _wait(read)
-                program = self.stage.prepare(batch, slot)
-                program.write_start(batch, None if x is None else x.result())
-                _wait(link_is_free)
-                self._thread.submit(order, partial(_compute, program, result, copied=copied))
-            except BaseException as error:
-                result.set_exception(error)
-                raise
-            return program
-
-        return self._writer.submit(write), result
+    def _write(
+        self,
+        batch: Batch,
+        slot: int,
+        x: Future[Hidden] | None,
+        read: Future[Any] | None,
+        link_is_free: Future[Any] | None,
+        order: tuple[int, ...],
+        result: Future[Hidden],
+        copied: bool,
+    ) -> StageProgram:
+        """Write the inputs of a batch, and pass it on to the thread of the devices."""
+        try:
+            _wait(read)
+            program = self.stage.write(batch, slot)
+            program.write_start(batch, None if x is None else x.result())
+            _wait(link_is_free)
+            self._thread.submit(_Work(order, program, result, copied))
+        except BaseException as error:
+            result.set_exception(error)
+            raise
+        return program
 
     def finish(self) -> None:
         """Wait for all batches in flight at this stage, and clear the results.
@@ -118,7 +216,8 @@ class StageQueue(Closing):
         """
         self._writer.submit(bool).result()  # it passes its batches on to the other thread
         self._thread.finish()
-        self.read, self.computed_after = [None] * N_SLOTS, [None] * N_SLOTS
+        self.read = [None] * self.stage.n_slots
+        self.computed_after = [None] * self.stage.n_slots
 
     def close(self) -> None:
         """End the threads."""
@@ -136,13 +235,3 @@ def _wait(future: Future[Any] | None) -> None:
     """Wait for the use of memory by an earlier batch. Its exception is raised to the caller of that batch."""
     if future is not None:
         future.exception()
-
-
-def _compute(program: StageProgram, result: Future[Hidden], *, copied: bool) -> None:
-    try:
-        program.program.compute()
-        found: Hidden = program.program.result()
-    except BaseException as error:
-        result.set_exception(error)
-    else:
-        result.set_result(found.copy() if copied else found)

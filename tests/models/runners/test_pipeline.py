@@ -26,14 +26,14 @@ def test_a_batch_in_flight_that_fails(two_gpus, path, monkeypatch, what):
                     raise ggml.GgmlError("the computation failed: failed")
             return real(*args)
 
-        prepare, compute = stage.prepare, ParallelProgram.compute
+        write, submit = stage.write, ParallelProgram.submit
         if what == "writing":
-            monkeypatch.setattr(stage, "prepare", lambda *args: fail_at_second(prepare, True, *args))
+            monkeypatch.setattr(stage, "write", lambda *args: fail_at_second(write, True, *args))
         else:
             monkeypatch.setattr(
                 ParallelProgram,
-                "compute",
-                lambda self, *args: fail_at_second(compute, self in stage.programs, self, *args),
+                "submit",
+                lambda self, *args: fail_at_second(submit, self in stage.programs, self, *args),
             )
         with pytest.raises(ggml.GgmlError, match="the computation failed"):
             answers(model, [PROMPT * 4])

@@ -255,7 +255,7 @@ def test_linked_devices_wait_for_one_another_without_the_host(on_the_cpu, monkey
         assert relative_error(np.concatenate([run(model, ids[1:2], 1), run(model, ids[2:], 2)]), want[1:]) < 2e-3
         first, second = (stage.group.backends[0].ptr for stage in model.stages)
     names = ["graph_compute_async", "event_record", "event_wait", "graph_compute_async", "synchronize", "synchronize"]
-    assert [name for name, _ in calls] == [*names * 2, "event_free"]
+    assert [name for name, _ in calls if name != "event_free"] == names * 2
     assert calls[1][1][1] == calls[0][1][0] == first
     assert calls[2][1][0] == calls[3][1][0] == second
 
@@ -266,20 +266,20 @@ def test_all_stages_are_done_after_a_failure_at_the_last_one(on_the_cpu, monkeyp
     random_model(path, rng)
     with opened(path, ["CPU"] * 2, stages=even_stages(3, [(0,), (1,)])) as model:
         first, last = model.stages
-        prepare, failed, done = first.prepare, Event(), []
+        write, failed, done = first.write, Event(), []
 
-        def prepare_late(*args):
+        def write_late(*args):
             failed.wait()
             time.sleep(0.2)
             done.append(True)
-            return prepare(*args)
+            return write(*args)
 
         def fail(*args):
             failed.set()
             raise ValueError("no")
 
-        monkeypatch.setattr(first, "prepare", prepare_late)
-        monkeypatch.setattr(last, "prepare", fail)
+        monkeypatch.setattr(first, "write", write_late)
+        monkeypatch.setattr(last, "write", fail)
         with pytest.raises(ValueError, match="no"):
             list(model.run_all([batch([1, 2, 3], 0)]))
         assert done == [True]
