@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,9 @@ def llama_header(
     n_kv: int,
     dtype: ggml.Type = ggml.Q4_K,
     tied: bool = False,
+    others: Mapping[str, ggml.Type] | None = None,
 ) -> Path:
-    """Write the header of a llama model."""
+    """Write the header of a llama model. ``others`` has the types of weights by name, such as ``"ffn_down"``."""
     metadata = {
         "general.architecture": "llama",
         "llama.block_count": n_layers,
@@ -59,7 +61,10 @@ def llama_header(
             f"blk.{i}.ffn_up.weight": (n_ff, n_embd),
             f"blk.{i}.ffn_down.weight": (n_embd, n_ff),
         }
-    types = {name: ggml.F32 if len(shape) == 1 else dtype for name, shape in shapes.items()}
+    others = others or {}
+    types = {
+        name: ggml.F32 if len(shape) == 1 else others.get(name.split(".")[-2], dtype) for name, shape in shapes.items()
+    }
     plans = [PlannedTensor(name, types[name], shape, np.empty(0)) for name, shape in shapes.items()]
     path.write_bytes(header_bytes(metadata, plans, 32))
     return path

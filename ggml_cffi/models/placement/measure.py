@@ -10,6 +10,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import type_size
+from ggml_cffi.core.repack import repacked_memory
 from ggml_cffi.core.transfer import shares_host_memory, whole_pages
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
@@ -24,7 +25,7 @@ from ggml_cffi.models.runners.link import is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import logits_graph
 from ggml_cffi.models.runners.stage import StageGraph
-from ggml_cffi.models.runners.weights import StageSpec, Weights
+from ggml_cffi.models.runners.weights import StageSpec, Weights, layer_of
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
@@ -160,12 +161,22 @@ def _measure_apart(weights: Weights, key: Key, *, op_offload: bool) -> None:
 
 
 def _count_offloaded(weights: Weights, n_batch: int) -> None:
-    """Count the intermediates of the CPU's layers, and the largest copies, on the first GPU, which computes them."""
+    """Count the parts of the CPU's layers that the first GPU computes: intermediates, and the largest copy of a weight.
+
+    ggml copies neither repacked weights, with which the CPU multiplies itself, nor the output head, since the graph has
+    one output. If all products are the CPU's, the GPU multiplies by the weights of norms only.
+    """
     first, cpu = weights.placement[0], weights.placement[-1]
-    copied = [t.nbytes for name, t in weights.by_device[-1].items() if t.ndim > 1 and name != "token_embd.weight"]
-    hidden = n_batch * weights.architecture.n_embd * type_size(Type.F32)  # to the GPU and back
-    first.compute_bytes = max(first.compute_bytes, cpu.compute_bytes) + max(copied, default=0) + 2 * hidden
-    cpu.compute_bytes = 2 * hidden
+    factors = [t for name, t in weights.by_device[-1].items() if t.ndim > 1 and layer_of(name) is not None]
+    copied = [t.nbytes for t in factors if t.buffer_type != repacked_memory()]
+    row = weights.architecture.n_embd * type_size(Type.F32)
+    hidden = 2 * n_batch * row  # to the GPU and back
+    if copied:
+        first.compute_bytes = max(first.compute_bytes, cpu.compute_bytes) + max(copied) + hidden
+    else:
+        first.compute_bytes = max(first.compute_bytes, hidden + row)
+    if len(copied) == len(factors):
+        cpu.compute_bytes = hidden
 
 
 def _measure_scheduled(

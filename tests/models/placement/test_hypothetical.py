@@ -8,6 +8,7 @@ import ggml_cffi as ggml
 from ggml_cffi import cli, models
 from ggml_cffi.c import library
 from ggml_cffi.models.placement.hypothetical import HypotheticalDevice
+from ggml_cffi.models.runners.queries import can_repack
 from tests.support import bert_float64, llama_float64
 from tests.support.header_only import LLAMA_70B, llama_header
 from tests.support.memory import GIB, memory
@@ -79,6 +80,23 @@ def test_hypothetical_gpus_take_what_real_ones_do(two_gpus, tmp_path, monkeypatc
         assert (ours.weight_bytes, ours.cache_bytes) == (theirs.weight_bytes, theirs.cache_bytes)
         assert (ours.has_output, ours.has_embeddings) == (theirs.has_output, theirs.has_embeddings)
         assert ours.total == pytest.approx(theirs.total, rel=0.03, abs=1 << 20)
+
+
+@pytest.mark.parametrize("others", [{}, {"ffn_down": ggml.Q4_K}], ids=["all repacked", "some repacked"])
+@pytest.mark.parametrize("balance", [[2, 2, 2], [1, 0, 5], [0, 0, 1]], ids=str)
+def test_gpus_get_no_copies_of_repacked_weights(two_gpus, tmp_path, others, balance):
+    """The CPU multiplies by them in large batches too. Beside other weights, the plan counts the results for both."""
+    if not can_repack(ggml.Q4_0, (1024, 1024)):
+        pytest.skip("this processor has no kernels for repacked Q4_0")
+    path = llama_header(tmp_path / "m.gguf", **SMALL | {"dtype": ggml.Q4_0, "others": others})
+    options = {"n_batch": 512, "n_ctx": 512, "balance": balance, "repack": True, "reserve": 0}
+    hypothetical = models.plan(path, ["8G", "8G", "CPU:64G"], **options)
+    real = models.plan(path, two_gpus, **options)
+    assert layers(hypothetical) == layers(real)
+    (first, _, cpu), (real_first, _, real_cpu) = hypothetical.devices, real.devices
+    for ours, theirs in ((first, real_first), (cpu, real_cpu)):
+        assert theirs.compute_bytes <= ours.compute_bytes
+        assert others or ours.compute_bytes <= 1.4 * theirs.compute_bytes
 
 
 def test_each_split_and_encoders_can_be_planned(tmp_path, rng, path, no_gpu):
