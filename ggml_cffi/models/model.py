@@ -36,7 +36,7 @@ from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.generation.tool_schema import Tool
 from ggml_cffi.models.perplexity import Perplexity, measure_perplexity
 from ggml_cffi.models.placement.plan import ModelPlan
-from ggml_cffi.models.runners.base import Runner
+from ggml_cffi.models.runners.base import MAX_SEQUENCES, Runner
 from ggml_cffi.models.runners.embedding import Embedder, embed_on_replicas
 from ggml_cffi.models.runners.weights import DevicePlacement
 from ggml_cffi.models.text import TextMethods
@@ -167,7 +167,7 @@ class Model(TextMethods, CompletionMethods, Closing):
         sampling: SamplingParams | None = None,
         stop: str | Sequence[str] | None = None,
         reuse: bool = True,
-        max_sequences: int = 16,
+        max_sequences: int = MAX_SEQUENCES,
         tools: Sequence[Tool] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,

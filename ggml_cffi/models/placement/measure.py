@@ -23,7 +23,7 @@ from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.link import is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.pipeline import can_pipeline
-from ggml_cffi.models.runners.scheduled import logits_graph
+from ggml_cffi.models.runners.scheduled import can_attend_to_ranges, kv_length, largest_graphs, logits_graph
 from ggml_cffi.models.runners.stage import StageGraph
 from ggml_cffi.models.runners.weights import StageSpec, Weights, layer_of
 from ggml_cffi.parallel.rank import AllGather, Rank
@@ -190,10 +190,16 @@ def _measure_scheduled(
             sizes, workspace = embedder.reserve_size(), 0
     else:
         n_batch, n_slots = min(options.n_batch, options.n_ctx), kv_slots_for(options.n_ctx)
-        with new_context() as context:
-            _inputs, result = logits_graph(context, weights, n_batch, n_slots, 1)
-            with Graph(result) as graph:
-                sizes, workspace = scheduler.reserve_size(graph), workspace_bytes(graph.node_pointers())
+        ranges = can_attend_to_ranges(weights.backends, weights.layer_devices, op_offload=scheduler.op_offload)
+        sizes, workspace = dict.fromkeys(weights.backends, 0), 0
+        for i, (key, n_ranges) in enumerate(largest_graphs(n_batch, n_slots, ranges=ranges)):
+            with DryRunContext() if i else new_context() as context:  # all graphs have the inputs of the first
+                inputs, result = logits_graph(context, weights, *key, n_ranges=n_ranges)
+                kv_length(inputs, n_slots, n_ranges)
+                with Graph(result) as graph:
+                    for backend, size in scheduler.reserve_size(graph).items():
+                        sizes[backend] = max(sizes[backend], size)
+                    workspace = max(workspace, workspace_bytes(graph.node_pointers()))
     # The scheduler puts an encoder for hypothetical devices on the first one. Each may have to hold all intermediates.
     hypothetical = is_hypothetical(weights.backends[0])
     for backend, placement in zip(weights.backends, weights.placement, strict=True):

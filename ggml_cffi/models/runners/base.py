@@ -26,6 +26,9 @@ KV_STEP = 256
 #: A range of KV slots has a multiple of this many slots, and the cache has at least as many slots for each range.
 RANGE_STEP = 32
 
+#: Sequences that :meth:`Model.generate` computes together if its caller names no number.
+MAX_SEQUENCES = 16
+
 _SMALLEST_IN_FLIGHT = 256  # tokens of a batch, if several batches are to be in flight
 
 Logits = npt.NDArray[np.float32]

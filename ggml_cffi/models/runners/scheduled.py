@@ -23,7 +23,7 @@ from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import AbortedError
 from ggml_cffi.models.architectures.base import Architecture
-from ggml_cffi.models.runners.base import RANGE_STEP, Batch, Logits, Runner, kv_slots_for
+from ggml_cffi.models.runners.base import MAX_SEQUENCES, RANGE_STEP, Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.buckets import Key, bucket, cpu_bucket, output_bucket
 from ggml_cffi.models.runners.inputs import GraphInputs, InputMemory, input_memory
 from ggml_cffi.models.runners.kv_length import KVLength
@@ -165,6 +165,42 @@ def logits_graph(
     return inputs, result
 
 
+def kv_length(inputs: GraphInputs, n_kv: int, n_ranges: int = 0) -> KVLength:
+    """Return the tensors of a graph of :func:`logits_graph` that depend on the KV slots, changed to ``n_kv`` slots."""
+    length = KVLength(
+        inputs.kv_views, [*inputs.masks, *inputs.kv_rows], RANGE_STEP if n_ranges else n_kv, ranges=n_ranges > 0
+    )
+    length.set(n_kv)
+    return length
+
+
+def can_attend_to_ranges(backends: Sequence[Backend], layer_devices: Sequence[int], *, op_offload: bool) -> bool:
+    """Return whether a scheduled runner computes attention over ranges of KV slots: on this machine's CPU only.
+
+    A GPU that computes large batches gets copies of the views of the cache, in the layout of the allocation only.
+    """
+    users = backends if op_offload else [backends[i] for i in layer_devices]
+    return all(b.device.is_cpu and not b.device.is_remote for b in users)
+
+
+def largest_graphs(n_batch: int, n_slots: int, *, ranges: bool) -> list[tuple[Key, int]]:
+    """Return the sizes of the graphs that take the most memory for intermediates.
+
+    One is for a long prompt. With ranges of KV slots, a batch of one token of each sequence takes more memory, for
+    attention and for its outputs, if prompts have small batches. It is counted for :data:`MAX_SEQUENCES` sequences.
+
+    Returns
+    -------
+    list
+        For each graph its numbers of tokens, KV slots and outputs, and that of its ranges.
+    """
+    found = [((n_batch, n_slots, 1), 0)]
+    if ranges:
+        n = min(MAX_SEQUENCES, n_batch)
+        found.append(((n, n_slots, n), min(2 * n, n_batch, n_slots // RANGE_STEP)))
+    return found
+
+
 class ScheduledRunner(Runner):
     """A model whose layers are each on one device, computed through one scheduler over all devices.
 
@@ -222,9 +258,7 @@ class ScheduledRunner(Runner):
         self._cpu = None if shared_cpu else next((b for b in backends if b.device.is_cpu), None)
         self.weights = Weights(architecture, backends, self.n_slots, kv_dtype, stages, progress, repack=repack)
         self._bucket = cpu_bucket if any(backends[i].device.is_cpu for i in self.weights.layer_devices) else bucket
-        # A GPU that computes large batches gets copies of the views of the cache, in the layout of the allocation only.
-        users = backends if op_offload else [backends[i] for i in self.weights.layer_devices]
-        self.attends_to_ranges = all(b.device.is_cpu and not b.device.is_remote for b in users)
+        self.attends_to_ranges = can_attend_to_ranges(backends, self.weights.layer_devices, op_offload=op_offload)
         if all(backend.device.is_cpu for backend in backends):
             # Larger batches are not faster on a processor: the first tokens would also read the last tokens' KV slots.
             self.best_prefill_batch = _CPU_BATCH
@@ -365,9 +399,7 @@ class ScheduledRunner(Runner):
         try:
             inputs, result = logits_graph(context, weights, n, n_kv, n_out, self._inputs, n_ranges)
             graph = Graph(result)
-            rows = [*inputs.masks, *inputs.kv_rows]
-            length = KVLength(inputs.kv_views, rows, RANGE_STEP if n_ranges else n_kv, ranges=n_ranges > 0)
-            length.set(n_kv)
+            length = kv_length(inputs, n_kv, n_ranges)
             built = _BatchGraph(self._scheduler, graph, inputs, length, self._results)
         except BaseException:
             for part in (graph, context):
@@ -379,7 +411,8 @@ class ScheduledRunner(Runner):
 
     def _reserve(self) -> None:
         """Allocate memory for the largest batch now, and keep its graph, which long prompts use."""
-        self.allocated((self.n_batch, self.n_slots, 1))
+        for key, n_ranges in reversed(largest_graphs(self.n_batch, self.n_slots, ranges=self.attends_to_ranges)):
+            self.allocated(key, n_ranges)
         sizes = self._scheduler.buffer_sizes()
         for backend, placement in zip(self.weights.backends, self.placement, strict=True):
             placement.compute_bytes = sizes[backend]

@@ -6,7 +6,11 @@ import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dry_run import DryRunContext
+from ggml_cffi.models import Sampler
+from ggml_cffi.models.generation.requests import Request, generate_many
+from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.runners.pipeline import PipelineRunner
+from ggml_cffi.models.runners.scheduled import largest_graphs
 from tests.support import bert_float64, llama_float64
 from tests.support.memory import memory
 
@@ -27,7 +31,8 @@ def check(path, devices, counted, **options):
         if in_stages:
             model.forward([1] * plan.n_batch, last=True)
         else:
-            runner.allocated((plan.n_batch, runner.n_slots, 1))
+            for key, n_ranges in largest_graphs(plan.n_batch, runner.n_slots, ranges=runner.attends_to_ranges):
+                runner.allocated(key, n_ranges)
             assert model.scheduler.buffer_sizes() == {
                 backend: placed.compute_bytes
                 for backend, placed in zip(model.scheduler.backends, model.placement, strict=True)
@@ -57,6 +62,47 @@ def test_the_cpu_takes_the_planned_bytes(path, counted, options):
 @pytest.mark.parametrize("variant", [{"tied": True}, {"name": "gemma3", ".attention.sliding_window": 16}], ids=str)
 def test_other_architectures_take_the_planned_bytes(tmp_path, rng, counted, variant):
     check(llama_float64.random_model(tmp_path / "m.gguf", rng, **variant), ["CPU"], counted, n_ctx=64)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_vocab", [50, 3000])
+def test_several_sequences_on_the_cpu_fit_the_plan(tmp_path, rng, n_batch, n_vocab):
+    """Each token of a batch attends to the slots of its sequence, and has an output: more than a small prompt takes."""
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, n_vocab=n_vocab)
+    options = {"n_ctx": 64, "kv_slots": 512, "n_batch": n_batch}
+    (planned,) = models.plan(path, ["CPU"], **options).devices
+    with models.load(path, ["CPU"], **options) as model:
+        (batcher,) = model.batchers
+        runner, numbers = batcher.runner, set()
+
+        def run(batch, compute=runner.run):
+            numbers.add(0 if batch.query_ids is None else len(batch.query_ids))
+            return compute(batch)
+
+        runner.run = run
+        requests = [Request([1 + i] * (4 * i + 1), Sampler(), 20, frozenset()) for i in range(8)]
+        for _ in generate_many(batcher, enumerate(requests), 8, Timings()):
+            pass
+        assert n_batch < 8 or max(numbers) > 1
+        for n_ranges in range(n_batch + 1):
+            for n in range(max(1, -(-n_ranges // 2)), n_batch + 1):
+                runner.allocated((n, runner.n_slots, n), n_ranges)
+        (taken,) = model.scheduler.buffer_sizes().values()
+        assert close(planned.compute_bytes, taken)
+
+
+@pytest.mark.parametrize(
+    ("n_batch", "n_slots", "want"),
+    [
+        (1, 256, [((1, 256, 1), 0), ((1, 256, 1), 1)]),
+        (8, 256, [((8, 256, 1), 0), ((8, 256, 8), 8)]),
+        (512, 256, [((512, 256, 1), 0), ((16, 256, 16), 8)]),
+        (512, 4096, [((512, 4096, 1), 0), ((16, 4096, 16), 32)]),
+    ],
+)
+def test_the_largest_graphs_are_those_of_a_prompt_and_of_many_sequences(n_batch, n_slots, want):
+    assert largest_graphs(n_batch, n_slots, ranges=True) == want
+    assert largest_graphs(n_batch, n_slots, ranges=False) == want[:1]
 
 
 def test_smollm2_takes_the_planned_bytes(smollm2, counted):
