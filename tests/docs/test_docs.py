@@ -88,6 +88,15 @@ def test_the_site_builds_without_warnings_and_has_names_operations_and_options(t
     check_the_page_of_a_command_has_all_its_options(tmp_path)
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_lines_are_as_short_as_those_of_the_code(name):
+    """Tables, blocks of code, and images cannot be wrapped."""
+    lines = (DOCS / name).read_text().splitlines()
+    code_lines = {i for t in MarkdownIt().parse("\n".join(lines)) if t.type == "fence" for i in range(*t.map)}
+    long = [i + 1 for i, line in enumerate(lines) if len(line) > 120 and i not in code_lines]
+    assert [i for i in long if not lines[i - 1].lstrip().startswith(("|", "!["))] == []
+
+
 def documented(site):
     """Return every Python name that the site describes."""
     raw = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
