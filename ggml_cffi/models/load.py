@@ -62,12 +62,12 @@ def load(
         Devices or names, or one of them; default every GPU. The CPU is added last: it holds the layers that the GPUs
         have no memory for, and embeddings or an output head whose type a GPU does not support.
     split
-        ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers compute
-        several batches of a long prompt at the same time. ``"data"``: each GPU has the whole model, and sequences are
-        distributed over the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole heads; the GPUs compute
-        each token together. ``"auto"``: the fastest of these, and of the backends that show the GPUs, such as CUDA and
-        Vulkan, unless ``devices`` has names of a backend's devices. The first load times the model for some ten
-        seconds; :attr:`Model.plan` has the reason for the choice.
+        ``"layer"``: each device has some layers. ``"pipeline"``: the same, and GPUs that have all layers, each at
+        several places, compute several batches of a long prompt at the same time. ``"data"``: each GPU has the whole
+        model, and sequences are distributed over the GPUs. ``"tensor"``: each GPU has a shard of every layer, in whole
+        heads; the GPUs compute each token together. ``"auto"``: the fastest of these, and of the backends that show the
+        GPUs, such as CUDA and Vulkan, unless ``devices`` has names of a backend's devices. The first load times the
+        model for some ten seconds; :attr:`Model.plan` has the reason for the choice.
     n_ctx
         Largest number of tokens of prompt and answer; default the context of the model's training, at most 4096.
     n_batch
