@@ -7,6 +7,7 @@ third more processor time, and fragment the batches.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from ggml_cffi.models import Model
     from ggml_cffi.models.generation import Batcher
+
+_logger = logging.getLogger("ggml_cffi.server")
 
 #: Tokens of texts that an encoder embeds in one call, which nothing interrupts: several runs of most devices.
 _EMBED_TOKENS = 8192
@@ -252,14 +255,21 @@ class _Replica:
             self._events.append((running, Failed(failed) if failed else Ended(request.finish_reason or "stop")))
 
     def _deliver(self) -> None:
-        """Deliver the events of a step together, so that they wake each loop once."""
+        """Deliver the events of a step together, so that they wake each loop once.
+
+        The devices compute the next step meanwhile: the loop has the time in which this thread waits for them.
+        """
+        events, self._events = self._events, []
         with together():
-            for running, event in self._events:
-                if isinstance(event, Token):
-                    running.deliver(event)
-                else:
-                    running.end(event)
-        self._events.clear()
+            for running, event in events:
+                try:
+                    if isinstance(event, Token):
+                        running.deliver(event)
+                    else:
+                        running.end(event)
+                except Exception:  # in the step of other answers
+                    _logger.exception("an answer's events cannot be delivered: it ends")
+                    running.request.cancel()
 
     def _fail(self, error: Exception) -> None:
         """End the answers in generation: their step failed."""

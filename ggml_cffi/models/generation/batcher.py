@@ -27,6 +27,8 @@ from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.runners.base import Batch, Runner
 
 Logits = npt.NDArray[np.float32]
+#: Work of a caller for the time in which devices compute.
+Work = Callable[[], object]
 
 
 class Batcher(Closing):
@@ -211,8 +213,16 @@ class Batcher(Closing):
 
     # ------------------------------------------------------------------ steps
 
-    def step(self, caller: TokenSequence) -> None:
+    def step(self, caller: TokenSequence, meanwhile: Work | None = None) -> None:
         """Compute one run for ``caller`` and for every other sequence whose caller waits.
+
+        Parameters
+        ----------
+        caller
+            The sequence.
+        meanwhile
+            Work for the time in which devices compute, or this thread waits. It is called at least once then, and may
+            be called in a step that computes nothing. It must not use the model.
 
         Raises
         ------
@@ -220,6 +230,9 @@ class Batcher(Closing):
             If the model or the sequence was closed.
         """
         self._check_caller()
+        work = meanwhile or _nothing
+        if self.lock.locked():  # for longer than a step, if another thread embeds texts
+            work()
         with self.lock:
             if caller.ready or caller.cancelled:  # a step of another thread may have computed it
                 return
@@ -232,11 +245,12 @@ class Batcher(Closing):
                 for sequence, n in parts:
                     if n == sequence.n_pending:
                         sequence.sampler.prepare()
-                logits = self._run_unless_cancelled(parts)
+                logits = self._run_unless_cancelled(parts, work)
                 if logits is None:
                     return
                 self._sample(parts, logits, time.perf_counter() - start)
                 return
+        work()
         time.sleep(PAUSE_SECONDS / 100)  # another sequence needs the slots, and its caller is about to wait again
 
     def _sample(self, parts: list[tuple[TokenSequence, int]], logits: Logits, seconds: float) -> None:
@@ -285,7 +299,7 @@ class Batcher(Closing):
             if s is not sequence and s.n_cached and s not in running and (i > age or s.paused)
         ]
 
-    def _run_unless_cancelled(self, parts: list[tuple[TokenSequence, int]]) -> Logits | None:
+    def _run_unless_cancelled(self, parts: list[tuple[TokenSequence, int]], work: Work) -> Logits | None:
         """Compute the parts. Return None if :meth:`cancel` stopped the run."""
         running = [sequence for sequence, _ in parts]
         with self.runner.abort_lock:
@@ -293,7 +307,7 @@ class Batcher(Closing):
                 return None
             self._running = running
         try:
-            return self._run(parts)
+            return self._run(parts, work)
         except AbortedError:
             if not any(sequence.cancelled for sequence in running):
                 raise
@@ -302,24 +316,24 @@ class Batcher(Closing):
             with self.runner.abort_lock:
                 self._running, self.runner.abort_requested = [], False
 
-    def _run(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
+    def _run(self, parts: list[tuple[TokenSequence, int]], work: Work) -> Logits:
         """Compute the parts, and return the logits of the last token of each."""
         try:
             if not self.runner.attends_to_ranges or len(parts) == 1:
-                return self._run_together(parts)
+                return self._run_together(parts, work)
             # In one batch, the tokens of a prompt would attend to the slots of all sequences. A sequence gets slots
             # apart from those of others if it begins when these have theirs.
             single = [part for part in parts if _is_next_token(*part)]
-            rows = iter(self._run_together(single).copy() if single else ())
+            rows = iter(self._run_together(single, work).copy() if single else ())
             return np.stack(
-                [next(rows) if _is_next_token(*part) else self._run_together([part])[-1].copy() for part in parts]
+                [next(rows) if _is_next_token(*part) else self._run_together([part], work)[-1].copy() for part in parts]
             )
         except BaseException:  # after a failure the contents of the new slots are unknown
             for sequence, _ in parts:
                 self.cache.slots.release(sequence.cache_id, sequence.n_cached)
             raise
 
-    def _run_together(self, parts: list[tuple[TokenSequence, int]]) -> Logits:
+    def _run_together(self, parts: list[tuple[TokenSequence, int]], work: Work) -> Logits:
         """Compute the parts in one batch, or a single part in several."""
         for sequence, n in parts:
             if sequence.n_cached:
@@ -327,14 +341,15 @@ class Batcher(Closing):
             else:
                 self.cache.place(sequence.cache_id, sequence.n_pending)
         if all(n == 1 for _, n in parts):
-            return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]))
+            return self.runner.run(self._batches.next_tokens([sequence for sequence, _ in parts]), work)
         if len(parts) == 1:
             ((sequence, n),) = parts
             ranges = self._batches.ranges(sequence.n_cached, sequence.n_cached + n)
             if len(ranges) > 1:
+                work()
                 with closing(self.runner.run_all(self._chunks(sequence, ranges))) as results:
                     return deque(results, maxlen=1).pop()
-        return self.runner.run(self._batches.join(parts))
+        return self.runner.run(self._batches.join(parts), work)
 
     def _chunks(self, sequence: TokenSequence, ranges: list[tuple[int, int]]) -> Iterator[Batch]:
         """Yield the batches of the ranges, until the sequence is cancelled; then raise AbortedError."""
@@ -368,6 +383,10 @@ def _find_facts(parts: list[tuple[TokenSequence, int]], logits: Logits) -> None:
 def _is_next_token(sequence: TokenSequence, n: int) -> bool:
     """Return whether ``n`` tokens of a sequence are one token after others."""
     return n == 1 and sequence.n_cached > 0
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _must_wait(sequence: TokenSequence) -> bool:

@@ -119,7 +119,7 @@ def generate_many(
     waiting: Iterator[tuple[int, Request]],
     max_sequences: int,
     timings: Timings,
-    before_step: Callable[[], object] | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> NumberedTokenStream:
     """Continue several prompts, at most ``max_sequences`` of them in each run. The next begins as soon as one ends.
 
@@ -133,8 +133,9 @@ def generate_many(
         Largest number of sequences in generation.
     timings
         Counter of all requests.
-    before_step
-        Called before each step, when the tokens of the last one have been yielded.
+    meanwhile
+        Called in each step, while devices compute if they leave the host time then. The tokens of the step before have
+        been yielded. See :meth:`Batcher.step <ggml_cffi.models.generation.batcher.Batcher.step>`.
 
     Yields
     ------
@@ -153,9 +154,7 @@ def generate_many(
                 return
             for sequence, _ in active.values():
                 sequence.ask()
-            if before_step is not None:
-                before_step()
-            batcher.step(next(iter(active.values()))[0])
+            batcher.step(next(iter(active.values()))[0], meanwhile)
             for number, (sequence, request) in list(active.items()):
                 ended = request.cancelled
                 if sequence.ready and not ended:

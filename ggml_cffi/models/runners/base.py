@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,8 +123,16 @@ class Runner(Closing, ABC):
         """True once the model is closed."""
 
     @abstractmethod
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: Batch, meanwhile: Callable[[], object] | None = None) -> Logits:
         """Return the logits ``(n_out, n_vocab)`` of a batch's output tokens, valid until the next run.
+
+        Parameters
+        ----------
+        batch
+            The batch.
+        meanwhile
+            Called once: while devices compute, or before if the host has no time then. It must not wait for locks that
+            another thread holds while it waits for a device.
 
         Raises
         ------

@@ -195,25 +195,29 @@ class PipelineRunner(Runner):
         self.check_open()
         return [(t, backend) for s in self.stages for t, backend in s.assignment() if t.op not in VIEWS]
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: Batch, meanwhile: Callable[[], object] | None = None) -> Logits:
         self.check_open()
         if len(self.stages) == 1:
-            return self.stages[0].run(batch)
+            return self.stages[0].run(batch, meanwhile=meanwhile)
         programs = [stage.program(batch).program for stage in self.stages]  # now: building a graph takes locks
         if all(stage.sends is not None and stage.sends.has_event for stage in self.stages[:-1]):
-            return self._run_linked(batch)
+            return self._run_linked(batch, meanwhile)
+        if meanwhile is not None:  # now: between two stages, a device would wait for the host
+            meanwhile()
         small = len(batch.tokens) * self.architecture.n_embd * 4 <= DIRECT
         if small and all(program.polled_output is not None for program in programs[:-1]):
             return self._run_polling(batch)
         return self._run_waiting(batch)
 
-    def _run_linked(self, batch: Batch) -> Logits:
+    def _run_linked(self, batch: Batch, meanwhile: Callable[[], object] | None) -> Logits:
         """Submit all stages at once: each device waits for the one before it without the host."""
         try:
             for stage in self.stages:
                 result = stage.submit(batch)
                 if stage.sends is not None:
                     stage.sends.hand_over()
+            if meanwhile is not None:
+                meanwhile()
         finally:
             _finish(self.stages)
         return result()

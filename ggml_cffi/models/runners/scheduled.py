@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
@@ -298,8 +298,10 @@ class ScheduledRunner(Runner):
         size = min(self.n_batch, self.best_prefill_batch)
         return [*pairwise([*range(start, end, size), end])]
 
-    def run(self, batch: Batch) -> Logits:
+    def run(self, batch: Batch, meanwhile: Callable[[], object] | None = None) -> Logits:
         self.architecture.check_decoder()
+        if meanwhile is not None:  # now: the CPU computes in the thread that submits
+            meanwhile()
         with self.scheduler.lock:  # embeddings are computed with the same scheduler
             logits = self._start(batch, self._write(batch, 0), 0)
             self._scheduler.synchronize()

@@ -77,7 +77,7 @@ def test_a_failed_run_does_not_damage_the_cache(path, monkeypatch):
         got = [next(tokens), next(tokens)]
         run = batcher_of(model).runner.run
 
-        def fail(batch):
+        def fail(batch, *more):
             raise ggml.AbortedError("the run was stopped")
 
         monkeypatch.setattr(batcher_of(model).runner, "run", fail)

@@ -225,7 +225,7 @@ def test_the_tokens_that_may_follow_are_asked_for_before_each_run(model, monkeyp
     events, runner, prepare = [], batcher_of(model).runner, Sampler.prepare
     run = runner.run
     monkeypatch.setattr(Sampler, "prepare", lambda self: (events.append("prepare"), prepare(self))[1])
-    monkeypatch.setattr(runner, "run", lambda batch: (events.append("run"), run(batch))[1])
+    monkeypatch.setattr(runner, "run", lambda batch, *more: (events.append("run"), run(batch))[1])
     list(model.generate("x", grammar=Grammar.regex("[ab]{3}")))
     assert events == ["prepare", "run"] * 3
 

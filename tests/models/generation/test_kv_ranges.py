@@ -186,7 +186,7 @@ def test_the_cpu_attends_to_the_slots_of_each_sequence_only(path, rng, monkeypat
     with models.load(path, ["CPU"], n_ctx=128, kv_slots=4 * 128) as model:
         runner = batcher_of(model).runner
         run = runner.run
-        monkeypatch.setattr(runner, "run", lambda batch: batches.append(batch) or run(batch))
+        monkeypatch.setattr(runner, "run", lambda batch, *more: batches.append(batch) or run(batch))
         requests = [Request(ids, Sampler(), 4, frozenset()) for ids in random_prompts(rng, [20, 40, 30])]
         for _ in generate_many(batcher_of(model), enumerate(requests), 3, Timings()):
             pass
@@ -250,7 +250,7 @@ def test_after_a_failed_prompt_the_tokens_of_other_sequences_are_computed_again(
         got = [batcher.next(one)]
         run = batcher.runner.run
 
-        def fail(batch):
+        def fail(batch, *more):
             if len(batch.tokens) > 1:
                 raise ValueError("no")
             return run(batch)
