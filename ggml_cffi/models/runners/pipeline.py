@@ -13,7 +13,7 @@ their peers, the results of a stage go to the device of the next stage instead.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from itertools import pairwise, zip_longest
 from threading import RLock
