@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -150,9 +151,30 @@ class KVSlots:
         numpy.ndarray
             float16 ``(n, n_kv)``.
         """
-        at = self.position[start : start + n_kv]
-        hidden = (self.sequence[start : start + n_kv] != sequences[:, None]) | (at > positions[:, None])
-        if window:
-            hidden |= at <= positions[:, None] - window
-        bits: npt.NDArray[np.uint16] = np.multiply(hidden, _HIDDEN.view(np.uint16))  # a third of np.where's time
-        return bits.view(np.float16)
+        owner, at = self.sequence[start : start + n_kv], self.position[start : start + n_kv]
+        edges = [0, *(np.flatnonzero(sequences[1:] != sequences[:-1]) + 1).tolist(), len(sequences)]
+        if len(edges) > len(sequences):  # one token of each
+            return _as_mask((owner != sequences[:, None]) | _out_of_sight(at, positions, window))
+        mask = np.full((len(sequences), n_kv), _HIDDEN)
+        for first, end in pairwise(edges):  # of each sequence's tokens, over its own slots only
+            own = np.flatnonzero(owner == sequences[first])
+            hidden = _as_mask(_out_of_sight(at[own], positions[first:end], window))
+            if own.size and own[-1] - own[0] < own.size:  # neighbors, which take a third of the time
+                mask[first:end, own[0] : own[-1] + 1] = hidden
+            else:
+                mask[first:end, own] = hidden
+        return mask
+
+
+def _out_of_sight(at: npt.NDArray[np.int32], positions: npt.NDArray[np.int32], window: int) -> npt.NDArray[np.bool_]:
+    """Return for each of some positions of a sequence which other ones, ``at``, it does not see."""
+    hidden: npt.NDArray[np.bool_] = at > positions[:, None]
+    if window:
+        hidden |= at <= positions[:, None] - window
+    return hidden
+
+
+def _as_mask(hidden: npt.NDArray[np.bool_]) -> npt.NDArray[np.float16]:
+    """Return a mask from what it hides."""
+    bits: npt.NDArray[np.uint16] = np.multiply(hidden, _HIDDEN.view(np.uint16))  # a third of np.where's time
+    return bits.view(np.float16)

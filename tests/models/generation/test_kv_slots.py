@@ -44,3 +44,24 @@ def test_the_mask_of_the_last_token_shows_its_whole_sequence():
     assert np.isfinite(slots.last_token_mask(1, 4)).tolist() == [True, True, False, True]
     want = slots.mask(np.array([1], np.int32), np.array([2], np.int32), 6)
     assert np.array_equal(slots.last_token_mask(1, 6), want[0])
+
+
+def test_a_mask_shows_each_token_its_own_sequence_up_to_itself(rng):
+    slots = KVSlots(64)
+    slots.sequence[:] = rng.integers(-1, 4, 64)
+    slots.sequence[20:30] = 4  # neighbors
+    for sequence in range(5):
+        own = np.flatnonzero(slots.sequence == sequence)
+        slots.position[own] = rng.permutation(own.size)
+    sequences = np.array([4] * 9 + [0, 3, 1, 1, 2, 2, 2, 9, 0], np.int32)
+    positions = np.array([*range(9), 5, 4, 6, 7, 1, 2, 3, 0, 6], np.int32)
+    for window, start, n_kv in ((0, 0, 64), (3, 0, 64), (0, 16, 32), (3, 16, 32)):
+        want = [
+            [owner == sequence and at <= position and (not window or at > position - window) for owner, at in places]
+            for sequence, position in zip(sequences, positions, strict=True)
+            for places in [[*zip(slots.sequence, slots.position, strict=True)][start : start + n_kv]]
+        ]
+        for rows in (slice(None), slice(9, 12)):  # several tokens of some sequences, and one of each
+            mask = slots.mask(sequences[rows], positions[rows], n_kv, window, start)
+            assert np.isfinite(mask).tolist() == want[rows]
+            assert set(mask.flat) <= {0, -np.inf}
