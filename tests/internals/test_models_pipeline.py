@@ -19,7 +19,7 @@ from ggml_cffi.models.runners.stage import Stage
 from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
-from tests.models.runners.test_shards import opened, run
+from tests.models.runners.test_shards import batch, opened, run
 from tests.support import PATIENCE, llama_float64, relative_error
 from tests.support.splits import PROMPT, answers
 
@@ -197,3 +197,15 @@ def test_a_stage_reads_the_rows_that_its_link_has(monkeypatch, tmp_path, rng, ex
         run(model, rng.integers(0, 50, 32), 0)  # its results stay in the links
         got = [run(model, ids[:13], 0), run(model, ids[13:14], 13), run(model, ids[14:], 14)]
     assert relative_error(np.concatenate(got), want) < 1e-2
+
+
+@pytest.mark.parametrize("way", ["polling", "waiting"])
+def test_the_caller_of_several_stages_works_once(two_gpus, path, monkeypatch, way):
+    with opened(path, two_gpus, stages=even_stages(3, [(0,), (1,)])) as runner:
+        if way == "waiting":
+            monkeypatch.setattr(runner, "_run_polling", runner._run_waiting)
+        seen = []
+        want = run(runner, [3, 4], 0)
+        got = runner.run(batch([3, 4], 0), lambda: seen.append("work"))
+        assert seen == ["work"]
+        np.testing.assert_array_equal(got, want)

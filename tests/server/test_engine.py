@@ -36,9 +36,9 @@ def engine(request, tiny):
 class Mail:
     """The events of one job."""
 
-    def __init__(self, engine, job):
+    def __init__(self, engine, job, seen=lambda event: None):
         self.events = queue.SimpleQueue()
-        self.cancel = engine.submit(job, self.events.put)
+        self.cancel = engine.submit(job, lambda event: (seen(event), self.events.put(event)))
 
     def rest(self):
         """Return the tokens, and the last event."""
@@ -243,3 +243,34 @@ def test_replicas_share_the_jobs(two_gpus, tiny):
         mails = [Mail(engine, job(ids)) for ids in PROMPTS]
         assert [mail.rest()[0] for mail in mails] == want
         assert all(batcher.cache.kept for batcher in engine.model.batchers)
+
+
+def test_a_token_is_delivered_in_the_run_of_the_next_one(tiny, monkeypatch):
+    seen = []
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=2, max_waiting=2) as engine:
+        runner = engine.model.batchers[0].runner
+        run = runner.run
+
+        def watched(batch, meanwhile=None):
+            seen.append("begin")
+            try:
+                return run(batch, meanwhile)
+            finally:
+                seen.append("end")
+
+        monkeypatch.setattr(runner, "run", watched)
+        mail = Mail(engine, job([1, 2]), lambda event: seen.append(type(event)))
+        assert len(mail.rest()[0]) == LIMIT
+    assert seen == ["begin", "end"] + ["begin", Token, "end"] * (LIMIT - 1) + [Token, Ended]
+
+
+def test_an_error_in_a_delivery_ends_its_own_answer_only(tiny, caplog):
+    def fail(event):
+        raise ValueError("the client is not well")
+
+    with open_engine(str(tiny), load={"devices": ["CPU"], "n_ctx": 512}, parallel=2, max_waiting=2) as engine:
+        Mail(engine, job([1, 2], None), fail)
+        assert Mail(engine, job([1, 2], 20)).rest()[1] == Ended("length")
+        assert Mail(engine, job([1, 2], 2)).rest()[1] == Ended("length")
+        assert engine.n_running == 0
+    assert "the client is not well" in caplog.text

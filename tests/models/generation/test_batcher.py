@@ -1,12 +1,15 @@
 """Continuous batching: several sequences together, threads, iterators that end early, failed runs."""
 
 import gc
+import math
 import threading
 
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from ggml_cffi.models import Sampler
+from tests.support import PATIENCE
 from tests.support.generation import batcher_of, generate_alone, generate_together, n_free_slots, random_prompts
 
 
@@ -96,3 +99,57 @@ def test_closing_the_model_ends_generation(path):
         next(tokens)
     with pytest.raises(ggml.ClosedError):
         next(model.generate_tokens([1], stop_at_end=False))
+
+
+# ---------------------------------------------------------------------- work of the caller during a step
+
+
+def watch_runs(monkeypatch, runner, seen):
+    """Append to ``seen`` each run of one batch, and of several, when it begins."""
+    run, run_all = runner.run, runner.run_all
+    monkeypatch.setattr(runner, "run", lambda *args: (seen.append("run"), run(*args))[1])
+    monkeypatch.setattr(runner, "run_all", lambda *args: (seen.append("run all"), run_all(*args))[1])
+
+
+def test_a_caller_works_in_the_run_of_its_next_token_and_before_those_of_a_long_prompt(
+    two_gpus, path, rng, monkeypatch
+):
+    (ids,), seen = random_prompts(rng, [60]), []
+    with models.load(path, two_gpus[:1], n_ctx=256, n_batch=16) as model:
+        batcher = batcher_of(model)
+        watch_runs(monkeypatch, batcher.runner, seen)
+        sequence = batcher.add(ids, Sampler())
+        for _ in range(3):
+            sequence.ask()
+            batcher.step(sequence, lambda: seen.append("work"))
+            sequence.take()
+        batcher.finish(sequence)
+    assert seen == ["work", "run all"] + ["run", "work"] * 2
+
+
+def test_a_caller_works_before_it_waits_for_the_model(path):
+    """Another thread may embed texts for longer than a step takes."""
+    with models.load(path, ["CPU"]) as model:
+        batcher, works = batcher_of(model), threading.Event()
+        sequence = batcher.add([1], Sampler())
+        sequence.ask()
+        thread = threading.Thread(target=batcher.step, args=(sequence, works.set))
+        with batcher.exclusive():
+            thread.start()
+            assert works.wait(PATIENCE)
+            assert not sequence.ready
+        thread.join()
+        assert sequence.ready
+
+
+def test_a_caller_works_in_a_step_that_must_wait_for_slots(path):
+    """One sequence at a time has the cache of a deterministic model; the caller of the first one is busy."""
+    with models.load(path, ["CPU"], n_ctx=64, deterministic=True) as model:
+        batcher, seen = batcher_of(model), []
+        one, two = batcher.add([1], Sampler()), batcher.add([2], Sampler())
+        batcher.next(one)
+        one.last_call = 0, math.inf  # in another thread, which is about to ask for the next token
+        two.ask()
+        batcher.step(two, lambda: seen.append(two.n_cached))
+        assert seen == [0]
+        assert not two.ready

@@ -7,6 +7,7 @@ import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models.runners.weights import interleave
 from ggml_cffi.parallel.program import ParallelProgram
+from tests.models.runners.test_shards import batch, opened, run
 from tests.support import llama_float64, relative_error
 from tests.support.splits import PROMPT, answers
 
@@ -109,3 +110,15 @@ def test_devices_take_turns_of_at_least_four_layers():
     four = interleave([d for d in range(4) for _ in range(20)])
     assert four == [d for _ in range(4) for d in range(4) for _ in range(5)]
     assert interleave(four) == four
+
+
+def test_a_device_computes_while_the_caller_works(two_gpus, path, monkeypatch):
+    with opened(path, two_gpus[:1]) as runner:
+        want = run(runner, [3, 4], 0)
+        executor, seen = runner.stages[0].group.executor, []
+        for name in ("submit", "finish"):
+            call = getattr(executor, name)
+            monkeypatch.setattr(executor, name, lambda *args, n=name, call=call: (seen.append(n), call(*args))[1])
+        got = runner.run(batch([3, 4], 0), lambda: seen.append("work"))
+        assert seen == ["submit", "work", "finish"]
+        np.testing.assert_array_equal(got, want)
