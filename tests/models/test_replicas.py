@@ -53,7 +53,7 @@ def test_an_error_in_one_replica_ends_all(two_gpus, path, monkeypatch):
     with models.load(path, two_gpus, "data") as model:
         second = model.batchers[1]
 
-        def fail(batch):
+        def fail(*args):
             raise ggml.GgmlError("the computation failed: failed")
 
         monkeypatch.setattr(second.runner, "run", fail)
