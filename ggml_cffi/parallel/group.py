@@ -43,7 +43,7 @@ class Group(Closing):
         self.half_above = half_above
         self.precision = precision
         self.lock = threading.RLock()
-        """The lock that every run of a compiled function holds."""
+        """The lock that every run of a compiled function holds, and the making of a program."""
         self._backends = tuple(backends)
         self._arenas: list[Buffer | None] = [None] * len(self._backends)
         self._blocks: dict[int, HostBlock] = {}  # by slot

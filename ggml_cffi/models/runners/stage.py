@@ -365,7 +365,10 @@ class Stage(Closing):
 
     def _new_program(self, key: Key, slot: int) -> StageProgram:
         self.n_built += 1
-        return StageProgram(self.graph, self.group, key, slot, self.receives, self.sends, first_block=self._first_block)
+        with self.group.lock:  # the group's memory may grow, and its other stages have threads of their own
+            return StageProgram(
+                self.graph, self.group, key, slot, self.receives, self.sends, first_block=self._first_block
+            )
 
     @property
     def programs(self) -> tuple[ParallelProgram, ...]:
