@@ -75,9 +75,11 @@ def test_several_sequences_on_the_cpu_fit_the_plan(tmp_path, rng, n_batch, n_voc
         (batcher,) = model.batchers
         runner, numbers = batcher.runner, set()
 
-        def run(batch, compute=runner.run):
+        compute = runner.run
+
+        def run(batch, meanwhile=None):
             numbers.add(0 if batch.query_ids is None else len(batch.query_ids))
-            return compute(batch)
+            return compute(batch, meanwhile)
 
         runner.run = run
         requests = [Request([1 + i] * (4 * i + 1), Sampler(), 20, frozenset()) for i in range(8)]
