@@ -206,9 +206,9 @@ class Sampler:
         changes = params.logits_processors or self._bias or self._grammar or self._repeats or self._counts
         self._only_chooses = not changes and params.logprobs is None
         self.needs_best = not changes and params.temperature == 0
-        """True if it needs :attr:`LogitsFacts.best`."""
+        """True if it needs ``LogitsFacts.best``."""
         self.needs_log_sum = params.logprobs is not None
-        """True if it needs :attr:`LogitsFacts.log_sum`."""
+        """True if it needs ``LogitsFacts.log_sum``."""
 
     @property
     def complete(self) -> bool:
