@@ -74,8 +74,9 @@ class DeviceThread(Closing):
         self._changed = Condition()
         self._running: deque[_Work] = deque()
         self._backend = group.backends[0]
-        events = [c.ggml_backend_event_new(self._backend.device.ptr) for _ in range(_SUBMITTED)]
-        self._events = deque(event for event in events if event and len(group.backends) == 1)  # those not in use
+        n = _SUBMITTED if len(group.backends) == 1 else 0
+        events = [c.ggml_backend_event_new(self._backend.device.ptr) for _ in range(n)]
+        self._events = deque(event for event in events if event)  # those not in use
 
     def submit(self, work: _Work) -> None:
         """Compute ``work`` when it is the first in order of what is ready."""
