@@ -5,7 +5,10 @@ batch waits for the one before, only later. So the tests watch the calls of stag
 """
 
 import threading
+from concurrent.futures import Future
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from ggml_cffi.core.op_sets import VIEWS
 from ggml_cffi.models.runners import even_stages, link, pipeline
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.stage import Stage
+from ggml_cffi.models.runners.stage_queue import DeviceThread, _Work
 from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.executors import polling, record_ahead
 from ggml_cffi.parallel.program import ParallelProgram
@@ -209,3 +213,60 @@ def test_the_caller_of_several_stages_works_once(two_gpus, path, monkeypatch, wa
         got = runner.run(batch([3, 4], 0), lambda: seen.append("work"))
         assert seen == ["work"]
         np.testing.assert_array_equal(got, want)
+
+
+class Devices:
+    """A group of one device with events, and the calls that it gets."""
+
+    def __init__(self, monkeypatch, n=1):
+        self.calls = []
+        self.executor = SimpleNamespace(
+            locks=nullcontext(), finish=lambda: self.calls.append("finish"), backends=self.backends(n)
+        )
+        for name in ("new", "record", "synchronize", "free"):
+            found = ggml.c.ffi.cast("ggml_backend_event_t", 1) if name == "new" else None
+            note = lambda *args, name=name, found=found: (self.calls.append(name), found)[1]  # noqa: E731
+            monkeypatch.setattr(ggml.c, f"ggml_backend_event_{name}", note)
+        self.backends = self.executor.backends
+
+    def backends(self, n):
+        device = SimpleNamespace(ptr=ggml.c.NULL)
+        return [SimpleNamespace(ptr=ggml.c.NULL, device=device, closed=False) for _ in range(n)]
+
+
+def work(i, result=b"done", *, copied=False, seconds=0.0):
+    """Return the work of a batch with the result ``result``."""
+    program = SimpleNamespace(submit=lambda: None, result=lambda: result)
+    return _Work((i,), SimpleNamespace(program=program, seconds=seconds), Future(), copied)
+
+
+def test_work_that_comes_when_the_thread_has_ended_leaves_none_behind(monkeypatch):
+    devices = Devices(monkeypatch)
+    thread = DeviceThread(devices)
+    first, late = work(0, seconds=2.0), work(1)
+    thread.submit(first)
+    thread._thread.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="cannot schedule new futures"):
+        thread.submit(late)
+    assert first.result.result(timeout=PATIENCE) == b"done"
+    thread.close()
+    assert devices.calls == ["new", "new", "record", "synchronize", "finish", "free", "free"]
+
+
+def test_a_result_without_memory_for_a_copy_is_an_error(monkeypatch):
+    class Large:
+        def copy(self):
+            raise MemoryError
+
+    with DeviceThread(Devices(monkeypatch)) as thread:
+        failing, following = work(0, Large(), copied=True), work(1)
+        for each in (failing, following):
+            thread.submit(each)
+        assert isinstance(failing.result.exception(timeout=PATIENCE), MemoryError)
+        assert following.result.result(timeout=PATIENCE) == b"done"
+
+
+def test_several_devices_have_no_events_of_a_queue(monkeypatch):
+    devices = Devices(monkeypatch, 2)
+    DeviceThread(devices).close()
+    assert devices.calls == ["finish"]

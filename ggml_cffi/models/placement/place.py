@@ -112,12 +112,13 @@ def place_layers(
             orders = [layer_devices]
             if split == "pipeline" and len(backends) - 1 not in layer_devices:
                 orders.insert(0, interleave(layer_devices))
-            for layer_devices in orders:  # the second is for a scheduler, which has one batch at a time
+            # The second order takes less memory, and is for a scheduler too, which has one batch at a time.
+            for layer_devices in orders:
                 stages = stages_of(layer_devices)
                 plans, pipeline = measure(architecture, backends, options, stages, op_offload=op_offload)
-                if pipeline:
+                over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
+                if pipeline and not over:
                     break
-            over = [i for i, plan in enumerate(plans[:-1]) if not plan.fits]
             full = [i for i in over if plans[i].layers and not strict]
             if full:
                 for i in full:  # at least one layer fewer, until none is left

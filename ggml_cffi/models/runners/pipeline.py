@@ -125,7 +125,7 @@ class PipelineRunner(Runner):
             stages = [StageSpec(range(architecture.n_layers), tuple(gpus))]
         check_stages(stages, architecture.n_layers, backends)
         self.architecture, self.n_batch, self.n_slots = architecture, n_batch, kv_slots_for(n_ctx)
-        self._closed, self.abort_lock = False, RLock()
+        self._closed, self._in_flight, self.abort_lock = False, False, RLock()
         self._scheduler: Scheduler | None = None
         self.stages: list[Stage] = []
         """The stages in order."""
@@ -197,6 +197,7 @@ class PipelineRunner(Runner):
 
     def run(self, batch: Batch, meanwhile: Callable[[], object] | None = None) -> Logits:
         self.check_open()
+        self._finish_queues()  # if a caller of run_all is not done, or was interrupted twice
         if len(self.stages) == 1:
             return self.stages[0].run(batch, meanwhile=meanwhile)
         programs = [stage.program(batch).program for stage in self.stages]  # now: building a graph takes locks
@@ -251,6 +252,7 @@ class PipelineRunner(Runner):
             yield from map(self.run, batches)
             return
         self.check_open()
+        self._finish_queues()
         in_flight: deque[tuple[Future[Hidden], int]] = deque()
         try:
             for i, batch in enumerate(batches):
@@ -262,11 +264,19 @@ class PipelineRunner(Runner):
                 future, n_out = in_flight.popleft()
                 yield future.result()[:n_out]
         finally:
-            for queue in self._queues:  # the caller may use the KV slots for others next
+            self._finish_queues()  # the caller may use the KV slots for others next
+
+    def _finish_queues(self) -> None:
+        """Wait for all batches in flight, if there are any."""
+        if self._in_flight:
+            for queue in self._queues:
                 queue.finish()
+            self._in_flight = False
 
     def _start(self, batch: Batch, i: int) -> Future[Hidden]:
         """Queue batch ``i`` at every stage. A stage computes the batch once the previous stage has."""
+        self.check_open()
+        self._in_flight = True  # from now on, until all queues are finished
         slot = i % self._n_slots
         x: Future[Hidden] | None = None
         before: StageQueue | None = None

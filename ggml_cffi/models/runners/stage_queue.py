@@ -81,9 +81,9 @@ class DeviceThread(Closing):
     def submit(self, work: _Work) -> None:
         """Compute ``work`` when it is the first in order of what is ready."""
         with self._changed:
+            self._thread.submit(self._next)  # first: it raises if the thread has ended, and then nothing is ready
             heappush(self._ready, work)
             self._changed.notify()
-        self._thread.submit(self._next)
 
     def _next(self) -> None:
         """Begin the first of what is ready, and end earlier work until there is more to begin."""
@@ -127,18 +127,22 @@ class DeviceThread(Closing):
             for other in self._running:
                 other.begun = now
             found: Hidden = work.program.program.result()
+            if work.copied:
+                found = found.copy()
         except BaseException as error:
             work.result.set_exception(error)
         else:
-            work.result.set_result(found.copy() if work.copied else found)
+            work.result.set_result(found)
 
     def finish(self) -> None:
         """Wait for all work that was submitted."""
         self._thread.submit(self._executor.finish).result()
 
     def close(self) -> None:
-        """End the thread, and free the events."""
+        """Wait for the devices, end the thread, and free the events."""
         self._thread.shutdown()
+        if not any(backend.closed for backend in self._executor.backends):
+            self._executor.finish()  # a backend may keep pointers to the nodes of programs until it has waited for all
         events, self._events = self._events, deque()
         for event in events:
             c.ggml_backend_event_free(event)
@@ -207,6 +211,7 @@ class StageQueue(Closing):
             self._thread.submit(_Work(order, program, result, copied))
         except BaseException as error:
             result.set_exception(error)
+            _wait(x)  # before this method ends: it has the memory of the slot of the previous stage
             raise
         return program
 

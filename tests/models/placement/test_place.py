@@ -11,6 +11,8 @@ from ggml_cffi import models
 from ggml_cffi.models.placement import RESERVE, LoadOptions, calibration, split_layers
 from ggml_cffi.models.placement.options import parse_reserve
 from ggml_cffi.models.placement.place import main_dtype, proportions_of
+from ggml_cffi.models.runners import link
+from tests.support import llama_float64
 from tests.support.memory import GIB, memory
 
 
@@ -135,6 +137,28 @@ def test_layers_that_fit_no_gpu_go_to_the_cpu(two_gpus, path, monkeypatch):
     plan = models.plan(path, [two_gpus[1]], n_batch=16)
     assert plan.proposals[-1] == f"devices={[*reversed(two_gpus)]}"
     assert not models.plan(path, two_gpus[::-1], n_batch=16).devices[-1].layers
+
+
+def test_devices_take_no_turns_if_only_these_lack_memory(two_gpus, tmp_path, rng, monkeypatch):
+    """With turns there are more links, and more slots in each."""
+    monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    path = llama_float64.random_model(tmp_path / "model.gguf", rng, n_layers=16)
+    options = {"n_batch": 512, "n_ctx": 512, "balance": [1, 1], "reserve": 0}
+    needed = {}
+    for split in ("layer", "pipeline"):
+        needed[split] = max(share.total for share in models.plan(path, two_gpus, split, **options).devices[:2])
+    assert needed["layer"] < needed["pipeline"]
+    del options["balance"]
+    for split, turns in (("pipeline", 2), ("layer", 1)):
+        memory(monkeypatch, Vulkan0=needed[split], Vulkan1=needed[split])
+        plan = models.plan(path, two_gpus, "pipeline", **options)
+        assert plan.fits
+        assert [len(stages_of(share.layers)) for share in plan.devices] == [turns, turns, 0]
+
+
+def stages_of(layers):
+    """Return the first layer of each stage of a device."""
+    return [i for i in layers if i - 1 not in layers]
 
 
 def test_gpus_without_any_room_take_no_part(two_gpus, path, monkeypatch):

@@ -1,8 +1,8 @@
 """Stages of several devices, which share every layer: against float64, and combined with pipeline stages."""
 
 import time
-from contextlib import ExitStack, contextmanager
-from threading import Event
+from contextlib import ExitStack, closing, contextmanager
+from threading import Event, get_ident
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from ggml_cffi.models.architectures.gemma3 import Gemma3
 from ggml_cffi.models.architectures.llama import Llama
 from ggml_cffi.models.architectures.qwen3 import Qwen3
 from ggml_cffi.models.runners import Batch, PipelineRunner, StageSpec, even_stages, link, pipeline
+from ggml_cffi.parallel.program import ParallelProgram
 from tests.support import llama_float64, need, relative_error, run_python
 from tests.support.llama_float64 import HEAD, Reference, random_model
 
@@ -255,8 +256,8 @@ def test_linked_devices_wait_for_one_another_without_the_host(on_the_cpu, monkey
         assert relative_error(np.concatenate([run(model, ids[1:2], 1), run(model, ids[2:], 2)]), want[1:]) < 2e-3
         model.run(batch(ids[2:], 2), lambda: calls.append(("work", ())))
         first, second = (stage.group.backends[0].ptr for stage in model.stages)
+        noted = [name for name, _ in calls]
     names = ["graph_compute_async", "event_record", "event_wait", "graph_compute_async", "synchronize", "synchronize"]
-    noted = [name for name, _ in calls if name != "event_free"]
     assert noted == [*names * 2, *names[:4], "work", *names[4:]]
     assert calls[1][1][1] == calls[0][1][0] == first
     assert calls[2][1][0] == calls[3][1][0] == second
@@ -285,6 +286,85 @@ def test_all_stages_are_done_after_a_failure_at_the_last_one(on_the_cpu, monkeyp
         with pytest.raises(ValueError, match="no"):
             list(model.run_all([batch([1, 2, 3], 0)]))
         assert done == [True]
+
+
+def test_inputs_stay_until_a_batch_is_computed_that_fails_at_the_next_stage(on_the_cpu, monkeypatch, tmp_path, rng):
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng)
+    with opened(path, ["CPU"] * 2, stages=even_stages(3, [(0,), (1,)])) as model:
+        first, last = model.stages
+        write, compute, begun, calls = first.write, ParallelProgram.compute, Event(), []
+
+        def note_write(*args):
+            calls.append("write")
+            if len(calls) == 2:
+                begun.set()
+            return write(*args)
+
+        def compute_late(self, *args):
+            if self.executor is first.group.executor:
+                begun.wait()
+                time.sleep(0.2)
+                calls.append("compute")
+            compute(self, *args)
+
+        def fail(*args):
+            raise ValueError("no")
+
+        monkeypatch.setattr(first, "write", note_write)
+        monkeypatch.setattr(last, "write", fail)
+        monkeypatch.setattr(ParallelProgram, "compute", compute_late)
+        with pytest.raises(ValueError, match="no"):
+            list(model.run_all([batch([1, 2, 3], 3 * i) for i in range(3)]))
+        assert calls[:3] == ["write", "write", "compute"]  # the third batch has the memory of the first
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_run_between_batches_in_flight_waits_for_them(on_the_cpu, monkeypatch, tmp_path, rng, linked):
+    if linked:
+        monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, n_layers=4)
+    ids = rng.integers(0, 50, 56)
+    want = Reference(path).forward(ids)
+    compute, running = ParallelProgram.compute, []
+
+    def compute_late(self, *args):
+        entry = self, get_ident()  # a first run calls this function again
+        assert not any(own is self and thread != entry[1] for own, thread in running), "it runs twice at the same time"
+        running.append(entry)
+        time.sleep(0.02)
+        compute(self, *args)
+        running.remove(entry)
+
+    monkeypatch.setattr(ParallelProgram, "compute", compute_late)
+    with opened(path, ["CPU"] * 2, stages=even_stages(4, [(0,), (1,)] * 2), n_batch=7) as model:
+        batches = [batch(ids[i : i + 7], i, 7) for i in range(0, 56, 7)]
+        with closing(model.run_all(batches)) as results:
+            got = [next(results).copy()]
+            again = run(model, ids[:7], 0, 7)
+            assert not running
+            with closing(model.run_all(batches[:2])) as others:
+                others_got = next(others).copy()
+            got += [logits.copy() for logits in results]
+    assert relative_error(np.concatenate(got), want) < 2e-3
+    assert relative_error(again, want[:7]) < 2e-3
+    assert relative_error(others_got, want[:7]) < 2e-3
+
+
+@pytest.mark.parametrize("n_stages", [2, 4])
+def test_closing_a_model_ends_its_batches_in_flight(on_the_cpu, monkeypatch, tmp_path, rng, n_stages):
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+    path = tmp_path / "model.gguf"
+    random_model(path, rng, n_layers=4)
+    with opened(path, ["CPU"] * 2, stages=even_stages(4, [(0,), (1,)] * (n_stages // 2)), n_batch=7) as model:
+        results = model.run_all(batch([1, 2, 3], 3 * i) for i in range(20))
+        next(results)
+        model.close()
+        with pytest.raises(ggml.ClosedError):
+            next(results)
 
 
 CODE = """
