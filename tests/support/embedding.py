@@ -9,7 +9,8 @@ from ggml_cffi import models
 from ggml_cffi.models.architectures.bert import Bert
 from ggml_cffi.models.placement.place import split_layers
 from ggml_cffi.models.runners.embedding import Embedder
-from ggml_cffi.models.runners.weights import Weights, stages_of
+from ggml_cffi.models.runners.stage_spec import stages_of
+from ggml_cffi.models.runners.weights import Weights
 
 #: Lengths of texts for GPUs, 29 tokens in all: for more than 32, software devices compile other shaders for minutes.
 FEW = (9, 1, 4, 15)

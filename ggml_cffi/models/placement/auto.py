@@ -23,7 +23,8 @@ from ggml_cffi.models.placement.place import layer_bytes, main_dtype
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.runners.base import Batch, Runner, n_kv_for
 from ggml_cffi.models.runners.pipeline import PipelineRunner
-from ggml_cffi.models.runners.weights import StageSpec, interleave, layer_of, stages_of
+from ggml_cffi.models.runners.stage_spec import StageSpec, interleave, stages_of
+from ggml_cffi.models.runners.weights import layer_of
 
 _FEW, _MORE = 1, 3  # least numbers of layers on a device to time: the difference gives the time of a layer
 _MOST_BYTES = 24 << 30  # of layers that are timed

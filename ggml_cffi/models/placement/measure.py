@@ -25,7 +25,8 @@ from ggml_cffi.models.runners.link import is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import can_attend_to_ranges, kv_length, largest_graphs, logits_graph
 from ggml_cffi.models.runners.stage import StageGraph
-from ggml_cffi.models.runners.weights import StageSpec, Weights, layer_of
+from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.weights import Weights, layer_of
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler

@@ -22,7 +22,8 @@ from ggml_cffi.models.placement.measure import measure
 from ggml_cffi.models.placement.options import Balance, LoadOptions, SplitMode
 from ggml_cffi.models.placement.placement import Placement
 from ggml_cffi.models.runners.base import kv_slots_for
-from ggml_cffi.models.runners.weights import StageSpec, interleave, layer_of, stages_of
+from ggml_cffi.models.runners.stage_spec import StageSpec, interleave, stages_of
+from ggml_cffi.models.runners.weights import layer_of
 from ggml_cffi.parallel.tensor_parallel import check_devices
 
 _STEPS = 60  # of a binary search: each halves an interval of floats

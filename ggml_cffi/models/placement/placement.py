@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ggml_cffi.core import text
 from ggml_cffi.models.placement.options import SplitMode
-from ggml_cffi.models.runners.weights import DevicePlacement, StageSpec
+from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.weights import DevicePlacement
 
 
 @dataclass(frozen=True)

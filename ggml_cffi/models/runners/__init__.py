@@ -9,7 +9,8 @@ from ggml_cffi.models.runners.base import Batch, Runner
 from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.pipeline import PipelineRunner
 from ggml_cffi.models.runners.scheduled import ScheduledRunner
-from ggml_cffi.models.runners.weights import DevicePlacement, StageSpec, Weights, even_stages
+from ggml_cffi.models.runners.stage_spec import StageSpec, even_stages
+from ggml_cffi.models.runners.weights import DevicePlacement, Weights
 
 __all__ = [
     "Batch",

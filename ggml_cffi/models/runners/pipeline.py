@@ -29,7 +29,8 @@ from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
 from ggml_cffi.models.runners.link import Link, is_linked, link_bytes, n_slots_for
 from ggml_cffi.models.runners.stage import Stage, StageGraph
 from ggml_cffi.models.runners.stage_queue import Hidden, StageQueue, queues_of
-from ggml_cffi.models.runners.weights import StageSpec, Weights
+from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.rank import DIRECT
 from ggml_cffi.parallel.tensor_parallel import check_devices

@@ -27,7 +27,8 @@ from ggml_cffi.models.runners.base import MAX_SEQUENCES, RANGE_STEP, Batch, Logi
 from ggml_cffi.models.runners.buckets import Key, bucket, cpu_bucket, output_bucket
 from ggml_cffi.models.runners.inputs import GraphInputs, InputMemory, input_memory
 from ggml_cffi.models.runners.kv_length import KVLength
-from ggml_cffi.models.runners.weights import Weights, stages_of
+from ggml_cffi.models.runners.stage_spec import stages_of
+from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.scheduler.graph import Graph
 from ggml_cffi.scheduler.scheduler import Scheduler
 

@@ -19,7 +19,8 @@ from ggml_cffi.models.runners.base import Batch
 from ggml_cffi.models.runners.buckets import Key, bucket, fill, output_bucket, shortened
 from ggml_cffi.models.runners.kv_length import KVLength
 from ggml_cffi.models.runners.link import Link
-from ggml_cffi.models.runners.weights import StageSpec, Weights
+from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.program import ParallelProgram
 from ggml_cffi.parallel.rank import AllGather, Rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, product, takewhile
+from itertools import product, takewhile
 
 import numpy as np
 
@@ -25,10 +25,8 @@ from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
 from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, can_repack
+from ggml_cffi.models.runners.stage_spec import StageSpec
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
-
-_MOST_TURNS = 4  # each takes a token through all devices: more of them make decoding slower
-_LAYERS_PER_TURN = 4
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
 
@@ -37,15 +35,6 @@ _REPACKED = frozenset({Type.Q4_0, Type.IQ4_NL})
 
 #: Weights that every layer reads: each device with layers has a copy.
 _OF_ALL_LAYERS = frozenset({"rope_freqs.weight"})
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Neighbouring layers, and the devices that compute them."""
-
-    layers: range
-    devices: tuple[int, ...]
-    """Numbers of backends. If there are several, each has a shard of every layer."""
 
 
 @dataclass
@@ -65,50 +54,6 @@ class DevicePlacement:
     """Part of ``weight_bytes`` that is mapped from the file: the system can drop these pages and read them again."""
     has_output: bool = False
     has_embeddings: bool = False
-
-
-def stages_of(layer_devices: Sequence[int]) -> tuple[StageSpec, ...]:
-    """Return stages of one device each, from the device of each layer."""
-    found, start = [], 0
-    for device, layers in groupby(layer_devices):
-        n = len(list(layers))
-        found.append(StageSpec(range(start, start + n), (device,)))
-        start += n
-    return tuple(found)
-
-
-def interleave(layer_devices: Sequence[int]) -> list[int]:
-    """Return the device of each layer so that each device has layers at several places, in turns with the others.
-
-    Each device keeps its number of layers. There are as many turns as devices, up to 4, as long as each device has at
-    least 4 layers in a turn. With batches in flight, a device waits at the beginning and at the end of a prompt for as
-    long as the others take for the layers of one turn.
-
-    >>> interleave([0] * 8 + [1] * 9)
-    [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1]
-    """
-    counts = {device: len(list(layers)) for device, layers in groupby(layer_devices)}
-    if sum(counts.values()) != len(layer_devices):
-        return [*layer_devices]  # they take turns already
-    turns = min(len(counts), _MOST_TURNS, min(counts.values()) // _LAYERS_PER_TURN) or 1
-    return [
-        device
-        for turn in range(turns)
-        for device, n in counts.items()
-        for _ in range(n * turn // turns, n * (turn + 1) // turns)
-    ]
-
-
-def even_stages(n_layers: int, devices: Sequence[Sequence[int]]) -> tuple[StageSpec, ...]:
-    """Return a stage of about equally many layers for each element of ``devices``.
-
-    >>> even_stages(32, [(0, 1), (2, 3)])
-    (StageSpec(layers=range(0, 16), devices=(0, 1)), StageSpec(layers=range(16, 32), devices=(2, 3)))
-    """
-    n = len(devices)
-    return tuple(
-        StageSpec(range(n_layers * i // n, n_layers * (i + 1) // n), tuple(own)) for i, own in enumerate(devices)
-    )
 
 
 def layer_of(name: str) -> int | None:

@@ -5,7 +5,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.models.runners.weights import interleave
+from ggml_cffi.models.runners.stage_spec import interleave
 from ggml_cffi.parallel.program import ParallelProgram
 from tests.models.runners.test_shards import batch, opened, run
 from tests.support import llama_float64, relative_error
