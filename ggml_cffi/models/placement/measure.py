@@ -21,11 +21,11 @@ from ggml_cffi.models.placement.workspace import workspace_bytes
 from ggml_cffi.models.runners.base import kv_slots_for
 from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
-from ggml_cffi.models.runners.link import is_linked, link_bytes, n_slots_for
+from ggml_cffi.models.runners.link import is_linked, link_bytes
 from ggml_cffi.models.runners.pipeline import can_pipeline
 from ggml_cffi.models.runners.scheduled import can_attend_to_ranges, kv_length, largest_graphs, logits_graph
 from ggml_cffi.models.runners.stage import StageGraph
-from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.stage_spec import StageSpec, n_slots_for
 from ggml_cffi.models.runners.weights import Weights, layer_of
 from ggml_cffi.parallel.rank import AllGather, Rank
 from ggml_cffi.scheduler.graph import Graph
@@ -116,7 +116,7 @@ def _measure_stages(weights: Weights, key: Key) -> None:
     """Count the intermediate tensors of a pipeline runner."""
     used = [[weights.backends[i] for i in stage.devices] for stage in weights.stages]
     links = [is_linked(before, after) for before, after in pairwise(used)]  # after each stage but the last
-    n_slots = n_slots_for(len(weights.stages), len({stage.devices for stage in weights.stages}))
+    n_slots = n_slots_for(weights.stages)
     arenas: Counter[int] = Counter()  # the stages of a device share its largest
     blocks: Counter[int] = Counter()  # of host memory; later ones are no smaller
     for k, stage in enumerate(weights.stages):

@@ -14,15 +14,6 @@ from ggml_cffi.core.unified import are_peers
 from ggml_cffi.enums import Type
 
 
-def n_slots_for(n_stages: int, n_groups: int) -> int:
-    """Return the number of batches for which each stage has memory for inputs and results: slots.
-
-    A stage reads one while the previous stage writes another. Where the devices, or groups of them, have several stages
-    each, more batches pass one stage before the device computes its next one.
-    """
-    return 4 if n_stages > n_groups else 2
-
-
 class Link(Closing):
     """Memory for the results of one stage, on the device of the next stage.
 

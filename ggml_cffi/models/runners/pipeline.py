@@ -26,10 +26,10 @@ from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
 from ggml_cffi.models.runners.base import Batch, Logits, Runner, kv_slots_for
-from ggml_cffi.models.runners.link import Link, is_linked, link_bytes, n_slots_for
+from ggml_cffi.models.runners.link import Link, is_linked, link_bytes
 from ggml_cffi.models.runners.stage import Stage, StageGraph
 from ggml_cffi.models.runners.stage_queue import Hidden, StageQueue, queues_of
-from ggml_cffi.models.runners.stage_spec import StageSpec
+from ggml_cffi.models.runners.stage_spec import StageSpec, n_slots_for
 from ggml_cffi.models.runners.weights import Weights
 from ggml_cffi.parallel.group import Group
 from ggml_cffi.parallel.rank import DIRECT
@@ -131,7 +131,7 @@ class PipelineRunner(Runner):
         self.stages: list[Stage] = []
         """The stages in order."""
         self._groups: dict[tuple[int, ...], Group] = {}  # by the numbers of its backends
-        self._n_slots = n_slots_for(len(stages), len({spec.devices for spec in stages}))
+        self._n_slots = n_slots_for(stages)
         self._queues: list[StageQueue] = []
         self.weights = Weights(
             architecture, backends, self.n_slots, kv_dtype, stages, progress, whole_attention=whole_attention
@@ -146,10 +146,8 @@ class PipelineRunner(Runner):
                 self._groups[devices] = Group([backends[i] for i in devices], half_above=half_above, threads=threads)
             for spec, after in zip_longest(stages, stages[1:]):
                 self._add_stage(spec, after)
-            # With one stage of several devices, the host works between the steps of a batch: no time for the next.
-            alone = len(stages) == 1 and len(stages[0].devices) == 1
-            on_gpu = not backends[stages[0].devices[0]].device.is_cpu
-            if (alone and on_gpu) or (in_flight and len(stages) > 1):
+            self._count_bytes()
+            if self._can_queue(in_flight=in_flight):
                 self.n_in_flight, self.n_queued_batches = len(self._groups), _QUEUED
                 self._queues = queues_of(self.stages)
             if self.weights.is_whole and backends[-1].device.is_cpu:
@@ -171,7 +169,16 @@ class PipelineRunner(Runner):
             sends = Link(own[0], following[0], link_bytes(self.n_batch, n_embd), self._n_slots, is_exact=is_exact)
         self.stages.append(Stage(graph, group, receives, sends, number=number, n_slots=self._n_slots))
         self.stages[-1].reserve(self.n_batch, self.n_slots)
-        self._count_bytes()
+
+    def _can_queue(self, *, in_flight: bool) -> bool:
+        """Return whether the next batches are queued while devices compute one.
+
+        With one stage of several devices, the host works between the steps of a batch: it has no time for the next.
+        """
+        if len(self.stages) > 1:
+            return in_flight
+        backends = self.stages[0].group.backends
+        return len(backends) == 1 and not backends[0].device.is_cpu
 
     def _count_bytes(self) -> None:
         """Note the bytes of intermediate tensors and inputs on each device."""

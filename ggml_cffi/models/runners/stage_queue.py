@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from heapq import heappop, heappush
 from math import inf
 from threading import Condition
@@ -187,9 +186,8 @@ class StageQueue(Closing):
 
         result: Future[Hidden] = Future()
         slot, order = i % self.stage.n_slots, (i // self._in_turn, self._number, i)
-        return self._writer.submit(
-            partial(self._write, batch, slot, x, self.read[slot], self.computed_after[slot]), order, result, copied
-        ), result
+        read, link_is_free = self.read[slot], self.computed_after[slot]
+        return self._writer.submit(self._write, batch, slot, x, read, link_is_free, order, result, copied), result
 
     def _write(
         self,

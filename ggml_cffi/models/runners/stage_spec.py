@@ -61,3 +61,12 @@ def even_stages(n_layers: int, devices: Sequence[Sequence[int]]) -> tuple[StageS
     return tuple(
         StageSpec(range(n_layers * i // n, n_layers * (i + 1) // n), tuple(own)) for i, own in enumerate(devices)
     )
+
+
+def n_slots_for(stages: Sequence[StageSpec]) -> int:
+    """Return the number of batches for which each stage has memory for inputs and results: slots.
+
+    A stage reads one while the previous stage writes another. Where devices have several stages, more batches pass one
+    stage before the device computes its next one.
+    """
+    return 4 if len(stages) > len({stage.devices for stage in stages}) else 2

@@ -84,6 +84,14 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(pipeline, "check_devices", lambda devices: None)
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "linked"])
+def stages_on_the_cpu(request, on_the_cpu, monkeypatch):
+    """Allow several stages on the CPU, apart and as if they were peers."""
+    if request.param:
+        monkeypatch.setattr(link, "are_peers", lambda devices: True)
+    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+
+
 @pytest.mark.parametrize(
     ("n", "kind", "changes", "heads"),
     [
@@ -215,12 +223,8 @@ def test_peers_hand_results_over_in_their_own_memory(on_the_cpu, monkeypatch, tm
             assert relative_error(np.concatenate(got), want) < 2e-3
 
 
-@pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("n_devices", [2, 3])
-def test_devices_take_turns(on_the_cpu, monkeypatch, tmp_path, rng, linked, n_devices):
-    if linked:
-        monkeypatch.setattr(link, "are_peers", lambda devices: True)
-    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+def test_devices_take_turns(stages_on_the_cpu, tmp_path, rng, n_devices):
     path = tmp_path / "model.gguf"
     random_model(path, rng, n_layers=7)
     ids = rng.integers(0, 50, 63)
@@ -320,11 +324,7 @@ def test_inputs_stay_until_a_batch_is_computed_that_fails_at_the_next_stage(on_t
         assert calls[:3] == ["write", "write", "compute"]  # the third batch has the memory of the first
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_run_between_batches_in_flight_waits_for_them(on_the_cpu, monkeypatch, tmp_path, rng, linked):
-    if linked:
-        monkeypatch.setattr(link, "are_peers", lambda devices: True)
-    monkeypatch.setattr(pipeline, "Scheduler", lambda backends: None)  # it takes the CPU only once
+def test_a_run_between_batches_in_flight_waits_for_them(stages_on_the_cpu, monkeypatch, tmp_path, rng):
     path = tmp_path / "model.gguf"
     random_model(path, rng, n_layers=4)
     ids = rng.integers(0, 50, 56)
