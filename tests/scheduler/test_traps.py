@@ -173,8 +173,9 @@ def reset_with_weights():
 def out_of_memory():
     """An allocation ignores the failure of the reservation inside it."""
     p = Plain(gpus=())
-    a, b = p.tensor(1, 1 << 22), p.tensor(1, 1 << 22)
-    g = p.graph(c.ggml_sum_rows(p.ctx, p.product(a, b)))  # an intermediate of 64 TiB
+    a, b = p.tensor(1, 1 << 23), p.tensor(1, 1 << 23)
+    # An intermediate of 256 TiB: more than a process can address, also where the system promises more than it has.
+    g = p.graph(c.ggml_sum_rows(p.ctx, p.product(a, b)))
     return c.ggml_backend_sched_alloc_graph(p.sched, g)
 
 

@@ -8,7 +8,7 @@ from ggml_cffi.models import Sampler, Timings
 from ggml_cffi.models.generation import Request, generate_many
 from ggml_cffi.models.generation.kv_ranges import NeighborSlots
 from ggml_cffi.models.generation.kv_slots import KVRanges
-from tests.support import llama_float64, relative_error
+from tests.support import llama_float64, need, relative_error
 from tests.support.generation import batcher_of, generate_alone, random_prompts
 
 
@@ -171,7 +171,7 @@ def test_a_gpu_computes_large_batches_of_layers_on_the_cpu(tmp_path, rng):
     prompts = random_prompts(rng, [9] * 33)
     recorders = [Recorder() for _ in prompts]
     requests = [Request(ids, recorder, 3, frozenset()) for ids, recorder in zip(prompts, recorders, strict=True)]
-    with models.load(path, ["Vulkan0", "CPU"], n_ctx=64, kv_slots=40 * 64, balance=[0, 1]) as model:
+    with models.load(path, [*need(("Vulkan0",)), "CPU"], n_ctx=64, kv_slots=40 * 64, balance=[0, 1]) as model:
         for _ in generate_many(batcher_of(model), enumerate(requests), len(prompts), Timings()):
             pass
     reference = llama_float64.Reference(path)
