@@ -467,8 +467,6 @@ collect() { # build tree, destination
         case $name in
             # A plug-in build compiles the base too; only the copy of the core part is shipped.
             libggml.* | libggml-base.*) [[ $(basename "$2") == core-* ]] || continue ;;
-            # The variant with AMX; see no_amx below. The variant zen4 has everything else.
-            *-sapphirerapids.*) continue ;;
         esac
         case $name in
             libggml.so | libggml-base.so | libggml-cpu.so) name=$name.0 ;;
@@ -519,11 +517,7 @@ build_folder() {
     rm -rf "$out.tmp"; mkdir -p "$out.tmp"
     if [ $mode = native ]; then
         cpu_id=$("$CC" -march=native -Q --help=target 2>/dev/null | digest)
-        native=(-DGGML_NATIVE=ON)
-        # ggml 0.25.3's code for AMX ends the process with a general protection fault.
-        no_amx="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-        if "$CC" $no_amx -fsyntax-only -x c /dev/null 2>/dev/null; then native+=("-DCMAKE_C_FLAGS=$no_amx" "-DCMAKE_CXX_FLAGS=$no_amx"); fi
-        build_part core "native without AMX $cpu_id" ggml ggml-base ggml-cpu -- "${native[@]}"
+        build_part core "native $cpu_id" ggml ggml-base ggml-cpu -- -DGGML_NATIVE=ON
         plugin_id="plug-in"
     else
         portable_id="portable $arch $glibc $zig_link"

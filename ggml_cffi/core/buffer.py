@@ -61,6 +61,13 @@ class BufferType:
         """True if the processor can read the memory in place."""
         return bool(c.ggml_backend_buft_is_host(self.ptr))
 
+    def alloc_size(self, tensor: Any) -> int:
+        """Return the bytes that a tensor takes in this memory, which may be more than its elements take.
+
+        C: ``ggml_backend_buft_get_alloc_size``.
+        """
+        return c.ggml_backend_buft_get_alloc_size(self.ptr, tensor.ptr)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BufferType) and bool(self.ptr == other.ptr)
 

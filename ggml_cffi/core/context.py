@@ -442,7 +442,7 @@ def pack(tensors: Iterable[Tensor], kind: BufferType) -> list[tuple[list[tuple[T
     group: list[tuple[Tensor, int]] = []
     used, limit, alignment = 0, kind.max_size, kind.alignment
     for t in tensors:
-        size = -(-c.ggml_backend_buft_get_alloc_size(kind.ptr, t.ptr) // alignment) * alignment
+        size = -(-kind.alloc_size(t) // alignment) * alignment
         if group and used + size > limit:
             groups.append((group, used))
             group, used = [], 0

@@ -100,10 +100,10 @@ def load(
         Tokens for which the KV cache has room, of all sequences together; default ``n_ctx``. More of them keep several
         long sequences in the cache at once.
     repack
-        True to arrange weights of the CPU for its fastest kernels, if their type is Q4_0 or IQ4_NL and the processor
-        has them. Loading then reads and copies these weights, which otherwise are pages of the file that the system
-        reads when they are needed, shares among processes, and can drop. Default: if there are no GPUs, and all weights
-        take at most half of the free memory.
+        True to arrange weights of the CPU for its fastest kernels, where it has them: for Q4_0 and IQ4_NL, and with AMX
+        also for Q4_1, Q8_0, Q4_K, Q5_K and IQ4_XS. Loading then reads and copies these weights, which otherwise
+        are pages of the file that the system reads when they are needed, shares among processes, and can drop. Default:
+        if there are no GPUs, and all weights take at most half of the free memory.
 
     Raises
     ------

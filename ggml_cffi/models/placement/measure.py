@@ -10,7 +10,7 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
 from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import type_size
-from ggml_cffi.core.repack import repacked_memory
+from ggml_cffi.core.repack import repacked_memories
 from ggml_cffi.core.transfer import shares_host_memory, whole_pages
 from ggml_cffi.enums import Type
 from ggml_cffi.models.architectures.base import Architecture
@@ -169,7 +169,8 @@ def _count_offloaded(weights: Weights, n_batch: int) -> None:
     """
     first, cpu = weights.placement[0], weights.placement[-1]
     factors = [t for name, t in weights.by_device[-1].items() if t.ndim > 1 and layer_of(name) is not None]
-    copied = [t.nbytes for t in factors if t.buffer_type != repacked_memory()]
+    repacked = repacked_memories().values()
+    copied = [t.nbytes for t in factors if t.buffer_type not in repacked]
     row = weights.architecture.n_embd * type_size(Type.F32)
     hidden = 2 * n_batch * row  # to the GPU and back
     if copied:

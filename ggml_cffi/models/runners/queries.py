@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from ggml_cffi import c, ops
 from ggml_cffi.core.backend import Backend
-from ggml_cffi.core.buffer import Buffer
+from ggml_cffi.core.buffer import Buffer, BufferType
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.cuda import has_cuda_kernels
-from ggml_cffi.core.repack import repacked_memory
+from ggml_cffi.core.repack import repacked_memories
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture
+from ggml_cffi.models.runners.amx import TYPES, amx_works
 from ggml_cffi.scheduler import cuda_rules
+
+#: For each kind of repacked memory, best first, the types of weights whose products it makes faster, with one token
+#: and with many (docs/tested.md).
+_REPACKED = {"AMX": frozenset(TYPES), "CPU_REPACK": frozenset({Type.Q4_0, Type.IQ4_NL})}
 
 
 def can_look_up(backend: Backend, table: TensorInfo) -> bool:
@@ -29,10 +34,22 @@ def can_multiply(backend: Backend, weight: TensorInfo) -> bool:
         return bool(c.ggml_backend_dev_supports_op(backend.device.ptr, product.ptr))
 
 
-def can_repack(dtype: Type, shape: tuple[int, ...]) -> bool:
-    """Return whether the processor has products of repacked weights of this type and shape."""
-    memory = repacked_memory()
-    if memory is None or len(shape) != 2:
+def repacked_memory_for(dtype: Type, shape: tuple[int, ...]) -> BufferType | None:
+    """Return the memory in which the processor multiplies fastest by weights of this type and shape, if they fit it.
+
+    None stands for pages of the file, which are as fast or faster for the other types (docs/tested.md).
+    """
+    memories = repacked_memories()
+    for name, types in _REPACKED.items():
+        memory = memories.get(name)
+        if memory and dtype in types and _can_multiply_in(memory, dtype, shape) and (name != "AMX" or amx_works()):
+            return memory
+    return None
+
+
+def _can_multiply_in(memory: BufferType, dtype: Type, shape: tuple[int, ...]) -> bool:
+    """Return whether the processor has products of weights of this type and shape in a kind of memory."""
+    if len(shape) != 2:
         return False
     with Context() as context, Buffer.empty(memory) as buffer:
         weight = context.new_tensor(dtype, shape)

@@ -17,21 +17,17 @@ from ggml_cffi.core.dry_run import DryRunContext
 from ggml_cffi.core.dtypes import INTEGERS, INTERNAL, block_size, type_size
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.progress import Progress
-from ggml_cffi.core.repack import repacked_memory
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.upload import Job, upload
 from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
-from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, can_repack
+from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, repacked_memory_for
 from ggml_cffi.models.runners.stage_spec import StageSpec
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
 _NO_CACHE = INTEGERS | INTERNAL | {Type.F64}
-
-#: Types of weights whose repacked products are faster both with one token and with many (docs/tested.md).
-_REPACKED = frozenset({Type.Q4_0, Type.IQ4_NL})
 
 #: Weights that every layer reads: each device with layers has a copy.
 _OF_ALL_LAYERS = frozenset({"rope_freqs.weight"})
@@ -133,12 +129,12 @@ class Weights(Closing):
         self.context = Context() if context is None else context
         self._dry = isinstance(self.context, DryRunContext)
         self._whole_attention, self._repack = whole_attention, repack
-        self._repackable: dict[tuple[Type, tuple[int, ...]], bool] = {}
+        self._repackable: dict[tuple[Type, tuple[int, ...]], BufferType | None] = {}
         self._specs: dict[int, TensorParallelSpec] = {}
         self._sources: list[_Source] = []
         self._joined: dict[Tensor, list[Tensor]] = {}  # with their parts
         self._mapped: set[Tensor] = set()  # pages of the file
-        self._repacked: set[Tensor] = set()
+        self._repacked: dict[Tensor, BufferType] = {}
         try:
             self._place_weights()
             self._join_weights()
@@ -202,11 +198,12 @@ class Weights(Closing):
                 at_start = name == "token_embd.weight"
                 self._add(name, info, self.embedding_devices if at_start else self.output_devices)
         if architecture.causal and "output.weight" not in architecture.shapes:
-            if self.output_devices == self.embedding_devices and len(self.output_devices) == 1:
-                own = self.by_device[self.output_devices[0]]
-                own["output.weight"] = own["token_embd.weight"]
+            info, (device, *others) = architecture.tensor_info("token_embd.weight"), self.output_devices
+            is_repacked = self.backends[device].device.is_cpu and self._repacked_memory("output.weight", info)
+            if self.output_devices == self.embedding_devices and not others and not is_repacked:
+                self.by_device[device]["output.weight"] = self.by_device[device]["token_embd.weight"]
             else:
-                self._add("output.weight", architecture.tensor_info("token_embd.weight"), self.output_devices)
+                self._add("output.weight", info, self.output_devices)
         for device in self.output_devices:
             self.placement[device].has_output = architecture.causal
         for device in self.embedding_devices:
@@ -224,25 +221,24 @@ class Weights(Closing):
         shapes = spec.shapes(dtype, info.shape, len(devices))
         tensors = [self.context.new_tensor(dtype, shape, name=name) for shape in shapes]
         self._sources.append(_Source(info, spec, devices, tensors))
-        for device, tensor in zip(devices, tensors, strict=True):
-            self.by_device[device][name] = tensor
-            self.placement[device].weight_bytes += tensor.nbytes
+        memory = None
         if len(devices) == 1 and self.backends[devices[0]].device.is_cpu:
-            if self._is_repacked(name, info):
-                self._repacked.update(tensors)
+            if memory := self._repacked_memory(name, info):
+                self._repacked[tensors[0]] = memory
             elif info.offset % 32 == 0 and dtype is info.dtype:
                 self._mapped.update(tensors)
                 self.placement[devices[0]].mapped_bytes += tensors[0].nbytes
+        for device, tensor in zip(devices, tensors, strict=True):
+            self.by_device[device][name] = tensor
+            self.placement[device].weight_bytes += memory.alloc_size(tensor) if memory else tensor.nbytes
 
-    def _is_repacked(self, name: str, info: TensorInfo) -> bool:
-        """Return whether a tensor on the CPU is a weight of products only, and faster if it is repacked."""
-        if not self._repack or info.dtype not in _REPACKED:
-            return False
-        if layer_of(name) is None and not name == info.name == "output.weight":
-            return False
+    def _repacked_memory(self, name: str, info: TensorInfo) -> BufferType | None:
+        """Return the memory for a tensor on the CPU that is a weight of products only, and faster if it is repacked."""
+        if not self._repack or (layer_of(name) is None and name != "output.weight"):
+            return None
         key = info.dtype, info.shape
         if key not in self._repackable:
-            self._repackable[key] = can_repack(*key)
+            self._repackable[key] = repacked_memory_for(*key)
         return self._repackable[key]
 
     def _join_weights(self) -> None:
@@ -257,12 +253,12 @@ class Weights(Closing):
             [t for name in names if (t := own.get(f"blk.{layer}.{name}.{kind}")) is not None]
             for kind in ("weight", "bias")
         )
-        kinds = [(t.dtype, t in self._repacked, t in self._mapped) for t in weights]
+        kinds = [(t.dtype, self._repacked.get(t), t in self._mapped) for t in weights]
         weights = weights[: len(list(takewhile(lambda kind: kind == kinds[0] and not kind[2], kinds)))]
         if len(weights) < 2 or len(biases) not in (0, len(names)) or any(t in self._mapped for t in biases):
             return
         joined = {"weight": weights, "bias": biases[: len(weights)]}
-        if any(t.nbytes % alignment for parts in joined.values() for t in parts):
+        if any(self._size(t) % alignment for parts in joined.values() for t in parts):
             return  # each part begins where a tensor may begin
         if any(t.shape[0] * type_size(Type.F32) % alignment for t in weights):
             return  # so do the results, of which operations read views
@@ -273,7 +269,12 @@ class Weights(Closing):
                 own[name] = whole = self.context.new_tensor(parts[0].dtype, shape, name=name)
                 self._joined[whole] = parts
                 if parts[0] in self._repacked:
-                    self._repacked.add(whole)
+                    self._repacked[whole] = self._repacked[parts[0]]
+
+    def _size(self, part: Tensor) -> int:
+        """Return the bytes that a part of a joined tensor takes in the whole."""
+        memory = self._repacked.get(part)
+        return memory.alloc_size(part) if memory else part.nbytes
 
     def _place_caches(self, n_slots: int, dtype: Type) -> None:
         """Make the tensors of all caches."""
@@ -322,19 +323,20 @@ class Weights(Closing):
             streamed = [t for t in own if t.size and t not in parts and (self._dry or t not in self._mapped)]
             if caches:
                 self.context.alloc(backend.buffer_type, caches)
-            self._alloc_weights(backend.buffer_type, [t for t in streamed if t not in self._repacked])
-            self._alloc_weights(repacked_memory(), [t for t in streamed if t in self._repacked])
+            by_memory: dict[BufferType, list[Tensor]] = {}
+            for t in streamed:
+                by_memory.setdefault(self._repacked.get(t, backend.buffer_type), []).append(t)
+            for memory, tensors in by_memory.items():
+                self._alloc_weights(memory, tensors)
 
-    def _alloc_weights(self, memory: BufferType | None, tensors: Sequence[Tensor]) -> None:
+    def _alloc_weights(self, memory: BufferType, tensors: Sequence[Tensor]) -> None:
         """Allocate weights, and the parts of joined ones in the memory of these."""
-        if not tensors or memory is None:
-            return
         buffers = {buffer.ptr: buffer for buffer in self.context.alloc(memory, tensors, usage=Usage.WEIGHTS)}
         for whole in tensors:
             address = c.ffi.cast("char *", whole.ptr.data)
             for part in self._joined.get(whole, ()):
                 self.context.put(part, buffers[whole.ptr.buffer], address)
-                address += part.nbytes
+                address += self._size(part)
 
     def _caches_on(self, device: int) -> Iterator[LayerCache]:
         for stage in self.stages:

@@ -5,7 +5,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from ggml_cffi.core.repack import repacked_memory
+from ggml_cffi.core.repack import repacked_memories
 from ggml_cffi.models.placement import options
 from tests.support import need, relative_error
 from tests.support.llama_float64 import Reference, random_model
@@ -13,17 +13,18 @@ from tests.support.llama_float64 import Reference, random_model
 
 @pytest.fixture
 def memory():
-    found = repacked_memory()
-    if found is None:
+    found = repacked_memories()
+    if "CPU_REPACK" not in found:
         pytest.skip("the library has no kernels for repacked weights")
-    return found
+    return found["CPU_REPACK"]
 
 
 def is_repacked(model, name):
-    return model.batchers[0].runner.weights.by_device[-1][name].buffer_type == repacked_memory()
+    kind = model.batchers[0].runner.weights.by_device[-1][name].buffer_type
+    return kind in repacked_memories().values()
 
 
-@pytest.mark.parametrize("dtype", [ggml.Type.Q4_0, ggml.Type.IQ4_NL], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("dtype", [ggml.Q4_0, ggml.Type.IQ4_NL, ggml.Q4_1, ggml.Q8_0], ids=lambda dtype: dtype.name)
 @pytest.mark.parametrize("biases", [False, True])
 def test_answers_with_repacked_weights_agree_with_float64(memory, tmp_path, rng, dtype, biases):
     path = random_model(tmp_path / "model.gguf", rng, dtype=dtype, biases=biases)
@@ -54,18 +55,27 @@ def test_weights_stay_mapped_where_memory_is_short(memory, tmp_path, rng, monkey
 
 
 def test_other_types_stay_in_mapped_pages(memory, tmp_path, rng):
-    path = random_model(tmp_path / "model.gguf", rng, dtype=ggml.Q8_0)
+    path = random_model(tmp_path / "model.gguf", rng, dtype=ggml.Q5_0)
     with models.load(path, ["CPU"], n_ctx=64, repack=True) as model:
         assert not any(is_repacked(model, name) for name in model.batchers[0].runner.weights.by_device[0])
 
 
-def test_the_output_head_is_repacked_unless_it_is_the_embeddings(memory, tmp_path, rng):
+def test_a_repacked_output_head_is_a_copy_if_it_is_the_embeddings(memory, tmp_path, rng):
+    sizes = {}
     for tied in (False, True):
         path = random_model(tmp_path / f"{tied}.gguf", rng, dtype=ggml.Q4_0, tied=tied, n_vocab=64)
+        plan = models.plan(path, ["CPU"], n_ctx=64)
         with models.load(path, ["CPU"], n_ctx=64) as model:
             if not is_repacked(model, "blk.0.ffn_up.weight"):
                 pytest.skip("this processor has no kernels for repacked Q4_0")
-            assert is_repacked(model, "output.weight") is not tied
+            assert is_repacked(model, "output.weight")
+            assert not is_repacked(model, "token_embd.weight")
+            assert plan.devices[0].total == model.plan.devices[0].total
+            sizes[tied] = plan.devices[0].weight_bytes
+        with models.load(path, ["CPU"], n_ctx=64, repack=False) as model:
+            own = model.batchers[0].runner.weights.by_device[0]
+            assert (own["output.weight"] is own["token_embd.weight"]) == tied
+    assert sizes[True] == sizes[False]
 
 
 def test_layers_of_the_cpu_beside_a_gpu_are_repacked_on_request(memory, tmp_path, rng):
