@@ -11,8 +11,12 @@ from ggml_cffi import ops
 from ggml_cffi.core import dtypes
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
-from ggml_cffi.models.architectures.base import Inputs, KVView, LayerCache
+from ggml_cffi.models.architectures.base import Inputs, KVResult, KVView, LayerCache
 from ggml_cffi.ops.matmul import sum_in_f32
+
+#: Queries of a tile of ggml's flash attention on a CPU, and the elements of a vector of the widest instructions.
+_TILE, _VECTOR = 64, 16
+_TILED = frozenset({Type.F16, Type.F32})
 
 
 def store(cache: Tensor, new: Tensor, head_size: int, inputs: Inputs, mask: Tensor) -> Tensor:
@@ -93,7 +97,9 @@ def _results(
 ) -> Tensor:
     """Return the contiguous results of queries ``(rows, heads, head_size)``, each row in turn."""
     rows, n_heads, head_size = q.shape
-    if not cache.v_transposed:
+    is_tiled = _is_tiled(q, v, cache, inputs)
+    if is_tiled or not cache.v_transposed:
+        v = _by_slot(v, cache, inputs) if is_tiled else v
         q = ops.reshape(q, (rows, n_heads, 1, head_size)) if inputs.n_ranges else ops.permute(q, (1, 0, 2))
         return ops.flash_attn_ext(q, k, v, mask, scale=scale, logit_softcap=cap)
     n_kv_heads, n_kv = k.shape[-3], k.shape[-2]
@@ -115,9 +121,29 @@ def _results(
     made.append(ops.soft_max_ext(made[-1], mask, scale=1.0 if cap else scale))
     if one_token:
         made.append(ops.reshape(made[-1], (*lead, n_kv_heads, n_heads // n_kv_heads, n_kv)))
-    inputs.kv_rows.extend(made)
+    inputs.kv_results.extend(map(KVResult, made))
     out = ops.mul_mat(v, made[-1])
     return out if one_token else ops.cont(ops.permute(out, (1, 0, 2)))
+
+
+def _is_tiled(q: Tensor, v: Tensor, cache: LayerCache, inputs: Inputs) -> bool:
+    """Return whether flash attention is exact and faster than two products of queries ``(rows, heads, head_size)``.
+
+    For as many rows as a tile has, a CPU sums in F32, and leaves out tiles that the mask hides; for fewer it sums in
+    F16. Large heads need more rows to be faster (docs/tested.md).
+    """
+    rows, _, head_size = q.shape
+    enough = rows >= max(_TILE, head_size) and v.shape[-2] % _VECTOR == 0
+    return enough and cache.v_transposed and cache.tiled and not inputs.n_ranges and cache.k.dtype in _TILED
+
+
+def _by_slot(v: Tensor, cache: LayerCache, inputs: Inputs) -> Tensor:
+    """Return a copy of values ``(heads, head_size, n_kv)`` as ``(heads, n_kv, head_size)``."""
+    by_slot = ops.permute(v, (0, 2, 1))
+    copied = ops.cont(by_slot)
+    inputs.kv_views.append(KVView(by_slot, 1, cache.v.nb[0]))
+    inputs.kv_results.append(KVResult(copied, 1))
+    return copied
 
 
 def _wide(mask: Tensor, n_heads: int, inputs: Inputs) -> Tensor:
@@ -125,9 +151,9 @@ def _wide(mask: Tensor, n_heads: int, inputs: Inputs) -> Tensor:
     found = inputs.wide_masks.get(mask)
     if found is None:
         found = ops.cast(mask, Type.F32)
-        inputs.kv_rows.append(found)
+        inputs.kv_results.append(KVResult(found))
         if n_heads > 1:
             found = ops.repeat(found, (*mask.shape[:-2], n_heads, mask.shape[-1]))
-            inputs.kv_rows.append(found)
+            inputs.kv_results.append(KVResult(found))
         inputs.wide_masks[mask] = found
     return found

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,14 @@ class KVView:
     """Bytes from one KV slot to the next."""
 
 
+class KVResult(NamedTuple):
+    """A contiguous intermediate of attention whose size depends on the KV slots. A runner may change the size."""
+
+    tensor: Tensor
+    axis: int = 0
+    """Axis of the KV slots, in ggml's order."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Input tensors of one step over ``n`` tokens."""
@@ -62,10 +70,10 @@ class Inputs:
     sums: Mapping[str, Callable[[Tensor, Tensor | None], Tensor]] = field(default_factory=dict)
     """All-reduce of ``attention`` and ``feed_forward``, if several devices compute each layer."""
     kv_views: list[KVView] = field(default_factory=list)
-    """Views of the caches, which the architecture adds. A runner may change them, together with :attr:`kv_rows` and the
-    masks, after the graph was built."""
-    kv_rows: list[Tensor] = field(default_factory=list)
-    """Contiguous intermediates ``(..., n_kv)``, which the architecture adds. Flash attention has none."""
+    """Views of the caches, which the architecture adds. A runner may change them, together with :attr:`kv_results` and
+    the masks, after the graph was built."""
+    kv_results: list[KVResult] = field(default_factory=list)
+    """Scores, masks made from others and copies of values, which the architecture adds. Flash attention has none."""
     wide_masks: dict[Tensor, Tensor] = field(default_factory=dict)
     """Masks as the softmax of a processor reads them fastest, by mask, which the architecture adds."""
     query_ids: Tensor | None = None
@@ -100,6 +108,8 @@ class LayerCache:
     """``(n_ctx, size)``, or its transpose."""
     v_transposed: bool = False
     """True if ``v`` is ``(size, n_ctx)``: attention is then two matrix products instead of flash attention."""
+    tiled: bool = False
+    """True if flash attention is exact for many tokens nevertheless, as on a CPU, which computes it tile by tile."""
 
 
 class Metadata:

@@ -22,7 +22,7 @@ from ggml_cffi.core.handle import Closing
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.core.transfer import pinned
 from ggml_cffi.enums import Type
-from ggml_cffi.models.architectures.base import Inputs, KVView
+from ggml_cffi.models.architectures.base import Inputs, KVResult, KVView
 from ggml_cffi.models.runners.buckets import fill, shortened
 
 _TYPES = {
@@ -194,9 +194,11 @@ class GraphInputs:
         ends = self._devices[embedding_device].tensors["tokens"], self._devices[last].tensors["output_ids"]
         self.kv_views: list[KVView] = []
         """Views of the caches, once the graph is built."""
-        self.kv_rows: list[Tensor] = []
-        """Scores of attention without flash attention, and masks made from others, once the graph is built."""
-        own = {i: _inputs(self._devices[i], *ends, self.kv_views, self.kv_rows) for i in dict.fromkeys(layer_devices)}
+        self.kv_results: list[KVResult] = []
+        """Intermediates of attention that depend on the KV slots, once the graph is built."""
+        own = {
+            i: _inputs(self._devices[i], *ends, self.kv_views, self.kv_results) for i in dict.fromkeys(layer_devices)
+        }
         self.inputs = replace(own[layer_devices[0]], layers=tuple(own[i] for i in layer_devices))
         """Tensors from which the architecture builds its graph."""
 
@@ -268,7 +270,7 @@ def _shapes(
 
 
 def _inputs(
-    device: DeviceInputs, tokens: Tensor, output_ids: Tensor, views: list[KVView], rows: list[Tensor]
+    device: DeviceInputs, tokens: Tensor, output_ids: Tensor, views: list[KVView], results: list[KVResult]
 ) -> Inputs:
     t = device.tensors
     return Inputs(
@@ -279,7 +281,7 @@ def _inputs(
         output_ids,
         t.get("window_mask"),
         kv_views=views,
-        kv_rows=rows,
+        kv_results=results,
         query_ids=t.get("query_ids"),
         result_ids=t.get("result_ids"),
     )

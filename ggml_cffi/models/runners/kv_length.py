@@ -12,7 +12,8 @@ from typing import Any
 from ggml_cffi import c
 from ggml_cffi.core.dtypes import row_size
 from ggml_cffi.core.tensor import Tensor
-from ggml_cffi.models.architectures.base import KVView
+from ggml_cffi.enums import Type
+from ggml_cffi.models.architectures.base import KVResult, KVView
 
 
 class KVLength:
@@ -22,18 +23,29 @@ class KVLength:
     ----------
     views
         Views of the caches, which have memory.
-    rows
-        Contiguous tensors ``(..., n_kv)``: masks and scores.
+    masks
+        Masks ``(..., n_kv)``.
     n_kv
         The number of KV slots with which the graph was built.
+    results
+        Intermediates of attention.
     ranges
         True if attention has an axis of ranges of KV slots.
     """
 
-    def __init__(self, views: Sequence[KVView], rows: Sequence[Tensor], n_kv: int, *, ranges: bool = False) -> None:
+    def __init__(
+        self,
+        views: Sequence[KVView],
+        masks: Sequence[Tensor],
+        n_kv: int,
+        results: Sequence[KVResult] = (),
+        *,
+        ranges: bool = False,
+    ) -> None:
         self._sizes = [(view.tensor.ptr, view.axis) for view in views]
         self._places = [(view.tensor.ptr, view.slot_bytes, _address(view.tensor.ptr.view_src)) for view in views]
-        self._rows: list[tuple[Any, Any]] = [(t.ptr, t.dtype) for t in rows]
+        contiguous = [*map(KVResult, masks), *results]
+        self._contiguous: list[tuple[Any, Type, int]] = [(t.ptr, t.dtype, axis) for t, axis in contiguous]
         self._ranges = ranges
         self._place = (0, 0)
         self.n_kv = n_kv
@@ -45,12 +57,12 @@ class KVLength:
             return
         for p, axis in self._sizes:
             p.ne[axis] = n_kv
-        for p, dtype in self._rows:
-            p.ne[0] = n_kv
-            size = row_size(dtype, n_kv)
-            for axis in (1, 2, 3):
-                p.nb[axis] = size
-                size *= p.ne[axis]
+        for p, dtype, axis in self._contiguous:
+            p.ne[axis] = n_kv
+            size = row_size(dtype, p.ne[0])
+            for k in (1, 2, 3):
+                p.nb[k] = size
+                size *= p.ne[k]
         self.n_kv = n_kv
 
     def move(self, start: int, stride: int) -> None:

@@ -37,7 +37,7 @@ _METADATA = 256 << 20  # bytes of all kept graphs: more of them are closed
 _TENSOR_METADATA = 1000  # bytes of a kept graph for each of its tensors, in C and in Python
 _SMALL_RESULT = 16 << 20  # largest bytes of a result for which the runner keeps memory
 _QUEUED = 16  # batches of a prompt that one call computes: few enough that a caller can stop soon
-_CPU_BATCH = 128  # tokens of a batch of one sequence on the CPU, except the last one
+_CPU_BATCH = 256  # tokens of a batch of one sequence on the CPU, except the last one
 
 
 class _ResultMemory:
@@ -168,9 +168,8 @@ def logits_graph(
 
 def kv_length(inputs: GraphInputs, n_kv: int, n_ranges: int = 0) -> KVLength:
     """Return the tensors of a graph of :func:`logits_graph` that depend on the KV slots, changed to ``n_kv`` slots."""
-    length = KVLength(
-        inputs.kv_views, [*inputs.masks, *inputs.kv_rows], RANGE_STEP if n_ranges else n_kv, ranges=n_ranges > 0
-    )
+    built = RANGE_STEP if n_ranges else n_kv
+    length = KVLength(inputs.kv_views, inputs.masks, built, inputs.kv_results, ranges=n_ranges > 0)
     length.set(n_kv)
     return length
 

@@ -300,7 +300,7 @@ class Weights(Closing):
         shape = (size_v, n_slots) if transposed else (n_slots, size_v)
         k = self.context.new_tensor(dtype, (n_slots, size_k), name=f"cache_k.{layer}")
         v = self.context.new_tensor(dtype, shape, name=f"cache_v.{layer}")
-        return LayerCache(k, v, transposed)
+        return LayerCache(k, v, transposed, tiled=self.backends[device].device.is_cpu)
 
     def _is_v_transposed(self, backend: Backend, dtype: Type) -> bool:
         """Return whether a device stores the values in its cache transposed, for attention as two products.

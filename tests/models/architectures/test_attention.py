@@ -1,4 +1,4 @@
-"""Attention of one token of each of several sequences, over ranges of the KV cache, against float64."""
+"""Attention over the KV cache against float64: of a prompt, and of one token of each of several sequences."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_each_token_attends_to_its_range(device_name, vulkan, rng, transposed, n
         k = store(cache.k, rows[0], size, inputs, inputs.mask)
         v = (store_transposed if transposed else store)(cache.v, rows[1], size, inputs, inputs.mask)
         out = attend(context.constant(q), k, v, cache, inputs, inputs.mask, scale=1 / np.sqrt(size), cap=cap)
-        length = KVLength(inputs.kv_views, [inputs.mask, *inputs.kv_rows], BUILT, ranges=True)
+        length = KVLength(inputs.kv_views, [inputs.mask], BUILT, inputs.kv_results, ranges=True)
         length.set(N_KV)
         with ggml.Graph(out) as graph:
             scheduler.alloc(graph)
@@ -84,3 +84,51 @@ def test_each_token_attends_to_its_range(device_name, vulkan, rng, transposed, n
     ]
     assert got.shape == (n, n_heads * size)
     assert relative_error(got, np.stack(want)) < 5e-3
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("n", "n_heads", "n_kv_heads", "size", "dtype", "is_tiled"),
+    [
+        (80, 4, 2, 64, "f16", True),
+        (128, 2, 1, 128, "f32", True),
+        (127, 2, 1, 128, "f16", False),  # large heads need more rows
+        (63, 4, 2, 64, "f16", False),
+        (80, 4, 2, 8, "f16", False),  # less than a vector
+        (80, 4, 4, 32, "bf16", False),
+    ],
+)
+def test_a_prompt_attends_tile_by_tile_on_the_cpu(rng, n, n_heads, n_kv_heads, size, dtype, is_tiled, cap):
+    """The slots before the prompt are those of another sequence, and the number of slots changes in place."""
+    first, n_kv = 20, 160
+    slots = np.arange(first, first + n)
+    mask = np.full((n, n_kv), -np.inf, np.float32)
+    for i in range(n):
+        mask[i, first : first + i + 1] = 0
+    q, new_k, new_v = (rng.standard_normal((n, heads, size)) for heads in (n_heads, n_kv_heads, n_kv_heads))
+    with ggml.Context() as context, ggml.Backend("CPU") as cpu, ggml.Scheduler([cpu]) as scheduler:
+        shapes = {"kv_slots": (n,), "mask": (n, N_SLOTS)}
+        given = DeviceInputs(context, shapes, InputMemory(cpu, shapes, context))
+        none = given.tensors["kv_slots"]  # for the inputs that attention does not read
+        inputs = Inputs(none, none, none, given.tensors["mask"], none)
+        stored = [
+            context.new_tensor(as_type(dtype), s) for s in ((N_SLOTS, n_kv_heads * size), (n_kv_heads * size, N_SLOTS))
+        ]
+        context.alloc("CPU", stored)
+        cache = LayerCache(*stored, v_transposed=True, tiled=True)
+        rows = [context.constant(x.reshape(n, -1)) for x in (new_k, new_v)]
+        k = store(cache.k, rows[0], size, inputs, inputs.mask)
+        v = store_transposed(cache.v, rows[1], size, inputs, inputs.mask)
+        out = attend(context.constant(q), k, v, cache, inputs, inputs.mask, scale=1 / np.sqrt(size), cap=cap)
+        length = KVLength(inputs.kv_views, [inputs.mask], N_SLOTS, inputs.kv_results)
+        length.set(n_kv)
+        with ggml.Graph(out) as graph:
+            assert (ggml.Op.FLASH_ATTN_EXT in [node.op for node in graph.nodes]) is is_tiled
+            scheduler.alloc(graph)
+            given.write({"kv_slots": slots, "mask": mask}, 0)
+            given.send(0)
+            scheduler.compute(graph)
+            got = out.numpy()
+    all_k, all_v = (np.concatenate([np.zeros((first, *new.shape[1:])), new]) for new in (new_k, new_v))
+    want = [expected(q[i], all_k, all_v, mask[i, : first + n], cap) for i in range(n)]
+    assert relative_error(got, np.stack(want)) < (2e-2 if dtype == "bf16" else 2e-3)

@@ -125,11 +125,13 @@ def test_a_batch_that_fails_ends_after_the_one_before(two_gpus, path, rng, monke
 def test_a_graph_knows_the_tensors_that_depend_on_the_kv_slots(path):
     with models.load(path, ["CPU"], n_ctx=256) as model, ggml.Context() as context:
         weights = model.batchers[0].runner.weights
-        for n, n_ranges, n_rows in ((4, 0, 1 + 3 * 2), (1, 0, 2 + 3 * 4), (4, 5, 2 + 3 * 4)):
+        for n, n_ranges, n_results in ((4, 0, 1 + 3 * 2), (1, 0, 2 + 3 * 4), (4, 5, 2 + 3 * 4), (64, 0, 3)):
             inputs, _ = logits_graph(context, weights, n, 256, 1, n_ranges=n_ranges)
-            assert [view.axis for view in inputs.kv_views] == [2, 1, 0] * 3
-            assert {t.shape[-1] for t in inputs.kv_rows} == {32 if n_ranges else 256}
-            assert len(inputs.kv_rows) == n_rows
+            is_tiled = n == 64
+            assert [view.axis for view in inputs.kv_views] == [2, 1, 0, *[1] * is_tiled] * 3
+            assert {axis for _, axis in inputs.kv_results} == {int(is_tiled)}
+            assert {t.shape[::-1][axis] for t, axis in inputs.kv_results} == {32 if n_ranges else 256}
+            assert len(inputs.kv_results) == n_results
 
 
 def test_large_batches_of_the_cpus_layers_go_to_the_gpu(two_gpus, path):
