@@ -24,15 +24,26 @@ def store(cache: Tensor, new: Tensor, head_size: int, inputs: Inputs, mask: Tens
 
     With ranges of slots, the result has a first axis of ranges.
     """
-    written = ops.set_rows(cache, new, inputs.kv_slots)
-    slot_bytes = cache.nb[1]
-    shape: tuple[int, ...] = (mask.shape[-1], new.shape[1] // head_size, head_size)
-    strides: tuple[int, ...] = (slot_bytes, dtypes.row_size(cache.dtype, head_size), dtypes.type_size(cache.dtype))
+    return _slots_in_use(ops.set_rows(cache, new, inputs.kv_slots), head_size, inputs, mask)
+
+
+def store_both(both: Tensor, new: Tensor, head_size: int, inputs: Inputs, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Write keys and values ``new`` (2, n, heads * head_size) at once; return for each what :func:`store` returns."""
+    written = ops.set_rows(both, new, inputs.kv_slots)
+    k, v = (_slots_in_use(written, head_size, inputs, mask, offset) for offset in (0, both.nb[2]))
+    return k, v
+
+
+def _slots_in_use(written: Tensor, head_size: int, inputs: Inputs, mask: Tensor, offset: int = 0) -> Tensor:
+    """Return the slots in use of a written cache ``(..., n_ctx, heads * head_size)``, which begins at ``offset``."""
+    dtype, slot_bytes = written.dtype, written.nb[1]
+    shape: tuple[int, ...] = (mask.shape[-1], written.shape[-1] // head_size, head_size)
+    strides: tuple[int, ...] = (slot_bytes, dtypes.row_size(dtype, head_size), dtypes.type_size(dtype))
     if inputs.n_ranges:
-        used = ops.view(written, (inputs.n_ranges, *shape), strides=(0, *strides))
+        used = ops.view(written, (inputs.n_ranges, *shape), strides=(0, *strides), offset=offset)
         by_head = ops.permute(used, (0, 2, 1, 3))
     else:
-        used = ops.view(written, shape, strides=strides)
+        used = ops.view(written, shape, strides=strides, offset=offset)
         by_head = ops.permute(used, (1, 0, 2))
     inputs.kv_views.extend((KVView(used, 2, slot_bytes), KVView(by_head, 1, slot_bytes)))
     return by_head
@@ -64,9 +75,9 @@ def attend(
     Parameters
     ----------
     q
-        Queries ``(n, heads, head_size)``, contiguous.
+        Queries ``(n, heads, head_size)``, the heads of each token without gaps.
     k, v
-        Results of :func:`store` and, if the cache is transposed, :func:`store_transposed`.
+        Results of :func:`store` and, if the cache is transposed, :func:`store_transposed`; or of :func:`store_both`.
     cache
         Cache of the layer.
     mask
@@ -86,7 +97,7 @@ def attend(
         out = _results(q, k, v, cache, inputs, mask, scale, cap)
         return ops.reshape(out, (n, -1))
     assert inputs.result_ids is not None
-    q = ops.get_rows(ops.reshape(q, (n, n_heads * head_size)), inputs.query_ids)
+    q = ops.get_rows(ops.view(q, (n, n_heads * head_size), strides=(q.nb[2], q.nb[0])), inputs.query_ids)
     q = ops.reshape(q, (inputs.n_ranges, n_heads, head_size))
     out = _results(q, k, v, cache, inputs, mask, scale, cap)
     return ops.get_rows(ops.reshape(out, (inputs.n_ranges, -1)), inputs.result_ids)

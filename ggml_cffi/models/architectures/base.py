@@ -110,6 +110,9 @@ class LayerCache:
     """True if ``v`` is ``(size, n_ctx)``: attention is then two matrix products instead of flash attention."""
     tiled: bool = False
     """True if flash attention is exact for many tokens nevertheless, as on a CPU, which computes it tile by tile."""
+    both: Tensor | None = None
+    """The memory of ``k`` and, after it, of ``v``, ``(2, n_ctx, size)``, if one node writes the new keys and values;
+    see :meth:`Architecture.writes_at_once`."""
 
 
 class Metadata:
@@ -310,6 +313,10 @@ class Architecture(ABC):
             Type of the keys and values in the cache.
         """
         raise NotImplementedError(f"{self.name!r} has no KV cache")
+
+    def writes_at_once(self, layer: int, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether one node can write new keys and values into the cache, with these weights of the layer."""
+        return False
 
     @abstractmethod
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -6,7 +6,8 @@ from its weights. Each of several devices can therefore compute a shard of a par
 of the devices before they are added to the tokens.
 
 The nodes are built in an order in which ggml's Vulkan backend fuses them: norm and weight; norm, weight, rotation and
-the write to the cache; a product with one row and the additions after it.
+the write to the cache; a product with one row and the additions after it. CUDA runs nodes one after another, so one
+node rotates queries and keys there, and one writes keys and values (:attr:`LayerCache.both`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dataclasses import dataclass, replace
 from math import lcm, sqrt
 from typing import ClassVar
 
-from ggml_cffi import ops
+from ggml_cffi import c, ops
 from ggml_cffi.core.context import Context
 from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
-from ggml_cffi.models.architectures.attention import attend, store, store_transposed
+from ggml_cffi.models.architectures.attention import attend, store, store_both, store_transposed
 from ggml_cffi.models.architectures.base import (
     Architecture,
     Inputs,
@@ -92,9 +93,10 @@ class Rope:
             raise FormatError(f"{meta.file.path}: impossible rotary parameters: {rope} for heads of {head_size}")
         return rope
 
-    def __call__(self, x: Tensor, positions: Tensor, freq_factors: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, freq_factors: Tensor | None, *, in_place: bool = False) -> Tensor:
         """Rotate ``x`` ``(n, heads, head_size)``, each token by its position."""
-        return ops.rope_ext(x, positions, freq_factors, **vars(self))
+        function = ops.rope_ext_inplace if in_place else ops.rope_ext
+        return function(x, positions, freq_factors, **vars(self))
 
 
 class Decoder(Architecture):
@@ -281,12 +283,15 @@ class Decoder(Architecture):
         mask = inputs.window_mask if self.is_local(i) else inputs.mask
         if mask is None:
             raise ValueError(f"layer {i} has a sliding window of {self.window} tokens: set inputs.window_mask")
-        q, k, v = self._products(i, self.joined[0], h, weights)
-        q = self._rotated(i, "attn_q", q, weights, inputs)
-        k = self._rotated(i, "attn_k", k, weights, inputs)
-        # The Vulkan backend fuses rotation, view and write to the cache into one step, but not with a reshape.
-        k = store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
-        v = (store_transposed if cache.v_transposed else store)(cache.v, v, self.v_size, inputs, mask)
+        if cache.both is not None:
+            q, k, v = self._stored_at_once(i, h, weights, cache.both, inputs, mask)
+        else:
+            q, k, v = self._products(i, self.joined[0], h, weights)
+            q = self._rotated(i, "attn_q", q, weights, inputs)
+            k = self._rotated(i, "attn_k", k, weights, inputs)
+            # Backends fuse rotation, view and write to the cache into one step, but not with a reshape.
+            k = store(cache.k, ops.view(k, (n, k.shape[1] * k.shape[2])), self.head_size, inputs, mask)
+            v = (store_transposed if cache.v_transposed else store)(cache.v, v, self.v_size, inputs, mask)
         out = attend(q, k, v, cache, inputs, mask, scale=self.scale, cap=self.attention_cap)
         return ops.mul_mat(weights[f"blk.{i}.attn_output.weight"], out)
 
@@ -313,6 +318,33 @@ class Decoder(Architecture):
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """Apply the gated linear unit of the feed-forward part."""
         return ops.swiglu_split(gate, up)
+
+    def writes_at_once(self, layer: int, weights: Mapping[str, Tensor]) -> bool:
+        """See :meth:`Architecture.writes_at_once`: one product has queries, keys and values, and heads no norm."""
+        return (
+            not self.head_norms
+            and self.head_size == self.v_size
+            and joined_name(layer, self.joined[0], "weight") in weights
+        )
+
+    def _stored_at_once(
+        self, i: int, h: Tensor, weights: Mapping[str, Tensor], both: Tensor, inputs: Inputs, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, and the keys and values in use, after writing new ones into the cache ``both``.
+
+        One node rotates queries and keys in their product, and one writes keys and values.
+        """
+        whole = self._product(joined_name(i, self.joined[0], "{}"), h, weights)
+        n, size = h.shape[0], both.shape[-1]
+        step, row = self.head_size * whole.nb[0], whole.nb[1]
+        n_q, n_k = whole.shape[1] // self.head_size - 2 * (size // self.head_size), size // self.head_size
+        heads = ops.view(whole, (n, n_q + n_k, self.head_size), strides=(row, step, whole.nb[0]))
+        turned = self.layer_rope(i)(heads, inputs.positions, weights.get("rope_freqs.weight"), in_place=True)
+        q = ops.view(turned, (n, n_q, self.head_size), strides=(row, step, whole.nb[0]))
+        # The values lie behind what the rotation covers, in the memory of the product: ops.view refuses that.
+        place = size, n, 2, row, n_k * step, n_q * step
+        new = turned.context.build(c.ggml_view_3d, 3, turned.ptr, *place)
+        return q, *store_both(both, new, self.head_size, inputs, mask)
 
     def _products(self, i: int, names: tuple[str, ...], h: Tensor, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """Multiply ``h`` by each of some weights of layer ``i``, at once by the first ones if they are joined.

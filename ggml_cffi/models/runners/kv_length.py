@@ -43,7 +43,7 @@ class KVLength:
         ranges: bool = False,
     ) -> None:
         self._sizes = [(view.tensor.ptr, view.axis) for view in views]
-        self._places = [(view.tensor.ptr, view.slot_bytes, _address(view.tensor.ptr.view_src)) for view in views]
+        self._places = [(view.tensor.ptr, view.slot_bytes, *_place(view.tensor.ptr)) for view in views]
         contiguous = [*map(KVResult, masks), *results]
         self._contiguous: list[tuple[Any, Type, int]] = [(t.ptr, t.dtype, axis) for t, axis in contiguous]
         self._ranges = ranges
@@ -69,13 +69,14 @@ class KVLength:
         """Change the first KV slot, and the number of slots from one range to the next."""
         if (start, stride) == self._place:
             return
-        for p, slot_bytes, base in self._places:
-            p.view_offs = start * slot_bytes
-            p.data = c.ffi.cast("void *", base + start * slot_bytes)
+        for p, slot_bytes, base, offset in self._places:
+            p.view_offs = offset + start * slot_bytes
+            p.data = c.ffi.cast("void *", base + p.view_offs)
             if self._ranges:
                 p.nb[3] = stride * slot_bytes
         self._place = start, stride
 
 
-def _address(p: Any) -> int:
-    return int(c.ffi.cast("uintptr_t", p.data))
+def _place(p: Any) -> tuple[int, int]:
+    """Return the address of a view's source, and the bytes from there to the view."""
+    return int(c.ffi.cast("uintptr_t", p.view_src.data)), p.view_offs

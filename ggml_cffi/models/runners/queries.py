@@ -58,6 +58,15 @@ def _can_multiply_in(memory: BufferType, dtype: Type, shape: tuple[int, ...]) ->
         return bool(c.ggml_backend_dev_supports_op(memory.device.ptr, product.ptr))
 
 
+def writes_at_once(backend: Backend) -> bool:
+    """Return whether a backend is faster if one node writes keys and values into the cache.
+
+    On CUDA, nodes run one after another. Vulkan runs the rotation of queries, that of keys with their write, and the
+    write of values side by side.
+    """
+    return has_cuda_kernels(backend.device)
+
+
 def can_attend(backend: Backend, architecture: Architecture, dtype: Type) -> bool:
     """Return whether a backend has flash attention for the heads of a model and a cache of this type."""
     with Context() as context:

@@ -23,7 +23,13 @@ from ggml_cffi.enums import BackendBufferUsage as Usage
 from ggml_cffi.enums import Type
 from ggml_cffi.files.gguf import TensorInfo
 from ggml_cffi.models.architectures.base import Architecture, LayerCache, TensorParallelSpec, joined_name
-from ggml_cffi.models.runners.queries import can_attend, can_look_up, can_multiply, repacked_memory_for
+from ggml_cffi.models.runners.queries import (
+    can_attend,
+    can_look_up,
+    can_multiply,
+    repacked_memory_for,
+    writes_at_once,
+)
 from ggml_cffi.models.runners.stage_spec import StageSpec
 from ggml_cffi.parallel.shard import MIRROR, ShardSpec, shard_bytes, spec_for
 
@@ -296,11 +302,17 @@ class Weights(Closing):
         if shared:
             own = self.by_device[device]
             size_k, size_v = (own[f"blk.{layer}.attn_{x}.weight"].shape[0] for x in "kv")
-        transposed = self._is_v_transposed(self.backends[device], dtype)
+        backend = self.backends[device]
+        transposed = self._is_v_transposed(backend, dtype)
         shape = (size_v, n_slots) if transposed else (n_slots, size_v)
         k = self.context.new_tensor(dtype, (n_slots, size_k), name=f"cache_k.{layer}")
         v = self.context.new_tensor(dtype, shape, name=f"cache_v.{layer}")
-        return LayerCache(k, v, transposed, tiled=self.backends[device].device.is_cpu)
+        together = writes_at_once(backend) and self.architecture.writes_at_once(layer, self.by_device[device])
+        if transposed or not together or k.shape != v.shape or k.nbytes % backend.buffer_type.alignment:
+            return LayerCache(k, v, transposed, tiled=backend.device.is_cpu)
+        both = self.context.new_tensor(dtype, (2, *k.shape), name=f"cache.{layer}")
+        self._joined[both] = [k, v]
+        return LayerCache(k, v, both=both)
 
     def _is_v_transposed(self, backend: Backend, dtype: Type) -> bool:
         """Return whether a device stores the values in its cache transposed, for attention as two products.
@@ -317,21 +329,25 @@ class Weights(Closing):
     def _alloc(self) -> None:
         """Allocate all tensors that are not mapped from the file."""
         for device, backend in enumerate(self.backends):
-            caches = [t for cache in self._caches_on(device) for t in (cache.k, cache.v)]
+            caches = [
+                t
+                for cache in self._caches_on(device)
+                for t in ((cache.k, cache.v) if cache.both is None else (cache.both,))
+            ]
             own = dict.fromkeys(self.by_device[device].values())
             parts = {t for whole in own if whole in self._joined for t in self._joined[whole]}
             streamed = [t for t in own if t.size and t not in parts and (self._dry or t not in self._mapped)]
-            if caches:
-                self.context.alloc(backend.buffer_type, caches)
             by_memory: dict[BufferType, list[Tensor]] = {}
             for t in streamed:
                 by_memory.setdefault(self._repacked.get(t, backend.buffer_type), []).append(t)
+            if caches:
+                self._alloc_joined(backend.buffer_type, caches, Usage.ANY)
             for memory, tensors in by_memory.items():
-                self._alloc_weights(memory, tensors)
+                self._alloc_joined(memory, tensors, Usage.WEIGHTS)
 
-    def _alloc_weights(self, memory: BufferType, tensors: Sequence[Tensor]) -> None:
-        """Allocate weights, and the parts of joined ones in the memory of these."""
-        buffers = {buffer.ptr: buffer for buffer in self.context.alloc(memory, tensors, usage=Usage.WEIGHTS)}
+    def _alloc_joined(self, memory: BufferType, tensors: Sequence[Tensor], usage: Usage) -> None:
+        """Allocate tensors, and the parts of joined ones in the memory of these."""
+        buffers = {buffer.ptr: buffer for buffer in self.context.alloc(memory, tensors, usage=usage)}
         for whole in tensors:
             address = c.ffi.cast("char *", whole.ptr.data)
             for part in self._joined.get(whole, ()):

@@ -5,7 +5,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi.core.dtypes import as_type
-from ggml_cffi.models.architectures.attention import attend, store, store_transposed
+from ggml_cffi.models.architectures.attention import attend, store, store_both, store_transposed
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
 from ggml_cffi.models.runners.inputs import DeviceInputs, InputMemory
 from ggml_cffi.models.runners.kv_length import KVLength
@@ -27,12 +27,13 @@ def expected(q, k, v, mask, cap):
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])
 @pytest.mark.parametrize(("n_heads", "n_kv_heads", "size", "dtype"), [(4, 2, 64, "f16"), (3, 3, 32, "f32")])
-@pytest.mark.parametrize("transposed", [True, False], ids=["two products", "flash attention"])
-def test_each_token_attends_to_its_range(device_name, vulkan, rng, transposed, n_heads, n_kv_heads, size, dtype, cap):
+@pytest.mark.parametrize("layout", ["two products", "flash attention", "written at once"])
+def test_each_token_attends_to_its_range(device_name, vulkan, rng, layout, n_heads, n_kv_heads, size, dtype, cap):
     """Three tokens have ranges 2, 0 and 3 of four. The second range belongs to no token.
 
     Views change in place, after the checks: the layouts are those that a processor and Vulkan's kernels take.
     """
+    transposed, at_once = layout == "two products", layout == "written at once"
     result_ids = np.array([2, 0, 3], np.int32)
     query_ids, n_ranges, n = np.array([1, 0, 0, 2], np.int32), 4, 3
     starts = START + STRIDE * result_ids.astype(np.int64)
@@ -58,15 +59,19 @@ def test_each_token_attends_to_its_range(device_name, vulkan, rng, transposed, n
         inputs = Inputs(
             none, none, t["kv_slots"], t["mask"], none, query_ids=t["query_ids"], result_ids=t["result_ids"]
         )
-        cached = [old_k, old_v.T if transposed else old_v]
+        cached = [np.stack([old_k, old_v])] if at_once else [old_k, old_v.T if transposed else old_v]
         stored = [context.new_tensor(as_type(dtype), values.shape) for values in cached]
         context.alloc(backend.buffer_type, stored)
         for tensor, values in zip(stored, cached, strict=True):
             tensor.set(values)
-        cache = LayerCache(*stored, transposed)
-        rows = [context.constant(x.reshape(n, -1)) for x in (new_k, new_v)]
-        k = store(cache.k, rows[0], size, inputs, inputs.mask)
-        v = (store_transposed if transposed else store)(cache.v, rows[1], size, inputs, inputs.mask)
+        cache = LayerCache(stored[0], stored[-1], transposed)
+        rows = [x.reshape(n, -1) for x in (new_k, new_v)]
+        if at_once:
+            k, v = store_both(stored[0], context.constant(np.stack(rows)), size, inputs, inputs.mask)
+        else:
+            new = [context.constant(x) for x in rows]
+            k = store(cache.k, new[0], size, inputs, inputs.mask)
+            v = (store_transposed if transposed else store)(cache.v, new[1], size, inputs, inputs.mask)
         out = attend(context.constant(q), k, v, cache, inputs, inputs.mask, scale=1 / np.sqrt(size), cap=cap)
         length = KVLength(inputs.kv_views, [inputs.mask], BUILT, inputs.kv_results, ranges=True)
         length.set(N_KV)
