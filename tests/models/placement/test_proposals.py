@@ -57,7 +57,7 @@ def test_each_kind_of_proposal_fits(path, monkeypatch):
     memory(monkeypatch, CPU=needed // 10)
     found = proposals(path)
     assert list(found) == ["n_ctx", next(reversed(found))]
-    assert found["n_ctx"] == "n_ctx=512, kv_dtype='q4_0', n_batch=32"
+    assert found["n_ctx"] == "n_ctx=256, kv_dtype='q4_0', n_batch=32"
     # with no memory at all, only more devices help
     memory(monkeypatch, CPU=0)
     assert len(proposals(path)) == 1
