@@ -5,9 +5,10 @@ is measured with its Python interface (``Llama.eval``), ``llama.cpp`` with the C
 tokens. Both come from the Python that ``--peer`` names, which needs ``pip install --no-binary llama-cpp-python
 llama-cpp-python==0.3.36`` (a native build of some minutes).
 
-    python -m benchmarks.llm [--peer PYTHON] [--model FILE] [--threads 2] [--rounds 3] [--busy 2]
+    python -m benchmarks.llm [--peer PYTHON] [--model FILE] [--threads 2] [--rounds 3] [--busy 2] [--flash off]
 
-``--busy`` starts that many processes that compute in a loop until the end.
+``--busy`` starts that many processes that compute in a loop until the end. ``llama.cpp`` has flash attention, its own
+default, unless it is turned off; llama-cpp-python's default is without.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def ours(model: str, threads: int, devices: list[str]) -> dict[str, float]:
         return {"load_s": loaded, "prompt": prompt_rate, "decode": m.timings.decode_rate, **resident()}
 
 
-def peer(model: str, threads: int, flash: bool = False) -> dict[str, float]:
+def peer(model: str, threads: int, *, flash: bool) -> dict[str, float]:
     """Measure llama.cpp once, through the C API that llama-cpp-python wraps, without the time for choosing tokens."""
     import llama_cpp as lib
     import numpy as np
@@ -116,6 +118,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", type=int, default=0, help="processes that compute beside the measured one")
     parser.add_argument("--devices", default="CPU", help="devices of ggml_cffi, separated by commas")
+    parser.add_argument("--flash", choices=("on", "off"), default="on", help="llama.cpp's attention in one operation")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     devices = args.devices.split(",")
@@ -123,7 +126,8 @@ def main() -> int:
         print(json.dumps(ours(args.model, args.threads, devices)))
         return 0
     if args.side:
-        print(json.dumps({"peer": peer, "wrapped": wrapped}[args.side](args.model, args.threads)))
+        sides = {"wrapped": wrapped, "peer": partial(peer, flash=args.flash == "on")}
+        print(json.dumps(sides[args.side](args.model, args.threads)))
         return 0
     from ggml_cffi import models
 
@@ -155,6 +159,8 @@ def measure(python: str, side: str, model: str, args: argparse.Namespace) -> dic
         str(args.threads),
         "--devices",
         args.devices,
+        "--flash",
+        args.flash,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
