@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ggml_cffi.models import (
     ContentDelta,
@@ -22,7 +22,7 @@ from ggml_cffi.server.answers import ChatAnswer, ChatTask, Delta, ToolChoice, ch
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.schemas import ChatBody, NamedTool, ResponseFormat, Tool
-from ggml_cffi.server.service import Service, new_id, sampling_params, stop_strings, token_entry, usage
+from ggml_cffi.server.service import Json, Service, new_id, sampling_params, stop_strings, token_entry, usage
 from ggml_cffi.server.sse import Data, merged, stream, unless_client_leaves
 
 
@@ -34,7 +34,7 @@ def router(service: Service) -> APIRouter:
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         if body.stream:
             return await stream(request, _chunks(service, body))
-        return JSONResponse(await unless_client_leaves(request, _complete(service, body)))
+        return Json(await unless_client_leaves(request, _complete(service, body)))
 
     return routes
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ggml_cffi.models import TokenLogprob
 from ggml_cffi.server.catalog import Loaded
@@ -17,7 +17,7 @@ from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation, Piece
 from ggml_cffi.server.schemas import MAX_CHOICES, CompletionBody, Prompts
-from ggml_cffi.server.service import Service, check_length, choices, new_id, sampling_params, stop_strings, usage
+from ggml_cffi.server.service import Json, Service, check_length, choices, new_id, sampling_params, stop_strings, usage
 from ggml_cffi.server.sse import Data, merged, stream, unless_client_leaves
 
 
@@ -29,7 +29,7 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionBody, request: Request) -> Response:
         if body.stream:
             return await stream(request, _chunks(service, body))
-        return JSONResponse(await unless_client_leaves(request, _complete(service, body)))
+        return Json(await unless_client_leaves(request, _complete(service, body)))
 
     return routes
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.completions import prompt_ids
@@ -16,7 +16,7 @@ from ggml_cffi.server.engine import EmbedJob
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import embed
 from ggml_cffi.server.schemas import EmbeddingBody, RerankBody
-from ggml_cffi.server.service import Service, new_id
+from ggml_cffi.server.service import Json, Service, new_id
 from ggml_cffi.server.sse import unless_client_leaves
 
 #: Largest number of texts of a request.
@@ -29,12 +29,12 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        return JSONResponse(await unless_client_leaves(request, _embeddings(service, body)))
+        return Json(await unless_client_leaves(request, _embeddings(service, body)))
 
     @routes.post("/v1/rerank")
     @routes.post("/rerank")
     async def rerank(body: RerankBody, request: Request) -> Response:
-        return JSONResponse(await unless_client_leaves(request, _rerank(service, body)))
+        return Json(await unless_client_leaves(request, _rerank(service, body)))
 
     return routes
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 
 from ggml_cffi.models import ContentDelta, Grammar, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
@@ -18,7 +18,7 @@ from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.chat import tool_dict
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.schemas import Function, ResponsesBody, SamplingBody, Tool
-from ggml_cffi.server.service import Service, new_id, sampling_params
+from ggml_cffi.server.service import Json, Service, new_id, sampling_params
 from ggml_cffi.server.sse import Data, stream, unless_client_leaves
 
 
@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
     async def responses(body: ResponsesBody, request: Request) -> Response:
         if body.stream:
             return await stream(request, _events(service, body), named=True, done=None)
-        return JSONResponse(await unless_client_leaves(request, _complete(service, body)))
+        return Json(await unless_client_leaves(request, _complete(service, body)))
 
     return routes
 

@@ -9,8 +9,10 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from ggml_cffi.core.text import to_json
 from ggml_cffi.models import Grammar, SamplingParams, TokenLogprob
 from ggml_cffi.models.generation import check_stop
 from ggml_cffi.server.catalog import Catalog, Loaded
@@ -27,6 +29,16 @@ _MAX_STOPS = 64
 #: Characters of a request, or token ids, from which on its texts are long: to find their tokens takes a tenth of a
 #: second or more.
 _LONG_TEXT = 50_000
+
+
+class Json(JSONResponse):
+    """A JSON reply. Half of a surrogate pair, which a model may write in JSON too, is written as an escape."""
+
+    def render(self, content: Any) -> bytes:
+        try:
+            return super().render(content)
+        except UnicodeEncodeError:
+            return to_json(content).encode()
 
 
 @dataclass(frozen=True)

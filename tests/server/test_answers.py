@@ -140,6 +140,21 @@ def test_a_demanded_call_is_read_from_json(client, engine, choice):
     assert len(found["message"]["tool_calls"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ("required", r'{"name": "add", "arguments": {"a": "\ud800"}}'),
+        ("auto", r'<tool_call>{"name": "add\ud800", "arguments": {"a": "\ud800"}}</tool_call>'),
+    ],
+)
+def test_half_of_a_surrogate_pair_in_a_call_reaches_the_client(client, engine, choice, text):
+    engine.text = text
+    (found,) = post(client, tools=[TOOL], tool_choice=choice)["choices"]
+    (call,) = found["message"]["tool_calls"]
+    assert call["function"]["name"] == ("add" if choice == "required" else "add\ud800")
+    assert json.loads(call["function"]["arguments"]) == {"a": "\ud800"}
+
+
 def test_reasoning_is_a_part_of_its_own(client, engine):
     engine.text = "<think>Hm.</think>Yes."
     (choice,) = post(client)["choices"]
