@@ -137,14 +137,18 @@ def _response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
+def _is_member(part: str | int) -> bool:
+    """Return whether a part of a problem's place is a member of a union: each member has a problem of its own."""
+    return part in ("str", "int", "NamedTool") or str(part).startswith(("list[", "dict[", "literal["))
+
+
 def _describe(error: RequestValidationError) -> ApiError:
     """Return the first problem of a body, with its place. The given value is left out: it may be large, or not text."""
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body of the request is not valid JSON")
-    # Unions list a problem for each member; names of their members are no part of the path.
-    place = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "str", "int")))
+    place = ".".join(str(part) for part in first["loc"][1:] if not _is_member(part))
     text = str(first["msg"]).encode("utf-8", "replace").decode()
     place = place.encode("utf-8", "replace").decode()
     return ApiError(400, f"{place or 'body'}: {text}", param=place or None)

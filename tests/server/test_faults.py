@@ -110,6 +110,10 @@ def test_garbage_is_refused_in_the_form_of_openai_s_api(server, data, message):
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "which is not among the tools"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
+        ({"stream": "perhaps"}, "stream: Input should be a valid boolean"),
+        ({"stream_options": 1}, "stream_options: Input should be"),
+        ({"stop": {}}, "stop: Input should be"),
+        ({"tool_choice": 5}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
     ],
 )
 def test_a_wrong_chat_is_refused(server, change, message):
