@@ -68,7 +68,7 @@ def check_ids(loaded: Loaded, ids: list[int]) -> list[int]:
 
 def _prepare(service: Service, loaded: Loaded, body: CompletionBody) -> _Task:
     for name in ("suffix", "best_of"):
-        if getattr(body, name) not in (None, body.n or 1):
+        if getattr(body, name) not in (None, "", body.n or 1):
             raise ApiError(400, f"{name} is not supported: leave it out", param=name)
     stop, params = stop_strings(body.stop), sampling_params(loaded, body, logprobs=body.logprobs)
     prompts = [service.check_prompt(loaded, ids) for ids in prompt_ids(loaded, body.prompt)]

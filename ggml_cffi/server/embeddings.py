@@ -68,7 +68,7 @@ async def _rerank(service: Service, body: RerankBody) -> dict[str, Any]:
         scores = np.asarray(documents) @ query
         order = np.argsort(-scores, kind="stable")[: body.top_n]
         results: list[dict[str, Any]] = [{"index": int(i), "relevance_score": float(scores[i])} for i in order]
-        if body.return_documents:
+        if body.return_documents is not False:
             results = [entry | {"document": {"text": texts[entry["index"]]}} for entry in results]
         return {"id": new_id("rerank-"), "model": loaded.name, "results": results, "usage": _usage(ids)}
 
@@ -109,7 +109,7 @@ def _count(service: Service, loaded: Loaded, texts: list[list[int]]) -> None:
     service.metrics.prompt_tokens.labels(loaded.name).inc(sum(map(len, texts)))
 
 
-def _encode(vector: npt.NDArray[np.float32], encoding: str) -> str | list[float]:
+def _encode(vector: npt.NDArray[np.float32], encoding: str | None) -> str | list[float]:
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     values: list[float] = vector.tolist()

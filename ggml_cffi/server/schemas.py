@@ -36,10 +36,12 @@ class Body(BaseModel, extra="forbid"):
     @model_validator(mode="before")
     @classmethod
     def _keep_one_unknown(cls, data: Any) -> Any:
-        """Leave out all unknown fields but the first, which is the error to report."""
+        """Leave out all unknown fields but the first, which is the error to report; null says nothing."""
         if not isinstance(data, dict):
             return data
-        unknown = next((name for name in data if name not in cls.model_fields), None)
+        unknown = next(
+            (name for name, value in data.items() if name not in cls.model_fields and value is not None), None
+        )
         return {name: value for name, value in data.items() if name in cls.model_fields or name == unknown}
 
     model: str | None = None
@@ -56,7 +58,7 @@ class Body(BaseModel, extra="forbid"):
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     """True for the counts of tokens in a last chunk."""
     include_obfuscation: bool | None = None
 
@@ -67,7 +69,7 @@ class SamplingBody(Body):
     temperature: float | None = None
     """Default 1, as in OpenAI's API; 0 is greedy."""
     top_p: float | None = None
-    """Default 1."""
+    """Default 1; 0 for the most likely token alone."""
     top_k: int | None = None
     """Default 40; 0 for all tokens."""
     min_p: float | None = None
@@ -77,7 +79,7 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_check_biases)] | None = None
     seed: int | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     """True to continue after an end token."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -87,7 +89,7 @@ class SamplingBody(Body):
     @property
     def include_usage(self) -> bool:
         """True if a stream ends with the counts of tokens."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class Function(BaseModel):
@@ -163,7 +165,7 @@ class CompletionBody(SamplingBody):
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool = False
+    echo: bool | None = None
     """True to put the prompt before the answer."""
     best_of: int | None = None
     suffix: str | None = None
@@ -173,7 +175,8 @@ class EmbeddingBody(Body):
     """The body of ``/v1/embeddings``."""
 
     input: Prompts
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
+    """Default ``"float"``."""
     dimensions: Count | None = None
     pooling: Literal["mean", "cls", "last"] | None = None
     """Default the pooling of the model's training."""
@@ -185,7 +188,8 @@ class RerankBody(Body):
     query: str
     documents: Annotated[List[str | dict[str, Any]], Field(min_length=1)]
     top_n: Count | None = None
-    return_documents: bool = True
+    return_documents: bool | None = None
+    """Default True."""
 
 
 class TokenizeBody(Body):
@@ -194,8 +198,8 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: List[dict[str, Any]] | None = None
     tools: List[Tool] | None = None
-    special: bool = True
-    """True if a text such as ``<|im_end|>`` in the prompt means the token of that name."""
+    special: bool | None = None
+    """Default True: a text such as ``<|im_end|>`` in the prompt means the token of that name."""
 
 
 class DetokenizeBody(Body):

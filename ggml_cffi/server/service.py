@@ -151,17 +151,20 @@ def sampling_params(
     ------
     ApiError
         If ``logit_bias`` has an id beyond the vocabulary.
+        Also if there are options of a stream without a stream.
     TypeError, ValueError
         If one is out of range.
     """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
     n_vocab = loaded.engine.facts.n_vocab
     wrong = next((token for token in body.logit_bias or () if not 0 <= token < n_vocab), None)
     if wrong is not None:
         raise ApiError(400, f"token ids of logit_bias must be 0 to {n_vocab - 1}, not {wrong}", param="logit_bias")
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=40 if body.top_k is None else body.top_k,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=1 if body.top_p == 0 else 40 if body.top_k is None else body.top_k,
+        top_p=1.0 if body.top_p is None else body.top_p or 1.0,
         min_p=body.min_p or 0.0,
         repeat_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         repeat_last_n=-1,
@@ -170,7 +173,7 @@ def sampling_params(
         logit_bias=body.logit_bias,
         grammar=grammar,
         logprobs=logprobs,
-        ignore_eos=body.ignore_eos,
+        ignore_eos=bool(body.ignore_eos),
         seed=None if body.seed is None else body.seed % 2**63,
     )
 

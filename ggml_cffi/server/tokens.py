@@ -36,7 +36,7 @@ def _tokenize(loaded: Loaded, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either 'prompt' or 'messages'")
     if body.prompt is not None:
-        return loaded.text.tokenize(body.prompt, special=body.special)
+        return loaded.text.tokenize(body.prompt, special=body.special is not False)
     tools = [tool_dict(tool) for tool in body.tools or []]
     return loaded.text.tokenize(body.messages or [], tools=tools or None)
 

@@ -186,10 +186,12 @@ def test_several_answers_have_seeds_of_their_own(client, engine):
 def test_parameters_have_openai_s_defaults(client, engine):
     post(client)
     post(client, temperature=0.5, top_p=0.5, top_k=0, min_p=0.1, repetition_penalty=1.5, logit_bias={"5": -3})
-    first, second = (job.params for job in engine.jobs)
+    post(client, top_p=0, ignore_eos=None)
+    first, second, third = (job.params for job in engine.jobs)
     assert (first.temperature, first.top_p, first.top_k, first.min_p, first.repeat_penalty) == (1.0, 1.0, 40, 0.0, 1.0)
     assert (second.temperature, second.top_p, second.top_k, second.min_p) == (0.5, 0.5, 0, 0.1)
     assert (second.repeat_penalty, second.repeat_last_n, second.logit_bias) == (1.5, -1, {5: -3.0})
+    assert (third.top_k, third.top_p, third.ignore_eos) == (1, 1.0, False)
 
 
 def test_an_error_in_a_stream_is_its_last_event_and_before_it_a_status(client, engine):

@@ -101,6 +101,9 @@ def test_vectors_and_scores_of_documents_equal_float64(both, files, devices):
     for result in results:
         assert abs(result["relevance_score"] - scores[result["index"]]) < 2 * bound
         assert result["document"] == {"text": texts[1 + result["index"]]}
+    nulls = {"return_documents": None, "top_n": None}
+    again = post(both, "/v1/rerank", {"model": "embed", "query": texts[0], "documents": documents, **nulls})
+    assert again["results"] == results
     options = {"query": texts[0], "documents": documents, "top_n": 1, "return_documents": False}
     assert post(both, "/v1/rerank", {"model": "embed", **options})["results"] == [
         {name: value for name, value in results[0].items() if name != "document"}

@@ -106,6 +106,7 @@ def test_garbage_is_refused_in_the_form_of_openai_s_api(server, data, message):
         ({"messages": [{"content": "a"}]}, "message 0: 'role' must be a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "the model reads text alone"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
         ({"response_format": {"type": "json_schema"}}, "needs 'json_schema' with a 'schema'"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "which is not among the tools"),
@@ -144,6 +145,22 @@ def test_a_body_of_many_wrong_values_has_few_errors(body, wrong):
     with pytest.raises(ValidationError) as raised:
         body.model_validate(wrong)
     assert raised.value.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    ("body", "required"),
+    [
+        (CompletionBody, {"prompt": "a"}),
+        (ChatBody, {"messages": [{}]}),
+        (EmbeddingBody, {"input": "a"}),
+        (RerankBody, {"query": "a", "documents": ["a"]}),
+        (ResponsesBody, {"input": "a"}),
+        (TokenizeBody, {}),
+    ],
+)
+def test_null_says_nothing(body, required):
+    nulls = dict.fromkeys([*body.model_fields, "functions"])
+    assert body.model_validate(nulls | required).model_dump(exclude_none=True) == required
 
 
 @pytest.mark.parametrize("depth", [300, 600, 800, 900])
