@@ -142,6 +142,7 @@ def _logprobs(tokens: list[TokenLogprob], start: int, body: CompletionBody) -> d
     return {
         "tokens": [token.token for token in tokens],
         "token_logprobs": [max(token.logprob, -9999.0) for token in tokens],
-        "top_logprobs": [{top.token: max(top.logprob, -9999.0) for top in token.top} for token in tokens],
+        # With the chosen token, so that there may be one more than the request asks for.
+        "top_logprobs": [{top.token: max(top.logprob, -9999.0) for top in (*token.top, token)} for token in tokens],
         "text_offset": offsets[:-1],
     }

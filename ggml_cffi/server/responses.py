@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -19,7 +18,7 @@ from ggml_cffi.server.chat import tool_dict
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.schemas import Function, ResponsesBody, SamplingBody, Tool
 from ggml_cffi.server.service import Json, Service, new_id, sampling_params
-from ggml_cffi.server.sse import Data, stream, unless_client_leaves
+from ggml_cffi.server.sse import Data, log_error, stream, unless_client_leaves
 
 
 def router(service: Service) -> APIRouter:
@@ -56,11 +55,10 @@ def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
             case "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments", "")}
                 call = {"id": item.get("call_id"), "type": "function", "function": function}
-                last = messages[-1] if messages else {}
-                if last.get("tool_calls"):  # calls that belong together are one message of a chat
-                    last["tool_calls"].append(call)
-                else:
-                    messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": None})
+                # A text and the calls after it are one message of a chat.
+                messages[-1].setdefault("tool_calls", []).append(call)
             case "function_call_output":
                 output = item.get("output")
                 messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
@@ -203,7 +201,7 @@ class _Output:
 async def _complete(service: Service, body: ResponsesBody) -> dict[str, Any]:
     """Return the whole response."""
     last: Data = {}
-    async with aclosing(_events(service, body)) as events:
+    async with aclosing(_unnumbered(service, body)) as events:
         async for event in events:
             last = event
     found: dict[str, Any] = last["response"]
@@ -211,32 +209,39 @@ async def _complete(service: Service, body: ResponsesBody) -> dict[str, Any]:
 
 
 async def _events(service: Service, body: ResponsesBody) -> AsyncGenerator[Data, None]:
-    """Yield the events of a stream; the last one has the whole response."""
-    numbers = itertools.count()
-    async for event in _unnumbered(service, body):
-        yield {**event, "sequence_number": next(numbers)}
+    """Yield the events of a stream; the last one has the whole response, or tells the error that ended it."""
+    number = 0
+    try:
+        async with aclosing(_unnumbered(service, body)) as events:
+            async for event in events:
+                yield {**event, "sequence_number": number}
+                number += 1
+    except Exception as error:
+        if not number:
+            raise
+        fields = log_error(error).body()["error"]
+        # The fields are those of this interface; OpenAI's client raises an exception for the object that chats have.
+        known = {name: fields[name] for name in ("code", "message", "param")}
+        yield {"type": "error", **known, "error": fields, "sequence_number": number}
 
 
 async def _unnumbered(service: Service, body: ResponsesBody) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the events; the last one has the whole response."""
     async with service.catalog.use(body.model) as loaded:
         task = await service.in_thread(body, _prepare, service, loaded, body)
         answer, output = ChatAnswer(service, loaded, task), _Output()
         head = _head(loaded.name, body)
-        begun = False
+        begin = [{"type": f"response.{kind}", "response": head} for kind in ("created", "in_progress")]
         async with aclosing(answer.deltas()) as deltas:
             async for events, _ in deltas:
-                if not begun:
-                    begun = True
-                    yield {"type": "response.created", "response": head}
-                    yield {"type": "response.in_progress", "response": head}
+                while begin:  # only now: an error before the first token has a status
+                    yield begin.pop(0)
                 for delta in events:
                     for event in output.feed(delta):
                         yield event
         complete = answer.finish_reason != "length"
         status = "completed" if complete else "incomplete"
-        if not begun:
-            yield {"type": "response.created", "response": head}
-        for event in output.end(status):
+        for event in (*begin, *output.end(status)):
             yield event
         reason = None if complete else {"reason": "max_output_tokens"}
         counts = {

@@ -10,6 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ggml_cffi.files import GGUFFile
+from ggml_cffi.models import TokenLogprob
 from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server import Catalog, create_app
 from ggml_cffi.server.catalog import Loaded
@@ -27,6 +28,7 @@ class Scripted(Engine):
     n_waiting = n_running = n_generated = 0
     text = ""
     error: Exception | None = None
+    logprob: TokenLogprob | None = None
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -37,7 +39,7 @@ class Scripted(Engine):
         self.jobs.append(job)
         data = self.text.encode()
         for token in data[: job.max_tokens]:
-            deliver(Token(token))
+            deliver(Token(token, self.logprob))
         if self.error is not None:
             deliver(Failed(self.error))
         else:
@@ -229,6 +231,38 @@ def test_the_events_of_a_response_repeat_its_items(client, engine):
     assert events[-1]["response"]["output"] == done
     text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
     assert text == done[0]["content"][0]["text"]
+
+
+def test_the_events_of_a_response_that_fails_end_with_the_error(client, engine):
+    engine.text, engine.error = "abc", ValueError("no token is left")
+    *_, before, last = chunks(client, "/v1/responses", input="hi")
+    assert (last["type"], last["message"], last["code"], last["param"]) == ("error", "no token is left", None, None)
+    assert last["error"]["type"] == "invalid_request_error"
+    assert last["sequence_number"] == before["sequence_number"] + 1
+
+
+def test_a_response_without_text_begins_and_ends(client, engine):
+    kinds = [event["type"] for event in chunks(client, "/v1/responses", input="hi")]
+    assert kinds == ["response.created", "response.in_progress", "response.completed"]
+
+
+def test_the_calls_after_a_text_in_a_response_s_input_are_one_message_with_it(client, engine):
+    call = {"type": "function_call", "call_id": "c1", "name": "add", "arguments": "{}"}
+    text = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I add."}]}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
+    post(client, "/v1/responses", input=[{"role": "user", "content": "hi"}, text, call, call, output])
+    prompt = bytes(token for token in engine.jobs[0].ids if token < 256).decode()
+    assert prompt.count("assistant\n") == 2  # with the answer to come
+    assert prompt.index("I add.") < prompt.index("tool\n1")
+
+
+def test_the_chosen_token_is_one_of_the_most_likely_ones(client, engine):
+    engine.text = "x"
+    other = TokenLogprob(98, "b", b"b", -0.1)
+    chosen = TokenLogprob(120, "x", b"x", -2.5, (other,))
+    engine.logprob = chosen
+    (choice,) = post(client, "/v1/completions", prompt="a", logprobs=1)["choices"]
+    assert choice["logprobs"]["top_logprobs"] == [{"b": -0.1, "x": -2.5}]
 
 
 def test_items_of_a_response_s_input_become_messages(client, engine):
