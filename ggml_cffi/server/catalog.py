@@ -23,7 +23,7 @@ from ggml_cffi.files.gguf.reader import GGUFFile
 from ggml_cffi.models.architectures import architecture_of
 from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine
-from ggml_cffi.server.errors import ApiError, QueueFullError, StoppingError
+from ggml_cffi.server.errors import ApiError, LoadingError, QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
 
@@ -153,7 +153,7 @@ class Catalog(Closing):
             If there is no such model.
         QueueFullError
             If too many requests wait for it to be loaded.
-        GgmlError, OSError, ValueError
+        GgmlError, OSError
             If it cannot be loaded, or the server stops.
         """
         entry = self._find(name)
@@ -215,6 +215,9 @@ class Catalog(Closing):
                     except OutOfMemoryError:
                         if not await self._unload_one():
                             raise
+        except (ValueError, TypeError) as error:  # they would be the client's
+            message = f"the model {entry.name!r:.80} cannot be loaded: the log of the server has the reason"
+            raise LoadingError(message) from error
         finally:
             entry.loading = None
 

@@ -44,6 +44,10 @@ class QueueFullError(GgmlError):
     """Error of a request that finds too many others waiting."""
 
 
+class LoadingError(GgmlError):
+    """Error of a model that cannot be loaded. Its cause tells why: the server's files and options, not the request."""
+
+
 class StoppingError(GgmlError):
     """Error of the requests that the end of the server interrupts."""
 

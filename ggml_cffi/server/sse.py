@@ -138,7 +138,7 @@ async def _next(events: AsyncGenerator[T, None]) -> T:
 def log_error(error: Exception) -> ApiError:
     """Return the error for the client, and log those that are the server's."""
     found = as_api_error(error)
-    if found.status == 500:
+    if found.status == 500 and found is not error:  # else it was logged when it was made
         _logger.error("a request failed", exc_info=error)
     return found
 

@@ -6,10 +6,11 @@ import threading
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 
 from ggml_cffi import models
 from ggml_cffi.errors import ClosedError
-from ggml_cffi.server import Catalog, ModelSpec
+from ggml_cffi.server import Catalog, ModelSpec, create_app
 from ggml_cffi.server.catalog import open_engine, planned_bytes
 from ggml_cffi.server.engine import EmbedJob
 from ggml_cffi.server.errors import ApiError, StoppingError
@@ -94,6 +95,23 @@ def test_a_model_that_never_fits_and_a_wrong_file_are_errors_of_their_own(specs,
 
     with Catalog({"x": tmp_path / "missing.gguf", **specs}) as catalog:
         asyncio.run(broken())
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_model_that_cannot_be_loaded_is_not_the_client_s_error(tiny, tmp_path, caplog, isolate):
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(tiny.read_bytes()[:3000])
+    catalog = {"damaged": damaged, "option": ModelSpec(tiny, {**OPTIONS, "split": "none such"})}
+    with TestClient(create_app(catalog, isolate=isolate), raise_server_exceptions=False) as client:
+        for name, reason in (("damaged", "cut short"), ("option", "'none such'")):
+            caplog.clear()
+            response = client.post("/v1/completions", json={"model": name, "prompt": "a"})
+            assert response.status_code == 500
+            error = response.json()["error"]
+            assert error["type"] == "server_error"
+            assert error["message"] == f"the model {name!r} cannot be loaded: the log of the server has the reason"
+            (record,) = caplog.records
+            assert reason in str(record.exc_info[1].__cause__)
 
 
 def test_requests_that_wait_for_a_load_share_it_and_may_leave(specs):
