@@ -56,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         import uvicorn
 
         from ggml_cffi import server
+        from ggml_cffi.server.errors import LoadingError
     except ModuleNotFoundError as error:
         raise missing_extra("the command serve", str(error.name), "serve") from None
     port = as_integer("--port", args.port, 0, 65535)
@@ -75,8 +76,11 @@ def _run(args: argparse.Namespace) -> int:
 
         async def startup(self, sockets: Any = None) -> None:
             if args.preload:
-                async with catalog.use(catalog.names[0]):
-                    pass
+                try:
+                    async with catalog.use(catalog.names[0]):
+                        pass
+                except LoadingError as error:  # nobody but the caller of the command reads this one
+                    raise (error.__cause__ or error) from None
             await super().startup(sockets)
 
         async def shutdown(self, sockets: Any = None) -> None:

@@ -52,6 +52,8 @@ def test_wrong_arguments_are_one_line(tmp_path):
     assert "parallel must be at least 1" in run("serve", model, "--parallel", "0", code=2).stderr
     assert "--port must be 0 to 65535" in run("serve", model, "--port", "65536", code=2).stderr
     assert "an API key is empty" in run("serve", model, "--api-key", "", code=2).stderr
+    model.write_bytes(model.read_bytes()[:3000])
+    assert "cut short" in run("serve", model, "--preload", "--port", "0", code=2).stderr
 
 
 def test_connections_are_not_limited_by_the_usual_number_of_open_files(tmp_path):

@@ -1,5 +1,6 @@
 """Faults: clients that leave, send garbage or hold connections, full queues, crashes, the end of the server."""
 
+import asyncio
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from ggml_cffi.server import create_app
 from ggml_cffi.server.schemas import (
     ChatBody,
     CompletionBody,
@@ -248,6 +250,30 @@ def test_limits_of_size(limited):
     response = limited.post("/v1/completions", {**SHORT, "prompt": "x" * 501}, **KEY)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_body_that_does_not_arrive_in_time_is_refused(tiny):
+    async def main():
+        messages = []
+
+        async def send(message):
+            messages.append(message)
+
+        async def receive():
+            if not messages:
+                messages.append(None)
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            return await asyncio.get_running_loop().create_future()  # never
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"100")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        await asyncio.wait_for(app({**scope, "state": {}}, receive, send), 60)
+        return messages[1]["status"], messages[2]["body"]
+
+    app = create_app({"m": tiny}, body_seconds=0.01)
+    status, body = asyncio.run(main())
+    assert status == 408
+    assert b"did not arrive in time" in body
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
