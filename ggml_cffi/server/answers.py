@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from ggml_cffi.models import (
     ReasoningDelta,
     SamplingParams,
     TokenLogprob,
-    ToolCall,
     ToolCallDelta,
     ToolCallEnd,
     ToolCallStart,
@@ -26,7 +24,7 @@ from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.engine import Job
 from ggml_cffi.server.errors import ApiError
 from ggml_cffi.server.generation import Generation
-from ggml_cffi.server.service import Service, check_length, choices, new_id
+from ggml_cffi.server.service import Service, check_length, choices
 
 Delta = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallDelta | ToolCallEnd
 
@@ -134,42 +132,11 @@ def prepare(
     return ChatTask(choices(Job(ids, params, max_tokens), n), text, choice, stop, constrained)
 
 
-class ForcedCalls:
-    """The parser of calls that a grammar demanded, with the methods of :class:`~ggml_cffi.models.ChatParser`."""
-
-    def __init__(self) -> None:
-        self.message = ChatMessage()
-        self.complete = False
-        self._text = ""
-
-    def feed(self, text: str) -> list[Delta]:
-        """Take more text. The calls come at the end, once their arguments are complete."""
-        self._text += text
-        return []
-
-    def close(self) -> list[Delta]:
-        """Return the events of the calls; the text itself if it is incomplete."""
-        try:
-            found = json.loads(self._text)
-        except ValueError:
-            self.message = ChatMessage(content=self._text or None)
-            return [ContentDelta(self._text)] if self._text else []
-        events: list[Delta] = []
-        calls = [
-            ToolCall(new_id("call_"), call["name"], json.dumps(call["arguments"], ensure_ascii=False))
-            for call in (found if isinstance(found, list) else [found])
-        ]
-        for i, call in enumerate(calls):
-            events += [ToolCallStart(i, call.id, call.name), ToolCallDelta(i, call.arguments), ToolCallEnd(i)]
-        self.message = ChatMessage(tool_calls=calls)
-        return events
-
-
-def make_parser(loaded: Loaded, task: ChatTask) -> tuple[ChatParser | ForcedCalls, bool]:
+def make_parser(loaded: Loaded, task: ChatTask) -> tuple[ChatParser, bool]:
     """Return the parser of an answer, and whether it needs the text of control tokens."""
     choice = task.choice
     if choice.forced:
-        return ForcedCalls(), False
+        return ChatParser("json"), False
     if task.constrained:
         return ChatParser("plain"), False
     tools = choice.tools or None

@@ -137,6 +137,12 @@ def test_a_demanded_call_is_read_from_json(client, engine, choice):
     assert engine.jobs[0].params.grammar is not None
     (found,) = post(client, tools=[TOOL], tool_choice=choice, max_tokens=10)["choices"]
     assert (found["message"]["content"], found["finish_reason"]) == (engine.text[:10], "length")
+    (found,) = post(client, tools=[TOOL], tool_choice=choice, max_tokens=34)["choices"]
+    (call,) = found["message"]["tool_calls"]
+    assert (call["function"]["arguments"], found["finish_reason"]) == ('{"a":', "length")
+    parts = [chunk["choices"][0]["delta"] for chunk in chunks(client, tools=[TOOL], tool_choice=choice)]
+    calls = [part for delta in parts for part in delta.get("tool_calls", [])]
+    assert [part["function"]["arguments"] for part in calls] == ["", *'{"a": 1}']  # as they are generated
     engine.text = f"[{engine.text}, {engine.text}]"
     (found,) = post(client, tools=[TOOL], tool_choice=choice, parallel_tool_calls=True)["choices"]
     assert len(found["message"]["tool_calls"]) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ggml_cffi.models.chat_parser import deepseek, gemma, harmony, llama3, mistral, tags
+from ggml_cffi.models.chat_parser import deepseek, gemma, harmony, json_calls, llama3, mistral, tags
 from ggml_cffi.models.chat_parser.events import Answer
 from ggml_cffi.models.chat_parser.source import Source, Steps
 from ggml_cffi.models.chat_parser.tools import Tools
@@ -41,6 +41,7 @@ FORMATS = {
     "gemma3": Format(gemma.parse_gemma3),
     "gemma4": Format(gemma.parse, channels=True),
     "deepseek": Format(deepseek.parse),
+    "json": Format(json_calls.parse),
 }
 
 #: Texts in a chat template, each set with the format that it shows; the first set that is there counts.

@@ -14,6 +14,22 @@ _NAME_KEYS, _ARGUMENT_KEYS, _OTHER_KEYS = ("name",), ("arguments", "parameters")
 _IN_STRING = re.compile(r'[^"\\]*')
 _SCALAR = re.compile(r"[\w+.\-]*")
 _PLAIN = re.compile(r'[^"{}\[\]<]*')
+_BEFORE, _AFTER = re.compile(r"[\s\[]*"), re.compile(r"[\s\],]*")
+
+
+def parse(source: Source, answer: Answer, tools: Tools) -> Steps[None]:
+    """Read an answer that is nothing but a call, or a list of calls."""
+    source.record()
+    yield from source.run(_BEFORE)
+    if not (yield from source.starts("{")):
+        answer.content(source.recorded())
+    while (yield from source.starts("{")):
+        if not (yield from pass_call(source, answer, tools)):
+            break
+        yield from source.run(_AFTER)
+        source.record()
+    source.recorded()
+    yield from source.until((), answer.content)
 
 
 def pass_call(

@@ -27,7 +27,8 @@ class ChatParser:
     ----------
     format
         Name of the format: ``hermes`` (also Qwen 2.5 and 3), ``qwen3_coder``, ``glm4``, ``llama3``, ``mistral``,
-        ``gpt_oss``, ``gemma3``, ``gemma4`` (also FunctionGemma), ``deepseek``, or ``plain`` without tool calls.
+        ``gpt_oss``, ``gemma3``, ``gemma4`` (also FunctionGemma), ``deepseek``, ``json`` for calls that a grammar
+        demands, or ``plain`` without tool calls.
     tools
         The functions that the model may call, as for :meth:`Model.apply_chat_template`. The parser takes the types of
         arguments from them where the format has none, and does not take other JSON for a call of Llama 3 or Gemma 3.

@@ -33,6 +33,15 @@ ANSWERS = {
     "plain does not think": ("plain", "<think>\n\n</think>\n\nYes.", "Yes.", None, []),
     "plain thinks to its end": ("plain", " <think> Hm, 1 < 2 </thi", None, "Hm, 1 < 2 </thi", []),
     "plain names the tag": ("plain", "Use <think>x</think> here", "Use <think>x</think> here", None, []),
+    "json": ("json", '{"name": "weather", "arguments": {"city": "Rome", "days": 2}}', None, None, [WEATHER]),
+    "json in a list": (
+        "json",
+        ' [ {"name": "weather", "arguments": {"city": "Rome", "days": 2}},\n{"name": "clock", "arguments": {}} ]\n',
+        None,
+        None,
+        [WEATHER, CLOCK],
+    ),
+    "json without calls": ("json", " [Hello]", " [Hello]", None, []),
     "hermes": (
         "hermes",
         '<think>I look.</think>\n\nWait:\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n'
@@ -255,6 +264,9 @@ ANSWERS = {
 
 #: Malformed answers: format, answer, then the expected content and calls as (name, text of the arguments).
 MALFORMED = {
+    "json cut in the name": ("json", '[{"name": "clo', '[{"name": "clo', []),
+    "json cut in the arguments": ("json", '{"name": "clock", "arguments": {"a": [', None, [("clock", '{"a": [')]),
+    "json before a text": ("json", '{"name": "clock", "arguments": {}} b', "b", [("clock", "{}")]),
     "no JSON": ("hermes", "a <tool_call> {oops} b", "a <tool_call> {oops} b", []),
     "no call": ("hermes", '<tool_call>{"a": 1}</tool_call>', '<tool_call>{"a": 1}</tool_call>', []),
     "no name": ("hermes", '<tool_call>{"name": ""}', '<tool_call>{"name": ""}', []),
