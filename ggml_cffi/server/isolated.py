@@ -177,8 +177,10 @@ class IsolatedEngine(Engine):
                 if self._stopped:
                     return
                 commands, self._commands = self._commands, []
+                begun = self._jobs.keys() - {number for number, job in commands if job is not None}
             try:
-                if crashed:  # only now: a process that ended between two calls had jobs, which must fail first
+                # A process that ended between two calls may have had jobs, which must fail first.
+                if crashed or not (begun or self.worker.alive):
                     self.worker.restart()
                     crashed = False
                 events = self.worker.call("exchange", commands, _POLL_SECONDS)

@@ -233,6 +233,17 @@ def test_a_process_that_ends_between_two_calls_ends_its_jobs(tiny, monkeypatch):
         assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
 
 
+def test_a_process_that_ends_without_jobs_is_replaced_for_the_next_one(tiny):
+    settings = {"load": {"devices": ["CPU"], "n_ctx": 512, "n_threads": 1}, "parallel": 1, "max_waiting": 1}
+    with IsolatedEngine(open_engine, str(tiny), settings) as engine:
+        assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
+        pid = engine.worker.pid
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
+        assert engine.worker.pid != pid
+
+
 def test_replicas_share_the_jobs(two_gpus, tiny):
     need(two_gpus)
     options = {"devices": list(two_gpus), "split": "data", "n_ctx": 256, "n_threads": 1}
