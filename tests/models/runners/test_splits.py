@@ -7,7 +7,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
-from tests.support import PATIENCE, llama_float64, relative_error
+from tests.support import PATIENCE, llama_float64, need, relative_error, run_python
 from tests.support.splits import PROMPT, answers, gpu_memory
 
 SPLITS = ("layer", "pipeline", "data", "tensor")
@@ -33,6 +33,31 @@ def test_two_gpus_agree_with_float64(two_gpus, path, split, rng):
         )
     with pytest.raises(ggml.ClosedError):
         model.assignment()
+
+
+FOUR = """
+import sys
+import numpy as np
+from ggml_cffi import models
+from tests.support import llama_float64, relative_error
+from tests.support.splits import answers
+path, gpus, ids = sys.argv[1], [f"Vulkan{i}" for i in range(4)], [*range(1, 42)]
+want, tokens = llama_float64.Reference(path).forward(ids), None
+for split in ("layer", "pipeline", "data", "tensor"):
+    with models.load(path, gpus, split, n_batch=16) as model:
+        error = relative_error(model.forward(ids), want)
+        assert error < 1e-2, (split, error)
+        tokens = tokens or answers(model, [ids, ids[:5]])
+        assert answers(model, [ids, ids[:5]]) == tokens, split
+        layers = [len(share.layers) for share in model.placement if share.device in gpus]
+        assert layers == ([4] * 4 if split in ("data", "tensor") else [1] * 4), (split, layers)
+"""
+
+
+def test_every_split_works_on_four_gpus(tmp_path, rng):
+    need(("Vulkan0",))
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, n_layers=4)
+    run_python(FOUR.replace("sys.argv[1]", repr(str(path))), GGML_VK_VISIBLE_DEVICES="0,0,0,0")
 
 
 def test_several_models_on_the_same_gpus(two_gpus, path):
