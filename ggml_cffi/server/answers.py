@@ -104,6 +104,7 @@ def prepare(
     params: SamplingParams,
     *,
     choice: ToolChoice,
+    schema: dict[str, Any] | None,
     max_tokens: int | None,
     n: int | None = None,
     stop: tuple[str, ...] = (),
@@ -111,18 +112,26 @@ def prepare(
 ) -> ChatTask:
     """Return the task of a chat.
 
+    Parameters
+    ----------
+    service, loaded, messages, params, choice, max_tokens, n, stop, template_kwargs
+        The server, the model, and the fields of a request.
+    schema
+        JSON schema of the answer, None for free text. With tools, the answer may be a call in its place.
+
     Raises
     ------
     ApiError, ValueError, TypeError
         If the messages do not suit the model's template, or the prompt does not fit.
     """
-    constrained = params.grammar is not None
-    if constrained and choice.tools:
-        message = "response_format and tools exclude one another: set tool_choice to 'none'"
-        raise ApiError(400, message, param="response_format")
+    constrained = schema is not None
+    functions = [tool["function"] for tool in choice.tools]
     if choice.forced:
-        functions = [tool["function"] for tool in choice.tools if tool["function"]["name"] in choice.forced]
-        schema = call_schema(functions, several=bool(choice.parallel))
+        demanded = [function for function in functions if function["name"] in choice.forced]
+        schema = call_schema(demanded, several=bool(choice.parallel))
+    elif schema is not None and functions:
+        schema = call_schema(functions, several=bool(choice.parallel), answer=schema)
+    if schema is not None:
         params = SamplingParams.from_options(params, grammar=Grammar.json_schema(schema))
     chat = [
         {**message, "role": "system"} if message.get("role") == "developer" else dict(message) for message in messages
@@ -138,7 +147,7 @@ def make_parser(loaded: Loaded, task: ChatTask) -> tuple[ChatParser, bool]:
     if choice.forced:
         return ChatParser("json"), False
     if task.constrained:
-        return ChatParser("plain"), False
+        return ChatParser("json", tools=choice.tools) if choice.tools else ChatParser("plain"), False
     tools = choice.tools or None
     parallel = choice.parallel is not False
     parser = ChatParser.for_model(

@@ -14,7 +14,9 @@ _DATA = ("const", "enum", "default", "examples")
 _MORE_PROPERTIES = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties", "dependentSchemas")
 
 
-def call_schema(functions: Sequence[Mapping[str, Any]], *, several: bool = False) -> dict[str, Any]:
+def call_schema(
+    functions: Sequence[Mapping[str, Any]], *, several: bool = False, answer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the JSON schema of a call of one of several functions.
 
     Parameters
@@ -23,6 +25,8 @@ def call_schema(functions: Sequence[Mapping[str, Any]], *, several: bool = False
         The functions, each with ``name``, and perhaps ``parameters``: a JSON schema.
     several
         True for a list of calls.
+    answer
+        Schema of an answer that may stand in place of a call.
     """
     calls = [
         {
@@ -36,8 +40,14 @@ def call_schema(functions: Sequence[Mapping[str, Any]], *, several: bool = False
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     if several:
         schema = {"type": "array", "items": schema, "minItems": 1}
-    parameters = [_parameters(function.get("parameters") or {}, f"#/$defs/{i}") for i, function in enumerate(functions)]
-    return schema | {"$defs": {str(i): part for i, part in enumerate(parameters)}}
+    places = {
+        str(i): _parameters(function.get("parameters") or {}, f"#/$defs/{i}") for i, function in enumerate(functions)
+    }
+    if answer is not None:
+        schema = {"anyOf": [{"$ref": "#/$defs/answer"}, schema]}
+        places["answer"] = deepcopy(dict(answer))
+        _move(places["answer"], "#/$defs/answer")
+    return schema | {"$defs": places}
 
 
 def _parameters(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -52,14 +62,19 @@ def _parameters(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
     closes = not any(key in part for part in listed for key in _MORE_PROPERTIES) and not any(
         "allOf" in part for part in parts
     )
-    for part in parts:
-        reference = part.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#"):
-            part["$ref"] = place + reference[1:]
+    _move(found, place)
     if closes:
         for part in listed:
             part.setdefault("additionalProperties", False)
     return found
+
+
+def _move(schema: dict[str, Any], place: str) -> None:
+    """Change the references of a schema to itself for its place in a larger schema."""
+    for part in _parts(schema):
+        reference = part.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            part["$ref"] = place + reference[1:]
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,6 @@ from fastapi.responses import Response
 
 from ggml_cffi.models import (
     ContentDelta,
-    Grammar,
     ReasoningDelta,
     TokenLogprob,
     ToolCallDelta,
@@ -52,15 +51,15 @@ def tool_dict(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
-def grammar_of(form: ResponseFormat | None) -> Grammar | None:
-    """Return the grammar of a ``response_format``, None for free text."""
+def schema_of(form: ResponseFormat | None) -> dict[str, Any] | None:
+    """Return the JSON schema of a ``response_format``, None for free text."""
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return Grammar.json_object()
+        return {"type": "object"}
     if form.json_schema is None or form.json_schema.schema_ is None:
         raise ApiError(400, "response_format of type 'json_schema' needs 'json_schema' with a 'schema'")
-    return Grammar.json_schema(form.json_schema.schema_)
+    return form.json_schema.schema_
 
 
 def _prepare(service: Service, loaded: Loaded, body: ChatBody) -> ChatTask:
@@ -72,8 +71,9 @@ def _prepare(service: Service, loaded: Loaded, body: ChatBody) -> ChatTask:
         service,
         loaded,
         body.messages,
-        sampling_params(loaded, body, grammar=grammar_of(body.response_format), logprobs=logprobs),
+        sampling_params(loaded, body, logprobs=logprobs),
         choice=tool_choice_of(body),
+        schema=schema_of(body.response_format),
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         n=body.n,
         stop=stop_strings(body.stop),

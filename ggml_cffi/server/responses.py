@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from ggml_cffi.models import ContentDelta, Grammar, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
+from ggml_cffi.models import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from ggml_cffi.server.answers import ChatAnswer, ChatTask, Delta, ToolChoice, choose_tools, prepare
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.chat import tool_dict
@@ -89,16 +89,17 @@ def tool_choice_of(body: ResponsesBody) -> ToolChoice:
     return choose_tools(tools, choice if isinstance(choice, str) else None, name, body.parallel_tool_calls)
 
 
-def grammar_of(body: ResponsesBody) -> Grammar | None:
-    """Return the grammar of ``text.format``, None for free text."""
+def schema_of(body: ResponsesBody) -> dict[str, Any] | None:
+    """Return the JSON schema of ``text.format``, None for free text."""
     form = (body.text.format if body.text else None) or {"type": "text"}
     match form.get("type"):
         case "text":
             return None
         case "json_object":
-            return Grammar.json_object()
+            return {"type": "object"}
         case "json_schema" if isinstance(form.get("schema"), dict):
-            return Grammar.json_schema(form["schema"])
+            schema: dict[str, Any] = form["schema"]
+            return schema
     raise ApiError(400, "text.format must be of type 'text', 'json_object', or 'json_schema' with a 'schema'")
 
 
@@ -114,8 +115,9 @@ def _prepare(service: Service, loaded: Loaded, body: ResponsesBody) -> ChatTask:
         service,
         loaded,
         messages_of(body),
-        sampling_params(loaded, sampling, grammar=grammar_of(body)),
+        sampling_params(loaded, sampling),
         choice=tool_choice_of(body),
+        schema=schema_of(body),
         max_tokens=body.max_output_tokens,
         template_kwargs={} if effort is None else {"reasoning_effort": effort},
     )

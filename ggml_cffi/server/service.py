@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from ggml_cffi.core.text import to_json
-from ggml_cffi.models import Grammar, SamplingParams, TokenLogprob
+from ggml_cffi.models import SamplingParams, TokenLogprob
 from ggml_cffi.models.generation import check_stop
 from ggml_cffi.server.catalog import Catalog, Loaded
 from ggml_cffi.server.engine import Job
@@ -142,9 +142,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(12)}"
 
 
-def sampling_params(
-    loaded: Loaded, body: SamplingBody, *, grammar: Grammar | None = None, logprobs: int | None = None
-) -> SamplingParams:
+def sampling_params(loaded: Loaded, body: SamplingBody, *, logprobs: int | None = None) -> SamplingParams:
     """Return the parameters of a request, with OpenAI's defaults.
 
     Raises
@@ -171,7 +169,6 @@ def sampling_params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias,
-        grammar=grammar,
         logprobs=logprobs,
         ignore_eos=bool(body.ignore_eos),
         seed=None if body.seed is None else body.seed % 2**63,

@@ -149,6 +149,32 @@ def test_a_demanded_call_is_read_from_json(client, engine, choice):
 
 
 @pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ('{"name": "add", "arguments": {"a": 1}}', [("add", '{"a": 1}')]),
+        ('{"name": "other", "arguments": {"a": 1}}', []),
+        ('{"name": "add", "age": 3}', []),
+        ('{"age": 3}', []),
+        ('[{"age": 3}]', []),
+    ],
+)
+def test_with_a_schema_and_tools_an_answer_is_a_value_or_a_call(client, engine, text, calls):
+    engine.text = text
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    (found,) = post(client, tools=[TOOL], response_format=form)["choices"]
+    assert engine.jobs[0].params.grammar is not None
+    assert found["message"]["content"] == (None if calls else text)
+    functions = [call["function"] for call in found["message"].get("tool_calls", [])]
+    assert [(function["name"], function["arguments"]) for function in functions] == calls
+    assert found["finish_reason"] == ("tool_calls" if calls else "stop")
+    tool, form = {"type": "function", **TOOL["function"]}, {"format": {"type": "json_schema", "schema": schema}}
+    (item,) = post(client, "/v1/responses", input="hi", tools=[tool], text=form)["output"]
+    assert item["type"] == ("function_call" if calls else "message")
+    assert engine.jobs[0].params.grammar == engine.jobs[1].params.grammar
+
+
+@pytest.mark.parametrize(
     ("choice", "text"),
     [
         ("required", r'{"name": "add", "arguments": {"a": "\ud800"}}'),

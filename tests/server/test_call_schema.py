@@ -17,8 +17,8 @@ POINT = {"type": "object", "properties": {"x": {"type": "integer"}}}
 def allows(tiny):
     """A function: True if the schema of a call of one of some functions allows this call."""
 
-    def allows(functions, call, *, several=False):
-        grammar = Grammar.json_schema(call_schema(functions, several=several))
+    def allows(functions, call, *, several=False, answer=None):
+        grammar = Grammar.json_schema(call_schema(functions, several=several, answer=answer))
         tokenizer = tokenizer_of(tiny)
         sampler = Sampler(SamplingParams(temperature=0, grammar=grammar), tokenizer=tokenizer)
         chosen = []
@@ -48,6 +48,19 @@ def test_arguments_have_only_the_properties_that_the_schema_lists(allows):
         assert allows([{"name": "f", "parameters": parameters}], call("f"))
         assert not allows([{"name": "f", "parameters": parameters}], call("f", a=1))
     assert "additionalProperties" not in POINT
+
+
+def test_an_answer_with_a_schema_of_its_own_may_stand_in_place_of_a_call(allows):
+    city = {"type": "object", "properties": {"name": {"$ref": "#/$defs/city"}}, "required": ["name"]}
+    answer = {**city, "$defs": {"city": {"enum": ["Paris", "Rome"]}}, "additionalProperties": False}
+    for several in (False, True):
+        found = call("f", x=1)
+        functions = [{"name": "f", "parameters": POINT}]
+        assert allows(functions, [found] if several else found, several=several, answer=answer)
+        assert allows(functions, {"name": "Paris"}, several=several, answer=answer)
+        assert not allows(functions, {"name": "Oslo"}, several=several, answer=answer)
+        assert not allows(functions, call("g"), several=several, answer=answer)
+    assert answer["properties"]["name"] == {"$ref": "#/$defs/city"}
 
 
 def test_other_properties_are_allowed_where_the_schema_says_so(allows):

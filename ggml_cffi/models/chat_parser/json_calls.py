@@ -18,13 +18,13 @@ _BEFORE, _AFTER = re.compile(r"[\s\[]*"), re.compile(r"[\s\],]*")
 
 
 def parse(source: Source, answer: Answer, tools: Tools) -> Steps[None]:
-    """Read an answer that is nothing but a call, or a list of calls."""
+    """Read a call, a list of calls, or another text. A call has a known function, and no other keys."""
     source.record()
     yield from source.run(_BEFORE)
     if not (yield from source.starts("{")):
         answer.content(source.recorded())
     while (yield from source.starts("{")):
-        if not (yield from pass_call(source, answer, tools)):
+        if not (yield from pass_call(source, answer, tools, unmarked=True)):
             break
         yield from source.run(_AFTER)
         source.record()
