@@ -44,7 +44,7 @@ def devices(request):
 @pytest.fixture(scope="module")
 def both(files, devices):
     """A server of both models."""
-    options = ["--devices", ",".join(devices), "--threads", "1", "--ctx", "128"]
+    options = ["--devices", ",".join(devices), "--threads", "1", "--ctx", "512"]
     with served(f"chat={files[0]}", f"embed={files[1]}", *options) as found:
         yield found
 
@@ -83,6 +83,29 @@ def test_a_stream_adds_up_to_the_whole_answer(both):
     assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
     chosen = [x for part in parts if part["logprobs"] for x in part["logprobs"]["token_logprobs"]]
     np.testing.assert_allclose(chosen, whole["choices"][0]["logprobs"]["token_logprobs"], atol=1e-3)
+
+
+def test_the_client_of_openai(both):
+    """SmolLM2 on two software devices takes minutes, so that test_openai.py asks it on the CPU only in each run."""
+    openai = pytest.importorskip("openai", reason="needs pip install '.[dev]'")
+    messages, greedy = [{"role": "user", "content": "a"}], {"model": "chat", "temperature": 0}
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    bias = {"logit_bias": {"9": -100, "10": -100, "13": -100, "32": -100}}  # no white space
+    with openai.OpenAI(base_url=both.url + "/v1", api_key="none", max_retries=0) as client:
+        create = client.chat.completions.create
+        whole = create(messages=messages, response_format=form, **greedy, **bias).choices[0]
+        assert json.loads(whole.message.content)["n"] in (1, 2)
+        assert whole.finish_reason == "stop"
+        stream = create(messages=messages, response_format=form, stream=True, **greedy, **bias)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.message.content
+        call = create(messages=messages, tools=[tool], tool_choice="required", **greedy, **bias).choices[0]
+        assert json.loads(call.message.tool_calls[0].function.arguments)["n"] in (1, 2)
+        assert call.finish_reason == "tool_calls"
+        assert len(client.embeddings.create(model="embed", input=["a b", "c"]).data) == 2
+        with pytest.raises(openai.NotFoundError):
+            create(model="other", messages=messages)
 
 
 def test_vectors_and_scores_of_documents_equal_float64(both, files, devices):
