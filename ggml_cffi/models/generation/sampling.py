@@ -356,7 +356,9 @@ class Sampler:
         penalty, n = self.params.repeat_penalty, self.params.repeat_last_n
         repeated = np.unique(np.asarray(previous if n == -1 else previous[-n:]))
         values = logits[repeated].astype(np.float64)
-        return _replaced(logits, repeated, np.where(values > 0, values / penalty, values * penalty))
+        with np.errstate(over="ignore"):
+            changed = np.where(values > 0, values / penalty, values * penalty)
+        return _replaced(logits, repeated, changed)
 
 
 def _replaced(

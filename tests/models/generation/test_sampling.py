@@ -92,6 +92,7 @@ def test_extreme_parameters_give_tokens_without_a_warning():
         assert Sampler(logit_bias={1: -1e300})(logits) == 2
         assert Sampler(repeat_penalty=1e300)(logits, [0, 3]) == 1
         assert Sampler(repeat_penalty=1e-300)(logits, [0, 2]) == 2
+        assert Sampler(repeat_penalty=1e308)(np.array([-1e3, 2.0, 1.0], np.float32), [0, 1]) == 2
         assert Sampler(temperature=5e-324, seed=0)(logits) == 1
         for penalty in ("presence_penalty", "frequency_penalty"):
             often, never = Sampler(**{penalty: -1e300}), Sampler(**{penalty: 1e300})
