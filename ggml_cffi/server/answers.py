@@ -133,10 +133,7 @@ def prepare(
         schema = call_schema(functions, several=bool(choice.parallel), answer=schema)
     if schema is not None:
         params = SamplingParams.from_options(params, grammar=Grammar.json_schema(schema))
-    chat = [
-        {**message, "role": "system"} if message.get("role") == "developer" else dict(message) for message in messages
-    ]
-    text = loaded.text.apply_chat_template(chat, tools=choice.tools or None, **(template_kwargs or {}))
+    text = loaded.text.apply_chat_template(messages, tools=choice.tools or None, **(template_kwargs or {}))
     ids = service.check_prompt(loaded, loaded.text.tokenizer.encode_prompt(check_length(loaded, text)))
     return ChatTask(choices(Job(ids, params, max_tokens), n), text, choice, stop, constrained)
 

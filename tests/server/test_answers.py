@@ -15,6 +15,7 @@ from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server import Catalog, create_app
 from ggml_cffi.server.catalog import Loaded
 from ggml_cffi.server.engine import Deliver, EmbedJob, Ended, Engine, Facts, Failed, Job, Token
+from tests.support.byte_level_model import byte_level_model
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -208,6 +209,15 @@ def test_counts_are_those_of_tokens_also_when_text_is_held_back(client, engine):
     *_, last = chunks(client, stop="END", stream_options={"include_usage": True}, n=2)
     assert last["usage"]["completion_tokens"] == 18
     assert last["choices"] == []
+
+
+def test_a_template_that_knows_the_role_developer_gets_it(tmp_path, engine):
+    knows = "{% for message in messages %}{{ '[D]' if message.role == 'developer' else '[U]' }}{% endfor %}"
+    path = byte_level_model(tmp_path / "m.gguf", knows)
+    messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    with GGUFFile(path) as file, TestClient(create_app(ScriptedCatalog(TextMethods(file), engine))) as client:
+        post(client, messages=messages)
+    assert bytes(engine.jobs[0].ids).decode() == "[D][U]"
 
 
 def test_several_answers_have_seeds_of_their_own(client, engine):
