@@ -148,10 +148,8 @@ def sampling_params(loaded: Loaded, body: SamplingBody, *, logprobs: int | None 
     Raises
     ------
     ApiError
-        If ``logit_bias`` has an id beyond the vocabulary.
-        Also if there are options of a stream without a stream.
-    TypeError, ValueError
-        If one is out of range.
+        If one is out of range, or ``logit_bias`` has an id beyond the vocabulary, or there are options of a stream
+        without a stream.
     """
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is for streams: set stream to true", param="stream_options")
@@ -159,20 +157,25 @@ def sampling_params(loaded: Loaded, body: SamplingBody, *, logprobs: int | None 
     wrong = next((token for token in body.logit_bias or () if not 0 <= token < n_vocab), None)
     if wrong is not None:
         raise ApiError(400, f"token ids of logit_bias must be 0 to {n_vocab - 1}, not {wrong}", param="logit_bias")
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=1 if body.top_p == 0 else 40 if body.top_k is None else body.top_k,
-        top_p=1.0 if body.top_p is None else body.top_p or 1.0,
-        min_p=body.min_p or 0.0,
-        repeat_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
-        repeat_last_n=-1,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=body.logit_bias,
-        logprobs=logprobs,
-        ignore_eos=bool(body.ignore_eos),
-        seed=None if body.seed is None else body.seed % 2**63,
-    )
+    try:
+        return SamplingParams(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_k=1 if body.top_p == 0 else 40 if body.top_k is None else body.top_k,
+            top_p=1.0 if body.top_p is None else body.top_p or 1.0,
+            min_p=body.min_p or 0.0,
+            repeat_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            repeat_last_n=-1,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.logit_bias,
+            logprobs=logprobs,
+            ignore_eos=bool(body.ignore_eos),
+            seed=None if body.seed is None else body.seed % 2**63,
+        )
+    except (TypeError, ValueError) as error:
+        message = str(error).replace("repeat_penalty", "repetition_penalty")  # its name in requests
+        name = message.partition(" ")[0]
+        raise ApiError(400, message, param=name if name in type(body).model_fields else None) from None
 
 
 def choices(job: Job, n: int | None) -> list[Job]:

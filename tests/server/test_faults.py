@@ -127,6 +127,26 @@ def test_a_wrong_chat_is_refused(server, change, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1),
+        ("top_p", 2),
+        ("top_k", -1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 1e999),
+    ],
+)
+def test_a_number_out_of_range_has_its_name_in_requests(server, name, value):
+    data = json.dumps({"prompt": "a", name: value}).encode()
+    response = server.post("/v1/completions", content=data, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} must be")
+
+
+@pytest.mark.parametrize(
     ("body", "wrong"),
     [
         (CompletionBody, {"prompt": [1] * 999 + ["a"] * 999}),
