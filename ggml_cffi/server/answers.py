@@ -167,12 +167,16 @@ class ChatAnswer:
         self._service, self._loaded = service, loaded
         self._parser, keep_special = make_parser(loaded, task)
         self._generation = Generation(loaded, task.jobs[number], task.stop, keep_special=keep_special)
+        self.n_reasoning = 0
+        """Number of tokens up to the last one of the reasoning, its first tag included."""
 
     async def deltas(self) -> AsyncGenerator[tuple[list[Delta], list[TokenLogprob]], None]:
         """Yield the parts of the answer, with the tokens since the last part if they were asked for."""
         async with aclosing(self._service.pieces(self._loaded, self._generation)) as pieces:
             async for piece in pieces:
                 events: list[Delta] = list(self._parser.feed(piece.text))
+                if any(isinstance(event, ReasoningDelta) for event in events):
+                    self.n_reasoning = self.n_tokens
                 if events or piece.logprobs:
                     yield events, piece.logprobs
                 if self._parser.complete:

@@ -100,7 +100,7 @@ async def _complete(service: Service, body: ChatBody) -> dict[str, Any]:
             for i, answer in enumerate(answers)
         ]
         head = _head(loaded.name, "chat.completion")
-        return head | {"choices": found, "usage": usage(task.n_prompt, sum(a.n_tokens for a in answers))}
+        return head | {"choices": found, "usage": _usage(task, answers)}
 
 
 async def _chunks(service: Service, body: ChatBody) -> AsyncGenerator[Data, None]:
@@ -129,7 +129,12 @@ async def _chunks(service: Service, body: ChatBody) -> AsyncGenerator[Data, None
                 yield chunk(i, {"role": "assistant", "content": ""})
             yield chunk(i, {}, answer.finish_reason)
         if body.include_usage:
-            yield head | {"choices": [], "usage": usage(task.n_prompt, sum(answer.n_tokens for answer in answers))}
+            yield head | {"choices": [], "usage": _usage(task, answers)}
+
+
+def _usage(task: ChatTask, answers: list[ChatAnswer]) -> dict[str, Any]:
+    counts = usage(task.n_prompt, sum(answer.n_tokens for answer in answers))
+    return counts | {"completion_tokens_details": {"reasoning_tokens": sum(answer.n_reasoning for answer in answers)}}
 
 
 def _message(answer: ChatAnswer) -> dict[str, Any]:

@@ -250,7 +250,7 @@ async def _unnumbered(service: Service, body: ResponsesBody) -> AsyncGenerator[d
             "input_tokens": task.n_prompt,
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": answer.n_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answer.n_reasoning},
             "total_tokens": task.n_prompt + answer.n_tokens,
         }
         end = {"status": status, "incomplete_details": reason, "output": output.items, "usage": counts}

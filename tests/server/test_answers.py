@@ -192,8 +192,10 @@ def test_half_of_a_surrogate_pair_in_a_call_reaches_the_client(client, engine, c
 
 def test_reasoning_is_a_part_of_its_own(client, engine):
     engine.text = "<think>Hm.</think>Yes."
-    (choice,) = post(client)["choices"]
+    found = post(client)
+    (choice,) = found["choices"]
     assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Yes.")
+    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("<think>Hm.")}
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks(client)]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes."
@@ -261,6 +263,7 @@ def test_responses_have_items_of_each_kind(client, engine):
     assert (call["name"], json.loads(call["arguments"])) == ("add", {"a": 1})
     assert found["status"] == "completed"
     assert found["usage"]["output_tokens"] == len(engine.text)
+    assert found["usage"]["output_tokens_details"] == {"reasoning_tokens": len("<think>Hm.")}
 
 
 def test_the_events_of_a_response_repeat_its_items(client, engine):
