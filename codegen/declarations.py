@@ -21,6 +21,8 @@ class Declarations:
     """Declarations that cover all supported versions: what any of them declares."""
 
     versions: tuple[str, ...]
+    newest_built: str
+    """The newest version with source, which ``build_lib.sh`` builds."""
     functions: list[Function] = field(default_factory=list)
     enums: dict[str, dict[str, int]] = field(default_factory=dict)
     structs: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -78,14 +80,15 @@ def merged() -> Declarations:
     Raises
     ------
     IncompatibleError
-        If a function's signature or a struct's layout differs between versions.
+        If a function's signature, a struct's layout or an enum's number differs between versions.
     """
     return merge([stored(v) for v in supported()])
 
 
 def merge(all_headers: list[Headers]) -> Declarations:
     """Return the declarations that cover several versions, given oldest first."""
-    out = Declarations(tuple(h.version for h in all_headers))
+    with_source = [h.version for h in all_headers if h.from_source]
+    out = Declarations(tuple(h.version for h in all_headers), with_source[-1] if with_source else "")
     functions: dict[str, Function] = {}
     cdef: dict[str, str] = {}
     for headers in all_headers:
@@ -100,7 +103,12 @@ def merge(all_headers: list[Headers]) -> Declarations:
             if out.structs.setdefault(struct, layout) != layout:
                 raise IncompatibleError(f"{struct} has another layout in ggml {headers.version}")
         for enum, members in headers.enums.items():
-            out.enums[enum] = out.enums.get(enum, {}) | members
+            known_members = out.enums.get(enum, {})
+            for name, number in members.items():
+                # Python's enums have one number for all versions; only a count of members may grow.
+                if known_members.get(name, number) != number and not name.endswith("_COUNT"):
+                    raise IncompatibleError(f"{name} has another number in ggml {headers.version}")
+            out.enums[enum] = known_members | members
         out.macros |= headers.macros
         cdef |= headers.cdef
         constants = headers.constants()

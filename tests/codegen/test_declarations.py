@@ -23,6 +23,7 @@ def test_the_layer_covers_all_versions_and_tells_the_first_version_of_a_function
     merged = declarations.merge(stored)
     names = {f.name for f in merged.functions}
     assert all({f.name for f in h.functions} <= names for h in stored)
+    assert merged.newest_built == versions.newest_with_source().name
     assert merged.since("ggml_add") == "0.20.2"
     assert merged.since("ggml_swiglu_clamp") == "0.25.3"
     assert merged.since("ggml_backend_sched_set_realloc_callback") == "0.27.0"
@@ -61,6 +62,14 @@ def test_a_struct_with_another_layout_is_incompatible(stored):
     larger = new.structs | {"struct ggml_tensor": new.structs["struct ggml_tensor"] | {"": 400}}
     with pytest.raises(declarations.IncompatibleError, match="struct ggml_tensor has another layout"):
         declarations.merge([old, dataclasses.replace(new, structs=larger)])
+
+
+def test_an_enum_with_another_number_is_incompatible(stored):
+    """Python's enums have one number for each member, whatever version is loaded."""
+    old, new = stored[0], stored[-1]
+    inserted = new.enums["ggml_op"] | {"GGML_OP_NEW": 31, "GGML_OP_OUT_PROD": 32}
+    with pytest.raises(declarations.IncompatibleError, match="GGML_OP_OUT_PROD has another number in ggml 0.27.0"):
+        declarations.merge([old, dataclasses.replace(new, enums=new.enums | {"ggml_op": inserted})])
 
 
 def test_a_version_without_headers_keeps_its_stored_declarations(monkeypatch, tmp_path):
