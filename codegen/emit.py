@@ -39,6 +39,7 @@ def decl(declared: Declarations) -> str:
             _BANNER.format(versions=sources(declared)),
             text.getvalue(),
             f"\n#: The supported versions, oldest first.\nVERSIONS = {_literal(declared.versions)}\n",
+            f"#: The newest version that build_lib.sh builds.\nNEWEST_BUILT = {_literal(declared.newest_built)}\n",
             "#: For each function that the oldest version lacks, the first version that has it.\nSINCE = {\n",
             *(f'    "{name}": "{version}",\n' for name, version in newer.items() if name not in SKIPPED),
             "}\n",

@@ -13,6 +13,8 @@ ffi = _cffi_backend.FFI('ggml_cffi.c._decl',
 
 #: The supported versions, oldest first.
 VERSIONS = ("0.20.2", "0.25.3", "0.27.0")
+#: The newest version that build_lib.sh builds.
+NEWEST_BUILT = "0.25.3"
 #: For each function that the oldest version lacks, the first version that has it.
 SINCE = {
     "ggml_swiglu_clamp": "0.25.3",

@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ggml_cffi.c import cuda_peers, log, versions
-from ggml_cffi.c._decl import VERSIONS, ffi
+from ggml_cffi.c._decl import NEWEST_BUILT, VERSIONS, ffi
 from ggml_cffi.c.places import (
     PREFIX,
     backend_folders,
@@ -202,10 +202,12 @@ def require(name: str, feature: str) -> None:
 
 
 def _lacking(name: str, feature: str) -> LibraryMismatchError:
-    return LibraryMismatchError(
-        f"{feature} needs ggml {versions.since(name)} or newer; loaded is {description()}: build the newest with "
-        "./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds it"
-    )
+    first = versions.since(name)
+    remedy = "build the newest with ./build_lib.sh, or set GGML_CFFI_LIBRARY_PATH to a folder that holds it"
+    if not versions.can_build(first):
+        remedy = "set GGML_CFFI_LIBRARY_PATH to a folder that holds it, such as that of Debian's libggml0; build_lib.sh"
+        remedy += f" builds {NEWEST_BUILT} at most"
+    return LibraryMismatchError(f"{feature} needs ggml {first} or newer; loaded is {description()}: {remedy}")
 
 
 def available(plugin: str) -> bool:

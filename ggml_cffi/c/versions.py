@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ggml_cffi.c._decl import FUNCTIONS, SINCE, VERSIONS, ffi
+from ggml_cffi.c._decl import FUNCTIONS, NEWEST_BUILT, SINCE, VERSIONS, ffi
 from ggml_cffi.enums import Op, Type
 from ggml_cffi.errors import LibraryMismatchError
 
@@ -38,6 +38,11 @@ def provides(version: str, name: str) -> bool:
     return numbers(since(name)) <= numbers(version)
 
 
+def can_build(version: str) -> bool:
+    """Return whether ``build_lib.sh`` builds a version, or a newer one."""
+    return numbers(version) <= numbers(NEWEST_BUILT)
+
+
 def check_range(version: str) -> None:
     """Raise :class:`LibraryMismatchError` if a version is not supported. Newer patches of the newest one are."""
     if not numbers(VERSIONS[0]) <= numbers(version) < (*numbers(VERSIONS[-1])[:2], sys.maxsize):
@@ -45,10 +50,16 @@ def check_range(version: str) -> None:
 
 
 def check_sizes(base: Any) -> None:
-    """Raise :class:`LibraryMismatchError` if the structs of a library have other sizes than the declared ones."""
-    size = base.ggml_tensor_overhead() - 32  # the pool's own header of an object
-    if size != ffi.sizeof("struct ggml_tensor"):
-        raise LibraryMismatchError(f"its ggml_tensor takes {size} bytes, not {ffi.sizeof('struct ggml_tensor')}")
+    """Raise :class:`LibraryMismatchError` if structs whose sizes a library tells have others than the declared ones."""
+    first, second = (int(ffi.cast("uintptr_t", base.ggml_get_type_traits(i))) for i in (0, 1))
+    sizes = {
+        "struct ggml_tensor": base.ggml_tensor_overhead() - 32,  # the pool's own header of an object
+        "struct ggml_type_traits": second - first,  # neighbours in a table
+    }
+    for struct, size in sizes.items():
+        if size != ffi.sizeof(struct):
+            name = struct.removeprefix("struct ")
+            raise LibraryMismatchError(f"its {name} takes {size} bytes, not {ffi.sizeof(struct)}")
 
 
 def check_unknown(version: str, libraries: dict[str, Any]) -> None:

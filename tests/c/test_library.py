@@ -3,16 +3,17 @@
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
 import ggml_cffi
 from ggml_cffi import c
 from ggml_cffi.c import library
-from ggml_cffi.c.places import wheel
+from ggml_cffi.c.places import places, wheel
 from ggml_cffi.c.versions import SINCE, VERSIONS
 from tests.support import ROOT, run_python
-from tests.support.libraries import copy_libraries
+from tests.support.libraries import compile_source, copy_libraries
 
 _NO_OTHER_PLACE = """
 import ggml_cffi.c.library as lib
@@ -150,6 +151,52 @@ def test_versions_outside_the_range_are_refused_with_the_range(tmp_path):
     assert "it is version 0.28.0; supported are 0.20.2 to 0.27" in printed
 
 
+@pytest.mark.parametrize(
+    ("tensor", "traits", "message"),
+    [
+        (344, 56, "its ggml_tensor takes 344 bytes, not 336"),
+        (336, 64, "its ggml_type_traits takes 64 bytes, not 56"),
+    ],
+)
+def test_structs_of_another_size_are_refused(tmp_path, tensor, traits, message):
+    source = f"""
+        const char *ggml_version(void) {{ return "{VERSIONS[-1].rpartition(".")[0]}.9"; }}
+        unsigned long ggml_tensor_overhead(void) {{ return {tensor} + 32; }}
+        const void *ggml_get_type_traits(int type) {{ static char table[2][{traits}]; return table[type]; }}
+    """
+    compile_source(tmp_path / "libggml-base.so.0", source)
+    printed, _ = version_of(tmp_path)
+    assert printed.startswith("LibraryMismatchError")
+    assert message in printed
+
+
+def test_the_places_are_searched_in_the_documented_order(monkeypatch, tmp_path):
+    monkeypatch.setenv("GGML_CFFI_LIBRARY_PATH", f"{tmp_path}:/other")
+    labels = list(dict.fromkeys(label for label, _ in places()))
+    expected = ["$GGML_CFFI_LIBRARY_PATH", "the package's own libraries (build_lib.sh)", "the libggml-python wheel"]
+    expected += ["the environment's libraries", "Homebrew's libraries", "the system's libraries"]
+    assert labels == [label for label in expected if label in labels]
+    assert {*expected[:2], expected[3], expected[5]} <= set(labels)
+    assert [folder for _, folder in places()][:2] == [str(tmp_path), "/other"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's loader reads LD_LIBRARY_PATH")
+def test_the_systems_libraries_are_used_with_the_plugins_in_debians_folder(tmp_path):
+    copy_libraries(tmp_path)
+    folder = tmp_path / "ggml" / "backends0"
+    folder.mkdir(parents=True)
+    for plugin in tmp_path.glob("libggml-rpc*"):
+        plugin.rename(folder / plugin.name)
+    done = run_python(
+        "import ggml_cffi.c.library as lib\nreal = lib.places\n"
+        "lib.places = lambda: (p for p in real() if p[0].startswith('the system'))\n"
+        "print(lib.location(), lib.place_label(), sorted(lib.plugin_files()), sep='|')",
+        LD_LIBRARY_PATH=str(tmp_path),
+    )
+    plugins = ["rpc"] if any(folder.iterdir()) else []
+    assert done.stdout.strip() == f"{tmp_path}|the system's libraries|{plugins}"
+
+
 def test_an_unknown_version_with_other_operations_is_refused(tmp_path):
     loaded = library.version()
     unknown = f"{loaded.rpartition('.')[0]}.9"
@@ -189,6 +236,19 @@ def test_a_function_that_the_version_lacks_names_the_version_that_has_it():
         getattr(c, name)
     with pytest.raises(ggml_cffi.LibraryMismatchError, match=r"this feature needs ggml"):
         library.require(name, "this feature")
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_the_advice_for_a_missing_function_is_to_build_only_a_version_that_can_be_built(version):
+    newest_built = re.search(r"\(default: ([\d.]+)\)", build_help())[1]
+    name = next(n for n, v in SINCE.items() if v == version)
+    if library.provides(name):
+        pytest.skip(f"needs a library older than {version}")
+    with pytest.raises(ggml_cffi.LibraryMismatchError) as raised:
+        library.require(name, "this feature")
+    can_build = VERSIONS.index(version) <= VERSIONS.index(newest_built)
+    assert ("build the newest with ./build_lib.sh" in str(raised.value)) == can_build
+    assert (f"build_lib.sh builds {newest_built} at most" in str(raised.value)) != can_build
 
 
 def test_the_environment_variable_comes_first(tmp_path):
@@ -277,8 +337,12 @@ def test_build_script_refuses_another_tree(tmp_path):
     assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
 
 
+def build_help():
+    return subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True).stdout
+
+
 def test_build_script_prints_help():
-    done = subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True)
+    printed = build_help()
     for option in (
         "--cuda",
         "--backend",
@@ -290,7 +354,7 @@ def test_build_script_prints_help():
         "VULKAN_SDK",
         "GGML_SOURCE_DIR",
     ):
-        assert option in done.stdout
+        assert option in printed
 
 
 def test_import_loads_no_slow_module():
