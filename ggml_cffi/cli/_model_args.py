@@ -61,6 +61,12 @@ def add_placement_arguments(
         help="usual tokens of a prompt and of its answer, such as 4096,128, for --split auto (default: unknown)",
     )
     command.add_argument("--kv-type", default="f16", help="type of the KV cache (default: %(default)s)")
+    command.add_argument(
+        "--repack",
+        action=argparse.BooleanOptionalAction,
+        help="arrange weights of the CPU in some types for its fastest kernels, in memory that cannot be dropped "
+        "(default: if there are no GPUs, and all weights take at most half of the free memory)",
+    )
     add_reserve_argument(command)
 
 
@@ -136,4 +142,5 @@ def load_options(args: argparse.Namespace, devices: str | None, n_ctx: int | Non
         "kv_dtype": args.kv_type,
         "deterministic": args.deterministic,
         "reserve": args.reserve,
+        "repack": args.repack,
     }

@@ -41,6 +41,7 @@ def _plan(args: argparse.Namespace) -> int:
         balance=args.balance,
         expected_tokens=args.expect,
         reserve=args.reserve,
+        repack=args.repack,
         measure_speed=args.measure_speed,
     )
     print(to_json(found.as_dict(), indent=2) if args.json else found)

@@ -59,6 +59,23 @@ def test_every_command_that_loads_a_model_takes_a_reserve(monkeypatch, capsys, t
     assert "reserve 'much' is no size" in capsys.readouterr().err
 
 
+def test_weights_are_repacked_or_not_as_the_caller_says(planned, monkeypatch, tmp_path, rng):
+    assert planned()["repack"] is None
+    assert planned("--repack")["repack"] is True
+    assert planned("--no-repack")["repack"] is False
+    model = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    loaded = []
+
+    def load(path, *_, **options):
+        loaded.append(options["repack"])
+        raise ggml_cffi.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(models, "load", load)
+    for command in (["run", str(model), "-p", "a"], ["bench", str(model)], ["perplexity", str(model), __file__]):
+        assert cli.main([*command, "--no-repack"]) == 2
+    assert loaded == [False] * 3
+
+
 def test_expected_tokens_are_two_numbers(planned):
     assert planned("--expect", "4096,128")["expected_tokens"] == (4096, 128)
 

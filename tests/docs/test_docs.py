@@ -1,5 +1,6 @@
 """The documentation: every Python block runs and prints what the page says, and the site builds without warnings."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -133,6 +134,12 @@ def test_no_text_installs_the_package_from_an_index_that_lacks_it():
     files += ROOT.glob("ggml_cffi/**/*.py")
     wrong = re.compile(r"pip install [^`\n]*\bggml-cffi\b")
     assert [str(path) for path in files if wrong.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_table_of_loading_has_every_argument_of_load():
+    table = (DOCS / "models.md").read_text().partition("## Loading")[2].partition("## ")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert listed == set(inspect.signature(models.load).parameters) - {"path"}
 
 
 def test_links_to_files_of_the_repository_lead_somewhere():
