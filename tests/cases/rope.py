@@ -61,7 +61,7 @@ def rope_ext(
     beta_slow: float = 1.0,
 ) -> Array:
     n = n_dims // 2
-    turns = positions[:, None] * freq_base ** (-np.arange(n) / n)
+    turns = positions.reshape(-1)[:, None] * freq_base ** (-np.arange(n) / n)
     if freq_factors is not None:
         turns = turns / freq_factors[:n]
     angles, factor = yarn(turns, n_dims, n_ctx_orig, freq_base, freq_scale, ext_factor, beta_fast, beta_slow)
@@ -109,6 +109,7 @@ FAR = np.array([0, 1, 7, 100, 999])
 CASES = [
     case("rope", ANGLES, a=In((5, 3, 32)), positions=In((5,), I32, values=FAR), n_dims=32),
     case("rope", ANGLES, a=In((2, 5, 1, 8), layout="gaps"), positions=In((5,), I32, values=50), n_dims=4, mode=NEOX),
+    case("rope", ANGLES, a=In((2, 5, 3, 32)), positions=In((1, 5), I32, values=FAR[None]), n_dims=32),
     case("rope", a=In((1, 3, 6), F16), positions=In((1,), I32, values=9), n_dims=6, mode=NEOX),
     *(
         case(
