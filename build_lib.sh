@@ -437,7 +437,8 @@ build_part() {
     local name=$1 id=$2 key dir built targets=(); shift 2
     while [ "$1" != -- ]; do targets+=("$1"); shift; done; shift
     # Versions and flags determine a build; paths differ between machines, so the key excludes them.
-    key=$(printf '%s\n' "$tree_sha256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" | digest)
+    key=$(printf '%s\n' "$tree_sha256" "$id" "${common[@]}" "${targets[@]}" "$("$CXX" --version | head -n 1)" "$(uname -sm)" \
+        "$(digest <"$root/vendor/CMakeLists.txt")" | digest)
     built=$cache/build/$name-${key:0:16}
     if [ $use_cache = no ] || [ ! -d "$built" ]; then
         step="configure $name"

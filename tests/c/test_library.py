@@ -337,6 +337,25 @@ def test_build_script_refuses_another_tree(tmp_path):
     assert re.search(r"its tree digest is [0-9a-f]{64}", done.stderr)
 
 
+def test_all_checkouts_build_the_same_libraries(tmp_path):
+    """Else the libraries of a wheel would also tell where they were built, in each message of ggml."""
+    if not shutil.which("cmake") or not shutil.which("c++"):
+        pytest.skip("needs cmake and a compiler")
+    made = []
+    for name in ("here", "elsewhere"):
+        tree, build = tmp_path / name, tmp_path / "build"
+        (tree / "src").mkdir(parents=True)
+        (tree / "CMakeLists.txt").write_text("add_library(told SHARED src/told.c src/told2.cpp)\n")
+        (tree / "src" / "told.c").write_text("const char *told(void) { return __FILE__; }\n")
+        (tree / "src" / "told2.cpp").write_text("const char *told2() { return __FILE__; }\n")
+        for command in (["-S", ROOT / "vendor", "-B", build, f"-DGGML_TREE={tree}"], ["--build", build]):
+            subprocess.run(["cmake", *command], check=True, capture_output=True)
+        made.append((build / "ggml" / "libtold.so").read_bytes())
+        shutil.rmtree(build)
+    assert made[0] == made[1]
+    assert all(f"ggml/src/{file}\0".encode() in made[0] for file in ("told.c", "told2.cpp"))
+
+
 def build_help():
     return subprocess.run([ROOT / "build_lib.sh", "--help"], capture_output=True, text=True, check=True).stdout
 
