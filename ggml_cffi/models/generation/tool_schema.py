@@ -65,7 +65,8 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     >>> tool_schema(weather)["function"]["parameters"]["required"]
     ['city']
     """
-    if not inspect.isroutine(function):
+    # From Python 3.14 on, isroutine says so of a partial too, which has no name.
+    if not inspect.isroutine(function) or not hasattr(function, "__name__"):
         raise TypeError(f"a tool must be a JSON schema or a function, not {function!r:.80}")
     name = function.__name__
     doc = inspect.getdoc(function)
