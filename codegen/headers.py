@@ -271,7 +271,19 @@ def _compiler() -> str:
 
 def _cpp(include: Path, *options: str) -> str:
     text = "".join(f'#include "{name}"\n' for name in HEADERS)
-    command = [_compiler(), "-E", *options, f"-I{include}", "-D__attribute__(x)=", "-D_Noreturn=", "-x", "c", "-"]
+    # From C23 on, which newer compilers choose by default, bool is no macro for _Bool.
+    command = [
+        _compiler(),
+        "-E",
+        "-std=gnu11",
+        *options,
+        f"-I{include}",
+        "-D__attribute__(x)=",
+        "-D_Noreturn=",
+        "-x",
+        "c",
+        "-",
+    ]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 

@@ -5,7 +5,7 @@
 cache=${GGML_CFFI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ggml_cffi}
 test_packages=(gguf mypy safetensors hypothesis pexpect pytest pytest-timeout pytest-xdist pycparser
     huggingface_hub jsonschema llguidance pydantic)
-tests=(-m "not nightly" tests/test_smoke.py tests/c tests/core tests/ops tests/scheduler tests/session tests/models tests/rpc)
+tests=(-m "not nightly" tests/test_smoke.py tests/c tests/codegen tests/core tests/ops tests/scheduler tests/session tests/models tests/rpc)
 pytest=(-m pytest -q -n 2 --dist worksteal -p no:cacheprovider)
 
 copy_source() { # folder: it gets the tracked files, so no libraries of build_lib.sh
