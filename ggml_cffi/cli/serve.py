@@ -33,7 +33,9 @@ def register(commands: Any) -> None:
         "--parallel", type=int, default=16, help="answers of a model in generation at once (default: %(default)s)"
     )
     command.add_argument("--memory", metavar="SIZE", help="bytes of all loaded models (default: what the devices have)")
-    command.add_argument("--isolate", action="store_true", help="load each model in a process of its own")
+    command.add_argument(
+        "--isolate", action="store_true", help="load each model, and each replica of data, in a process of its own"
+    )
     command.add_argument("--preload", action="store_true", help="load the first model now, not when it is asked for")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     command.add_argument("--port", type=int, default=8000, help="0 for a free one (default: %(default)s)")

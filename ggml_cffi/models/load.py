@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ggml_cffi.core.backend import Backend, open_backends
 from ggml_cffi.core.device import DevicesLike, device_list
@@ -203,7 +203,11 @@ def _make_deterministic(backends: Sequence[Backend], found: Placement) -> None:
     """Fix the number of CPU threads, and raise ValueError if replicas are on devices of different kinds."""
     for backend in backends:
         backend.follows_load = False
-    kinds = {tuple(backends[i].device.description for i in part.members) for part in found.replicas or ()}
+    check_one_kind({tuple(backends[i].device.description for i in part.members) for part in found.replicas or ()})
+
+
+def check_one_kind(kinds: Collection[object]) -> None:
+    """Raise ValueError if the deterministic replicas of a model are on devices of several kinds."""
     if len(kinds) > 1:
         raise ValueError(
             "replicas on devices of different kinds round in different ways: for deterministic=True choose devices of "

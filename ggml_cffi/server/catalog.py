@@ -24,8 +24,8 @@ from ggml_cffi.models.architectures import architecture_of
 from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine
 from ggml_cffi.server.errors import ApiError, LoadingError, QueueFullError, StoppingError
-from ggml_cffi.server.isolated import IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
+from ggml_cffi.server.replicated import open_isolated
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Catalog(Closing):
     max_waiting
         Largest number of requests for one model that wait for that.
     isolate
-        True to load each model in a process of its own.
+        True to load each model in a process of its own, and with ``split="data"`` each of its replicas.
 
     Raises
     ------
@@ -239,7 +239,7 @@ class Catalog(Closing):
             return Loaded(entry.name, engine.model, engine)
         file = GGUFFile(path)
         try:
-            isolated = IsolatedEngine(open_engine, path, settings, max_waiting=self.max_waiting)
+            isolated = open_isolated(open_engine, path, settings, max_waiting=self.max_waiting)
             return Loaded(entry.name, TextMethods(file), isolated, file)
         except BaseException:
             file.close()

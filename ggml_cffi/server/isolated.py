@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ggml_cffi.core.handle import Closing
 from ggml_cffi.errors import GgmlError
 from ggml_cffi.isolate import Worker
 from ggml_cffi.isolate.child import portable
+from ggml_cffi.models import TokenLogprob
 from ggml_cffi.server.engine import (
     Deliver,
     EmbedJob,
@@ -25,15 +27,44 @@ from ggml_cffi.server.engine import (
 )
 from ggml_cffi.server.errors import QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
-from ggml_cffi.server.mailbox import together
+from ggml_cffi.server.mailbox import call_once, together
 
 #: A job to begin, or None to cancel the one with this number.
 Command = tuple[int, Job | EmbedJob | None]
 
 #: Seconds for which the process waits for events before it takes new commands.
 _POLL_SECONDS = 0.02
+#: Seconds between two attempts to start a process again, which double from the first to the last.
+_RETRY_SECONDS = 1.0, 60.0
 
 _logger = logging.getLogger("ggml_cffi.server")
+
+
+@dataclass
+class Events:
+    """The events of one or more steps, in a form that is quickly sent to another process."""
+
+    numbers: list[int] = field(default_factory=list)
+    """The jobs of the tokens."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens."""
+    logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    others: list[tuple[int, Event]] = field(default_factory=list)
+    """Other events, which come after the tokens of their jobs."""
+
+    def add(self, number: int, event: Event) -> None:
+        """Append the event of a job."""
+        if isinstance(event, Token):
+            self.numbers.append(number)
+            self.ids.append(event.id)
+            self.logprobs.append(event.logprob)
+        else:
+            self.others.append((number, event))
+
+    def __iter__(self) -> Iterator[tuple[int, Event]]:
+        """Iterate over jobs and events."""
+        yield from zip(self.numbers, map(Token, self.ids, self.logprobs), strict=True)
+        yield from self.others
 
 
 class EngineHost(Closing):
@@ -41,15 +72,16 @@ class EngineHost(Closing):
 
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
-        self._events: list[tuple[int, Event]] = []
-        self._arrived = threading.Condition()
+        self._events = Events()
+        self._arrived = threading.Condition()  # guards the events
+        self._has_events = False  # those of a whole step
         self._cancel: dict[int, Callable[[], None]] = {}
 
     def facts(self) -> Facts:
         """Return the facts of the model."""
         return self._engine.facts
 
-    def exchange(self, commands: list[Command], seconds: float) -> list[tuple[int, Event]]:
+    def exchange(self, commands: list[Command], seconds: float) -> Events:
         """Begin and cancel jobs, and return all events, after at most ``seconds`` if there are none."""
         for number, job in commands:
             if job is None:
@@ -59,11 +91,10 @@ class EngineHost(Closing):
             else:
                 self._begin(number, job)
         with self._arrived:
-            self._arrived.wait_for(lambda: self._events, seconds)
-            events, self._events = self._events, []
-        for number, event in events:
-            if not isinstance(event, Token):
-                self._cancel.pop(number, None)
+            self._arrived.wait_for(lambda: self._has_events, seconds)
+            events, self._events, self._has_events = self._events, Events(), False
+        for number, _ in events.others:
+            self._cancel.pop(number, None)
         return events
 
     def _begin(self, number: int, job: Job | EmbedJob) -> None:
@@ -72,13 +103,18 @@ class EngineHost(Closing):
                 error = portable(event.error)
                 event = Failed(error if isinstance(error, Exception) else GgmlError(str(error)))
             with self._arrived:
-                self._events.append((number, event))
-                self._arrived.notify()
+                self._events.add(number, event)
+            call_once(self._wake)
 
         try:
             self._cancel[number] = self._engine.submit(job, deliver)
         except Exception as error:
             deliver(Failed(error))
+
+    def _wake(self) -> None:
+        with self._arrived:
+            self._has_events = True
+            self._arrived.notify()
 
     def close(self) -> None:
         """Close the engine."""
@@ -101,10 +137,18 @@ class IsolatedEngine(Engine):
         Its arguments.
     max_waiting
         Largest number of jobs that wait, besides those in generation.
+    restarts_at_once
+        True to start another process as soon as one ends, without waiting for a job.
     """
 
     def __init__(
-        self, load: Callable[..., LocalEngine], path: str, options: Mapping[str, Any], *, max_waiting: int = 256
+        self,
+        load: Callable[..., LocalEngine],
+        path: str,
+        options: Mapping[str, Any],
+        *,
+        max_waiting: int = 256,
+        restarts_at_once: bool = False,
     ) -> None:
         self._max_jobs = max_waiting + int(options.get("parallel", 16))
         self._jobs: dict[int, tuple[Job | EmbedJob, Deliver]] = {}
@@ -114,6 +158,9 @@ class IsolatedEngine(Engine):
         self._numbers = itertools.count()
         self._stopped = False
         self._n_generated = 0
+        self._is_ready = True
+        self._delay: float | None = None  # seconds until the next start; None until the next job
+        self._first_delay = 0.0 if restarts_at_once else None
         self.worker = Worker(open_host, load, path, options)
         self.facts: Facts = self.worker.call("facts")
         self._thread = threading.Thread(target=self._serve, name="ggml_cffi isolated engine", daemon=True)
@@ -123,8 +170,8 @@ class IsolatedEngine(Engine):
         with self._changed:
             if self._stopped:
                 raise StoppingError("the server is stopping")
-            if len(self._jobs) >= self._max_jobs:
-                raise QueueFullError(f"{len(self._jobs)} requests are waiting for this model already: try again later")
+            if self.n_jobs >= self._max_jobs:
+                raise QueueFullError(f"{self.n_jobs} requests are waiting for this model already: try again later")
             number = next(self._numbers)
             self._jobs[number] = job, deliver
             self._commands.append((number, job))
@@ -142,6 +189,16 @@ class IsolatedEngine(Engine):
                 self._commands.append((number, None))
         if not sent:
             self._deliver(number, Ended("cancelled"))
+
+    @property
+    def is_ready(self) -> bool:
+        """False from the end of a process until another one has loaded the model."""
+        return self._is_ready
+
+    @property
+    def n_jobs(self) -> int:
+        """Number of jobs that wait or are in generation."""
+        return len(self._jobs)
 
     @property
     def n_waiting(self) -> int:
@@ -164,34 +221,52 @@ class IsolatedEngine(Engine):
     def close(self) -> None:
         """Stop, and end the process."""
         self.stop()
+        self.worker.close()  # the thread may wait for a process that loads the model
         self._thread.join()
-        self.worker.close()
 
     # ------------------------------------------------------------------ the thread
 
     def _serve(self) -> None:
-        crashed = False
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._stopped)
-                if self._stopped:
-                    return
-                commands, self._commands = self._commands, []
-                begun = self._jobs.keys() - {number for number, job in commands if job is not None}
+        while self._wait():
             try:
-                # A process that ended between two calls may have had jobs, which must fail first.
-                if crashed or not (begun or self.worker.alive):
-                    self.worker.restart()
-                    crashed = False
-                events = self.worker.call("exchange", commands, _POLL_SECONDS)
+                if not self._is_ready or self._ended_idle():
+                    self._restart()
+                events: Events = self.worker.call("exchange", self._take_commands(), _POLL_SECONDS)
             except Exception as error:
-                _logger.error("%s", error)
-                crashed = not self.worker.alive
+                if self._is_ready and not self.worker.alive:
+                    self._is_ready, self._delay = False, self._first_delay
+                if not self._stopped:
+                    _logger.error("%s", error)
                 self._fail(error)
                 continue
             with together():
                 for number, event in events:
                     self._deliver(number, event)
+
+    def _wait(self) -> bool:
+        """Wait for a job, or until it is time to start a process again. Return False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._stopped, None if self._is_ready else self._delay)
+            return not self._stopped
+
+    def _take_commands(self) -> list[Command]:
+        with self._changed:
+            commands, self._commands = self._commands, []
+        return commands
+
+    def _ended_idle(self) -> bool:
+        """Return whether the process has ended without a job, so that none has to fail."""
+        with self._changed:
+            is_idle = len(self._jobs) == sum(job is not None for _, job in self._commands)
+        return is_idle and not self.worker.alive
+
+    def _restart(self) -> None:
+        """Start another process. If that fails, the next attempt has to wait longer, or for a job."""
+        first, last = _RETRY_SECONDS
+        if self._delay is not None:
+            self._delay = min(max(2 * self._delay, first), last)
+        self.worker.restart()
+        self._is_ready = True
 
     def _deliver(self, number: int, event: Event) -> None:
         with self._changed:

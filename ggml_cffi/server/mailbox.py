@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -50,11 +50,7 @@ class Mailbox:
     def put(self, event: Event) -> None:
         """Append an event, from any thread."""
         self._post.events.append((self._lane, event))
-        held: set[Mailbox] | None = getattr(_held, "mailboxes", None)
-        if held is None:
-            self._wake()
-        else:
-            held.add(self)
+        call_once(self._wake)
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # the loop is closed: no task waits
@@ -90,16 +86,25 @@ _posts: WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = WeakKeyDictionary(
 _held = threading.local()
 
 
+def call_once(wake: Callable[[], object]) -> None:
+    """Call a function that wakes another thread: at the end of :func:`together` in this thread, or now."""
+    held: set[Callable[[], object]] | None = getattr(_held, "wakes", None)
+    if held is None:
+        wake()
+    else:
+        held.add(wake)
+
+
 @contextmanager
 def together() -> Iterator[None]:
-    """Wake the loops at the end only, for all events that this thread puts into mailboxes meanwhile.
+    """Wake each thread once, at the end, for all events that this thread puts into mailboxes meanwhile.
 
-    A wake-up is a system call, and the thread of the loop would begin with the first event before the others are there.
+    A wake-up is a system call, and the other thread would begin with the first event before the others are there.
     """
-    _held.mailboxes = held = set[Mailbox]()
+    _held.wakes = held = set[Callable[[], object]]()
     try:
         yield
     finally:
-        _held.mailboxes = None
-        for mailbox in held:
-            mailbox._wake()
+        _held.wakes = None
+        for wake in held:
+            wake()
