@@ -280,9 +280,11 @@ class Worker(Closing):
         process = self._processes[0]
         process.reason = process.reason or reason
         if not self._lock.acquire(timeout=wait):
-            process.kill()  # the running call fails and releases the lock
+            self._processes[0].kill()  # the running call, or make, fails and releases the lock
             self._lock.acquire()
         try:
+            process = self._processes[0]  # another one if restart() was running
+            process.reason = process.reason or reason
             process.end(grace)
             process.dispose()
             yield

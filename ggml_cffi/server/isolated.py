@@ -139,6 +139,8 @@ class IsolatedEngine(Engine):
         Largest number of jobs that wait, besides those in generation.
     restarts_at_once
         True to start another process as soon as one ends, without waiting for a job.
+    name
+        Name of the process in messages and in the log.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class IsolatedEngine(Engine):
         *,
         max_waiting: int = 256,
         restarts_at_once: bool = False,
+        name: str | None = None,
     ) -> None:
         self._max_jobs = max_waiting + int(options.get("parallel", 16))
         self._jobs: dict[int, tuple[Job | EmbedJob, Deliver]] = {}
@@ -161,7 +164,7 @@ class IsolatedEngine(Engine):
         self._is_ready = True
         self._delay: float | None = None  # seconds until the next start; None until the next job
         self._first_delay = 0.0 if restarts_at_once else None
-        self.worker = Worker(open_host, load, path, options)
+        self.worker = Worker(open_host, load, path, options, name=name)
         self.facts: Facts = self.worker.call("facts")
         self._thread = threading.Thread(target=self._serve, name="ggml_cffi isolated engine", daemon=True)
         self._thread.start()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class _SharedTexts:
         try:
             for part in range(self._n_parts):
                 job = replace(self._job, texts=self._job.texts[part :: self._n_parts])
-                cancel = engines[part].submit(job, lambda event, part=part: self._collect(part, event))  # type: ignore[misc]
+                cancel = engines[part].submit(job, partial(self._collect, part))
                 with self._lock:
                     self._cancels.append(cancel)
         except BaseException:
@@ -164,7 +165,8 @@ def open_isolated(
 
     def open_replica(name: str) -> IsolatedEngine:
         own = {**each, "load": {**options, "devices": [name]}}
-        return IsolatedEngine(load, path, own, max_waiting=max_waiting + parallel, restarts_at_once=True)
+        title = f"replica on {name}"
+        return IsolatedEngine(load, path, own, max_waiting=each["max_waiting"], restarts_at_once=True, name=title)
 
     with ThreadPoolExecutor(len(found)) as pool:
         opening = [pool.submit(open_replica, name) for name, _ in found]

@@ -13,6 +13,7 @@ import pytest
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.isolate import Stream, Worker
+from ggml_cffi.isolate.process import WorkerProcess
 from tests.support import isolated, llama_float64, relative_error
 
 
@@ -278,6 +279,23 @@ def test_close_ends_a_call_that_hangs(tmp_path):
         running.result()
     assert waiting.cancelled()
     worker.close()
+
+
+def test_close_during_a_restart_leaves_no_process(monkeypatch):
+    worker, started, closing = Worker(isolated.things), [], []
+
+    def start(*args):
+        closing.append(threading.Thread(target=worker.close))
+        closing[0].start()
+        while "closed" not in repr(worker):
+            time.sleep(0.001)
+        started.append(WorkerProcess(*args))
+        return started[0]
+
+    monkeypatch.setattr("ggml_cffi.isolate.worker.WorkerProcess", start)
+    worker.restart()
+    closing[0].join()
+    assert started[0].ended
 
 
 def test_close_waits_for_the_running_call(tmp_path):

@@ -4,6 +4,9 @@ import itertools
 import os
 import queue
 import signal
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ from ggml_cffi.models import SamplingParams
 from ggml_cffi.server.catalog import open_engine
 from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, Token, Vectors
 from ggml_cffi.server.errors import QueueFullError, StoppingError
-from ggml_cffi.server.isolated import Events, IsolatedEngine
+from ggml_cffi.server.isolated import EngineHost, Events, IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
+from ggml_cffi.server.mailbox import together
 from tests.support import need
 
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]
@@ -242,6 +246,31 @@ def test_a_process_that_ends_without_jobs_is_replaced_for_the_next_one(tiny):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert Mail(engine, job([1], 2)).rest()[1] == Ended("length")
         assert engine.worker.pid != pid
+
+
+def test_the_events_of_a_step_are_one_message():
+    delivers = []
+    engine = SimpleNamespace(submit=lambda job, deliver: delivers.append(deliver), close=lambda: None)
+    with EngineHost(engine) as host, ThreadPoolExecutor(1) as pool:
+        host.exchange([(number, job([1])) for number in (3, 4)], 0)
+        message = pool.submit(host.exchange, [], 300)
+        with together():
+            delivers[0](Token(7))
+            assert not futures.wait([message], 0.1).done
+            delivers[1](Ended("stop"))
+        assert [*message.result(300)] == [(3, Token(7)), (4, Ended("stop"))]
+        delivers[0](Failed(ValueError("bad")))
+        ((number, event),) = host.exchange([], 300)
+        assert (number, str(event.error)) == (3, "bad")
+
+
+def test_events_come_back_in_the_order_of_each_job():
+    events = Events()
+    given = [(1, Token(5)), (2, Token(6)), (1, Ended("stop")), (2, Token(7)), (2, Ended("length"))]
+    for number, event in given:
+        events.add(number, event)
+    for number in (1, 2):
+        assert [event for n, event in events if n == number] == [event for n, event in given if n == number]
 
 
 def test_replicas_share_the_jobs(two_gpus, tiny):

@@ -4,7 +4,7 @@ import asyncio
 import threading
 
 from ggml_cffi.server.engine import Ended, Token
-from ggml_cffi.server.mailbox import Lane, Mailbox, together
+from ggml_cffi.server.mailbox import Lane, Mailbox, call_once, together
 
 
 def in_thread(function):
@@ -62,6 +62,20 @@ def test_the_events_of_a_step_wake_the_loop_once(monkeypatch):
         assert await mailboxes[0].take() == [Token(9)]
 
     asyncio.run(main())
+
+
+def test_a_wake_up_is_called_once_for_a_step_and_at_once_otherwise():
+    calls = []
+
+    def wake():
+        calls.append(1)
+
+    with together():
+        call_once(wake)
+        call_once(wake)
+        in_thread(lambda: call_once(wake))
+        assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_an_event_for_a_loop_that_has_ended_is_dropped():

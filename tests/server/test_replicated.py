@@ -168,6 +168,20 @@ def test_a_start_that_fails_is_tried_again(engine, monkeypatch, caplog):
     assert Mail(first, job([1])).rest()[1] == Ended("length")
 
 
+def test_the_end_comes_also_while_a_process_starts(tiny, monkeypatch):
+    settings, began = {"load": LOAD, "parallel": 1, "max_waiting": 2}, threading.Event()
+    with IsolatedEngine(open_engine, str(tiny), settings, restarts_at_once=True) as engine:
+        restart = engine.worker.restart
+        monkeypatch.setattr(engine.worker, "restart", lambda: (began.set(), restart()))
+        mail = Mail(engine, job([1], None))
+        mail.first()
+        crash(engine)
+        assert isinstance(mail.rest()[1], Failed)
+        assert began.wait(300)
+    assert not engine.worker.alive
+    assert not os.path.exists(f"/proc/{engine.worker.pid}")
+
+
 def test_the_end_ends_all_jobs(tiny):
     settings = {"load": LOAD, "parallel": 1, "max_waiting": 2}
     with ReplicatedEngine([IsolatedEngine(open_engine, str(tiny), settings) for _ in range(2)], 9) as engine:
@@ -201,6 +215,7 @@ def test_devices_have_a_process_each(two_gpus, tiny):
             assert isinstance(engine, ReplicatedEngine)
             assert len({each.worker.pid for each in engine.engines}) == 2
             assert [each.facts.devices[0] for each in engine.engines] == list(two_gpus)
+            assert [each.worker.name for each in engine.engines] == [f"replica on {name}" for name in two_gpus]
             assert engine.facts.devices[:2] == two_gpus
             assert engine.facts.n_bytes >= size
             mails = [Mail(engine, job(ids)) for ids in PROMPTS]
