@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -118,7 +119,7 @@ class _GuardedSampler(Sampler):
         try:
             return super().__call__(logits, previous)
         except Exception as error:
-            self.error, self.logprobs = error, []
+            self.error = error
             return 0  # not delivered
 
     @property
@@ -134,6 +135,10 @@ class _Running:
     deliver: Deliver
     logprobs: bool
     done: bool = field(default=False, init=False)
+
+    def token(self, token: int, place: int) -> Token:
+        """Return the event of a token with its log probability, which may have to be computed."""
+        return Token(token, self.request.sampler.logprobs[place])
 
     def end(self, event: Event) -> None:
         """Deliver the last event, once."""
@@ -155,7 +160,7 @@ class _Replica:
         self._changed = threading.Condition()  # guards the two collections
         self._stopped = False
         self._timings = Timings()
-        self._events: list[tuple[_Running, Event]] = []  # of the current step
+        self._events: list[tuple[_Running, Event | Callable[[], Event]]] = []  # of the current step
         self.thread = threading.Thread(target=self._serve, name="ggml_cffi server", daemon=True)
         self.thread.start()
 
@@ -248,7 +253,8 @@ class _Replica:
         failed = isinstance(sampler, _GuardedSampler) and sampler.error
         if token is not None and not failed:
             self.n_generated += 1
-            self._events.append((running, Token(token, request.logprobs[-1] if running.logprobs else None)))
+            place = len(request.token_ids) - 1
+            self._events.append((running, partial(running.token, token, place) if running.logprobs else Token(token)))
         elif token is None:
             with self._changed:
                 del self.active[number]
@@ -263,7 +269,9 @@ class _Replica:
         with together():
             for running, event in events:
                 try:
-                    if isinstance(event, Token):
+                    if callable(event):
+                        running.deliver(event())
+                    elif isinstance(event, Token):
                         running.deliver(event)
                     else:
                         running.end(event)

@@ -371,12 +371,12 @@ class Batcher(Closing):
 
 
 def _find_facts(parts: list[tuple[TokenSequence, int]], logits: Logits) -> None:
-    """Give the samplers of several sequences the facts of their logits."""
+    """Give samplers the facts of their logits."""
     samplers = [(i, s.sampler) for i, (s, n) in enumerate(parts) if n == s.n_pending]
-    if len(samplers) > 1:
+    kept = [i for i, sampler in samplers if sampler.needs_kept]
+    if len(samplers) > 1 or kept:
         best = [i for i, sampler in samplers if sampler.needs_best]
-        log_sums = [i for i, sampler in samplers if sampler.needs_log_sum]
-        for (sequence, _), facts in zip(parts, logits_facts(logits, best, log_sums), strict=True):
+        for (sequence, _), facts in zip(parts, logits_facts(logits, best, kept), strict=True):
             sequence.sampler.facts = facts
 
 

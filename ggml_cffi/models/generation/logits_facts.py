@@ -15,33 +15,57 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 
 
+class KeptLogits:
+    """A copy of logits, for work that the next run need not wait for.
+
+    Parameters
+    ----------
+    logits
+        ``(n, n_vocab)``, which this object owns from now on.
+    """
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits = logits
+        """The logits, ``(n, n_vocab)``."""
+        self._log_sums: list[float] | None = None
+
+    def log_sum(self, row: int) -> float:
+        """Return the logarithm of the sum of the exponentials of a row. The first call computes those of all rows."""
+        if self._log_sums is None:
+            self._log_sums = log_sum_exp(self.logits)
+        return self._log_sums[row]
+
+
 @dataclass(slots=True)
 class LogitsFacts:
-    """The facts of the logits of one token, each None if it was not computed."""
+    """The facts of the logits of one token, each None if it is not known."""
 
     best: int | None = None
     """Id of the highest logit, or of the first NaN."""
-    log_sum: float | None = None
-    """Logarithm of the sum of the exponentials."""
+    kept: KeptLogits | None = None
+    """A copy of the logits, which stays valid."""
+    row: int = 0
+    """The row of the copy."""
 
 
-def logits_facts(logits: Logits, best: Sequence[int], log_sums: Sequence[int]) -> list[LogitsFacts]:
+def logits_facts(logits: Logits, best: Sequence[int], kept: Sequence[int]) -> list[LogitsFacts]:
     """Return the facts of each row of ``logits``.
 
     Parameters
     ----------
     logits
         ``(n, n_vocab)``.
-    best, log_sums
-        Numbers of the rows whose highest logit, and whose sum of exponentials, is needed.
+    best, kept
+        Numbers of the rows whose highest logit is needed, and of those that are needed later.
     """
     found = [LogitsFacts() for _ in range(len(logits))]
     if best:
         for row, token in zip(best, _rows(logits, best).argmax(axis=1).tolist(), strict=True):
             found[row].best = token
-    if log_sums:
-        for row, value in zip(log_sums, log_sum_exp(_rows(logits, log_sums)), strict=True):
-            found[row].log_sum = value
+    if kept:
+        copy = KeptLogits(logits.copy() if len(kept) == len(logits) else logits[list(kept)])
+        for i, row in enumerate(kept):
+            found[row].kept, found[row].row = copy, i
     return found
 
 

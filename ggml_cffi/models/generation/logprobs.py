@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,33 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
     """The most likely tokens at this position, the most likely one first, without ``top`` of their own. The chosen
     token need not be among them."""
+
+
+class Logprobs(Sequence[TokenLogprob]):
+    """Tokens with their log probabilities, in order. An entry may be computed when it is first read, in any thread."""
+
+    def __init__(self) -> None:
+        self._entries: list[TokenLogprob | Callable[[], TokenLogprob]] = []
+
+    def append(self, entry: TokenLogprob | Callable[[], TokenLogprob]) -> None:
+        """Append an entry, or a function that computes it."""
+        self._entries.append(entry)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, i: int) -> TokenLogprob: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[TokenLogprob]: ...
+    def __getitem__(self, i: int | slice) -> TokenLogprob | list[TokenLogprob]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]  # another thread may append
+        entry = self._entries[i]
+        if not isinstance(entry, TokenLogprob):
+            entry = self._entries[i] = entry()
+        return entry
 
 
 def token_logprob(

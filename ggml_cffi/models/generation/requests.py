@@ -45,11 +45,14 @@ class Request:
     """The answer's text, in the chunks in which the caller got it; empty if the caller wants tokens only."""
     finish_reason: FinishReason | None = field(default=None, init=False)
     """The reason for the end; None before it, and after an error."""
-    logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
-    """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
     stopped_at: int | None = field(default=None, init=False)
     """Number of tokens up to the end of a stop string, after :meth:`stop`. A replica's thread may generate more."""
     _begun: tuple[Batcher, TokenSequence] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """The tokens that were yielded with their log probabilities, if the sampler's parameters ask for them."""
+        return self.sampler.logprobs[: len(self.token_ids)]  # an end token has one too
 
     def cancel(self) -> None:
         """End the answer now, from any thread, also while the prompt or the next token is computed."""
@@ -83,8 +86,6 @@ class Request:
             self.finish("stop")
             return False
         self.token_ids.append(token)
-        if self.sampler.logprobs:  # one for each token, an end token included
-            self.logprobs.append(self.sampler.logprobs[len(self.logprobs)])
         timings.add_token()
         return True
 

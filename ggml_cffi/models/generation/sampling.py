@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
@@ -13,8 +14,8 @@ from ggml_cffi.core.numbers import as_integer, as_real
 from ggml_cffi.models.generation.best_tokens import best_tokens
 from ggml_cffi.models.generation.grammar import Grammar, as_grammar
 from ggml_cffi.models.generation.grammar_state import GrammarState
-from ggml_cffi.models.generation.logits_facts import LogitsFacts
-from ggml_cffi.models.generation.logprobs import TokenLogprob, token_logprob
+from ggml_cffi.models.generation.logits_facts import KeptLogits, LogitsFacts
+from ggml_cffi.models.generation.logprobs import Logprobs, TokenLogprob, token_logprob
 from ggml_cffi.models.tokenizers.tokenizer import Tokenizer, check_tokens
 
 #: Number of most likely tokens that nearly always has those that ``top_p`` and ``min_p`` leave.
@@ -189,7 +190,7 @@ class Sampler:
     ) -> None:
         params = self.params = SamplingParams.from_options(params, **options)
         """The parameters."""
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs = Logprobs()
         """The chosen tokens with their log probabilities, if the parameters ask for them."""
         self.facts = _NO_FACTS
         """Facts of the next logits, if the caller knows them."""
@@ -207,8 +208,8 @@ class Sampler:
         self._only_chooses = not changes and params.logprobs is None
         self.needs_best = not changes and params.temperature == 0
         """True if it needs ``LogitsFacts.best``."""
-        self.needs_log_sum = params.logprobs is not None
-        """True if it needs ``LogitsFacts.log_sum``."""
+        self.needs_kept = params.logprobs is not None
+        """True if it can use ``LogitsFacts.kept``."""
 
     @property
     def complete(self) -> bool:
@@ -269,13 +270,29 @@ class Sampler:
         token = self._choose(adjusted) if facts.best is None else facts.best
         if not adjusted[token] > -np.inf:  # the highest of all, or the first NaN
             raise ValueError(_no_token(adjusted[token], logits))
-        if self.params.logprobs is not None and self._tokenizer is not None:
-            self.logprobs.append(token_logprob(logits, token, self.params.logprobs, self._tokenizer, facts.log_sum))
+        if self.params.logprobs is not None:
+            self._note_logprob(logits, token, facts)
         if self._grammar is not None:
             self._grammar.advance(token)
         if self._counts:
             self._n_chosen[token] = self._n_chosen.get(token, 0) + 1
         return token
+
+    def _note_logprob(self, logits: npt.NDArray[np.float32], token: int, facts: LogitsFacts) -> None:
+        """Append a chosen token to :attr:`logprobs`. If the logits stay, it is computed when it is read."""
+        if self.logprobs:
+            _ = self.logprobs[-1]  # computed by now in any case, so that at most one copy of logits stays
+        if facts.kept is None:
+            self.logprobs.append(self._logprob_of(logits, token))
+        else:
+            self.logprobs.append(partial(self._late_logprob, facts.kept, facts.row, token))
+
+    def _late_logprob(self, kept: KeptLogits, row: int, token: int) -> TokenLogprob:
+        return self._logprob_of(kept.logits[row], token, kept.log_sum(row))
+
+    def _logprob_of(self, logits: npt.NDArray[np.float32], token: int, log_sum: float | None = None) -> TokenLogprob:
+        assert self._tokenizer is not None
+        return token_logprob(logits, token, self.params.logprobs or 0, self._tokenizer, log_sum)
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> int:
         """Return a token: the most likely one, or one drawn at random."""
