@@ -25,7 +25,7 @@ from ggml_cffi.server.engine import (
     Job,
     Token,
 )
-from ggml_cffi.server.errors import QueueFullError, StoppingError
+from ggml_cffi.server.errors import LoadingError, QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
 from ggml_cffi.server.mailbox import call_once, together
 
@@ -164,6 +164,7 @@ class IsolatedEngine(Engine):
         self._is_ready = True
         self._delay: float | None = None  # seconds until the next start; None until the next job
         self._first_delay = 0.0 if restarts_at_once else None
+        self._look = _RETRY_SECONDS[0] if restarts_at_once else None  # seconds between two looks at an idle process
         self.worker = Worker(open_host, load, path, options, name=name)
         self.facts: Facts = self.worker.call("facts")
         self._thread = threading.Thread(target=self._serve, name="ggml_cffi isolated engine", daemon=True)
@@ -232,12 +233,16 @@ class IsolatedEngine(Engine):
     def _serve(self) -> None:
         while self._wait():
             try:
-                if not self._is_ready or self._ended_idle():
+                if self._ended_idle():
+                    self._lose()
+                if not self._is_ready:
                     self._restart()
+                if not self._jobs:
+                    continue
                 events: Events = self.worker.call("exchange", self._take_commands(), _POLL_SECONDS)
             except Exception as error:
                 if self._is_ready and not self.worker.alive:
-                    self._is_ready, self._delay = False, self._first_delay
+                    self._lose()
                 if not self._stopped:
                     _logger.error("%s", error)
                 self._fail(error)
@@ -247,9 +252,9 @@ class IsolatedEngine(Engine):
                     self._deliver(number, event)
 
     def _wait(self) -> bool:
-        """Wait for a job, or until it is time to start a process again. Return False at the end."""
+        """Wait for a job, or until it is time to look at the process, or to start another. Return False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._stopped, None if self._is_ready else self._delay)
+            self._changed.wait_for(lambda: self._jobs or self._stopped, self._look if self._is_ready else self._delay)
             return not self._stopped
 
     def _take_commands(self) -> list[Command]:
@@ -261,14 +266,21 @@ class IsolatedEngine(Engine):
         """Return whether the process has ended without a job, so that none has to fail."""
         with self._changed:
             is_idle = len(self._jobs) == sum(job is not None for _, job in self._commands)
-        return is_idle and not self.worker.alive
+        return self._is_ready and is_idle and not self.worker.alive
+
+    def _lose(self) -> None:
+        """Note that the process has ended."""
+        self._is_ready, self._delay = False, self._first_delay
 
     def _restart(self) -> None:
         """Start another process. If that fails, the next attempt has to wait longer, or for a job."""
         first, last = _RETRY_SECONDS
         if self._delay is not None:
             self._delay = min(max(2 * self._delay, first), last)
-        self.worker.restart()
+        try:
+            self.worker.restart()
+        except (ValueError, TypeError) as error:  # they would be the client's
+            raise LoadingError(f"the model cannot be loaded again: {error}") from error
         self._is_ready = True
 
     def _deliver(self, number: int, event: Event) -> None:
