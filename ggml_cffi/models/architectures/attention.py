@@ -137,15 +137,20 @@ def _results(
     return out if one_token else ops.cont(ops.permute(out, (1, 0, 2)))
 
 
-def _is_tiled(q: Tensor, v: Tensor, cache: LayerCache, inputs: Inputs) -> bool:
-    """Return whether flash attention is exact and faster than two products of queries ``(rows, heads, head_size)``.
+def tiled_rows(head_size: int, v_size: int, dtype: Type) -> int:
+    """Return the fewest tokens for which a CPU's flash attention is exact and faster than two products; 0 if none are.
 
     For as many rows as a tile has, a CPU sums in F32, and leaves out tiles that the mask hides; for fewer it sums in
     F16. Large heads need more rows to be faster (docs/tested.md).
     """
+    return max(_TILE, head_size) if v_size % _VECTOR == 0 and dtype in _TILED else 0
+
+
+def _is_tiled(q: Tensor, v: Tensor, cache: LayerCache, inputs: Inputs) -> bool:
+    """Return whether flash attention is exact and faster than two products of queries ``(rows, heads, head_size)``."""
     rows, _, head_size = q.shape
-    enough = rows >= max(_TILE, head_size) and v.shape[-2] % _VECTOR == 0
-    return enough and cache.v_transposed and cache.tiled and not inputs.n_ranges and cache.k.dtype in _TILED
+    fewest = tiled_rows(head_size, v.shape[-2], cache.k.dtype)
+    return 0 < fewest <= rows and cache.v_transposed and cache.tiled and not inputs.n_ranges
 
 
 def _by_slot(v: Tensor, cache: LayerCache, inputs: Inputs) -> Tensor:

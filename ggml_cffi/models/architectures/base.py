@@ -314,6 +314,10 @@ class Architecture(ABC):
         """
         raise NotImplementedError(f"{self.name!r} has no KV cache")
 
+    def tiled_rows(self, dtype: Type) -> int:
+        """Return the fewest tokens of a batch that a CPU attends tile by tile with a cache of this type; 0 if none."""
+        return 0
+
     def writes_at_once(self, layer: int, weights: Mapping[str, Tensor]) -> bool:
         """Return whether one node can write new keys and values into the cache, with these weights of the layer."""
         return False

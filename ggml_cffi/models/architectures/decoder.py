@@ -23,7 +23,7 @@ from ggml_cffi.core.dtypes import block_size
 from ggml_cffi.core.tensor import Tensor
 from ggml_cffi.enums import Type
 from ggml_cffi.errors import FormatError
-from ggml_cffi.models.architectures.attention import attend, store, store_both, store_transposed
+from ggml_cffi.models.architectures.attention import attend, store, store_both, store_transposed, tiled_rows
 from ggml_cffi.models.architectures.base import (
     Architecture,
     Inputs,
@@ -226,6 +226,9 @@ class Decoder(Architecture):
         k, v = (context.new_tensor(dtype, (self.n_kv_heads, _PROBED_SLOTS, n)) for n in (self.head_size, self.v_size))
         mask = context.new_tensor(Type.F16, (1, _PROBED_SLOTS))
         return ops.flash_attn_ext(q, k, v, mask, scale=self.scale, logit_softcap=self.attention_cap)
+
+    def tiled_rows(self, dtype: Type) -> int:
+        return tiled_rows(self.head_size, self.v_size, dtype)
 
     def embed(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         return ops.get_rows(weights["token_embd.weight"], inputs.tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.buffer import BufferType
@@ -23,7 +23,13 @@ from ggml_cffi.models.runners.buckets import Key
 from ggml_cffi.models.runners.embedding import Embedder
 from ggml_cffi.models.runners.link import is_linked, link_bytes
 from ggml_cffi.models.runners.pipeline import can_pipeline
-from ggml_cffi.models.runners.scheduled import can_attend_to_ranges, kv_length, largest_graphs, logits_graph
+from ggml_cffi.models.runners.scheduled import (
+    can_attend_to_ranges,
+    kv_length,
+    largest_graphs,
+    logits_graph,
+    untiled_batch,
+)
 from ggml_cffi.models.runners.stage import StageGraph
 from ggml_cffi.models.runners.stage_spec import StageSpec, n_slots_for
 from ggml_cffi.models.runners.weights import Weights, layer_of
@@ -142,23 +148,30 @@ def _measure_stages(weights: Weights, key: Key) -> None:
 def _measure_apart(weights: Weights, key: Key, *, op_offload: bool) -> None:
     """Count the intermediate tensors of each stage by a scheduler of its one device alone."""
     workspace = 0
-    for stage in weights.stages:
+    largest = largest_graphs(key[0], key[1], ranges=False, untiled=untiled_batch(weights))
+    for stage, (each, _) in product(weights.stages, largest):
         (device,) = stage.devices
-        backend, placement, graph = weights.backends[device], weights.placement[device], StageGraph.of(weights, stage)
-        rank = Rank(0, 1)
-        rank.context.close()
-        with DryRunContext() as context, Scheduler([backend]) as scheduler:
-            rank.context = context
-            inputs = [context.new_tensor(dtype, shape) for shape, dtype in graph.input_types(*key)]
-            context.alloc(backend.buffer_type, inputs)
-            result = graph.trace(rank, *inputs)
-            with Graph(result.part if isinstance(result, AllGather) else result) as built:
-                placement.compute_bytes = scheduler.reserve_size(built)[backend] + sum(t.nbytes for t in inputs)
-                workspace = max(workspace, workspace_bytes(built.node_pointers()))
+        size, scratch = _measure_stage(StageGraph.of(weights, stage), weights.backends[device], each)
+        placement, workspace = weights.placement[device], max(workspace, scratch)
+        placement.compute_bytes = max(placement.compute_bytes, size)
     for placement in weights.placement[:-1]:
         placement.workspace_bytes = workspace if placement.layers else 0
     if op_offload and key[0] >= _OFFLOADED_BATCH:
         _count_offloaded(weights, key[0])
+
+
+def _measure_stage(graph: StageGraph, backend: Backend, key: Key) -> tuple[int, int]:
+    """Return the bytes of a stage's inputs and intermediates on one device, and those of its workspace."""
+    rank = Rank(0, 1)
+    rank.context.close()
+    with DryRunContext() as context, Scheduler([backend]) as scheduler:
+        rank.context = context
+        inputs = [context.new_tensor(dtype, shape) for shape, dtype in graph.input_types(*key)]
+        context.alloc(backend.buffer_type, inputs)
+        result = graph.trace(rank, *inputs)
+        with Graph(result.part if isinstance(result, AllGather) else result) as built:
+            size = scheduler.reserve_size(built)[backend] + sum(t.nbytes for t in inputs)
+            return size, workspace_bytes(built.node_pointers())
 
 
 def _count_offloaded(weights: Weights, n_batch: int) -> None:
@@ -194,7 +207,8 @@ def _measure_scheduled(
         n_batch, n_slots = min(options.n_batch, options.n_ctx), kv_slots_for(options.n_ctx)
         ranges = can_attend_to_ranges(weights.backends, weights.layer_devices, op_offload=scheduler.op_offload)
         sizes, workspace = dict.fromkeys(weights.backends, 0), 0
-        for i, (key, n_ranges) in enumerate(largest_graphs(n_batch, n_slots, ranges=ranges)):
+        largest = largest_graphs(n_batch, n_slots, ranges=ranges, untiled=untiled_batch(weights))
+        for i, (key, n_ranges) in enumerate(largest):
             with DryRunContext() if i else new_context() as context:  # all graphs have the inputs of the first
                 inputs, result = logits_graph(context, weights, *key, n_ranges=n_ranges)
                 kv_length(inputs, n_slots, n_ranges)

@@ -183,18 +183,30 @@ def can_attend_to_ranges(backends: Sequence[Backend], layer_devices: Sequence[in
     return all(b.device.is_cpu and not b.device.is_remote for b in users)
 
 
-def largest_graphs(n_batch: int, n_slots: int, *, ranges: bool) -> list[tuple[Key, int]]:
+def untiled_batch(weights: Weights) -> int:
+    """Return the largest number of tokens of a graph that has scores although larger ones have none.
+
+    A CPU attends to long prompts tile by tile. 0 stands for no such graph.
+    """
+    tiled = next((cache for made in weights.caches for cache in made if cache.v_transposed and cache.tiled), None)
+    fewest = 0 if tiled is None else weights.architecture.tiled_rows(tiled.k.dtype)
+    return next((n for n in range(fewest - 1, 0, -1) if cpu_bucket(n) < fewest), 0)
+
+
+def largest_graphs(n_batch: int, n_slots: int, *, ranges: bool, untiled: int = 0) -> list[tuple[Key, int]]:
     """Return the sizes of the graphs that take the most memory for intermediates.
 
-    One is for a long prompt. With ranges of KV slots, a batch of one token of each sequence takes more memory, for
-    attention and for its outputs, if prompts have small batches. It is counted for :data:`MAX_SEQUENCES` sequences.
+    One is for a long prompt, and one for the prompt of :func:`untiled_batch` if that is shorter. With ranges of KV
+    slots, a batch of one token of each sequence takes more memory, for attention and for its outputs, if prompts have
+    small batches. It is counted for :data:`MAX_SEQUENCES` sequences.
 
     Returns
     -------
     list
         For each graph its numbers of tokens, KV slots and outputs, and that of its ranges.
     """
-    found = [((n_batch, n_slots, 1), 0)]
+    prompts = (n_batch, untiled) if 0 < untiled < n_batch else (n_batch,)
+    found = [((n, n_slots, 1), 0) for n in prompts]
     if ranges:
         n = min(MAX_SEQUENCES, n_batch)
         found.append(((n, n_slots, n), min(2 * n, n_batch, n_slots // RANGE_STEP)))
@@ -413,7 +425,9 @@ class ScheduledRunner(Runner):
 
     def _reserve(self) -> None:
         """Allocate memory for the largest batch now, and keep its graph, which long prompts use."""
-        for key, n_ranges in reversed(largest_graphs(self.n_batch, self.n_slots, ranges=self.attends_to_ranges)):
+        untiled = untiled_batch(self.weights)
+        largest = largest_graphs(self.n_batch, self.n_slots, ranges=self.attends_to_ranges, untiled=untiled)
+        for key, n_ranges in reversed(largest):
             self.allocated(key, n_ranges)
         sizes = self._scheduler.buffer_sizes()
         for backend, placement in zip(self.weights.backends, self.placement, strict=True):

@@ -10,8 +10,8 @@ from ggml_cffi.models import Sampler
 from ggml_cffi.models.generation.requests import Request, generate_many
 from ggml_cffi.models.generation.timings import Timings
 from ggml_cffi.models.runners.pipeline import PipelineRunner
-from ggml_cffi.models.runners.scheduled import largest_graphs
-from tests.support import bert_float64, llama_float64
+from ggml_cffi.models.runners.scheduled import largest_graphs, untiled_batch
+from tests.support import bert_float64, llama_float64, need
 from tests.support.memory import memory
 
 
@@ -31,7 +31,8 @@ def check(path, devices, counted, **options):
         if in_stages:
             model.forward([1] * plan.n_batch, last=True)
         else:
-            for key, n_ranges in largest_graphs(plan.n_batch, runner.n_slots, ranges=runner.attends_to_ranges):
+            ranges, untiled = runner.attends_to_ranges, untiled_batch(runner.weights)
+            for key, n_ranges in largest_graphs(plan.n_batch, runner.n_slots, ranges=ranges, untiled=untiled):
                 runner.allocated(key, n_ranges)
             assert model.scheduler.buffer_sizes() == {
                 backend: placed.compute_bytes
@@ -105,6 +106,34 @@ def test_several_sequences_on_the_cpu_fit_the_plan(tmp_path, rng, n_batch, n_voc
 def test_the_largest_graphs_are_those_of_a_prompt_and_of_many_sequences(n_batch, n_slots, want):
     assert largest_graphs(n_batch, n_slots, ranges=True) == want
     assert largest_graphs(n_batch, n_slots, ranges=False) == want[:1]
+    assert largest_graphs(n_batch, n_slots, ranges=False, untiled=n_batch) == want[:1]
+    assert largest_graphs(n_batch + 3, n_slots, ranges=False, untiled=n_batch)[1:] == want[:1]
+
+
+@pytest.mark.parametrize(("size", "kv_dtype", "n"), [(32, "f16", 62), (256, "f32", 248), (256, "bf16", 0)])
+def test_the_largest_graph_without_tiles_is_known(tmp_path, rng, monkeypatch, size, kv_dtype, n):
+    monkeypatch.setattr(llama_float64, "HEAD", size)
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng)
+    with models.load(path, ["CPU"], n_ctx=32, kv_dtype=kv_dtype) as model:
+        assert untiled_batch(model.batchers[0].runner.weights) == n
+
+
+@pytest.mark.parametrize("beside", [(), ("Vulkan0",)], ids=["the CPU alone", "beside a GPU"])
+def test_prompts_too_short_for_tiles_take_no_more_than_planned(tmp_path, rng, monkeypatch, beside):
+    """They have scores, and take more memory than the largest batch of large heads, which has none."""
+    need(beside)
+    monkeypatch.setattr(llama_float64, "HEAD", 256)
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, **{".context_length": 2048})
+    devices, options = [*beside, "CPU"], {"n_ctx": 2048, "balance": (1, 2) if beside else "memory"}
+    plan = models.plan(path, devices, **options)
+    with models.load(path, devices, **options) as model:
+        runner = model.batchers[0].runner
+        for n in (512, 62, 64, 248, 256):
+            runner.allocated((n, runner.n_slots, 1))
+        taken = model.scheduler.buffer_sizes()
+        for planned, (backend, size) in zip(plan.devices, taken.items(), strict=True):
+            assert backend.name == planned.device
+            assert close(planned.compute_bytes, size)
 
 
 def test_smollm2_takes_the_planned_bytes(smollm2, counted):
