@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from contextlib import suppress
 from functools import cache
@@ -36,7 +37,17 @@ _SHAPE = 128, 512
 _ROWS = 1, 3, 40  # one row has kernels of its own, and 40 rows are more than a block
 _TOLERANCE = 1e-2  # of the largest element; both products round their rows to 8 bits
 _PATIENCE = 60.0  # seconds
-_START = "import sys; sys.path[:] = {path!r}; from ggml_cffi.models.runners.amx import check_products; check_products()"
+_WRONG = ArithmeticError.__name__
+_START = """import sys
+sys.path[:] = {path!r}
+from ggml_cffi.models.runners.amx import check_products
+check_products()
+print("works")
+"""
+#: Set in the environment of the trial. A program other than Python that runs itself again makes no further trial.
+_IN_TRIAL = "GGML_CFFI_AMX_TRIAL"
+#: Signals by which kernels end a process. Others come from outside, such as that of a system short of memory.
+_FAULTS = frozenset({signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV, getattr(signal, "SIGBUS", None)})
 
 _logger = logging.getLogger("ggml_cffi.models")
 
@@ -44,17 +55,17 @@ _logger = logging.getLogger("ggml_cffi.models")
 @cache
 def amx_works() -> bool:
     """Return whether ggml's products with AMX are right on this machine, by the first trial since it was started."""
-    if "AMX" not in repacked_memories():
+    if "AMX" not in repacked_memories() or _IN_TRIAL in os.environ:
         return False
     key = _key()
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RuntimeError):  # the last one without a home folder
         known, answer = path().read_text(encoding="utf-8").rsplit(" ", 1)
         if known == key and answer in _ANSWERS:
             return answer == "works"
-    reason = _try()
+    reason, is_final = _try()
     if reason:
         _logger.warning("weights are not arranged for AMX: %s", reason)
-    if key:
+    if key and is_final:
         _remember(f"{key} {_ANSWERS[bool(reason)]}")
     return not reason
 
@@ -99,10 +110,20 @@ def _multiply(cpu: Backend, memory: BufferType, dtype: Type, values: np.ndarray,
             return product.numpy()
 
 
-def _try() -> str:
-    """Run :func:`check_products` in a process of its own, and return the reason for which it failed, else nothing."""
+def _try() -> tuple[str, bool]:
+    """Run :func:`check_products` in a process of its own.
+
+    Returns
+    -------
+    str
+        The reason for which it failed; nothing if it did not.
+    bool
+        True if the products decided, False if another program or another time may give another answer.
+    """
     import subprocess  # slow to import
 
+    if not sys.executable or getattr(sys, "frozen", False):
+        return f"the trial needs Python, but this program is {sys.executable or 'unknown'}", False
     code = _START.format(path=[*map(os.fspath, sys.path)])
     folder = c.library.location()
     place = {"GGML_CFFI_LIBRARY_PATH": folder} if folder else {}
@@ -112,15 +133,22 @@ def _try() -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             timeout=_PATIENCE,
-            env={**os.environ, **place},
+            env={**os.environ, **place, _IN_TRIAL: "1"},
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the trial could not be made ({error})"
+    except OSError as error:
+        return f"the trial could not be made ({error})", False
+    except subprocess.TimeoutExpired:
+        return f"the trial took more than {_PATIENCE:.0f} seconds", True
     if done.returncode < 0:
-        return f"ggml's products with it end the process (signal {-done.returncode})"
-    return (done.stderr.strip().splitlines() or ["the trial failed"])[-1] if done.returncode else ""
+        number = -done.returncode
+        return f"ggml's products with it end the process (signal {number})", number in _FAULTS
+    if done.returncode == 0 and done.stdout.splitlines()[-1:] == ["works"]:
+        return "", True
+    reason = (done.stderr.strip().splitlines() or ["the trial failed"])[-1]
+    return reason, reason.startswith(_WRONG)
 
 
 def _key() -> str:
@@ -139,6 +167,6 @@ def _remember(answer: str) -> None:
     def write(_: int, file: BinaryIO) -> None:
         file.write(answer.encode())
 
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
         path().parent.mkdir(parents=True, exist_ok=True)
         write_files([str(path())], write)

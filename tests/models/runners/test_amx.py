@@ -78,12 +78,12 @@ def test_wrong_products_are_reported(with_amx, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "works", "reason"),
     [
-        ("exit 0", True, ""),
+        ("echo works", True, ""),
+        ("echo a line of sitecustomize; echo works", True, ""),
         ("kill -SEGV $$", False, "ggml's products with it end the process (signal 11)"),
         ("echo first >&2; echo ArithmeticError: wrong >&2; exit 1", False, "ArithmeticError: wrong"),
-        ("exit 3", False, "the trial failed"),
     ],
-    ids=["works", "a signal", "an exception", "a silent failure"],
+    ids=["works", "another line", "a signal", "wrong products"],
 )
 def test_one_trial_answers_until_the_machine_starts_again(with_amx, child, tmp_path, caplog, script, works, reason):
     child(script)
@@ -104,16 +104,75 @@ def test_the_answer_of_another_library_is_not_used(with_amx, child, tmp_path, te
     assert starts(tmp_path) == 1
 
 
-def test_a_program_that_cannot_be_started_means_no_amx(with_amx, monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exit 0", "the trial failed"),
+        ("echo it works; exit 0", "the trial failed"),
+        ("exit 3", "the trial failed"),
+        ("kill -KILL $$", "ggml's products with it end the process (signal 9)"),
+        (r"echo ImportError: '\377' >&2; exit 1", "ImportError: \N{REPLACEMENT CHARACTER}"),
+    ],
+    ids=["another program", "its text", "a silent failure", "killed from outside", "an import"],
+)
+def test_a_trial_without_an_answer_is_made_again(with_amx, child, tmp_path, caplog, script, reason):
+    child(script)
     assert not amx.amx_works()
-    assert "the trial could not be made" in caplog.text
+    assert [record.message for record in caplog.records] == [f"weights are not arranged for AMX: {reason}"]
+    amx.amx_works.cache_clear()
+    child("echo works")
+    assert amx.amx_works()
+    assert starts(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["missing", "", None])
+def test_a_program_that_cannot_be_started_means_no_amx(with_amx, monkeypatch, tmp_path, caplog, name):
+    monkeypatch.setattr(sys, "executable", name and str(tmp_path / name))
+    assert not amx.amx_works()
+    assert ("the trial could not be made" if name else "the trial needs Python") in caplog.text
+    assert not amx.path().exists()
+
+
+def test_a_frozen_program_is_not_started(with_amx, child, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    child("echo works")
+    assert not amx.amx_works()
+    assert starts(tmp_path) == 0
+
+
+def test_a_program_that_a_trial_started_makes_no_trial(with_amx, child, tmp_path):
+    child(f'test "$GGML_CFFI_AMX_TRIAL" = 1 && echo works >> {tmp_path}/marks')
+    assert not amx.amx_works()
+    assert (tmp_path / "marks").exists()
+
+
+def test_the_trial_of_a_trial_is_not_made(with_amx, child, monkeypatch, tmp_path):
+    monkeypatch.setenv("GGML_CFFI_AMX_TRIAL", "1")
+    child("echo works")
+    assert not amx.amx_works()
+    assert starts(tmp_path) == 0
+
+
+def test_the_trial_runs_python(with_amx, monkeypatch, caplog):
+    """Here the child finds no AMX, unless the processor has it."""
+    assert amx.amx_works() or "KeyError: 'AMX'" in caplog.text or "AMX" in repacked_memories()
+
+
+def test_no_home_folder_is_needed(with_amx, child, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GGML_CFFI_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    child("echo works")
+    assert amx.amx_works()
 
 
 def test_a_cache_folder_that_cannot_be_written_means_a_trial_each_time(with_amx, child, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GGML_CFFI_CACHE", str(tmp_path / "file" / "cache"))
-    child("exit 0")
+    child("echo works")
     for _ in range(2):
         assert amx.amx_works()
         amx.amx_works.cache_clear()
