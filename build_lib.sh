@@ -523,7 +523,7 @@ build_folder() {
     else
         portable_id="portable $arch $glibc $zig_link"
         plugin_id="$portable_id $(digest <"$root/vendor/vulkan_loader.c")"
-        build_part core "$portable_id AMX" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
+        build_part core "$portable_id" all -- -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON ${zig_flags[@]+"${zig_flags[@]}"}
         [ ${#zig_flags[@]} = 0 ] || echo "platform manylinux_${glibc/./_}_$arch" >>"$out.tmp/BUILD"
     fi
     plugin=(-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU=OFF ${zig_flags[@]+"${zig_flags[@]}"})
