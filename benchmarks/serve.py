@@ -5,10 +5,11 @@
                                [--threads 2] [--deterministic] [--compare N]
 
 Each client sends one request after the other: a prompt of 20 to 500 tokens, and an answer of 16 to 64 tokens, greedy.
-The table has the time to first token and the tokens per second. Above it are the memory of the server in the course of
-the run, the answers that were lost, and those that differ from the same prompt's answer alone. For these it has the
-largest gap: how much more likely the first other token was alone, as a difference of log probabilities. Rounding gives
-small gaps. A mixed-up answer would have a large one.
+The table has the time to first token and the tokens per second. These count what arrives while all clients are at work:
+as the last answers end, ever more slots are empty, of two GPUs twice as many as of one. Above the table are the memory
+of the server in the course of the run, the answers that were lost, and those that differ from the same prompt's answer
+alone. For these it has the largest gap: how much more likely the first other token was alone, as a difference of log
+probabilities. Rounding gives small gaps. A mixed-up answer would have a large one.
 
 ``--peer`` names a Python with llama-cpp-python: the same prompts then go through llama.cpp's C API in one process, with
 as many sequences in a batch, without HTTP. ``--peer-url`` is the address of another server, such as llama.cpp's, which
@@ -29,6 +30,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +59,9 @@ class Result:
     first: list[float] = field(default_factory=list)
     """Seconds to the first token of each answer."""
     tokens: int = 0
-    """Generated tokens."""
+    """Generated tokens that arrived in the time."""
     prompt_tokens: int = 0
+    """Tokens of the prompts whose first token arrived in the time."""
     answers: dict[int, set[tuple[str, ...]]] = field(default_factory=dict)
     """Different answers to each prompt, as texts of tokens."""
     lost: list[str] = field(default_factory=list)
@@ -109,8 +112,8 @@ class Answer:
     """Log probabilities of the most likely tokens at each place."""
 
 
-async def ask(url: str, work: Work, n_top: int = 0) -> Answer:
-    """Send one request.
+async def ask(url: str, work: Work, n_top: int = 0, count: Callable[[int, int], None] | None = None) -> Answer:
+    """Send one request, and tell ``count`` of each event the prompt's tokens, if it is the first, and those generated.
 
     The client is a socket: a library's would take as much processor time as the server.
     """
@@ -143,12 +146,18 @@ async def ask(url: str, work: Work, n_top: int = 0) -> Answer:
             event = json.loads(line[6:])
             if "error" in event:
                 raise ValueError(event["error"]["message"])
+            n_prompt = 0 if answer.first else len(work.ids)
             answer.first = answer.first or time.perf_counter() - start
+            before = answer.n
             for choice in event["choices"]:
                 logprobs = choice.get("logprobs") or {}
                 answer.tokens += logprobs.get("tokens", [])
                 answer.top += logprobs.get("top_logprobs", [])
-            answer.n = (event.get("usage") or {}).get("completion_tokens", answer.n)
+                answer.n += choice.get("finish_reason") is None
+            if event.get("usage"):
+                answer.n = event["usage"]["completion_tokens"]
+            if count is not None:
+                count(n_prompt, answer.n - before)
         if not ended:
             raise ValueError("the stream ended early")
         return answer
@@ -156,26 +165,29 @@ async def ask(url: str, work: Work, n_top: int = 0) -> Answer:
         writer.close()
 
 
-async def load(result: Result, url: str, works: list[Work], clients: int, seconds: float) -> None:
-    """Send requests from many clients until the time is over, and wait for the answers."""
+async def load(result: Result, url: str, works: list[Work], clients: int, seconds: float, *, warm: float = 0.0) -> None:
+    """Send requests from many clients for ``warm`` seconds, measure for as many as asked, and wait for the answers."""
     waiting = iter(range(10**9))
-    start = time.perf_counter()
+    start, result.seconds = time.perf_counter() + warm, seconds
+
+    def count(n_prompt: int, n: int) -> None:
+        if 0 <= time.perf_counter() - start < seconds:
+            result.tokens += n
+            result.prompt_tokens += n_prompt
 
     async def client() -> None:
-        while time.perf_counter() - start < seconds:
+        while (begun := time.perf_counter() - start) < seconds:
             i = next(waiting) % len(works)
             try:
-                answer = await ask(url, works[i])
+                answer = await ask(url, works[i], count=count)
             except (ValueError, OSError) as error:
                 result.lost.append(str(error))
                 continue
-            result.first.append(answer.first)
-            result.tokens += answer.n
-            result.prompt_tokens += len(works[i].ids)
             result.answers.setdefault(i, set()).add(tuple(answer.tokens))
+            if begun >= 0:
+                result.first.append(answer.first)
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    result.seconds = time.perf_counter() - start
 
 
 async def compare(url: str, works: list[Work], result: Result, n: int) -> str:
@@ -243,10 +255,9 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
 
         async def run() -> None:
             await asyncio.gather(*(ask(url, work) for work in works[-2:]))
-            if args.warm:  # until each replica has the graphs of all sizes
-                await load(Result(), url, works, args.clients, args.warm)
             await asyncio.gather(
-                load(result, url, works, args.clients, args.seconds), watch(process.pid, result, args.seconds)
+                load(result, url, works, args.clients, args.seconds, warm=args.warm),
+                watch(process.pid, result, args.warm + args.seconds),
             )
             print(await compare(url, works, result, args.compare))
 
@@ -319,6 +330,9 @@ def c_api(model: str, works: list[Work], clients: int, seconds: float, parallel:
             s.done += n
         assert lib.llama_decode(ctx, batch) == 0
         now = time.perf_counter()
+        if now - start < seconds:
+            result.tokens += len(outputs)
+            result.prompt_tokens += sum(len(s.work.ids) for _, s in outputs if not s.generated)
         for i, s in outputs:
             logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, i), (n_vocab,))
             s.token = int(logits.argmax())
@@ -329,11 +343,9 @@ def c_api(model: str, works: list[Work], clients: int, seconds: float, parallel:
             if s.generated == s.work.n:
                 lib.llama_memory_seq_rm(cache, slot, -1, -1)
                 del active[slot]
-                result.tokens += s.generated
-                result.prompt_tokens += len(s.work.ids)
                 if now - start < seconds:
                     waiting.append(_Sequence(works[next(numbers) % len(works)], now))
-    result.seconds = time.perf_counter() - start
+    result.seconds = seconds
     return result
 
 
