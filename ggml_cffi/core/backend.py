@@ -12,7 +12,7 @@ from ggml_cffi.core.device import DeviceLike, DevicesLike, check_process, device
 from ggml_cffi.core.device import device as find_device
 from ggml_cffi.core.handle import Handle
 from ggml_cffi.core.locks import DeviceLock
-from ggml_cffi.core.threads import LoadFollower, ThreadContest, check_threads, default_threads
+from ggml_cffi.core.threads import LoadFollower, check_threads, default_threads
 from ggml_cffi.errors import GgmlError
 
 
@@ -37,18 +37,7 @@ class Backend(Handle):
     C: ``ggml_backend_dev_init``.
     """
 
-    __slots__ = (
-        "_abort_flag",
-        "_kept",
-        "_pool",
-        "aborting",
-        "contest",
-        "device",
-        "follows_load",
-        "load",
-        "lock",
-        "n_active_threads",
-    )
+    __slots__ = ("_abort_flag", "_kept", "_pool", "aborting", "device", "follows_load", "load", "lock")
 
     def __init__(self, device: DeviceLike, *, n_threads: int | None = None) -> None:
         self.device = find_device(device)
@@ -76,10 +65,6 @@ class Backend(Handle):
         Some operations round in another way with another number of threads."""
         self.load = LoadFollower(1)
         """The number of CPU threads for the load of the machine."""
-        self.contest: ThreadContest | None = None
-        """The choice between that number and all threads; None if it is all threads."""
-        self.n_active_threads = 1
-        """Threads of the CPU backend in the last run."""
         super().__init__(pointer, partial(_free, self._pool, self._abort_flag), fork_safe=False)
         if self.device.is_cpu:
             self.n_threads = n_threads or default_threads()
@@ -112,10 +97,16 @@ class Backend(Handle):
                 raise GgmlError(f"{n} threads could not be started")
             c.ggml_backend_cpu_set_threadpool(self.ptr, pool)
             c.ggml_backend_cpu_set_n_threads(self.ptr, n)
-            self.load, self.contest, self.n_active_threads = LoadFollower(n), None, n
+            self.load = LoadFollower(n)
             old, self._pool[:] = list(self._pool), [pool, n]
             if old:
                 c.ggml_threadpool_free(old[0])
+
+    @property
+    def n_active_threads(self) -> int:
+        """Threads of the CPU backend in the last run."""
+        self.ptr  # noqa: B018 - raises when closed
+        return self.load.n_active
 
     def follow_load(self, now: float) -> None:
         """Set the number of threads of the next run. ``now``, the time of ``perf_counter``, is past ``load.next_look``.
@@ -123,23 +114,15 @@ class Backend(Handle):
         The caller holds :attr:`lock`, or is the only one that computes here.
         """
         load = self.load
+        before = load.n_active
         if self.follows_load:
             load.look()
         else:
             load.n_active, load.next_look = load.n_threads, now + 1
-        if load.n_active == load.n_threads:
-            self.contest = None
-        elif self.contest is None or self.contest.n_few != load.n_active:
-            self.contest = ThreadContest(load.n_active, load.n_threads)
-        self.use_threads(load.n_active)
-
-    def use_threads(self, n: int) -> None:
-        """Compute the next runs with ``n`` of the threads. The caller is as in :meth:`follow_load`."""
-        if n != self.n_active_threads:
+        if load.n_active != before:
             # Alone, the calling thread needs no pool: waking the others for each graph would cost a tenth.
-            c.ggml_backend_cpu_set_threadpool(self.ptr, self._pool[0] if n > 1 else c.NULL)
-            c.ggml_backend_cpu_set_n_threads(self.ptr, n)
-            self.n_active_threads = n
+            c.ggml_backend_cpu_set_threadpool(self.ptr, self._pool[0] if load.n_active > 1 else c.NULL)
+            c.ggml_backend_cpu_set_n_threads(self.ptr, load.n_active)
 
     @property
     def buffer_type(self) -> BufferType:

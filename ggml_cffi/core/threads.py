@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 
 from ggml_cffi import c
 
 _LOOK_SECONDS = 0.1  # between two looks at the load: /proc/stat counts hundredths of seconds
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-_PACE_RUNS = 3  # runs of a graph with few threads before one with all threads is compared with them
-_TRIAL_RUNS = 4  # runs with all threads before the first verdict
-_KEPT_RUNS = 8  # last runs with all threads that later verdicts are about
-_LOST_AT_ONCE = 6.0  # times as long as with few threads
-_LONGEST_SECONDS = 0.05  # of a run with few threads that is tried with all: a lost trial may take ten times as long
-_WON_SECONDS, _LOST_SECONDS = (
-    5.0,
-    1.0,
-)  # for which a verdict holds; a lost one also for a multiple of the trial's length
-_LOST_TIMES = 30
 _BUSY_FIELDS = (1, 2, 3, 6, 7, 8)  # of a line of /proc/stat: user, nice, system, irq, softirq, steal
 
 
@@ -52,9 +41,8 @@ class LoadFollower:
     """The number of threads for the processors that other processes leave free.
 
     ggml's threads wait for each other after each node, in a loop that takes a processor. On a processor that another
-    process uses too, a thread is stopped for milliseconds at a time, and all others spin until it goes on. Decode with
-    two threads on two busy processors takes between half as long and ten times as long as with one, by how the system
-    divides the time: :class:`ThreadContest` measures it.
+    process uses too, a thread is stopped for milliseconds at a time, and all others spin until it goes on: decode with
+    two threads on two busy processors takes ten times as long as with one.
 
     Parameters
     ----------
@@ -66,14 +54,14 @@ class LoadFollower:
         self.n_threads = n_threads
         """Largest number of threads."""
         self.n_active = n_threads
-        """Number of threads for the processors that are free."""
+        """Number of threads for the next run."""
         self._processors = allowed_processors()
         self._last = (time.perf_counter(), busy_seconds(self._processors), time.process_time())
         self.next_look = float("inf") if n_threads == 1 or self._last[1] is None else self._last[0] + _LOOK_SECONDS
         """The time of ``perf_counter`` from which :meth:`look` may change the number."""
 
     def look(self) -> int:
-        """Return the number of threads for the free processors, from the load since the last look.
+        """Return the number of threads for the next run, from the load since the last look.
 
         It is the largest number unless others keep half a processor busy.
         """
@@ -88,86 +76,6 @@ class LoadFollower:
             elif abs(free - self.n_active) > 0.6:  # more than one half, so that the number does not waver
                 self.n_active = max(1, min(self.n_threads, round(free)))
         return self.n_active
-
-
-class Pace:
-    """The seconds of a graph's runs with few threads, in one round of a :class:`ThreadContest`."""
-
-    __slots__ = ("n_runs", "round", "seconds")
-
-    def __init__(self) -> None:
-        self.begin(None)
-
-    def begin(self, which: object) -> None:
-        """Forget the runs so far, which were of another round."""
-        self.round = which
-        self.n_runs = 0
-        self.seconds = 0.0
-        """Mean of the last runs."""
-
-    def add(self, seconds: float) -> None:
-        """Include a run."""
-        self.n_runs += 1
-        self.seconds += (seconds - self.seconds) / min(self.n_runs, _KEPT_RUNS)
-
-
-class ThreadContest:
-    """The choice between few threads and all threads while other processes use the processors, by measured runs.
-
-    Threads that share their processors with others are quick if the system stops and continues them together, and slow
-    if it continues one while it stops another. The same graph is computed in both ways, and the quicker one is kept for
-    a while. Graphs that take long are computed with few threads.
-
-    Parameters
-    ----------
-    n_few
-        Threads for the processors that are free.
-    n_all
-        Largest number of threads, more than that.
-    """
-
-    def __init__(self, n_few: int, n_all: int) -> None:
-        self.n_few, self.n_all = n_few, n_all
-        self.all_is_quicker = False
-        """The last verdict."""
-        self._until = 0.0  # the time at which it ends
-        self._round = object()  # in which runs are comparable
-        self._trial = deque[float](maxlen=_KEPT_RUNS)  # seconds with all threads, relative to those with few
-        self._trial_seconds = 0.0
-
-    def choose(self, pace: Pace, now: float) -> int:
-        """Return the number of threads for the next run of a graph. ``now`` is the time of ``perf_counter``."""
-        if self.all_is_quicker and now >= self._until:  # the load may be another by now
-            self._decide(False, now, 0.0)
-            self._round = object()
-        if pace.round is not self._round:
-            pace.begin(self._round)
-        if pace.n_runs < _PACE_RUNS or pace.seconds > _LONGEST_SECONDS:
-            return self.n_few
-        return self.n_all if self.all_is_quicker or now >= self._until else self.n_few
-
-    def note(self, pace: Pace, n_threads: int, seconds: float, now: float) -> None:
-        """Note a run that has ended now, with the number of threads that :meth:`choose` returned for it."""
-        if n_threads == self.n_few:
-            pace.add(seconds)
-            return
-        self._trial.append(seconds / pace.seconds)
-        self._trial_seconds += seconds
-        mean = sum(self._trial) / len(self._trial)
-        if self._trial[-1] > _LOST_AT_ONCE:
-            self._decide(False, now, max(_LOST_SECONDS, _LOST_TIMES * self._trial_seconds))
-        elif self.all_is_quicker:
-            if len(self._trial) == _KEPT_RUNS and mean > 1:
-                self._decide(False, now, _LOST_SECONDS)
-        elif len(self._trial) == _TRIAL_RUNS:
-            won = mean < 0.9
-            lost_seconds = max(_LOST_SECONDS, _LOST_TIMES * self._trial_seconds)
-            self._decide(won, now, _WON_SECONDS if won else lost_seconds)
-
-    def _decide(self, all_is_quicker: bool, now: float, seconds: float) -> None:
-        self.all_is_quicker, self._until = all_is_quicker, now + seconds
-        self._trial.clear()
-        self._trial_seconds = 0.0
 
 
 def busy_seconds(processors: frozenset[int]) -> float | None:

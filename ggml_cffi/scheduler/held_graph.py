@@ -12,7 +12,6 @@ from ggml_cffi.core.backend import Backend
 from ggml_cffi.core.device import Device
 from ggml_cffi.core.handle import Owner
 from ggml_cffi.core.shaders import first_run
-from ggml_cffi.core.threads import Pace
 from ggml_cffi.enums import Status, Type
 from ggml_cffi.errors import AbortedError, GgmlError, OutOfMemoryError
 from ggml_cffi.scheduler.graph import Graph
@@ -50,7 +49,7 @@ class HeldGraph:
         The fields that an earlier object saved, if the tensors have the same memory as then.
     """
 
-    __slots__ = ("_calls", "_cpu", "_is_new", "_owners", "_pace", "_seconds", "added", "graph", "saved")
+    __slots__ = ("_calls", "_cpu", "_is_new", "_owners", "_seconds", "added", "graph", "saved")
 
     def __init__(self, graph: Graph, owners: list[Owner], saved: SavedFields | None = None) -> None:
         self.graph = graph
@@ -64,7 +63,6 @@ class HeldGraph:
         self._cpu: Backend | None = None
         self._is_new = True
         self._seconds = _CTRL_C_DELAY  # duration of the last run; the first counts as long
-        self._pace = Pace()
 
     def add_operands(self, added: dict[Any, Any]) -> None:
         """Add an operand (value) to each node (key), until the fields are restored."""
@@ -150,17 +148,12 @@ class HeldGraph:
             began = perf_counter()
             if began >= cpu.load.next_look:
                 cpu.follow_load(began)
-            if (contest := cpu.contest) is not None:
-                cpu.use_threads(contest.choose(self._pace, began))
             try:
                 status = start(scheduler, graph._cell[0] or graph.ptr)
             finally:
                 if guarded:
                     interrupt.end()
-            ended = perf_counter()
-            self._seconds = ended - began
-            if contest is not None and not status:
-                contest.note(self._pace, cpu.n_active_threads, self._seconds, ended)
+            self._seconds = perf_counter() - began
             for call in calls:
                 if call.error is not None:
                     # The call lives as long as its context, and the error's traceback would keep this graph alive.

@@ -7,7 +7,7 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi.core import threads
-from ggml_cffi.core.threads import LoadFollower, Pace, ThreadContest
+from ggml_cffi.core.threads import LoadFollower
 from tests.support import relative_error
 
 
@@ -56,61 +56,6 @@ def test_threads_beside_free_processors_are_kept(monkeypatch):
     assert machine.run(follower, own=4, others=14) == 2
 
 
-class Runs:
-    """Runs of graphs with one thread or two, by a contest, on a machine on which they take a known time."""
-
-    def __init__(self):
-        self.contest, self.now = ThreadContest(1, 2), 100.0
-
-    def threads(self, n, seconds_of_one, seconds_of_two, pace):
-        """Run a graph ``n`` times, and return the numbers of threads."""
-        found = []
-        for _ in range(n):
-            found.append(self.contest.choose(pace, self.now))
-            seconds = seconds_of_one if found[-1] == 1 else seconds_of_two
-            self.now += seconds
-            self.contest.note(pace, found[-1], seconds, self.now)
-        return found
-
-
-def test_all_threads_compute_beside_busy_processes_if_that_is_quicker():
-    runs, pace = Runs(), Pace()
-    assert runs.threads(100, 0.02, 0.012, pace) == [1, 1, 1] + [2] * 97
-    assert runs.contest.all_is_quicker
-    assert runs.threads(6, 0.02, 0.012, Pace()) == [1, 1, 1, 2, 2, 2]  # another graph has no pace yet
-    runs.now += 5
-    assert runs.threads(8, 0.02, 0.012, pace) == [1, 1, 1, 2, 2, 2, 2, 2]  # the load may have changed
-
-
-def test_all_threads_are_tried_again_long_after_a_lost_trial():
-    runs, pace = Runs(), Pace()
-    assert runs.threads(60, 0.02, 0.05, pace) == [1, 1, 1, 2, 2, 2, 2] + [1] * 53
-    runs.now += 6  # thirty times the trial of 0.2 seconds
-    assert runs.threads(5, 0.02, 0.012, pace) == [2] * 5
-    assert runs.contest.all_is_quicker
-
-
-def test_one_very_long_run_ends_a_trial():
-    runs, pace = Runs(), Pace()
-    assert runs.threads(6, 0.02, 2.5, pace) == [1, 1, 1, 2, 1, 1]
-    runs.now += 70
-    assert runs.threads(2, 0.02, 2.5, pace) == [1, 1]
-    runs.now += 10
-    assert runs.threads(2, 0.02, 2.5, pace) == [2, 1]
-
-
-def test_threads_that_become_slow_are_given_up():
-    runs, pace = Runs(), Pace()
-    runs.threads(20, 0.02, 0.012, pace)
-    assert runs.threads(12, 0.02, 0.04, pace)[-1] == 1
-    assert not runs.contest.all_is_quicker
-
-
-def test_long_graphs_are_not_tried_with_all_threads():
-    runs = Runs()
-    assert runs.threads(20, 0.5, 0.3, Pace()) == [1] * 20
-
-
 def test_a_system_that_does_not_tell_its_load_and_a_single_thread_are_left_alone(monkeypatch):
     assert LoadFollower(1).next_look == float("inf")
     monkeypatch.setattr(threads, "busy_seconds", lambda _: None)
@@ -132,44 +77,18 @@ def test_results_of_fewer_threads_are_right(rng, n_active):
     with ggml.Session(["CPU"], n_threads=3) as s:
         f = s.compile(lambda x: ggml.relu(ggml.linear(x, s.weight(w))))
         cpu = s.backends[-1]
+        cpu.load.n_active, cpu.load.next_look = 3, 0.0
         for active in (n_active, 3, n_active):
-            cpu.load.next_look = 0.0
             cpu.load.look = lambda active=active: setattr(cpu.load, "n_active", active)
             assert relative_error(f(x), np.maximum(x @ w.T, 0)) < 1e-5
         assert cpu.n_active_threads == n_active
         assert cpu.n_threads == 3
 
 
-def test_each_run_has_the_threads_that_the_contest_chooses(rng):
-    x, w = rng.standard_normal((64, 256)), rng.standard_normal((128, 256))
-    chosen, seen, noted = [1, 2, 2, 1, 2], [], []
-    with ggml.Session(["CPU"], n_threads=2) as s:
-        f = s.compile(lambda x: ggml.relu(ggml.linear(x, s.weight(w))))
-        cpu = s.backends[-1]
-        cpu.load.next_look = float("inf")
-        numbers = iter(chosen)
-        cpu.contest = SimpleNamespace(
-            choose=lambda pace, now: next(numbers), note=lambda pace, n, seconds, now: noted.append(n)
-        )
-        for _ in chosen:
-            assert relative_error(f(x), np.maximum(x @ w.T, 0)) < 1e-5
-            seen.append(cpu.n_active_threads)
-    assert seen == noted == chosen
-
-
-def test_a_contest_begins_and_ends_with_the_load():
-    with ggml.Backend("CPU", n_threads=3) as cpu:
-        for n_active, n_few in [(2, 2), (1, 1), (3, None)]:
-            cpu.load.look = lambda n=n_active: setattr(cpu.load, "n_active", n)
-            cpu.follow_load(0.0)
-            assert (cpu.contest and cpu.contest.n_few) == n_few
-            assert cpu.n_active_threads == n_active
-
-
 def test_following_the_load_can_be_turned_off():
     with ggml.Session(["CPU"], n_threads=2) as s:
         cpu = s.backends[-1]
-        cpu.load.next_look, cpu.follows_load = 0.0, False
-        cpu.use_threads(1)
+        cpu.load.n_active, cpu.load.next_look = 1, 0.0
+        cpu.follows_load = False
         s.compile(lambda x: x + 1)(np.ones(3, np.float32))
         assert cpu.n_active_threads == 2
