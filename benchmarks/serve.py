@@ -239,7 +239,7 @@ def measure_server(args: argparse.Namespace, works: list[Work]) -> Result:
     command += ["--split", args.split, "--max-waiting", str(2 * args.clients)]
     command += ["--devices", args.devices] if args.devices else []
     command += ["--threads", str(args.threads)] if args.threads else []
-    command += ["--isolate"] if args.isolate else []
+    command += [] if args.isolate is None else ["--isolate" if args.isolate else "--no-isolate"]
     command += ["--deterministic"] if args.deterministic else []
     result, lines = Result(), list[str]()
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--devices")
     parser.add_argument("--split", default="layer")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--isolate", action="store_true")
+    parser.add_argument("--isolate", action=argparse.BooleanOptionalAction)
     parser.add_argument("--deterministic", action="store_true", help="one answer at a time on each device")
     parser.add_argument("--compare", type=int, default=N_PROMPTS, help="prompts to compare with their answers alone")
     parser.add_argument("--peer", help="a Python that has llama_cpp")

@@ -34,7 +34,9 @@ def register(commands: Any) -> None:
     )
     command.add_argument("--memory", metavar="SIZE", help="bytes of all loaded models (default: what the devices have)")
     command.add_argument(
-        "--isolate", action="store_true", help="load each model, and each replica of data, in a process of its own"
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        help="load each model in a process of its own, and each replica of data (default: replicas on several GPUs)",
     )
     command.add_argument("--preload", action="store_true", help="load the first model now, not when it is asked for")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")

@@ -25,7 +25,7 @@ from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine
 from ggml_cffi.server.errors import ApiError, LoadingError, QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
-from ggml_cffi.server.replicated import open_isolated
+from ggml_cffi.server.replicated import gpus_of_replicas, open_isolated
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Catalog(Closing):
     max_waiting
         Largest number of requests for one model that wait for that.
     isolate
-        True to load each model in a process of its own, and with ``split="data"`` each of its replicas.
+        True to load each model in a process of its own, and with ``split="data"`` each of its replicas; False to load
+        all in this process. Default such processes only for the replicas of a model on several GPUs: in one process
+        they would wait for one another's Python.
 
     Raises
     ------
@@ -105,7 +107,7 @@ class Catalog(Closing):
         memory: int | str | None = None,
         parallel: int = 16,
         max_waiting: int = 256,
-        isolate: bool = False,
+        isolate: bool | None = None,
     ) -> None:
         if not specs:
             raise ValueError("there are no models: give at least one")
@@ -234,12 +236,13 @@ class Catalog(Closing):
     def _open_model(self, entry: _Entry) -> Loaded:
         path, options = resolve(entry.spec.path), dict(entry.spec.options)
         settings: dict[str, Any] = {"load": options, "parallel": self.parallel, "max_waiting": self.max_waiting}
-        if not self._isolate:
+        replicas = [] if self._isolate is False else gpus_of_replicas(options)
+        if not (self._isolate or replicas):
             engine = open_engine(path, **settings)
             return Loaded(entry.name, engine.model, engine)
         file = GGUFFile(path)
         try:
-            isolated = open_isolated(open_engine, path, settings, max_waiting=self.max_waiting)
+            isolated = open_isolated(open_engine, path, settings, replicas, max_waiting=self.max_waiting)
             return Loaded(entry.name, TextMethods(file), isolated, file)
         except BaseException:
             file.close()

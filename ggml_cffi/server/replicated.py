@@ -138,38 +138,45 @@ class _SharedTexts:
         self._deliver(Vectors(whole))
 
 
+def gpus_of_replicas(options: Mapping[str, Any]) -> Named:
+    """Return the GPUs that have a replica each with these options of ``load``, several ones or none."""
+    if options.get("split") != "data":
+        return []
+    with Worker(_open_names) as worker:  # drivers stay out of this process
+        found: Named = worker.call("gpus", options.get("devices"))
+    return found if len(found) > 1 else []
+
+
 def open_isolated(
-    load: Callable[..., LocalEngine], path: str, settings: Mapping[str, Any], *, max_waiting: int = 256
+    load: Callable[..., LocalEngine], path: str, settings: Mapping[str, Any], replicas: Named, *, max_waiting: int = 256
 ) -> IsolatedEngine | ReplicatedEngine:
-    """Return the engine of a model in a process of its own, or in one for each replica of ``split="data"``.
+    """Return the engine of a model in a process of its own, or in one for each replica.
 
     Parameters
     ----------
     load, path, settings
         A function that returns the engine, and its arguments. It is called in the process, for a replica with its
         device and its part of ``parallel``.
+    replicas
+        The GPUs that have a replica each, from :func:`gpus_of_replicas`.
     max_waiting
         Largest number of jobs that wait, besides those in generation.
     """
     options: Mapping[str, Any] = settings["load"]
-    found: Named = []
-    if options.get("split") == "data":
-        with Worker(_open_names) as worker:  # drivers stay out of this process
-            found = worker.call("gpus", options.get("devices"))
-    if len(found) < 2:
+    if not replicas:
         return IsolatedEngine(load, path, settings, max_waiting=max_waiting)
     if options.get("deterministic"):
-        check_one_kind({description for _, description in found})
+        check_one_kind({description for _, description in replicas})
     parallel = int(settings["parallel"])
-    each = {**settings, "parallel": -(-parallel // len(found)), "max_waiting": max_waiting + parallel}
+    each = {**settings, "parallel": -(-parallel // len(replicas)), "max_waiting": max_waiting + parallel}
 
     def open_replica(name: str) -> IsolatedEngine:
         own = {**each, "load": {**options, "devices": [name]}}
         title = f"replica on {name}"
         return IsolatedEngine(load, path, own, max_waiting=each["max_waiting"], restarts_at_once=True, name=title)
 
-    with ThreadPoolExecutor(len(found)) as pool:
-        opening = [pool.submit(open_replica, name) for name, _ in found]
+    with ThreadPoolExecutor(len(replicas)) as pool:
+        opening = [pool.submit(open_replica, name) for name, _ in replicas]
     try:
         return ReplicatedEngine([future.result() for future in opening], max_waiting + parallel)
     except BaseException:

@@ -19,7 +19,8 @@ from ggml_cffi.server.catalog import open_engine, planned_bytes
 from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, Token, Vectors
 from ggml_cffi.server.errors import QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
-from ggml_cffi.server.replicated import ReplicatedEngine, named_gpus, open_isolated
+from ggml_cffi.server.local_engine import LocalEngine
+from ggml_cffi.server.replicated import ReplicatedEngine, gpus_of_replicas, named_gpus, open_isolated
 from tests.server.conftest import CONTEXT
 from tests.support import need
 from tests.support.http_server import served, until
@@ -204,7 +205,8 @@ def test_the_end_ends_all_jobs(tiny):
 def test_only_several_gpus_have_a_process_each(tiny):
     assert named_gpus(["CPU"]) == []
     settings = {"load": {**LOAD, "split": "data"}, "parallel": 2, "max_waiting": 2}
-    with open_isolated(open_engine, str(tiny), settings) as engine:
+    assert gpus_of_replicas(settings["load"]) == []
+    with open_isolated(open_engine, str(tiny), settings, []) as engine:
         assert isinstance(engine, IsolatedEngine)
         assert Mail(engine, job([1])).rest()[1] == Ended("length")
 
@@ -237,13 +239,34 @@ def test_devices_have_a_process_each(two_gpus, tiny):
         asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("isolate", "split", "kind"),
+    [
+        (None, "data", ReplicatedEngine),
+        (False, "data", LocalEngine),
+        (None, "layer", LocalEngine),
+        (True, "layer", IsolatedEngine),
+    ],
+)
+def test_replicas_on_several_gpus_have_processes_by_default(two_gpus, tiny, isolate, split, kind):
+    options = {"devices": list(two_gpus), "split": split, "n_ctx": 256, "n_threads": 1}
+
+    async def main():
+        async with catalog.use("tiny") as loaded:
+            assert type(loaded.engine) is kind
+            assert (await asyncio.to_thread(Mail(loaded.engine, job([1], 2)).rest))[1] == Ended("length")
+
+    with Catalog({"tiny": ModelSpec(tiny, options)}, parallel=4, isolate=isolate) as catalog:
+        asyncio.run(main())
+
+
 def test_a_replica_that_cannot_be_loaded_leaves_no_process(two_gpus, tiny, monkeypatch):
     closed = []
     close = IsolatedEngine.close
     monkeypatch.setattr(IsolatedEngine, "close", lambda self: (closed.append(self), close(self)))
     settings = {"load": {"devices": list(two_gpus), "split": "data", "n_ctx": 256}, "parallel": 2, "max_waiting": 2}
     with pytest.raises(ValueError, match="not on the second"):
-        open_isolated(open_but_not_on_the_second, str(tiny), settings)
+        open_isolated(open_but_not_on_the_second, str(tiny), settings, gpus_of_replicas(settings["load"]))
     assert len(closed) == 1
 
 
@@ -255,7 +278,7 @@ def open_but_not_on_the_second(path, **settings):
 
 
 def test_the_command_serves_replicas_in_processes(two_gpus, tiny):
-    options = ["--devices", ",".join(two_gpus), "--split", "data", "--isolate", "--threads", "1", "--ctx", "256"]
+    options = ["--devices", ",".join(two_gpus), "--split", "data", "--threads", "1", "--ctx", "256"]
     body = {"prompt": "abc", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "n": 4}
     with served(f"tiny={tiny}", "--preload", *options) as server:
         answers = server.post("/v1/completions", body).json()["choices"]
