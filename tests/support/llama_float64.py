@@ -140,12 +140,13 @@ def random_model(
     n_kv=2,
     n_vocab=50,
     more=None,
+    order=None,
     **changes,
 ):
     """Write a small model with random weights and grouped-query attention.
 
     ``more`` adds or replaces tensors, F32 or a pair of type and values. ``changes`` changes the metadata. A key that
-    begins with a dot gets the name of the architecture as a prefix.
+    begins with a dot gets the name of the architecture as a prefix. ``order`` sorts the names of the tensors.
     """
     from tests.support import gguf_writer
 
@@ -191,4 +192,5 @@ def random_model(
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
     for key, value in (more or {}).items():
         tensors[key] = value if isinstance(value, tuple) else (ggml.F32, np.asarray(value))
-    return gguf_writer.write(path, meta, tensors)
+    names = tensors if order is None else order(tensors)
+    return gguf_writer.write(path, meta, {name: tensors[name] for name in names})

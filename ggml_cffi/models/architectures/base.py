@@ -213,6 +213,8 @@ class Architecture(ABC):
     joined: ClassVar[tuple[tuple[str, ...], ...]] = ()
     """Weights of a layer, such as ``attn_q`` and ``attn_k``, that multiply the same tokens. Where their types are
     equal, one tensor holds the rows of all of them, and one product replaces several; see :func:`joined_name`."""
+    joined_on_cpu: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """The same for a model on the CPU alone: GPUs compute these products, and what combines them, in one kernel."""
     max_sequence_length: int = 0
     """Largest number of tokens of a text in training, for embeddings; 0 if the context is the only limit."""
 

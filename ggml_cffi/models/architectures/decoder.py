@@ -110,6 +110,7 @@ class Decoder(Architecture):
     """True if the contribution of each part is normalized before it is added to the tokens."""
 
     joined = (("attn_q", "attn_k", "attn_v"),)
+    joined_on_cpu = (("ffn_gate", "ffn_up"),)
     harmless_keys = Architecture.harmless_keys | {
         "rope.scaling.yarn_ext_factor",  # read if the scaling is YaRN
         "rope.scaling.yarn_beta_fast",
@@ -314,8 +315,7 @@ class Decoder(Architecture):
         Tensor
             ``(n, n_embd)``.
         """
-        gate = ops.mul_mat(weights[f"blk.{i}.ffn_gate.weight"], h)
-        up = ops.mul_mat(weights[f"blk.{i}.ffn_up.weight"], h)
+        gate, up = self._products(i, self.joined_on_cpu[0], h, weights)
         return ops.mul_mat(weights[f"blk.{i}.ffn_down.weight"], self.gated(gate, up))
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product, takewhile
+from itertools import pairwise, product, takewhile
 
 import numpy as np
 
@@ -133,6 +133,7 @@ class Weights(Closing):
         self.placement = [DevicePlacement(b.name, b.device.is_cpu) for b in backends]
         """Contents of each device."""
         self.context = Context() if context is None else context
+        self._is_on_cpu = all(backend.device.is_cpu for backend in backends)
         self._dry = isinstance(self.context, DryRunContext)
         self._whole_attention, self._repack = whole_attention, repack
         self._repackable: dict[tuple[Type, tuple[int, ...]], BufferType | None] = {}
@@ -248,9 +249,15 @@ class Weights(Closing):
         return self._repackable[key]
 
     def _join_weights(self) -> None:
-        """Make one tensor of weights that multiply the same tokens; see :attr:`Architecture.joined`."""
+        """Make one tensor of weights that multiply the same tokens; see :attr:`Architecture.joined`.
+
+        Beside GPUs, the CPU has mapped weights as they are: the scheduler copies them, and parts of results, to a GPU
+        for large batches, and each copy would be as large as the whole.
+        """
+        architecture = self.architecture
+        groups = architecture.joined + (architecture.joined_on_cpu if self._is_on_cpu else ())
         for own, backend in zip(self.by_device, self.backends, strict=True):
-            for layer, names in product(range(self.architecture.n_layers), self.architecture.joined):
+            for layer, names in product(range(architecture.n_layers), groups):
                 self._join(own, layer, names, backend.buffer_type.alignment)
 
     def _join(self, own: dict[str, Tensor], layer: int, names: Sequence[str], alignment: int) -> None:
@@ -260,7 +267,9 @@ class Weights(Closing):
             for kind in ("weight", "bias")
         )
         kinds = [(t.dtype, self._repacked.get(t), t in self._mapped) for t in weights]
-        weights = weights[: len(list(takewhile(lambda kind: kind == kinds[0] and not kind[2], kinds)))]
+        weights = weights[: len(list(takewhile(lambda kind: kind == kinds[0], kinds)))]
+        if weights and weights[0] in self._mapped:
+            weights = weights[: self._n_adjacent(layer, names[: len(weights)]) if self._is_on_cpu else 0]
         if len(weights) < 2 or len(biases) not in (0, len(names)) or any(t in self._mapped for t in biases):
             return
         joined = {"weight": weights, "bias": biases[: len(weights)]}
@@ -276,6 +285,14 @@ class Weights(Closing):
                 self._joined[whole] = parts
                 if parts[0] in self._repacked:
                     self._repacked[whole] = self._repacked[parts[0]]
+                if parts[0] in self._mapped:
+                    self._mapped.add(whole)
+
+    def _n_adjacent(self, layer: int, names: Sequence[str]) -> int:
+        """Return how many of the weights, from the first, follow one another in the file."""
+        infos = [self.architecture.tensor_info(f"blk.{layer}.{name}.weight") for name in names]
+        follows = (a.part == b.part and a.offset + a.nbytes == b.offset for a, b in pairwise(infos))
+        return 1 + len(list(takewhile(bool, follows)))
 
     def _size(self, part: Tensor) -> int:
         """Return the bytes that a part of a joined tensor takes in the whole."""
@@ -368,6 +385,7 @@ class Weights(Closing):
         mappings: dict[int, Buffer] = {}
         jobs: list[Job] = []
         mapped = 0
+        wholes = {parts[0]: (whole,) for whole, parts in self._joined.items()}
         # In the order of the file, so that a disk can read ahead.
         for source in sorted(self._sources, key=lambda source: (source.info.part, source.info.offset)):
             info = source.info
@@ -382,7 +400,8 @@ class Weights(Closing):
                 mappings[info.part] = Buffer.over(file.map_of(info), usage=Usage.WEIGHTS)
                 self.context.adopt(mappings[info.part])
             (tensor,) = source.tensors
-            self.context.put(tensor, mappings[info.part], mappings[info.part].base + info.offset)
+            for t in (tensor, *wholes.get(tensor, ())):
+                self.context.put(t, mappings[info.part], mappings[info.part].base + info.offset)
             mapped += info.nbytes
         total = mapped + sum(job.data.size for job in jobs)
         if progress and mapped:

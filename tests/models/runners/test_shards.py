@@ -154,7 +154,7 @@ def test_weights_of_one_type_for_the_same_tokens_are_one_product(
     check(path, devices, rng, kind, most=3e-2 if "dtype" in changes else 1e-2)
     for own in ([devices[0]], devices) if gpus else (devices,):
         found, names = products(path, own, kind, stages=shared(own))
-        assert found == (n + 1) * len(own)
+        assert found == (n + 1 - (0 if gpus else 3)) * len(own)  # the CPU joins the gate as well
         assert all(joined in each for each in names)
 
 
@@ -173,14 +173,6 @@ def test_results_at_places_that_gpus_cannot_read_are_products_of_their_own(monke
         with opened(path, two_gpus[:1], stages=shared(two_gpus[:1])) as model:
             assert ("blk.0.attn_q+attn_k+attn_v.weight" in model.weights.by_device[0]) == joined
             assert relative_error(run(model, ids, 0, N_PROMPT), reference.forward(ids)) < 1e-2
-
-
-def test_weights_in_mapped_pages_are_products_of_their_own(tmp_path, rng):
-    path = tmp_path / "model.gguf"
-    random_model(path, rng)
-    found, names = products(path, ["CPU"], Llama, stages=shared(["CPU"]))
-    assert found == 3 * 7 + 1
-    assert not any("+" in name for name in names[0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"more": {"rope_freqs.weight": np.linspace(1.0, 8.0, 16)}}], ids=["", "rope"])
