@@ -90,7 +90,7 @@ def two_gpus() -> tuple[str, str]:
 def vulkan() -> None:
     """Skip a test about ggml's Vulkan backend if ``--devices`` names GPUs of another one."""
     if any(not name.startswith("Vulkan") for name in GPUS.values()):
-        pytest.skip("about ggml's Vulkan backend, but --devices names others")
+        pytest.skip(f"about ggml's Vulkan backend, but --devices names others: {', '.join(GPUS.values())}")
 
 
 @pytest.fixture(autouse=True)
