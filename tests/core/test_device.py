@@ -20,7 +20,7 @@ def test_a_device_has_a_name_a_type_and_memory(devices):
         d = ggml.device(name.lower())
         assert d.name == name
         assert d.description
-        assert d.backend_name == name.rstrip("01")
+        assert d.backend_name == name.rstrip("0123456789")
         memory = d.memory()
         assert 0 < memory.free <= memory.total
         assert d.pci_id is None or ":" in d.pci_id
@@ -71,10 +71,10 @@ def test_the_number_of_cpu_threads_can_be_set():
 
 
 def test_only_the_cpu_takes_a_number_of_threads():
-    need(("Vulkan0",))
+    (name,) = need(("Vulkan0",))
     with pytest.raises(ValueError, match="n_threads is for the CPU"):
-        ggml.Backend("Vulkan0", n_threads=2)
-    with ggml.Backend("Vulkan0") as gpu:
+        ggml.Backend(name, n_threads=2)
+    with ggml.Backend(name) as gpu:
         assert gpu.n_threads == 1
         with pytest.raises(ValueError, match="n_threads is for the CPU"):
             gpu.n_threads = 2

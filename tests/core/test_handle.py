@@ -35,7 +35,7 @@ def open_all(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
 def test_objects_can_be_closed_in_any_order(device):
-    need((device,))
+    (device,) = need((device,))
     before = live()
     orders = itertools.permutations(range(6)) if device == "CPU" else itertools.permutations(range(6), 6)
     for order in itertools.islice(orders, 0, None, 1 if device == "CPU" else 37):
@@ -106,7 +106,7 @@ def test_closed_handles_do_not_warn():
 
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
 def test_objects_open_at_interpreter_exit_are_freed(device):
-    need((device,))
+    (device,) = need((device,))
     done = run_python(
         "import numpy as np\nfrom tests.core.test_handle import open_all\n"
         f"handles = open_all({device!r})\n"

@@ -43,7 +43,7 @@ def test_views_made_before_allocation_can_be_written(ctx):
 
 
 def test_memory_that_no_backend_can_read_raises(ctx, two_gpus):
-    for where, schedulers in (("Vulkan0", ["CPU"]), ("Vulkan1", ["Vulkan0"])):
+    for where, schedulers in ((two_gpus[0], ["CPU"]), (two_gpus[1], [two_gpus[0]])):
         y = ggml.relu(made(ctx, "f32", (4, 8), where))
         with pytest.raises(ValueError, match=f"is in {where}, which none of .* can read: add that device"):
             run(y, schedulers)
@@ -54,8 +54,8 @@ def test_a_leaf_placed_away_from_its_memory_raises(ctx, two_gpus):
     y = ggml.relu(x)
     with ggml.Scheduler(two_gpus) as s, ggml.Graph(y) as g:
         s.alloc(g)
-        s.place(x, "Vulkan0")
-        with pytest.raises(ValueError, match="was placed on Vulkan0, but has memory elsewhere"):
+        s.place(x, two_gpus[0])
+        with pytest.raises(ValueError, match=f"was placed on {two_gpus[0]}, but has memory elsewhere"):
             s.alloc(g)
         s.unplace()
         s.compute(g)
@@ -309,7 +309,7 @@ def test_two_threads_compute_graphs_across_devices(two_gpus):
         with ggml.Context() as ctx, ggml.Scheduler(two_gpus) as s:
             x = ctx.new_tensor("f32", (16, 16))
             y = ggml.scale(x, 2.0)
-            s.place(y, "Vulkan1")
+            s.place(y, two_gpus[1])
             with ggml.Graph(y) as g:
                 s.alloc(g)
                 for _ in range(200):
@@ -322,12 +322,12 @@ def test_two_threads_compute_graphs_across_devices(two_gpus):
 
 
 def test_two_threads_may_use_a_gpu_first():
-    need(("Vulkan0",))
+    (gpu,) = need(("Vulkan0",))
     done = run_python(
         "import threading, ggml_cffi as ggml\n"
         "def work():\n"
         "    with ggml.Context() as ctx:\n"
-        "        ctx.new_tensor('f32', (16, 16)); ctx.alloc('Vulkan0')\n"
+        f"        ctx.new_tensor('f32', (16, 16)); ctx.alloc({gpu!r})\n"
         "ts = [threading.Thread(target=work) for _ in range(4)]\n"
         "[t.start() for t in ts]; [t.join() for t in ts]; print('ok')\n"
     )
@@ -400,17 +400,17 @@ def test_closing_a_model_while_it_computes_is_safe(tmp_path, rng):
 
 
 def test_gpu_tensors_in_a_forked_child_raise():
-    need(("Vulkan0",))
+    (gpu,) = need(("Vulkan0",))
     done = run_python(
         "import warnings; warnings.simplefilter('ignore')\n"
         "import os, signal, ggml_cffi as ggml\n"
         "ctx = ggml.Context()\n"
-        "x = ctx.new_tensor('f32', (4,)); ctx.alloc('Vulkan0')\n"
+        f"x = ctx.new_tensor('f32', (4,)); ctx.alloc({gpu!r})\n"
         "y = ctx.new_tensor('f32', (4,))\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
         "    signal.alarm(20)\n"
-        "    for use in (x.numpy, lambda: ctx.alloc('Vulkan0', [y])):\n"
+        f"    for use in (x.numpy, lambda: ctx.alloc({gpu!r}, [y])):\n"
         "        try: use()\n"
         "        except ggml.GgmlError as error: print(error, flush=True)\n"
         "    os._exit(0)\n"

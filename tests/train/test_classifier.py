@@ -15,7 +15,7 @@ MLPClassifier = pytest.importorskip("sklearn.neural_network").MLPClassifier
 
 @pytest.mark.parametrize("device", ["CPU", "Vulkan0"])
 def test_the_classifier_is_as_accurate_as_scikit_learns(device, rng):
-    need((device,))
+    (device,) = need((device,))
     (points, classes), (test, truth) = train.spirals(300, rng), train.spirals(200, rng)
     theirs = MLPClassifier((64, 64), batch_size=64, learning_rate_init=5e-3, max_iter=20, random_state=0)
     with pytest.warns(UserWarning, match="Maximum iterations"):

@@ -44,10 +44,10 @@ def test_backends_of_one_device_have_numbered_labels(net):
         with ggml.Graph(n.y) as graph:
             s.alloc(graph)
             r = s.report()
-            assert list(r.memory) == ["Vulkan0 #1", "Vulkan0 #2", "CPU"]
+            assert list(r.memory) == [f"{name} #1", f"{name} #2", "CPU"]
             assert sum(m.compute for m in r.memory.values()) == sum(s.buffer_sizes().values())
             _, found = parse(s.draw())
-            assert {g.get("data-backend") for g in found["node"]} == {"Vulkan0 #1"}
+            assert {g.get("data-backend") for g in found["node"]} == {f"{name} #1"}
 
 
 def test_a_graph_of_views_has_no_splits():

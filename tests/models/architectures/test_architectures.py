@@ -12,7 +12,7 @@ from ggml_cffi.enums import Op, Prec
 from ggml_cffi.models import ARCHITECTURES
 from ggml_cffi.models.architectures.base import Inputs, LayerCache
 from tests.scripts import make_transformers
-from tests.support import DATA, golden, llama_float64, need, relative_error
+from tests.support import DATA, golden, llama_float64, relative_error
 
 TRANSFORMERS = json.loads((DATA / "transformers.json").read_text())["logits"]
 GOLDEN = json.loads((DATA / "gemma3.json").read_text())["cases"]
@@ -128,13 +128,13 @@ def test_gemma3_on_the_cpu_generates_the_tokens_of_llama_cpp(gemma3):
 
 
 @pytest.mark.nightly  # small random models of it are compared with float64 on two GPUs in every run
-def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3):
-    with models.load(gemma3, need(("Vulkan0", "Vulkan1")), n_ctx=256, n_batch=1) as model:
+def test_gemma3_on_two_gpus_generates_the_tokens_of_exact_arithmetic(gemma3, two_gpus):
+    with models.load(gemma3, two_gpus, n_ctx=256, n_batch=1) as model:
         for case in EXACT:
             want = golden.decided(case, golden.EXACT)[:8]
             assert list(model.generate_tokens(case["tokens"], len(want), stop_at_end=False)) == want
         used = {backend.name for _, backend in model.assignment()}
-        assert {"Vulkan0", "Vulkan1"} <= used
+        assert set(two_gpus) <= used
 
 
 # ---------------------------------------------------------------------- graphs

@@ -121,7 +121,7 @@ def test_the_largest_graph_without_tiles_is_known(tmp_path, rng, monkeypatch, si
 @pytest.mark.parametrize("beside", [(), ("Vulkan0",)], ids=["the CPU alone", "beside a GPU"])
 def test_prompts_too_short_for_tiles_take_no_more_than_planned(tmp_path, rng, monkeypatch, beside):
     """They have scores, and take more memory than the largest batch of large heads, which has none."""
-    need(beside)
+    beside = need(beside)
     monkeypatch.setattr(llama_float64, "HEAD", 256)
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, **{".context_length": 2048})
     devices, options = [*beside, "CPU"], {"n_ctx": 2048, "balance": (1, 2) if beside else "memory"}
