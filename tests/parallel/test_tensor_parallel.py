@@ -68,6 +68,7 @@ def test_gpus_agree_with_one_device(devices, threads, residual, rng):
                 assert {t.ptr.src[0].ne[0] for t in own} >= {FF // n, DIM}
 
 
+@pytest.mark.usefixtures("vulkan")
 def test_three_gpus_and_halves():
     need(("Vulkan0", "Vulkan1"))
     code = """

@@ -377,6 +377,7 @@ for one, several in zip(*found):
 """
 
 
+@pytest.mark.usefixtures("vulkan")
 def test_two_stages_of_two_gpus_give_the_logits_of_one(tmp_path, rng):
     need(("Vulkan0",))
     path = tmp_path / "model.gguf"

@@ -54,6 +54,7 @@ for split in ("layer", "pipeline", "data", "tensor"):
 """
 
 
+@pytest.mark.usefixtures("vulkan")
 def test_every_split_works_on_four_gpus(tmp_path, rng):
     need(("Vulkan0",))
     path = llama_float64.random_model(tmp_path / "m.gguf", rng, n_layers=4)
