@@ -138,6 +138,7 @@ def random_model(
     n_layers=3,
     n_heads=4,
     n_kv=2,
+    head=None,
     n_vocab=50,
     more=None,
     order=None,
@@ -146,10 +147,13 @@ def random_model(
     """Write a small model with random weights and grouped-query attention.
 
     ``more`` adds or replaces tensors, F32 or a pair of type and values. ``changes`` changes the metadata. A key that
-    begins with a dot gets the name of the architecture as a prefix. ``order`` sorts the names of the tensors.
+    begins with a dot gets the name of the architecture as a prefix. ``head`` is the size of a head, :data:`HEAD` if it
+    is None. CUDA has flash attention from 64 on: keys and values in quantized types need it. ``order`` sorts the names
+    of the tensors.
     """
     from tests.support import gguf_writer
 
+    head = head or HEAD
     n_embd, n_ff = 64, 96
     meta = {
         "general.architecture": name,
@@ -158,11 +162,11 @@ def random_model(
         f"{name}.feed_forward_length": n_ff,
         f"{name}.attention.head_count": n_heads,
         f"{name}.attention.head_count_kv": n_kv,
-        f"{name}.attention.key_length": HEAD,
-        f"{name}.attention.value_length": HEAD,
+        f"{name}.attention.key_length": head,
+        f"{name}.attention.value_length": head,
         f"{name}.context_length": 512,
         f"{name}.attention.layer_norm_rms_epsilon": 1e-5,
-        f"{name}.rope.dimension_count": HEAD,
+        f"{name}.rope.dimension_count": head,
         f"{name}.rope.freq_base": 10000.0,
         "tokenizer.ggml.model": "no_vocab",
     } | {name + key if key.startswith(".") else key: value for key, value in changes.items()}
@@ -174,20 +178,20 @@ def random_model(
     for i in range(n_layers):
         tensors |= {
             f"blk.{i}.attn_norm.weight": scale(n_embd),
-            f"blk.{i}.attn_q.weight": w(n_heads * HEAD, n_embd),
-            f"blk.{i}.attn_k.weight": w(n_kv * HEAD, n_embd),
-            f"blk.{i}.attn_v.weight": w(n_kv * HEAD, n_embd),
-            f"blk.{i}.attn_output.weight": w(n_embd, n_heads * HEAD),
+            f"blk.{i}.attn_q.weight": w(n_heads * head, n_embd),
+            f"blk.{i}.attn_k.weight": w(n_kv * head, n_embd),
+            f"blk.{i}.attn_v.weight": w(n_kv * head, n_embd),
+            f"blk.{i}.attn_output.weight": w(n_embd, n_heads * head),
             f"blk.{i}.ffn_norm.weight": scale(n_embd),
             f"blk.{i}.ffn_gate.weight": w(n_ff, n_embd),
             f"blk.{i}.ffn_up.weight": w(n_ff, n_embd),
             f"blk.{i}.ffn_down.weight": w(n_embd, n_ff),
         }
         if biases:
-            for part, size in (("attn_q", n_heads * HEAD), ("attn_k", n_kv * HEAD), ("attn_v", n_kv * HEAD)):
+            for part, size in (("attn_q", n_heads * head), ("attn_k", n_kv * head), ("attn_v", n_kv * head)):
                 tensors[f"blk.{i}.{part}.bias"] = (ggml.F32, rng.standard_normal(size))
         if name in ("qwen3", "gemma3"):
-            tensors |= {f"blk.{i}.{part}_norm.weight": scale(HEAD) for part in ("attn_q", "attn_k")}
+            tensors |= {f"blk.{i}.{part}_norm.weight": scale(head) for part in ("attn_q", "attn_k")}
         if name == "gemma3":
             tensors |= {f"blk.{i}.{part}_norm.weight": scale(n_embd) for part in ("post_attention", "post_ffw")}
     for key, value in (more or {}).items():

@@ -6,11 +6,13 @@ import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
+from tests.support import llama_float64
 from tests.support.generation import n_free_slots, random_prompts
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
-def test_a_snapshot_restores_sequences_keys_and_values(devices, path, rng, tmp_path, kind):
+def test_a_snapshot_restores_sequences_keys_and_values(devices, rng, tmp_path, kind):
+    path = llama_float64.random_model(tmp_path / "m.gguf", rng, head=64)  # CUDA: flash attention, for a quantized cache
     one, two = random_prompts(rng, [40, 25])
     file = tmp_path / "cache.gguf"
     with models.load(path, devices, n_ctx=256, kv_dtype=kind) as model:
