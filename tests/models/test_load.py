@@ -21,9 +21,11 @@ def test_layers_go_to_the_cpu_where_gpus_are_full(two_gpus, tmp_path, rng, monke
     with models.load(path, ["CPU"]) as model:
         want = model.forward(tokens)
     real = ggml.Device.memory
-    limit = 600_000  # bytes of one layer with its cache, the output, and the intermediate results
+    options = {"n_batch": 16, "reserve": 0}
+    # Bytes of one layer with its cache, the output, and the intermediate results.
+    limit = max(share.needed for share in models.plan(path, two_gpus, balance=[1, 1, 1], **options).devices[:2])
     monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(limit, limit))
-    with models.load(path, two_gpus, n_batch=16) as model:
+    with models.load(path, two_gpus, **options) as model:
         assert [model.layer_backend(i).name for i in range(3)] == ["CPU", *two_gpus]
         assert relative_error(model.forward(tokens), want) < 1e-2
     monkeypatch.setattr(ggml.Device, "memory", lambda self: real(self) if self.is_cpu else ggml.Memory(0, 0))

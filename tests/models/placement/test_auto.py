@@ -83,12 +83,19 @@ def test_auto_with_one_candidate(two_gpus, path, costs, monkeypatch):
     plan = models.plan(path, ["CPU"], "auto")
     assert plan.split == "layer"
     assert plan.reasons[0] == "Of the splits, layer is the only one that is possible."
-    gpu_memory(monkeypatch, 900_000)
-    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    options = {"n_batch": 16, "reserve": 0}
+    (one, *_), both, three = (
+        models.plan(path, two_gpus, split, balance=balance, **options).devices
+        for split, balance in (("layer", [1, 0]), ("pipeline", [1, 2]), ("layer", [1, 1, 1]))
+    )
+    room_for_two, room_for_one = (max(share.needed for share in shares[:2]) for shares in (both, three))
+    assert room_for_one < room_for_two < one.needed
+    gpu_memory(monkeypatch, room_for_two)
+    plan = models.plan(path, two_gpus, "auto", **options)
     assert plan.split in ("pipeline", "tensor")  # no single GPU has memory for all layers
     assert " one prompt " not in plan.reasons[0]
-    gpu_memory(monkeypatch, 600_000)
-    plan = models.plan(path, two_gpus, "auto", n_batch=16)
+    gpu_memory(monkeypatch, room_for_one)
+    plan = models.plan(path, two_gpus, "auto", **options)
     assert [len(share.layers) for share in plan.devices] == [1, 1, 1]
     with pytest.raises(ValueError, match="n_sequences must be at least 1, not 0"):
         models.plan(path, two_gpus, "auto", n_sequences=0)
