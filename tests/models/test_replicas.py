@@ -1,17 +1,18 @@
 """Replicas of a model, and the distribution of requests over them."""
 
 import threading
+from contextlib import closing
 
 import pytest
 
 import ggml_cffi as ggml
 from ggml_cffi import models
 from ggml_cffi.models.generation.requests import choose_batcher
-from tests.support import relative_error
+from tests.support import PATIENCE, relative_error
 from tests.support.splits import PROMPT, answers
 
 
-def test_texts_are_dealt_to_replicas(two_gpus, path):
+def test_texts_are_dealt_to_replicas(two_gpus, path, monkeypatch):
     prompts = [[i, i + 1, i + 2, 4, 5, 6, 7, 8, 9, 10, 11] for i in range(6)]
     with models.load(path, two_gpus[:1], "layer") as model:
         want = answers(model, prompts)
@@ -22,6 +23,7 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
         # as one list, by both at once
         model.clear_cache()
         assert not model.cached
+        let_both_begin(model, monkeypatch)
         found = {}
         for number, token in deal(model, prompts, 3):
             found.setdefault(number, []).append(token)
@@ -35,6 +37,20 @@ def test_texts_are_dealt_to_replicas(two_gpus, path):
         assert relative_error(model.embed(prompts), vectors) < 1e-3
 
 
+def let_both_begin(model, monkeypatch):
+    """Let the first run of each replica wait for that of the other: a quick one may take all texts before."""
+    both = threading.Barrier(len(model.batchers))
+    for batcher in model.batchers:
+        first, run = iter([True]), batcher.runner.run
+
+        def wait(*args, first=first, run=run):
+            if next(first, False):
+                both.wait(PATIENCE)
+            return run(*args)
+
+        monkeypatch.setattr(batcher.runner, "run", wait)
+
+
 def deal(model, prompts, n):
     """Yield token ids for several prompts, because the model has no vocabulary for texts."""
     from ggml_cffi.models.generation.requests import Request, generate_on_replicas
@@ -43,9 +59,10 @@ def deal(model, prompts, n):
 
     requests = [Request(list(ids), Sampler(), n, frozenset()) for ids in prompts]
     timings = Timings()
-    for number, token in generate_on_replicas(model.batchers, requests, 2, timings):  # one at each
-        if token is not None:
-            yield number, token
+    with closing(generate_on_replicas(model.batchers, requests, 2, timings)) as dealt:  # one at each
+        for number, token in dealt:
+            if token is not None:
+                yield number, token
     assert timings.prompt_tokens == sum(map(len, prompts))
 
 
