@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from ggml_cffi.server.isolated import IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
 from ggml_cffi.server.replicated import ReplicatedEngine, gpus_of_replicas, named_gpus, open_isolated
 from tests.server.conftest import CONTEXT
-from tests.support import need
 from tests.support.http_server import served, until
 
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]
@@ -265,14 +265,15 @@ def test_a_replica_that_cannot_be_loaded_leaves_no_process(two_gpus, tiny, monke
     close = IsolatedEngine.close
     monkeypatch.setattr(IsolatedEngine, "close", lambda self: (closed.append(self), close(self)))
     settings = {"load": {"devices": list(two_gpus), "split": "data", "n_ctx": 256}, "parallel": 2, "max_waiting": 2}
+    load = partial(open_but_not_on, two_gpus[1])
     with pytest.raises(ValueError, match="not on the second"):
-        open_isolated(open_but_not_on_the_second, str(tiny), settings, gpus_of_replicas(settings["load"]))
+        open_isolated(load, str(tiny), settings, gpus_of_replicas(settings["load"]))
     assert len(closed) == 1
 
 
-def open_but_not_on_the_second(path, **settings):
+def open_but_not_on(second, path, **settings):
     """Open an engine, in a process, unless it is on the second device."""
-    if settings["load"]["devices"] == [need(("Vulkan0", "Vulkan1"))[1]]:
+    if settings["load"]["devices"] == [second]:
         raise ValueError("not on the second")
     return open_engine(path, **settings)
 
