@@ -17,5 +17,5 @@ unset GGML_CFFI_LIBRARY_PATH
 export GGML_VK_VISIBLE_DEVICES=99 # the wheel has no Vulkan: tests of GPUs skip
 cd "$root/src"
 "$python" -m ggml_cffi --version
-[ $# -gt 0 ] || set -- "${tests[@]}" --ignore=tests/rpc # the wheel has no RPC plug-in
+[ $# -gt 0 ] || set -- "${tests[@]}" --deselect=tests/rpc # the wheel has no RPC plug-in
 exec "$python" "${pytest[@]}" "$@"
