@@ -25,7 +25,7 @@ from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine
 from ggml_cffi.server.errors import ApiError, LoadingError, QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
-from ggml_cffi.server.replicated import gpus_of_replicas, open_isolated
+from ggml_cffi.server.replicated import can_isolate, gpus_of_replicas, open_isolated, with_names
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Catalog(Closing):
     isolate
         True to load each model in a process of its own, and with ``split="data"`` each of its replicas; False to load
         all in this process. Default such processes only for the replicas of a model on several GPUs: in one process
-        they would wait for one another's Python.
+        they would wait for one another's Python. They need Linux, and options of the model without ``progress``.
 
     Raises
     ------
@@ -235,8 +235,11 @@ class Catalog(Closing):
 
     def _open_model(self, entry: _Entry) -> Loaded:
         path, options = resolve(entry.spec.path), dict(entry.spec.options)
+        isolate = can_isolate(options) if self._isolate is None else self._isolate
+        if isolate:
+            options = with_names(options)
         settings: dict[str, Any] = {"load": options, "parallel": self.parallel, "max_waiting": self.max_waiting}
-        replicas = [] if self._isolate is False else gpus_of_replicas(options)
+        replicas = gpus_of_replicas(options) if isolate else []
         if not (self._isolate or replicas):
             engine = open_engine(path, **settings)
             return Loaded(entry.name, engine.model, engine)

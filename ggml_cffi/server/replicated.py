@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ggml_cffi.core.device import DevicesLike, device, device_list, gpus
+from ggml_cffi.core.device import Device, DevicesLike, device, device_list, gpus
 from ggml_cffi.isolate import Worker
 from ggml_cffi.models.load import check_one_kind
 from ggml_cffi.server.engine import Deliver, EmbedJob, Engine, Event, Facts, Job, Vectors
@@ -136,6 +137,20 @@ class _SharedTexts:
         for i, values in self._vectors.items():
             whole[i :: self._n_parts] = values
         self._deliver(Vectors(whole))
+
+
+def can_isolate(options: Mapping[str, Any]) -> bool:
+    """Return whether a model can have processes by default: on Linux, without a function to call in this one."""
+    return hasattr(os, "memfd_create") and options.get("progress") is None
+
+
+def with_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``load`` with names of devices instead of objects, which cannot go to another process."""
+    chosen = options.get("devices")
+    if chosen is None:
+        return dict(options)
+    names = [which.name if isinstance(which, Device) else which for which in device_list(chosen)]
+    return {**options, "devices": names}
 
 
 def gpus_of_replicas(options: Mapping[str, Any]) -> Named:

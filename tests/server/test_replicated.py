@@ -240,23 +240,36 @@ def test_devices_have_a_process_each(two_gpus, tiny):
 
 
 @pytest.mark.parametrize(
-    ("isolate", "split", "kind"),
+    ("isolate", "split", "more", "kind"),
     [
-        (None, "data", ReplicatedEngine),
-        (False, "data", LocalEngine),
-        (None, "layer", LocalEngine),
-        (True, "layer", IsolatedEngine),
+        (None, "data", {}, ReplicatedEngine),
+        (False, "data", {}, LocalEngine),
+        (None, "data", {"progress": lambda done, total: None}, LocalEngine),
+        (None, "layer", {}, LocalEngine),
+        (True, "layer", {}, IsolatedEngine),
     ],
+    ids=["default", "not isolated", "progress", "layer", "isolated"],
 )
-def test_replicas_on_several_gpus_have_processes_by_default(two_gpus, tiny, isolate, split, kind):
-    options = {"devices": list(two_gpus), "split": split, "n_ctx": 256, "n_threads": 1}
+def test_replicas_on_several_gpus_have_processes_by_default(two_gpus, tiny, isolate, split, more, kind):
+    options = {"devices": [ggml.device(name) for name in two_gpus], "split": split, "n_ctx": 256, "n_threads": 1}
 
     async def main():
         async with catalog.use("tiny") as loaded:
             assert type(loaded.engine) is kind
             assert (await asyncio.to_thread(Mail(loaded.engine, job([1], 2)).rest))[1] == Ended("length")
 
-    with Catalog({"tiny": ModelSpec(tiny, options)}, parallel=4, isolate=isolate) as catalog:
+    with Catalog({"tiny": ModelSpec(tiny, options | more)}, parallel=4, isolate=isolate) as catalog:
+        asyncio.run(main())
+
+
+def test_replicas_are_in_this_process_where_there_can_be_no_others(two_gpus, tiny, monkeypatch):
+    async def main():
+        async with catalog.use("tiny") as loaded:
+            assert type(loaded.engine) is LocalEngine
+
+    monkeypatch.delattr(os, "memfd_create")
+    options = {"devices": list(two_gpus), "split": "data", "n_ctx": 256, "n_threads": 1}
+    with Catalog({"tiny": ModelSpec(tiny, options)}) as catalog:
         asyncio.run(main())
 
 
