@@ -1,5 +1,6 @@
 """Mapped weights of the CPU, of which those that follow one another in the file are one product."""
 
+import numpy as np
 import pytest
 
 import ggml_cffi as ggml
@@ -35,6 +36,21 @@ def test_mapped_weights_that_follow_one_another_are_one_product(tmp_path, rng, o
         assert [name.split(".")[2] for name in own if name.startswith("blk.1.") and "+" in name] == joined
         assert sum(t.ptr.src[0].op == ggml.Op.NONE for t in nodes) == 3 * n + 1
         assert model.plan.devices[0].mapped_bytes == sum(t.nbytes for name, t in own.items() if "+" not in name)
+
+
+@pytest.mark.parametrize("dtype", [ggml.F32, ggml.F16, ggml.Q8_0, ggml.Q4_0])
+def test_one_product_has_the_same_bits_as_several(tmp_path, dtype):
+    found = []
+    for order in (None, lambda names: sorted(names, reverse=True)):
+        path = random_model(tmp_path / "model.gguf", np.random.default_rng(5), order=order, dtype=dtype)
+        with models.load(path, "CPU", n_ctx=64, repack=False) as model:
+            found.append([model.forward(range(n)) for n in (1, N_PROMPT)])
+            found[-1].append(any("+" in name for name in model.batchers[0].runner.weights.by_device[0]))
+    (one, many, joined), (one_apart, many_apart, joined_apart) = found
+    assert joined
+    assert not joined_apart
+    np.testing.assert_array_equal(one, one_apart)
+    np.testing.assert_array_equal(many, many_apart)
 
 
 def test_mapped_weights_beside_a_gpu_are_products_of_their_own(two_gpus, tmp_path, rng):
