@@ -42,9 +42,9 @@ class LoadFollower:
 
     ggml's threads wait for each other after each node, in a loop that takes a processor. On a processor that another
     process uses too, a thread is stopped for milliseconds at a time, and all others spin until it goes on. If the
-    system stops and continues the threads together, decode with two threads on two busy processors takes half as long
-    as with one. If it does so in turns, decode takes up to a hundred times as long. Both were seen on the same machine
-    within seconds.
+    system stops and continues the threads together, decode with two threads on two busy processors takes half to
+    two thirds as long as with one. If it does so in turns, decode may take more than a hundred times as long. Both were
+    seen on the same machine within seconds.
 
     Parameters
     ----------
