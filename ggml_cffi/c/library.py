@@ -141,6 +141,11 @@ def load_plugins(names: Collection[str] | None = None) -> None:
             load(name)  # raises with the reason
 
 
+def are_plugins_loaded() -> bool:
+    """Return whether :func:`load_plugins` was called."""
+    return _all_tried
+
+
 def plugin_files() -> dict[str, list[str]]:
     """Load the core, and return the files of its plug-ins, several of one name if it has variants."""
     load("base")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ggml_cffi.c import library
 from ggml_cffi.core.device import Device, DevicesLike, device, device_list, gpus
 from ggml_cffi.isolate import Worker
 from ggml_cffi.models.load import check_one_kind
@@ -145,8 +146,14 @@ def can_isolate(options: Mapping[str, Any]) -> bool:
 
 
 def with_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of ``load`` with names of devices instead of objects, which cannot go to another process."""
+    """Return options of ``load`` with names of devices instead of objects, which cannot go to another process.
+
+    If this process has listed its devices, the names of its GPUs are the default: some may be remote, and the plug-ins
+    of others may be left out.
+    """
     chosen = options.get("devices")
+    if chosen is None and library.are_plugins_loaded():
+        chosen = gpus() or None
     if chosen is None:
         return dict(options)
     names = [which.name if isinstance(which, Device) else which for which in device_list(chosen)]

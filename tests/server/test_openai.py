@@ -38,11 +38,7 @@ PERSON = {
 }
 
 
-#: A software device takes minutes for these answers.
-_GPUS = pytest.param("Vulkan0,Vulkan1", marks=pytest.mark.nightly)
-
-
-@pytest.fixture(scope="module", params=["CPU", _GPUS])
+@pytest.fixture(scope="module", params=["CPU", "Vulkan0,Vulkan1"])
 def address(request, smollm2):
     """The address of a server with SmolLM2, on the CPU and on two Vulkan devices."""
     names = need(tuple(request.param.split(",")))

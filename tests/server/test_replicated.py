@@ -21,8 +21,9 @@ from ggml_cffi.server.engine import EmbedJob, Ended, Failed, Job, Token, Vectors
 from ggml_cffi.server.errors import QueueFullError, StoppingError
 from ggml_cffi.server.isolated import IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
-from ggml_cffi.server.replicated import ReplicatedEngine, gpus_of_replicas, named_gpus, open_isolated
+from ggml_cffi.server.replicated import ReplicatedEngine, gpus_of_replicas, named_gpus, open_isolated, with_names
 from tests.server.conftest import CONTEXT
+from tests.support import run_python
 from tests.support.http_server import served, until
 
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]
@@ -271,6 +272,14 @@ def test_replicas_are_in_this_process_where_there_can_be_no_others(two_gpus, tin
     options = {"devices": list(two_gpus), "split": "data", "n_ctx": 256, "n_threads": 1}
     with Catalog({"tiny": ModelSpec(tiny, options)}) as catalog:
         asyncio.run(main())
+
+
+def test_processes_get_the_devices_that_this_one_lists(two_gpus):
+    every = [device.name for device in ggml.devices() if not device.is_cpu]
+    assert with_names({"n_ctx": 4}) == {"n_ctx": 4, "devices": every}
+    assert with_names({"devices": [ggml.device(two_gpus[1]), "CPU"]})["devices"] == [two_gpus[1], "CPU"]
+    code = "from ggml_cffi.server.replicated import with_names; print(with_names({'n_ctx': 4}))"
+    assert run_python(code).stdout.strip() == "{'n_ctx': 4}"  # drivers stay out of a server's process
 
 
 def test_a_replica_that_cannot_be_loaded_leaves_no_process(two_gpus, tiny, monkeypatch):
