@@ -25,7 +25,7 @@ from ggml_cffi.models.text import TextMethods
 from ggml_cffi.server.engine import Engine
 from ggml_cffi.server.errors import ApiError, LoadingError, QueueFullError, StoppingError
 from ggml_cffi.server.local_engine import LocalEngine
-from ggml_cffi.server.replicated import can_isolate, gpus_of_replicas, open_isolated, with_names
+from ggml_cffi.server.replicated import can_isolate, gpus_of_replicas, open_isolated
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,9 @@ class Catalog(Closing):
 
     def _open_model(self, entry: _Entry) -> Loaded:
         path, options = resolve(entry.spec.path), dict(entry.spec.options)
-        isolate = can_isolate(options) if self._isolate is None else self._isolate
-        if isolate:
-            options = with_names(options)
         settings: dict[str, Any] = {"load": options, "parallel": self.parallel, "max_waiting": self.max_waiting}
-        replicas = gpus_of_replicas(options) if isolate else []
+        may_isolate = can_isolate(options) if self._isolate is None else self._isolate
+        replicas = gpus_of_replicas(options) if may_isolate else []
         if not (self._isolate or replicas):
             engine = open_engine(path, **settings)
             return Loaded(entry.name, engine.model, engine)

@@ -146,14 +146,8 @@ def can_isolate(options: Mapping[str, Any]) -> bool:
 
 
 def with_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of ``load`` with names of devices instead of objects, which cannot go to another process.
-
-    If this process has listed its devices, the names of its GPUs are the default: some may be remote, and the plug-ins
-    of others may be left out.
-    """
+    """Return options of ``load`` with names of devices instead of objects, which cannot go to another process."""
     chosen = options.get("devices")
-    if chosen is None and library.are_plugins_loaded():
-        chosen = gpus() or None
     if chosen is None:
         return dict(options)
     names = [which.name if isinstance(which, Device) else which for which in device_list(chosen)]
@@ -161,11 +155,18 @@ def with_names(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def gpus_of_replicas(options: Mapping[str, Any]) -> Named:
-    """Return the GPUs that have a replica each with these options of ``load``, several ones or none."""
+    """Return the GPUs that have a replica each with these options of ``load``, several ones or none.
+
+    If this process has listed its devices, its GPUs are the default: some may be remote, and the plug-ins of others may
+    be left out.
+    """
     if options.get("split") != "data":
         return []
+    chosen = with_names(options).get("devices")
+    if chosen is None and library.are_plugins_loaded():
+        chosen = [each.name for each in gpus()] or None
     with Worker(_open_names) as worker:  # drivers stay out of this process
-        found: Named = worker.call("gpus", options.get("devices"))
+        found: Named = worker.call("gpus", chosen)
     return found if len(found) > 1 else []
 
 
@@ -177,14 +178,15 @@ def open_isolated(
     Parameters
     ----------
     load, path, settings
-        A function that returns the engine, and its arguments. It is called in the process, for a replica with its
-        device and its part of ``parallel``.
+        A function that returns the engine, and its arguments. It is called in the process, with the names of devices,
+        and for a replica with its device and its part of ``parallel``.
     replicas
         The GPUs that have a replica each, from :func:`gpus_of_replicas`.
     max_waiting
         Largest number of jobs that wait, besides those in generation.
     """
-    options: Mapping[str, Any] = settings["load"]
+    options = with_names(settings["load"])
+    settings = {**settings, "load": options}
     if not replicas:
         return IsolatedEngine(load, path, settings, max_waiting=max_waiting)
     if options.get("deterministic"):

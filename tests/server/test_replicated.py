@@ -23,7 +23,6 @@ from ggml_cffi.server.isolated import IsolatedEngine
 from ggml_cffi.server.local_engine import LocalEngine
 from ggml_cffi.server.replicated import ReplicatedEngine, gpus_of_replicas, named_gpus, open_isolated, with_names
 from tests.server.conftest import CONTEXT
-from tests.support import run_python
 from tests.support.http_server import served, until
 
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 40, [7], [8, 9]]
@@ -274,12 +273,36 @@ def test_replicas_are_in_this_process_where_there_can_be_no_others(two_gpus, tin
         asyncio.run(main())
 
 
-def test_processes_get_the_devices_that_this_one_lists(two_gpus):
-    every = [device.name for device in ggml.devices() if not device.is_cpu]
-    assert with_names({"n_ctx": 4}) == {"n_ctx": 4, "devices": every}
+def test_processes_get_the_devices_that_this_one_lists(two_gpus, monkeypatch):
+    assert with_names({"n_ctx": 4}) == {"n_ctx": 4}
     assert with_names({"devices": [ggml.device(two_gpus[1]), "CPU"]})["devices"] == [two_gpus[1], "CPU"]
-    code = "from ggml_cffi.server.replicated import with_names; print(with_names({'n_ctx': 4}))"
-    assert run_python(code).stdout.strip() == "{'n_ctx': 4}"  # drivers stay out of a server's process
+    every = [device for device in ggml.devices() if not device.is_cpu]
+    for listed in (every, every[::-1], every[:1]):
+        monkeypatch.setattr("ggml_cffi.server.replicated.gpus", lambda listed=listed: listed)
+        names = [name for name, _ in gpus_of_replicas({"split": "data"})]
+        assert names == ([device.name for device in listed] if len(listed) > 1 else [])
+
+
+@pytest.mark.parametrize("split", ["layer", "auto"])
+def test_a_model_without_replicas_is_loaded_with_the_options_as_given(tiny, monkeypatch, split):
+    """Devices that are named would keep ``auto`` from choosing a backend."""
+    found = []
+
+    def fail(path, *, load, **_):
+        found.append(load)
+        raise ggml.GgmlError("no engine")
+
+    monkeypatch.setattr("ggml_cffi.server.catalog.open_engine", fail)
+    options = {"split": split, "n_ctx": 256}
+    ggml.devices()
+
+    async def main():
+        async with catalog.use("tiny"):
+            pass
+
+    with Catalog({"tiny": ModelSpec(tiny, options)}) as catalog, pytest.raises(ggml.GgmlError, match="no engine"):
+        asyncio.run(main())
+    assert found == [options]
 
 
 def test_a_replica_that_cannot_be_loaded_leaves_no_process(two_gpus, tiny, monkeypatch):
